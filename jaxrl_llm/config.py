@@ -1,0 +1,404 @@
+"""What a run is: typed, frozen, complete. Every field is read somewhere.
+
+`load` reads a YAML file; `Config` checks each field and that they fit together, before
+anything is loaded. Keys that share veRL's name keep veRL's meaning.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Field(gt=0)
+NonNegative = Field(ge=0)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class ModelConfig(_Section):
+    """Which weights to start from."""
+
+    path: str
+    """A Hugging Face directory or hub id, a .gguf file, or package:NAME/FILE.gguf for a
+    GGUF file that an installed Python package ships."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    tokenizer: str | None = None
+    """Directory or hub id of another tokenizer; the model's own if not given."""
+
+
+class DatasetConfig(_Section):
+    """Where questions come from."""
+
+    path: str
+    """FILE.jsonl, FILE.parquet, hub:ID, disk:DIR (a saved Hugging Face data set), or
+    reasoning_gym:TASK."""
+    params: dict[str, Any] = {}
+    """reasoning_gym: the task's parameters. hub: arguments of `datasets.load_dataset`
+    such as `name` and `revision`."""
+    split: str = "train"
+    """hub and disk only."""
+    size: int | None = Field(None, gt=0)
+    """At most this many questions; all of them if not given (reasoning_gym needs it)."""
+    seed: int = 0
+    """reasoning_gym only: which questions are drawn."""
+    prompt_key: str = "prompt"
+    """The column that holds the question: text, or a list of chat messages."""
+    answer_key: str = "answer"
+    """The column that holds the reference answer; reward functions get it as `answer`."""
+    prompt_template: str | None = None
+    """Text around the question; {name} stands for column `name`."""
+    system_prompt: str | None = None
+    """Put before the question as a system message."""
+
+
+class DataConfig(_Section):
+    """The questions, and how many of them make a step."""
+
+    train: DatasetConfig
+    val: DatasetConfig | None = None
+    """Held-out questions. Those that also stand in `train` are taken out of `train`."""
+    train_batch_size: int = Field(64, gt=0)
+    """Prompts per step; each is answered rollout.n times."""
+    max_prompt_length: int = Field(512, gt=0)
+    """Tokens, chat template included."""
+    overlong_prompts: Literal["error", "truncate", "drop"] = "error"
+    """What to do with longer ones. `truncate` keeps the end of the prompt."""
+    chat_template: bool = True
+    """Render prompts with the tokenizer's chat template; off for base models."""
+    shuffle: bool = True
+    """A new order every epoch, a function of `seed` alone."""
+
+
+class SamplingConfig(_Section):
+    """How tokens are drawn."""
+
+    temperature: float = Field(1.0, ge=0)
+    """Logits are divided by it; 0 takes the most likely token."""
+    top_k: int = Field(-1, ge=-1)
+    """Only the k most likely tokens; -1 for all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Only the smallest set of tokens whose probability reaches p."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Only tokens at least min_p times as likely as the most likely one."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_k == 0:
+            raise ValueError("top_k is 0, which keeps no token; -1 keeps all")
+        return self
+
+
+class RolloutMeshConfig(_Section):
+    """Devices along each generation axis; one may be -1: what is left."""
+
+    data: int = Field(-1, ge=-1)
+    """Replicas of the model, each with its share of the requests."""
+    tensor: int = Field(1, ge=-1)
+    """Devices one replica is split over."""
+
+
+class TrainMeshConfig(_Section):
+    """Devices along each training axis; one may be -1: what is left."""
+
+    data: int = Field(1, ge=-1)
+    """Replicas of the weights."""
+    fsdp: int = Field(-1, ge=-1)
+    """Rows and weights are both split over it (ZeRO-3)."""
+    tensor: int = Field(1, ge=-1)
+    """Heads and feed-forward are split over it (Megatron)."""
+
+
+class RolloutConfig(SamplingConfig):
+    """Generation during training."""
+
+    engine: Literal["jax"] = "jax"
+    """jax: the compiled decode loop of this package."""
+    n: int = Field(8, gt=0)
+    """Responses per prompt (the group)."""
+    max_response_length: int = Field(512, gt=0)
+    """Tokens, the stop token included."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a response, besides the model's own stop tokens."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a response, besides the model's own stop tokens."""
+    max_num_seqs: int = Field(256, gt=0)
+    """Sequences decoded together; more wait."""
+    decode_chunk: int = Field(32, gt=0)
+    """Tokens per dispatch. Between dispatches stop strings are looked for and the batch
+    may end early."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights, activations and KV cache."""
+    mesh: RolloutMeshConfig = RolloutMeshConfig()
+
+
+class OptimConfig(_Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-6, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_grad: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
+    """After warm-up."""
+    lr_warmup_steps: int = Field(0, ge=0)
+    """Training steps of linear warm-up from 0."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """cosine and linear end at lr * min_lr_ratio."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        return self
+
+
+class ActorConfig(_Section):
+    """The policy's update."""
+
+    optim: OptimConfig = OptimConfig()
+    ppo_mini_batch_size: int | None = Field(None, gt=0)
+    """Prompts per optimizer step; the whole batch if not given."""
+    ppo_epochs: int = Field(1, gt=0)
+    """Passes over each batch."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Rows per forward and backward pass; the whole mini-batch if not given. Changes
+    memory and speed, never the result."""
+    pack_length: int | None = Field(None, gt=0)
+    """Pack sequences into rows of this many tokens; one sequence per row if not
+    given."""
+    clip_ratio_low: float = Field(0.2, ge=0, le=1)
+    clip_ratio_high: float = Field(0.2, ge=0)
+    """The ratio new / old probability is clipped to [1 - low, 1 + high]."""
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean"] = "token-mean"
+    """How per-token losses become one number."""
+    entropy_coeff: float = 0.0
+    """Weight of the entropy bonus."""
+    use_kl_loss: bool = False
+    """Keep the initial weights as reference, and add KL(policy || reference)."""
+    kl_loss_coef: float = Field(0.001, ge=0)
+    kl_loss_type: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL; k3 = low_var_kl, k2 = mse, k1 = kl in veRL."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of activations and of the weights inside a matrix product. The master weights,
+    the optimizer's moments, softmax and losses are float32."""
+    remat: Literal["none", "full"] = "full"
+    """full: keep only each layer's input for the backward pass."""
+    mesh: TrainMeshConfig = TrainMeshConfig()
+
+
+class AlgorithmConfig(_Section):
+    """From rewards to advantages."""
+
+    adv_estimator: Literal["grpo"] = "grpo"
+    norm_adv_by_std_in_grpo: bool = True
+    """Divide by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
+
+
+class RewardFunctionConfig(_Section):
+    """One term of the reward."""
+
+    name: str
+    """exact, numeric, gsm8k, math, reasoning_gym, or module:function with TRL's
+    signature f(prompts, completions, completion_ids, **columns)."""
+    weight: float = 1.0
+    params: dict[str, Any] = {}
+    """Keyword arguments passed to the function."""
+
+
+class RewardConfig(_Section):
+    """What a response is worth: the weighted sum of the functions."""
+
+    functions: tuple[RewardFunctionConfig, ...] = Field(min_length=1)
+    timeout_s: float = Field(60.0, gt=0)
+    """Longest time one function may take for one step."""
+    on_error: Literal["raise", "zero"] = "raise"
+    """A function that raises, hangs or returns NaN stops the run, or scores 0 and is
+    counted in the metrics."""
+
+
+class ValConfig(SamplingConfig):
+    """How the held-out questions are answered."""
+
+    n: int = Field(1, gt=0)
+    """Sampled answers per question."""
+    greedy: bool = True
+    """Also answer once greedily."""
+    threshold: float = 1.0
+    """A reward of at least this counts as correct."""
+
+
+class TrainerConfig(_Section):
+    """How long, how often, and what is written."""
+
+    total_training_steps: int = Field(gt=0)
+    test_freq: int = Field(0, ge=0)
+    """Validate every so many steps; 0: only before and after."""
+    val_before_train: bool = True
+    save_freq: int = Field(0, ge=0)
+    """Save a checkpoint every so many steps; 0: only at the end."""
+    max_ckpt_to_keep: int = Field(2, gt=0)
+    """The newest so many, and the best by validation besides."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest checkpoint in output_dir, if there is one."""
+    save_hf: bool = True
+    """Write the final weights as a Hugging Face directory, output_dir/huggingface."""
+    loggers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    """Besides the files, which are always written."""
+    project: str = "jaxrl_llm"
+    """Project name for the loggers."""
+    num_examples: int = Field(3, ge=0)
+    """Completions shown in the terminal."""
+
+
+class Config(_Section):
+    """A whole run."""
+
+    output_dir: str
+    """Everything the run writes is in here."""
+    seed: int = 0
+    """Of data order, sampling and everything else that is random."""
+    model: ModelConfig
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    actor: ActorConfig = ActorConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    reward: RewardConfig
+    val: ValConfig = ValConfig()
+    trainer: TrainerConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = list(_misfits(self))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _misfits(config: Config):
+    """Combinations of fields that make no run, each with what would fit."""
+    actor, data, rollout = config.actor, config.data, config.rollout
+    mini, batch = actor.ppo_mini_batch_size, data.train_batch_size
+    if mini is not None and mini > batch:
+        yield (
+            f"actor.ppo_mini_batch_size is {mini} prompts but data.train_batch_size is "
+            f"only {batch}; use at most {batch}"
+        )
+    if rollout.n == 1:
+        yield (
+            "rollout.n is 1 but algorithm.adv_estimator=grpo compares the responses of "
+            "a group; use at least 2"
+        )
+    longest = data.max_prompt_length + rollout.max_response_length
+    if actor.pack_length is not None and actor.pack_length < longest:
+        yield (
+            f"actor.pack_length is {actor.pack_length} but data.max_prompt_length + "
+            f"rollout.max_response_length is {longest}; use at least {longest}"
+        )
+    if rollout.temperature == 0:
+        yield "rollout.temperature is 0: every response of a group would be the same"
+    steps, warmup = config.trainer.total_training_steps, actor.optim.lr_warmup_steps
+    if warmup > steps:
+        yield (
+            f"actor.optim.lr_warmup_steps is {warmup} but "
+            f"trainer.total_training_steps is {steps}"
+        )
+    for role, mesh in (("actor", actor.mesh), ("rollout", rollout.mesh)):
+        sizes = mesh.model_dump()
+        for axis, size in sizes.items():
+            if size == 0:
+                yield f"{role}.mesh.{axis} is 0; use 1 for an axis that is not used"
+        if list(sizes.values()).count(-1) > 1:
+            yield f"{role}.mesh is {sizes}; only one axis may be -1 (what is left)"
+    if config.data.train.path.startswith("reasoning_gym:") and not data.train.size:
+        yield "data.train.size is needed for reasoning_gym: how many questions to draw"
+
+
+class ConfigError(ValueError):
+    """A configuration that makes no run; the message has one line per problem."""
+
+
+def parse(values: Mapping[str, Any], source: str) -> Config:
+    """The config that `values` describe; `source` names them in errors.
+
+    Raises:
+      ConfigError: one line per problem: the path of the key, what is wrong, what fits.
+    """
+    try:
+        return Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(explain(error, source)) from None
+
+
+def load(path: str | Path) -> Config:
+    """Reads a YAML file.
+
+    Raises:
+      ConfigError: no such file, not YAML, or not a valid config.
+    """
+    return parse(read(path), str(path))
+
+
+def read(path: str | Path) -> Mapping[str, Any]:
+    """The YAML mapping in a file, not yet checked.
+
+    Raises:
+      ConfigError: no such file, or not a YAML mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.yaml"))
+        raise ConfigError(f"{path}: no such file; {path.parent} has {near}")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: expected a mapping of sections, got {values!r}")
+    return values
+
+
+def explain(error: pydantic.ValidationError, source: str) -> str:
+    """One line per problem, each with the path of the key and what would fit."""
+    return "\n".join(f"{source}: {_line(item)}" for item in error.errors())
+
+
+def _line(item: Mapping[str, Any]) -> str:
+    path = ".".join(map(str, item["loc"]))
+    match item["type"]:
+        case "extra_forbidden":
+            known = _keys(item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {sorted(known)}"
+            return f"{path}: unknown key; {hint}"
+        case "missing":
+            return f"{path}: needed but not given"
+        case "value_error":
+            text = str(item["ctx"]["error"])
+            return f"{path}: {text}" if path else text
+        case _:
+            return f"{path}: {item['msg']}, got {item['input']!r}"
+
+
+def _keys(loc: Sequence[str | int]) -> list[str]:
+    """The keys of the section at `loc`."""
+    section: Any = Config
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        choices = getattr(annotation, "__args__", (annotation,))
+        section = next(
+            c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)
+        )
+    return list(section.model_fields)

@@ -1,0 +1,98 @@
+"""What every generation engine offers.
+
+`load` weights, `submit` requests, take completions as they finish. A response is a
+function of (weights, prompt, sampling, seed, prompt id, sample index) alone: it does not
+depend on which slot, batch or order produced it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jaxrl_llm.batch import Completion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. Names and meanings as in vLLM."""
+
+    max_tokens: int
+    """The response ends here at the latest (finish reason "length")."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the most likely token."""
+    top_k: int = -1
+    """Only the k most likely tokens; -1 for all."""
+    top_p: float = 1.0
+    """Only the smallest set of tokens whose probability reaches p."""
+    min_p: float = 0.0
+    """Only tokens at least min_p times as likely as the most likely one."""
+    stop: tuple[str, ...] = ()
+    """The response ends with the token that completes one of these strings."""
+    stop_token_ids: tuple[int, ...] = ()
+    """The response ends with one of these tokens, which is part of it."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        if self.top_k != -1 and self.top_k < 1:
+            raise ValueError(f"top_k must be -1 or at least 1, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        if "" in self.stop:
+            raise ValueError("a stop string must not be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt, to be answered `num_samples` times."""
+
+    prompt_id: int
+    tokens: tuple[int, ...]
+    num_samples: int
+    seed: int
+    """With `prompt_id` and the sample index, the key of the random numbers."""
+    sampling: Sampling
+
+
+class Engine(Protocol):
+    """A generator of completions. See the module docstring for the promise it makes."""
+
+    def load(self, params: Any) -> int:
+        """Takes new weights, in the trainer's layout. Returns their version.
+
+        Versions count up from 0. Requests submitted later use these weights or newer.
+        """
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queues requests. Raises ValueError for one that can never fit."""
+
+    def completions(self) -> Iterator[Completion]:
+        """Yields completions as they finish, until nothing submitted is outstanding."""
+
+
+def generate(
+    engine: Engine, requests: Sequence[Request]
+) -> list[list[Completion]]:
+    """Submits `requests` and waits: one list of completions per request, by sample.
+
+    Raises:
+      ValueError: two requests share a prompt id, so that answers cannot be told apart.
+    """
+    ids = [request.prompt_id for request in requests]
+    if len(set(ids)) != len(ids):
+        twice = sorted({i for i in ids if ids.count(i) > 1})
+        raise ValueError(f"prompt ids submitted twice: {twice}")
+    engine.submit(requests)
+    found: dict[tuple[int, int], Completion] = {
+        (c.prompt_id, c.sample): c for c in engine.completions()
+    }
+    return [
+        [found[request.prompt_id, sample] for sample in range(request.num_samples)]
+        for request in requests
+    ]
+
+
