@@ -1,0 +1,37 @@
+"""Decoders as pure functions of a parameter tree. Flax shows only in this package.
+
+    arch, params, tokenizer = load("Qwen/Qwen2.5-0.5B-Instruct")
+    hidden = forward(arch, params, tokens, positions, sequence_ids, dtype=jnp.bfloat16)
+    save(directory, arch, params, tokenizer)
+
+`params` is a nested dict of arrays; `logical_axes(arch)` names their axes.
+"""
+
+from jaxrl_llm.models.apply import (
+    Cache,
+    abstract_params,
+    decode,
+    forward,
+    init,
+    logical_axes,
+    num_params,
+    output_matrix,
+    prefill,
+    unstack,
+)
+from jaxrl_llm.models.architecture import Architecture, Rope
+
+__all__ = [
+    "Architecture",
+    "Cache",
+    "Rope",
+    "abstract_params",
+    "decode",
+    "forward",
+    "init",
+    "logical_axes",
+    "num_params",
+    "output_matrix",
+    "prefill",
+    "unstack",
+]

@@ -1,0 +1,146 @@
+"""What a decoder is: one frozen record whose fields tell the families apart.
+
+L = layers, D = model width, N = query heads, K = key/value heads, H = head size,
+F = feed-forward width, V = vocabulary.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding of one kind of layer.
+
+    The angle of position p in pair i is p * frequencies[i]; cosine and sine are
+    multiplied by `attention_factor`.
+    """
+
+    theta: float
+    scaling: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    """How many times longer the context becomes."""
+    low_freq_factor: float = 1.0
+    """llama3 only."""
+    high_freq_factor: float = 4.0
+    """llama3 only."""
+    original_max_position: int = 8192
+    """llama3 and yarn: the context length before scaling."""
+    beta_fast: float = 32.0
+    """yarn only."""
+    beta_slow: float = 1.0
+    """yarn only."""
+    truncate: bool = True
+    """yarn only: round the ramp's ends to whole pairs."""
+    attention_factor: float = 1.0
+
+    def frequencies(self, head_size: int) -> np.ndarray:
+        """float32 [head_size / 2], radians per position.
+
+        Source: Su et al. 2021 (arXiv:2104.09864); linear: Chen et al. 2023
+        (arXiv:2306.15595); yarn: Peng et al. 2023, section 3 (arXiv:2309.00071);
+        llama3: the Llama 3.1 reference code.
+        """
+        pairs = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
+        base = (1.0 / np.float32(self.theta) ** pairs).astype(np.float32)
+        match self.scaling:
+            case "default":
+                return base
+            case "linear":
+                return (base / np.float32(self.factor)).astype(np.float32)
+            case "llama3":
+                return self._llama3(base)
+            case "yarn":
+                return self._yarn(base, head_size)
+
+    def _llama3(self, base: np.ndarray) -> np.ndarray:
+        turns = self.original_max_position * base / (2 * math.pi)
+        smooth = (turns - self.low_freq_factor) / (
+            self.high_freq_factor - self.low_freq_factor
+        )
+        smooth = np.clip(smooth, 0.0, 1.0)
+        return ((1 - smooth) * base / self.factor + smooth * base).astype(np.float32)
+
+    def _yarn(self, base: np.ndarray, head_size: int) -> np.ndarray:
+        def pair_that_turns(times: float) -> float:
+            return (
+                head_size
+                * math.log(self.original_max_position / (times * 2 * math.pi))
+                / (2 * math.log(self.theta))
+            )
+
+        low, high = pair_that_turns(self.beta_fast), pair_that_turns(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_size - 1)
+        ramp = (np.arange(head_size // 2) - low) / max(high - low, 0.001)
+        keep = 1 - np.clip(ramp, 0.0, 1.0)
+        return (base / self.factor * (1 - keep) + base * keep).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Everything about a decoder but its weights. Hashable, so `jit` may close over it.
+
+    The families (Llama, Mistral, Qwen, Gemma, SmolLM) are values of these fields.
+    """
+
+    model_type: str
+    """As in a Hugging Face config.json: llama, mistral, qwen2, qwen3, gemma2, ..."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: tuple[Rope | None, ...]
+    """The kinds of position embedding in this model; None: no positions (NoPE)."""
+    rope_of_layer: tuple[int, ...]
+    """[L]: index into `rope`."""
+    window_of_layer: tuple[int | None, ...]
+    """[L]: how many tokens back, itself included, a layer sees; None: all of them."""
+    tie_embeddings: bool = False
+    """The output matrix is the embedding."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    """Bias on the attention's output projection."""
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMS norm of every query and key head before the rotation (Qwen3, Gemma 3)."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norm_offset: bool = False
+    """Norms multiply by 1 + weight (Gemma)."""
+    post_norms: bool = False
+    """Norms after attention and feed-forward too, before the sum (Gemma 2, 3)."""
+    embed_scale: bool = False
+    """Embeddings are multiplied by sqrt(D) (Gemma)."""
+    query_scale: float | None = None
+    """Queries are multiplied by it; 1 / sqrt(H) if not given."""
+    attention_softcap: float | None = None
+    """s -> cap * tanh(s / cap) on attention scores (Gemma 2)."""
+    logit_softcap: float | None = None
+    """The same on the output logits (Gemma 2)."""
+    max_positions: int = 8192
+    """The context length the model was made for."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response."""
+    source: str = field(default="{}", compare=False)
+    """The config.json it came from, as text: what a saved copy starts from."""
+
+    def __post_init__(self) -> None:
+        for name in ("rope_of_layer", "window_of_layer"):
+            if len(getattr(self, name)) != self.num_layers:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries for "
+                    f"{self.num_layers} layers"
+                )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is no multiple of num_kv_heads "
+                f"{self.num_kv_heads}"
+            )

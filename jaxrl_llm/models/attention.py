@@ -1,0 +1,56 @@
+"""Softmax attention with grouped heads: the reference in plain XLA, and its masks.
+
+B = rows, T = query tokens, S = key tokens, N = query heads, K = key/value heads (each
+serves N / K query heads), H = head size. Scores and softmax are float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+Window = int | Int[Array, ""] | None
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    mask: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(cap(scale * q k^T)) v over the keys that `mask` allows.
+
+    A query that may see no key (padding) gets the mean of all values: finite, unused.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    q = (q * scale).reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(mask[:, None, None], scores, -1e30)
+    probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(B, T, N, H)
+
+
+def packed_mask(
+    sequence_ids: Int[Array, "B T"], positions: Int[Array, "B T"], window: Window
+) -> Bool[Array, "B T T"]:
+    """A token sees its own sequence up to itself, at most `window` tokens back."""
+    same = sequence_ids[:, :, None] == sequence_ids[:, None, :]
+    distance = positions[:, :, None] - positions[:, None, :]
+    return same & (distance >= 0) & _near(distance, window)
+
+
+def cached_mask(
+    positions: Int[Array, "B"], size: int, window: Window
+) -> Bool[Array, "B 1 S"]:
+    """A new token at `positions` sees the cache up to and including itself."""
+    distance = positions[:, None, None] - jnp.arange(size)[None, None, :]
+    return (distance >= 0) & _near(distance, window)
+
+
+def _near(distance: Shaped[Array, "..."], window: Window) -> Bool[Array, "..."]:
+    return jnp.full((), True) if window is None else distance < window

@@ -1,0 +1,195 @@
+"""One Transformer decoder in Flax NNX. Families differ by `Architecture` fields.
+
+Weights are [in, out]-ordered and carry logical axis names in their `axes` metadata.
+Training keeps the layers of a model stacked in one array per weight and scans over
+them; generation keeps one array per layer (`stacked=False`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.models.architecture import Architecture
+
+# (queries, keys, values) -> (attended, whatever is to be kept of keys and values)
+Attend = Callable[..., tuple[Array, Any]]
+RotaryTable = tuple[Float[Array, "B T h"], Float[Array, "B T h"]] | None
+
+
+class Decoder(nnx.Module):
+    """Embedding, L layers, final norm, output matrix."""
+
+    def __init__(self, arch: Architecture, init: "Init", *, stacked: bool):
+        self.arch = arch
+        D, V = arch.hidden_size, arch.vocab_size
+        self.embedding = init((V, D), ("vocab", "embed"), 0.02)
+        if stacked:
+            self.layers = Layer(arch, init.stack(arch.num_layers))
+        else:
+            self.layers = nnx.List([Layer(arch, init) for _ in range(arch.num_layers)])
+        self.norm = Norm(arch, init, D)
+        self.output = (
+            None if arch.tie_embeddings else init((V, D), ("vocab", "embed"), D**-0.5)
+        )
+
+    def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+        """Token embeddings in the compute dtype."""
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
+        if self.arch.embed_scale:
+            x = x * jnp.asarray(self.arch.hidden_size**0.5, dtype)
+        return x
+
+    def output_matrix(self) -> Float[Array, "V D"]:
+        """Rows are what hidden states are multiplied with to give logits."""
+        return (self.embedding if self.output is None else self.output)[...]
+
+    def rotary_tables(self, positions: Int[Array, "B T"]) -> list[RotaryTable]:
+        """Cosines and sines for each kind of position embedding in the model."""
+        tables: list[RotaryTable] = []
+        for rope in self.arch.rope:
+            if rope is None:
+                tables.append(None)
+                continue
+            frequencies = jnp.asarray(rope.frequencies(self.arch.head_dim))
+            angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
+            cos, sin = jnp.cos(angles), jnp.sin(angles)
+            tables.append((cos * rope.attention_factor, sin * rope.attention_factor))
+        return tables
+
+
+class Layer(nnx.Module):
+    """Attention, then a gated feed-forward, each around a residual."""
+
+    def __init__(self, arch: Architecture, init: "Init"):
+        self.arch = arch
+        D, F, H = arch.hidden_size, arch.intermediate_size, arch.head_dim
+        N, K = arch.num_heads, arch.num_kv_heads
+        std = D**-0.5
+
+        def bias(shape, axes, wanted):
+            return init(shape, axes, 0.0) if wanted else None
+
+        self.attention_norm = Norm(arch, init, D)
+        self.q = init((D, N, H), ("embed", "heads", "head"), std)
+        self.k = init((D, K, H), ("embed", "kv_heads", "head"), std)
+        self.v = init((D, K, H), ("embed", "kv_heads", "head"), std)
+        self.o = init((N, H, D), ("heads", "head", "embed"), (N * H) ** -0.5)
+        self.q_bias = bias((N, H), ("heads", "head"), arch.qkv_bias)
+        self.k_bias = bias((K, H), ("kv_heads", "head"), arch.qkv_bias)
+        self.v_bias = bias((K, H), ("kv_heads", "head"), arch.qkv_bias)
+        self.o_bias = bias((D,), ("norm",), arch.output_bias)
+        self.q_norm = Norm(arch, init, H) if arch.qk_norm else None
+        self.k_norm = Norm(arch, init, H) if arch.qk_norm else None
+        self.post_attention_norm = Norm(arch, init, D) if arch.post_norms else None
+        self.mlp_norm = Norm(arch, init, D)
+        self.gate = init((D, F), ("embed", "mlp"), std)
+        self.up = init((D, F), ("embed", "mlp"), std)
+        self.down = init((F, D), ("mlp", "embed"), F**-0.5)
+        self.gate_bias = bias((F,), ("mlp",), arch.mlp_bias)
+        self.up_bias = bias((F,), ("mlp",), arch.mlp_bias)
+        self.down_bias = bias((D,), ("norm",), arch.mlp_bias)
+        self.post_mlp_norm = Norm(arch, init, D) if arch.post_norms else None
+
+    def __call__(
+        self, x: Float[Array, "B T D"], rotary: RotaryTable, attend: Attend
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """The layer's output, and what `attend` keeps."""
+        attended, kept = self._attention(self.attention_norm(x), rotary, attend)
+        x = x + _maybe(self.post_attention_norm, attended)
+        x = x + _maybe(self.post_mlp_norm, self._mlp(self.mlp_norm(x)))
+        return x, kept
+
+    def _attention(self, x, rotary, attend):
+        q = _linear("btd,dnh->btnh", x, self.q, self.q_bias)
+        k = _linear("btd,dnh->btnh", x, self.k, self.k_bias)
+        v = _linear("btd,dnh->btnh", x, self.v, self.v_bias)
+        q, k = _maybe(self.q_norm, q), _maybe(self.k_norm, k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        out, kept = attend(q, k, v)
+        return _linear("btnh,nhd->btd", out, self.o, self.o_bias), kept
+
+    def _mlp(self, x):
+        gate = _linear("btd,df->btf", x, self.gate, self.gate_bias)
+        up = _linear("btd,df->btf", x, self.up, self.up_bias)
+        match self.arch.activation:
+            case "silu":
+                gate = jax.nn.silu(gate)
+            case "gelu_tanh":
+                gate = jax.nn.gelu(gate, approximate=True)
+        return _linear("btf,fd->btd", gate * up, self.down, self.down_bias)
+
+
+class Norm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32.
+
+    Source: Zhang and Sennrich 2019 (arXiv:1910.07467).
+    """
+
+    def __init__(self, arch: Architecture, init: "Init", size: int):
+        self.eps, self.offset = arch.norm_eps, arch.norm_offset
+        self.scale = init((size,), ("norm",), None)
+
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        """Normalises the last axis."""
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32)
+        scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+        if self.offset:
+            return (x32 * (1.0 + scale)).astype(x.dtype)
+        return x32.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Init:
+    """Makes parameters: normal with a given deviation, or ones where it is None.
+
+    `stack(n)` makes every parameter n-fold, with a leading "layers" axis.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, dtype, leading: tuple[int, ...] = ()):
+        self.rngs, self.dtype, self.leading = rngs, dtype, leading
+
+    def stack(self, n: int) -> "Init":
+        """The same initialiser for n layers at once."""
+        return Init(self.rngs, self.dtype, (n,))
+
+    def __call__(self, shape, axes, std: float | None) -> nnx.Param:
+        """A parameter of `shape` whose axes have these logical names."""
+        shape = self.leading + shape
+        axes = ("layers",) * len(self.leading) + axes
+        if std is None:
+            value = jnp.ones(shape, self.dtype)
+        elif std == 0.0:
+            value = jnp.zeros(shape, self.dtype)
+        else:
+            value = std * jax.random.normal(self.rngs.params(), shape, self.dtype)
+        return nnx.Param(value, axes=axes)
+
+
+def rotate(
+    x: Float[Array, "B T N H"], cos: Float[Array, "B T h"], sin: Float[Array, "B T h"]
+) -> Float[Array, "B T N H"]:
+    """Rotates pair (x[i], x[i + H/2]) by the angle of its position, in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    out = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+    return out.astype(x.dtype)
+
+
+def _linear(equation: str, x, weight: nnx.Param, bias: nnx.Param | None):
+    out = jnp.einsum(equation, x, weight[...].astype(x.dtype))
+    if bias is None:
+        return out
+    value = bias[...].astype(x.dtype)
+    return out + jnp.expand_dims(value, tuple(range(out.ndim - value.ndim)))
+
+
+def _maybe(norm: Norm | None, x):
+    return x if norm is None else norm(x)
