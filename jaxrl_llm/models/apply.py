@@ -85,6 +85,19 @@ def output_matrix(params: Params) -> Float[Array, "V D"]:
     return params["output" if "output" in params else "embedding"]
 
 
+def logits(
+    arch: Architecture, params: Params, hidden: Float[Array, "*B D"]
+) -> Float[Array, "*B V"]:
+    """float32 scores of the next token, before any temperature."""
+    matrix = output_matrix(params).astype(hidden.dtype)
+    scores = jnp.einsum(
+        "...d,vd->...v", hidden, matrix, preferred_element_type=jnp.float32
+    )
+    if arch.logit_softcap is not None:
+        scores = arch.logit_softcap * jnp.tanh(scores / arch.logit_softcap)
+    return scores
+
+
 def forward(
     arch: Architecture,
     params: Params,

@@ -1,0 +1,128 @@
+"""Drawing one token per row from logits, on device, without sorting unless asked to.
+
+B = rows, V = vocabulary. Everything is float32.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+_BLOCK = 128  # tokens per block of the two-level inverse of the distribution function
+
+
+class Sampled(NamedTuple):
+    """A token for every row, and how likely it was."""
+
+    tokens: Int[Array, "B"]
+    logprobs: Float[Array, "B"]
+    """Under the distribution that was sampled from."""
+    raw_logprobs: Float[Array, "B"]
+    """Under softmax(logits)."""
+
+
+def row_keys(
+    seeds: Int[Array, "B"], prompt_ids: Int[Array, "B"], samples: Int[Array, "B"]
+) -> Key[Array, "B"]:
+    """One random key per response: a function of what is asked, not of where it runs."""
+
+    def key(seed, prompt_id, sample):
+        return jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(seed), prompt_id), sample
+        )
+
+    return jax.vmap(key)(seeds, prompt_ids, samples)
+
+
+def sample(
+    logits: Float[Array, "B V"],
+    keys: Key[Array, "B"],
+    counts: Int[Array, "B"],
+    temperature: Float[Array, "B"],
+    top_k: Int[Array, "B"],
+    top_p: Float[Array, "B"],
+    min_p: Float[Array, "B"],
+    *,
+    truncated: bool,
+) -> Sampled:
+    """Draws token number `counts` of every response.
+
+    Args:
+      keys: of the responses; the draw uses fold_in(key, count).
+      temperature: 0 takes the most likely token, with log-probability 0.
+      top_k, top_p, min_p: see `Sampling`.
+      truncated: static; False promises that no row uses top_k, top_p or min_p, and
+        saves the sort.
+    """
+    greedy = temperature == 0.0
+    scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
+    if truncated:
+        scaled = truncate(scaled, top_k, top_p, min_p)
+    uniforms = jax.vmap(
+        lambda key, count: jax.random.uniform(jax.random.fold_in(key, count), (2,))
+    )(keys, counts)
+    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), draw(scaled, uniforms))
+    logprobs = jnp.where(greedy, 0.0, _logprob(scaled, tokens))
+    return Sampled(tokens.astype(jnp.int32), logprobs, _logprob(logits, tokens))
+
+
+def truncate(
+    logits: Float[Array, "B V"],
+    top_k: Int[Array, "B"],
+    top_p: Float[Array, "B"],
+    min_p: Float[Array, "B"],
+) -> Float[Array, "B V"]:
+    """Logits with every token that may not be drawn at -inf.
+
+    In vLLM's order: min_p against the most likely token, then the top_k of what is
+    left, then the smallest set of those whose renormalised probability reaches top_p.
+    Tokens exactly as likely as the last one kept are kept too.
+
+    Source: top-k Fan et al. 2018 (arXiv:1805.04833); top-p Holtzman et al. 2020
+    (arXiv:1904.09751); min-p Nguyen et al. 2024 (arXiv:2407.01082).
+    """
+    V = logits.shape[-1]
+    floor = logits.max(axis=-1) + jnp.log(min_p)
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    kth = jnp.where(top_k < 1, V, jnp.minimum(top_k, V)) - 1
+    floor = jnp.maximum(floor, jnp.take_along_axis(ordered, kth[:, None], axis=1)[:, 0])
+    ordered = jnp.where(ordered >= floor[:, None], ordered, -jnp.inf)
+    probs = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probs, axis=-1) - probs
+    kept = (before < top_p[:, None]) & jnp.isfinite(ordered)
+    # top_p = 1 keeps everything, however the sum above was rounded.
+    kept |= (top_p >= 1.0)[:, None] & jnp.isfinite(ordered)
+    floor = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1)
+    return jnp.where(logits >= floor[:, None], logits, -jnp.inf)
+
+
+def draw(
+    logits: Float[Array, "B V"], uniforms: Float[Array, "B 2"]
+) -> Int[Array, "B"]:
+    """A token from softmax(logits) by inverting its distribution function twice.
+
+    The first uniform number picks a block of 128 neighbouring tokens with its total
+    probability, the second a token within it. One pass over the vocabulary, and two
+    random numbers per token instead of V.
+    """
+    B, V = logits.shape
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    weights = jnp.pad(weights, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
+    block = _invert(weights.sum(axis=-1), uniforms[:, 0])
+    inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
+    return block * _BLOCK + _invert(inside, uniforms[:, 1])
+
+
+def _invert(weights: Float[Array, "B n"], uniforms: Float[Array, "B"]):
+    """Index i with probability weights[i] / sum; never one whose weight is 0."""
+    total = jnp.cumsum(weights, axis=-1)
+    index = jnp.sum(total <= uniforms[:, None] * total[:, -1:], axis=-1)
+    places = jnp.arange(weights.shape[-1])[None]
+    last = jnp.max(jnp.where(weights > 0, places, 0), axis=-1)
+    return jnp.minimum(index, last).astype(jnp.int32)
+
+
+def _logprob(logits: Float[Array, "B V"], tokens: Int[Array, "B"]):
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
