@@ -21,19 +21,25 @@ from jaxrl_llm.models.apply import (
     unstack,
 )
 from jaxrl_llm.models.architecture import Architecture, Rope
+from jaxrl_llm.models.families import architecture
+from jaxrl_llm.models.huggingface import Model, load, save
 
 __all__ = [
     "Architecture",
     "Cache",
+    "Model",
     "Rope",
     "abstract_params",
+    "architecture",
     "decode",
     "forward",
     "init",
+    "load",
     "logical_axes",
     "logits",
     "num_params",
     "output_matrix",
     "prefill",
+    "save",
     "unstack",
 ]

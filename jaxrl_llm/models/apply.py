@@ -150,7 +150,7 @@ def prefill(
     arch: Architecture,
     params: Params,
     tokens: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     *,
     dtype,
 ) -> tuple[Float[Array, "B D"], Cache]:
@@ -186,8 +186,8 @@ def prefill(
 def decode(
     arch: Architecture,
     params: Params,
-    tokens: Int[Array, "B"],
-    positions: Int[Array, "B"],
+    tokens: Int[Array, " B"],
+    positions: Int[Array, " B"],
     cache: Cache,
     *,
     dtype,

@@ -45,7 +45,7 @@ def packed_mask(
 
 
 def cached_mask(
-    positions: Int[Array, "B"], size: int, window: Window
+    positions: Int[Array, " B"], size: int, window: Window
 ) -> Bool[Array, "B 1 S"]:
     """A new token at `positions` sees the cache up to and including itself."""
     distance = positions[:, None, None] - jnp.arange(size)[None, None, :]

