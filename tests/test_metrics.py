@@ -1,0 +1,387 @@
+"""Expected values are worked by hand in the comments, or say where they are from."""
+
+import json
+import struct
+import time
+
+import numpy as np
+import pytest
+
+from jaxrl_llm import config, loggers, metrics
+from jaxrl_llm.batch import Completion, Prompt
+from jaxrl_llm.rewards import Scores
+
+
+def writer(run_dir, *names):
+    return metrics.MetricsWriter(run_dir, names, "project", {"seed": 3})
+
+
+def completion(prompt_id, sample, length, reason="stop"):
+    return Completion(
+        prompt_id=prompt_id,
+        sample=sample,
+        tokens=np.arange(length, dtype=np.int32),
+        logprobs=np.zeros(length, np.float32),
+        raw_logprobs=np.zeros(length, np.float32),
+        finish_reason=reason,
+        weight_version=7,
+        text=f"reply {prompt_id}.{sample}",
+    )
+
+
+def prompt(id, content="2+2?", tokens=(1, 2, 3), **columns):
+    return Prompt(id=id, content=content, tokens=tokens, columns=columns)
+
+
+PROMPTS = [prompt(5, answer="4"), prompt(6, tokens=(1,), answer="4")]
+COMPLETIONS = [
+    [completion(5, 0, 2), completion(5, 1, 6, "length")],
+    [completion(6, 0, 3), completion(6, 1, 1)],
+]
+SCORES = Scores(
+    total=np.array([[1, 0], [2, 2]], np.float32),
+    by_function={
+        "exact": np.array([[1, 0], [1, 1]], np.float32),
+        "style": np.array([[np.nan, 0], [np.nan, 1]], np.float32),
+        "idle": np.full((2, 2), np.nan, np.float32),
+    },
+    errors={"exact": 0, "style": 2, "idle": 0},
+)
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    with writer(tmp_path) as w:
+        w.write(0, {"val": 0.25})
+        w.write(1, {"loss": np.float32(0.5), "count": 3, "bad": float("nan")})
+        # Flushed: another reader sees it before the file is closed.
+        assert metrics.read(tmp_path) == [
+            {"step": 0, "val": 0.25},
+            {"step": 1, "loss": 0.5, "count": 3.0, "bad": None},
+        ]
+    columns = metrics.table(tmp_path)
+    np.testing.assert_array_equal(columns["step"], [0, 1])
+    np.testing.assert_array_equal(columns["val"], [0.25, np.nan])
+    np.testing.assert_array_equal(columns["loss"], [np.nan, 0.5])
+    np.testing.assert_array_equal(columns["bad"], [np.nan, np.nan])
+    assert metrics.table([])["step"].shape == (0,)
+
+
+def test_the_table_fits_into_pandas(tmp_path):
+    pytest.importorskip("pandas")
+    frame = metrics.to_pandas([{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}])
+    assert frame["loss"].to_dict() == {2: 0.5, 4: 0.25}
+
+
+def test_a_line_torn_by_a_killed_process_is_dropped(tmp_path):
+    with writer(tmp_path) as w:
+        w.write(1, {"loss": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert [line["step"] for line in metrics.read(tmp_path)] == [1]
+    with writer(tmp_path) as w:
+        w.write(2, {"loss": 0.25})
+    assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
+        metrics.read(tmp_path)
+    with pytest.raises(ValueError, match="line 2"):
+        writer(tmp_path)
+
+
+def test_no_metrics_at_all_is_an_error_that_names_the_directory(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.*a run directory"):
+        metrics.read(tmp_path / "nowhere")
+
+
+def test_rewind_drops_what_is_later_and_keeps_the_rest(tmp_path):
+    with writer(tmp_path) as w:
+        for step in range(4):
+            w.write(step, {"loss": float(step)})
+            w.write_rollouts(step, "train", [{"step": step}])
+        w.write_rollouts(2, "val", [])
+        w.rewind(1)
+        assert [line["step"] for line in metrics.read(tmp_path)] == [0, 1]
+        assert [(s, n) for s, n, _ in metrics.rollout_files(tmp_path)] == [
+            (0, "train"),
+            (1, "train"),
+        ]
+        w.write(2, {"loss": 9.0})
+    assert metrics.read(tmp_path)[-1] == {"step": 2, "loss": 9.0}
+    with writer(tmp_path) as w:
+        w.rewind(-1)
+    assert metrics.read(tmp_path) == []
+    assert metrics.rollout_files(tmp_path) == []
+
+
+def test_a_step_is_written_once(tmp_path):
+    with writer(tmp_path) as w:
+        w.write(3, {})
+        with pytest.raises(ValueError, match="ends with step 3, got step 3"):
+            w.write(3, {})
+    with writer(tmp_path) as w, pytest.raises(ValueError, match="got step 2"):
+        w.write(2, {})
+
+
+def test_a_metric_that_is_not_one_number_is_an_error_that_names_it(tmp_path):
+    with writer(tmp_path) as w, pytest.raises(ValueError, match="'loss' must be one"):
+        w.write(1, {"loss": np.zeros(2)})
+
+
+def test_a_rollout_file_is_written_whole_or_not_at_all(tmp_path):
+    with writer(tmp_path) as w:
+        w.write_rollouts(12, "train", [{"text": "a\u2028b\ud800"}, {"text": "c"}])
+        with pytest.raises(TypeError):
+            w.write_rollouts(12, "train", [{"text": "new"}, {"text": object()}])
+    path = tmp_path / "rollouts" / "train_000012.jsonl"
+    lines = path.read_text().split("\n")
+    assert [json.loads(line)["text"] for line in lines[:-1]] == ["a\u2028b\ud800", "c"]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_the_run_directory_says_what_ran_and_where(tmp_path):
+    dataset = {"path": "x.jsonl"}
+    cfg = config.parse(
+        {
+            "output_dir": str(tmp_path),
+            "model": {"path": "mödel"},
+            "data": {"train": dataset},
+            "rollout": {"stop": ["\n\n"]},
+            "reward": {"functions": [{"name": "exact"}]},
+            "trainer": {"total_training_steps": 3},
+        },
+        "test",
+    )
+    metrics.MetricsWriter(tmp_path, [], "p", cfg.model_dump(mode="json")).close()
+    assert config.load(tmp_path / "config.yaml") == cfg
+    found = json.loads((tmp_path / "versions.json").read_text())
+    assert found["platform"] == "cpu" and found["num_devices"] == 8
+    assert {"python", "jax", "flax", "optax", "jaxrl-llm", "git_commit"} <= set(found)
+
+
+def test_batch_metrics_by_hand():
+    advantages = np.array([[0.5, -0.5], [0, 0]])
+    found = metrics.batch_metrics(PROMPTS, COMPLETIONS, SCORES, advantages)
+    assert found == {
+        "critic/rewards/mean": 1.25,  # (1 + 0 + 2 + 2) / 4
+        "critic/rewards/max": 2.0,
+        "critic/rewards/min": 0.0,
+        "critic/score/mean": 1.25,
+        "critic/advantages/mean": 0.0,
+        "critic/advantages/max": 0.5,
+        "critic/advantages/min": -0.5,
+        "response_length/mean": 3.0,  # (2 + 6 + 3 + 1) / 4
+        "response_length/max": 6.0,
+        "response_length/min": 1.0,
+        "response_length/clip_ratio": 0.25,  # one of four
+        "prompt_length/mean": 2.0,  # (3 + 1) / 2
+        "prompt_length/max": 3.0,
+        "prompt_length/min": 1.0,
+        "training/groups_all_equal": 0.5,  # the second group
+        "reward/exact/mean": 0.75,
+        "reward/style/mean": 0.5,  # of the two it judged
+        "reward_errors/style": 2.0,
+    }
+
+
+def test_rollout_records_hold_one_completion_each():
+    records = metrics.rollout_records(
+        12, "train", "train", PROMPTS, COMPLETIONS, SCORES, advantage=SCORES.total / 2
+    )
+    assert [(r["prompt_id"], r["sample"]) for r in records] == [
+        (5, 0),
+        (5, 1),
+        (6, 0),
+        (6, 1),
+    ]
+    assert records[1] == {
+        "step": 12,
+        "split": "train",
+        "kind": "train",
+        "prompt_id": 5,
+        "sample": 1,
+        "prompt": "2+2?",
+        "content": "2+2?",
+        "completion": "reply 5.1",
+        "answer": "4",
+        "reward": 0.0,
+        "scores": {"exact": 0.0, "style": 0.0, "idle": None},
+        "advantage": 0.0,
+        "finish_reason": "length",
+        "num_tokens": 6,
+        "tokens": [0, 1, 2, 3, 4, 5],
+        "weight_version": 7,
+    }
+    json.dumps(records, allow_nan=False)
+
+
+def test_the_question_of_a_chat_is_its_last_user_message():
+    chat = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "first"},
+        {"role": "user", "content": [{"type": "text", "text": "second"}]},
+        {"role": "assistant", "content": "<think>"},
+    ]
+    assert metrics.last_user_message(prompt(1, chat)) == "second"
+    assert metrics.last_user_message(prompt(1, chat[:1])) == "be brief"
+
+
+def test_the_accuracy_to_show_is_greedy_if_there_is_one():
+    names = ["loss", "val-core/a/acc/mean@4/ci95_low", "val-core/a/acc/mean@4"]
+    assert metrics.accuracy_name(names) == "val-core/a/acc/mean@4"
+    assert metrics.accuracy_name([*names, "val-core/a/acc/greedy"]) == (
+        "val-core/a/acc/greedy"
+    )
+    assert metrics.accuracy_name(["loss"]) is None
+
+
+def test_timer_adds_up_phases(monkeypatch):
+    # Made at 0; gen 1..4 and 5..6; read at 10.
+    clock = iter([0.0, 1.0, 4.0, 5.0, 6.0, 10.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    timer = metrics.Timer()
+    with timer("gen"):
+        pass
+    with timer("gen"):
+        pass
+    assert timer.metrics() == {"timing_s/gen": 4.0, "timing_s/step": 10.0}
+
+
+def test_throughput_is_per_second_and_device():
+    assert metrics.throughput(1200, 3.0, 4) == {
+        "perf/total_num_tokens": 1200.0,
+        "perf/time_per_step": 3.0,
+        "perf/throughput": 100.0,
+    }
+
+
+def test_train_flops_is_verls_number():
+    # Qwen3-8B on sequences of 512, 1024 and 2048 tokens; veRL 0.9.1's flops counter
+    # gives 180.997438046208 TFLOP. Weights per layer: q and o 4096 x 4096, k and v
+    # 4096 x 1024, three of 4096 x 12288; embedding and output 151936 x 4096 each.
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288
+    found = metrics.train_flops(
+        num_params_matmul=36 * layer + 2 * 151936 * 4096,
+        num_tokens=512 + 1024 + 2048,
+        sum_of_squared_lengths=512**2 + 1024**2 + 2048**2,
+        layers=36,
+        heads=32,
+        head_dim=128,
+    )
+    assert found == pytest.approx(180.997438046208e12, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "kind, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA L4", 121e12),
+        ("TPU v4", 275e12),
+        ("TPU v5 lite", 197e12),
+        ("TPU v5", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA L40S", None),
+        ("NVIDIA H20", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("TPU v4 lite", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_flops_of_known_devices_only(kind, peak):
+    assert metrics.peak_flops(kind) == peak
+
+
+def test_mfu_is_left_out_where_the_peak_is_not_known():
+    # 2 devices could have done 2 * 312e12 in one second.
+    assert metrics.mfu(312e12, 1.0, "NVIDIA A100-SXM4-80GB", 2) == {
+        "perf/mfu/actor": 0.5
+    }
+    assert metrics.mfu(1e12, 1.0, "cpu", 8) == {}
+
+
+def event_points(directory):
+    """(tag, step, value) in TensorBoard's record files: length, crc, event, crc."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    for path in sorted(directory.iterdir(), key=lambda p: p.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack_from("<Q", data)
+            event = Event.FromString(data[12 : 12 + length])
+            for value in event.summary.value:
+                yield value.tag, event.step, value.simple_value
+            data = data[12 + length + 4 :]
+
+
+def test_tensorboard_gets_every_number(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with writer(tmp_path, "tensorboard") as w:
+        w.write(1, {"val-core/all/acc/mean@8": 0.5, "loss": 2.0})
+        w.rewind(0)
+        w.write(1, {"loss": 3.0})
+    assert set(event_points(tmp_path / "tensorboard")) == {
+        ("val-core/all/acc/mean_at_8", 1, 0.5),
+        ("loss", 1, 2.0),
+        ("loss", 1, 3.0),
+    }
+
+
+@pytest.mark.filterwarnings("default")
+def test_wandb_gets_every_step_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with writer(tmp_path, "wandb") as w:
+        w.write(1, {"val-core/all/acc/mean@8": 0.5})
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    # wandb's own process may write the file a moment after `finish` returns.
+    deadline = time.monotonic() + 30
+    while b"val-core/all/acc/mean@8" not in file.read_bytes():
+        assert time.monotonic() < deadline, "nothing was written"
+        time.sleep(0.1)
+
+
+@pytest.mark.filterwarnings("default")
+def test_mlflow_gets_parameters_and_numbers(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    with writer(tmp_path / "run", "mlflow") as w:
+        w.write(1, {"mean@8": 0.5})
+        w.write(2, {"mean@8": 0.75})
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("project").experiment_id
+    (run,) = client.search_runs([experiment])
+    assert run.data.params == {"seed": "3"} and run.info.status == "FINISHED"
+    history = client.get_metric_history(run.info.run_id, "mean_at_8")
+    assert [(m.step, m.value) for m in history] == [(1, 0.5), (2, 0.75)]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
+def test_a_missing_logger_is_an_error_before_anything_is_written(
+    tmp_path, monkeypatch, name
+):
+    package = {"tensorboard": "tensorboardX"}.get(name, name)
+    monkeypatch.setitem(metrics.trackers.importlib.sys.modules, package, None)
+    with pytest.raises(ImportError, match=rf"{name}.*jaxrl-llm\[tracking\]"):
+        writer(tmp_path / "run", name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_logger_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ValueError, match="'print'; known: tensorboard, wandb"):
+        loggers.find("print")
+
+
+def test_nested_settings_become_dotted_names():
+    assert loggers.flat({"a": {"b": 1, "c": {}}, "d": [2]}) == {
+        "a.b": 1,
+        "a.c": {},
+        "d": [2],
+    }
