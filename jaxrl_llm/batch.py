@@ -6,11 +6,14 @@ is the log-probability of `tokens[r, t]` given the tokens before it in its seque
 no caller ever shifts. Positions where `response_mask` is False hold 0, never garbage.
 """
 
-from collections.abc import Mapping
+import bisect
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -55,3 +58,248 @@ class Completion:
     """Which `Engine.load` produced the weights that sampled it."""
     text: str
     """Decoded, without special tokens and without the stop string."""
+
+
+@no_type_check  # JAX also builds such trees of NumPy arrays, shapes or shardings
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainBatch:
+    """Sequences (prompt, then response) in rows, scored and ready for an update.
+
+    A row holds one or more whole sequences one after the other, then padding. NumPy
+    arrays on the host, JAX arrays on devices.
+    """
+
+    tokens: Int[Array, "R T"]
+    sequence_ids: Int[Array, "R T"]
+    """Which sequence of the batch a token belongs to, 0 .. num_sequences - 1; -1 on
+    padding."""
+    positions: Int[Array, "R T"]
+    """Index of a token within its sequence, from 0."""
+    response_mask: Bool[Array, "R T"]
+    """True on tokens the policy sampled, the stop token included."""
+    sampler_logprobs: Float[Array, "R T"]
+    """Under the distribution that was sampled from, nats."""
+    advantages: Float[Array, "R T"]
+    ref_logprobs: Float[Array, "R T"] | None = None
+    """Under the reference policy, nats; None without one."""
+    old_logprobs: Float[Array, "R T"] | None = None
+    """Under the policy that the trust region is centred on, nats.
+
+    None: that is the policy before this very update, so the update takes its own
+    log-probabilities, not differentiated: ratio = exp(logprobs - sg(logprobs)), whose
+    value is 1 and whose gradient is that of logprobs. Exact for the first update after
+    generation, without another forward pass."""
+    num_sequences: int = dataclasses.field(metadata={"static": True})
+    """Sequence ids are below it. An id that no token has is a sequence without tokens,
+    which counts nowhere."""
+    response_capacity: int = dataclasses.field(metadata={"static": True})
+    """No row has more response tokens than this; see `logprobs.of_tokens`."""
+
+
+def make_rows(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    advantages: Float[np.ndarray, "P G"],
+    *,
+    pack_length: int | None = None,
+    rows_multiple: int = 1,
+) -> TrainBatch:
+    """Lays out prompts and their completions as NumPy rows.
+
+    Sequence p * G + g is response g to prompt p. Row lengths, row counts and the
+    capacity are rounded up to a `bucket`, so that a compiled update meets few shapes.
+
+    Args:
+      completions: G of them for every prompt, by sample.
+      pack_length: tokens in a row, which several sequences share; one sequence per row
+        if not given.
+      rows_multiple: the number of rows is a multiple of it; rows of padding are added.
+
+    Raises:
+      ValueError: the arguments do not belong together, a prompt is empty, or a sequence
+        is longer than `pack_length`.
+    """
+    P, G = advantages.shape
+    groups = [len(group) for group in completions]
+    if len(prompts) != P or groups != [G] * P:
+        raise ValueError(
+            f"advantages are {P} x {G}, but there are {len(prompts)} prompts with "
+            f"{groups} completions"
+        )
+    values = advantages.tolist()
+    sequences = [
+        _sequence(p * G + g, P * G, prompts[p], completions[p][g], values[p][g])
+        for p in range(P)
+        for g in range(G)
+    ]
+    one_row = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *sequences)
+    return _arrange(one_row, [range(P * G)], pack_length, rows_multiple)[0]
+
+
+def mini_batches(
+    batch: TrainBatch,
+    num_prompts: int,
+    group_size: int,
+    *,
+    pack_length: int | None = None,
+    rows_multiple: int = 1,
+    seed: int | None = None,
+) -> list[TrainBatch]:
+    """Splits `batch` into parts of `num_prompts` prompts, all of the same shape.
+
+    The last part may hold fewer; rows of padding make up for them. Sequence ids are
+    counted anew in each part.
+
+    Args:
+      batch: NumPy arrays. Sequence p * group_size + g is response g to prompt p.
+      pack_length: as in `make_rows`, as well as `rows_multiple`.
+      seed: of a random order of the prompts; their own order if not given.
+
+    Raises:
+      ValueError: `group_size` does not divide the number of sequences.
+    """
+    if batch.num_sequences % group_size:
+        raise ValueError(
+            f"{batch.num_sequences} sequences are no whole number of groups of "
+            f"{group_size}"
+        )
+    groups = np.arange(batch.num_sequences).reshape(-1, group_size)
+    if seed is not None:
+        groups = np.random.default_rng(seed).permutation(groups)
+    starts = range(0, len(groups), num_prompts)
+    parts = [groups[start : start + num_prompts].ravel().tolist() for start in starts]
+    return _arrange(batch, parts, pack_length, rows_multiple)
+
+
+def pad_rows(batch: TrainBatch, num_rows: int) -> TrainBatch:
+    """`batch` with rows of padding added up to `num_rows`; JAX arrays."""
+    extra = ((0, num_rows - batch.tokens.shape[0]), (0, 0))
+    padded = jax.tree.map(lambda x: jnp.pad(x, extra), batch)
+    ids = jnp.pad(batch.sequence_ids, extra, constant_values=-1)
+    return dataclasses.replace(padded, sequence_ids=ids)
+
+
+def lay_out(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
+    """Which sequences share a row: best-fit decreasing, or one each without a length.
+
+    The longest sequence goes first, each into the fullest row that has room for it.
+
+    Returns:
+      Indices into `lengths`, row by row.
+
+    Raises:
+      ValueError: a sequence is longer than a row.
+
+    Source: Johnson et al. 1974 (doi:10.1137/0203025).
+    """
+    if row_length is None:
+        return [[i] for i in range(len(lengths))]
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens that still fit, row), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[i] > row_length:
+            raise ValueError(
+                f"sequence {i} has {lengths[i]} tokens, more than pack_length "
+                f"{row_length}"
+            )
+        fit = bisect.bisect_left(rooms, (lengths[i], 0))
+        if fit == len(rooms):
+            rows.append([])
+            rooms.append((row_length, len(rows) - 1))
+        room, row = rooms.pop(fit)
+        rows[row].append(i)
+        bisect.insort(rooms, (room - lengths[i], row))
+    return rows
+
+
+def bucket(n: int, step: int = 1) -> int:
+    """n rounded up to a multiple of `step`, or of 2^k / 8 if that is more, where
+    2^k < n <= 2^(k + 1).
+
+    Adds less than `step` or an eighth of n; every doubling has at most eight sizes.
+    """
+    step = max(step, 1 << (n - 1).bit_length() >> 4)
+    return -(-n // step) * step
+
+
+def _sequence(
+    index: int,
+    num_sequences: int,
+    prompt: Prompt,
+    completion: Completion,
+    advantage: float,
+) -> TrainBatch:
+    """One row, one sequence, no padding."""
+    if completion.prompt_id != prompt.id:
+        raise ValueError(
+            f"a completion of prompt {completion.prompt_id} stands with prompt "
+            f"{prompt.id}"
+        )
+    if len(completion.logprobs) != len(completion.tokens):
+        raise ValueError(
+            f"completion {completion.sample} of prompt {prompt.id} has "
+            f"{len(completion.tokens)} tokens but {len(completion.logprobs)} logprobs"
+        )
+    if not prompt.tokens:
+        raise ValueError(f"prompt {prompt.id} has no tokens; nothing to condition on")
+    start, length = len(prompt.tokens), len(prompt.tokens) + len(completion.tokens)
+    mask = np.arange(length) >= start
+    logprobs = np.concatenate([np.zeros(start), completion.logprobs])
+    return TrainBatch(
+        tokens=np.concatenate([prompt.tokens, completion.tokens])[None].astype(
+            np.int32
+        ),
+        sequence_ids=np.full((1, length), index, np.int32),
+        positions=np.arange(length, dtype=np.int32)[None],
+        response_mask=mask[None],
+        sampler_logprobs=logprobs[None].astype(np.float32),
+        advantages=np.where(mask, advantage, 0.0)[None].astype(np.float32),
+        num_sequences=num_sequences,
+        response_capacity=0,  # decided with the layout
+    )
+
+
+def _arrange(
+    batch: TrainBatch,
+    parts: Sequence[Sequence[int]],
+    pack_length: int | None,
+    rows_multiple: int,
+) -> list[TrainBatch]:
+    """The sequences of each part in rows of their own; all parts have one shape."""
+    flat_ids = batch.sequence_ids.ravel()
+    order = np.argsort(flat_ids, kind="stable")
+    bounds = np.searchsorted(flat_ids[order], np.arange(batch.num_sequences + 1))
+    spans = [order[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    responses = [int(batch.response_mask.ravel()[span].sum()) for span in spans]
+
+    # (part, its rows as indices into it)
+    layouts = [
+        (part, lay_out([len(spans[s]) for s in part], pack_length)) for part in parts
+    ]
+    num_rows = max(len(rows) for _, rows in layouts)
+    if pack_length is not None:  # how many rows it takes differs from step to step
+        num_rows = bucket(num_rows)
+    shape = (
+        -(-num_rows // rows_multiple) * rows_multiple,
+        pack_length or bucket(max(map(len, spans)), step=16),
+    )
+    most = max(sum(responses[p[i]] for i in row) for p, rows in layouts for row in rows)
+    static = {
+        "num_sequences": max(map(len, parts)),
+        "response_capacity": min(bucket(max(most, 1), step=8), shape[1]),
+    }
+
+    def fill(part, rows) -> TrainBatch:
+        source, ids = np.full(shape, -1), np.full(shape, -1, np.int32)
+        for r, row in enumerate(rows):
+            taken = [spans[part[i]] for i in row]
+            end = sum(map(len, taken))
+            source[r, :end] = np.concatenate(taken)
+            ids[r, :end] = np.repeat(row, [len(span) for span in taken])
+        moved = jax.tree.map(
+            lambda x: np.where(source < 0, x.dtype.type(0), x.ravel()[source]), batch
+        )
+        return dataclasses.replace(moved, sequence_ids=ids, **static)
+
+    return [fill(part, rows) for part, rows in layouts]

@@ -4,10 +4,11 @@
 anything is loaded. Keys that share veRL's name keep veRL's meaning.
 """
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import pydantic
 import yaml
@@ -91,7 +92,7 @@ class SamplingConfig(_Section):
     """Only tokens at least min_p times as likely as the most likely one."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "SamplingConfig":
         if self.top_k == 0:
             raise ValueError("top_k is 0, which keeps no token; -1 keeps all")
         return self
@@ -157,7 +158,7 @@ class OptimConfig(_Section):
     """cosine and linear end at lr * min_lr_ratio."""
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "OptimConfig":
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
         return self
@@ -278,7 +279,7 @@ class Config(_Section):
     trainer: TrainerConfig
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> "Config":
         problems = list(_misfits(self))
         if problems:
             raise ValueError("; ".join(problems))
@@ -340,13 +341,64 @@ def parse(values: Mapping[str, Any], source: str) -> Config:
         raise ConfigError(explain(error, source)) from None
 
 
-def load(path: str | Path) -> Config:
-    """Reads a YAML file.
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies command-line overrides.
+
+    Args:
+      overrides: `--section.key value` pairs; see `override`.
 
     Raises:
       ConfigError: no such file, not YAML, or not a valid config.
     """
-    return parse(read(path), str(path))
+    return parse(override(read(path), overrides), str(path))
+
+
+def override(values: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """`values` with `--section.key value` or `--section.key=value` put in.
+
+    Values are YAML; hyphens in keys stand for underscores; a number selects an entry of
+    a list. Whether a key exists is left to `parse`, so that a typing error on the
+    command line and one in the file read the same.
+
+    Raises:
+      ConfigError: not of this form.
+    """
+    result = copy.deepcopy(dict(values))
+    rest = list(arguments)
+    while rest:
+        flag, equals, text = rest.pop(0).partition("=")
+        if not flag.startswith("--") or (not equals and not rest):
+            raise ConfigError(f"{flag}: expected --section.key VALUE")
+        keys = flag.removeprefix("--").replace("-", "_").split(".")
+        put(result, keys, yaml.safe_load(text if equals else rest.pop(0)))
+    return result
+
+
+def put(tree: Any, keys: Sequence[str], value: Any) -> None:
+    """Sets tree[keys[0]][keys[1]]... in place, making sections that are not there.
+
+    Raises:
+      ConfigError: the path leads through something that has no keys.
+    """
+    path = ".".join(keys)
+    for key in keys[:-1]:
+        if isinstance(tree, list):
+            tree = tree[_index(tree, key, path)]
+        elif isinstance(tree, dict):
+            tree = tree.setdefault(key, {})
+    last = keys[-1]
+    if isinstance(tree, list):
+        tree[_index(tree, last, path)] = value
+    elif isinstance(tree, dict):
+        tree[last] = value
+    else:
+        raise ConfigError(f"{path}: {tree!r} is no section that could have {last!r}")
+
+
+def _index(entries: list, key: str, path: str) -> int:
+    if not key.isdecimal() or int(key) >= len(entries):
+        raise ConfigError(f"{path}: {key} is not an entry of a list of {len(entries)}")
+    return int(key)
 
 
 def read(path: str | Path) -> Mapping[str, Any]:

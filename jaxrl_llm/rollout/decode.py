@@ -33,12 +33,12 @@ class Rows:
     """What stays the same while the rows of a wave are decoded. Padding rows are done
     from the start."""
 
-    keys: Key[Array, "B"]
-    temperature: Float[Array, "B"]
-    top_k: Int[Array, "B"]
-    top_p: Float[Array, "B"]
-    min_p: Float[Array, "B"]
-    max_tokens: Int[Array, "B"]
+    keys: Key[Array, " B"]
+    temperature: Float[Array, " B"]
+    top_k: Int[Array, " B"]
+    top_p: Float[Array, " B"]
+    min_p: Float[Array, " B"]
+    max_tokens: Int[Array, " B"]
     stop_ids: Int[Array, "B n"]
     """Token ids that end a row; -1 fills up."""
 
@@ -48,13 +48,13 @@ class Rows:
 class Decoding:
     """What changes with every token."""
 
-    tokens: Int[Array, "B"]
+    tokens: Int[Array, " B"]
     """The newest token of each row; not in the cache yet."""
-    positions: Int[Array, "B"]
+    positions: Int[Array, " B"]
     """Where it stands."""
-    counts: Int[Array, "B"]
+    counts: Int[Array, " B"]
     """Tokens sampled so far."""
-    done: Bool[Array, "B"]
+    done: Bool[Array, " B"]
     cache: Cache
 
 
@@ -104,20 +104,8 @@ class JaxEngine:
                 models.logical_axes(arch, stacked=False), mesh, rules.GENERATE
             ),
         )
-        cache_sharding = NamedSharding(mesh, P("data", None, "tensor"))
-        self._prefill = jax.jit(
-            functools.partial(_prefill, arch, dtype=dtype), static_argnames="truncated"
-        )
-        self._expand = jax.jit(
-            _expand,
-            static_argnames="size",
-            out_shardings=cache_sharding,
-        )
-        self._decode = jax.jit(
-            functools.partial(_decode, arch, dtype=dtype, chunk=decode_chunk),
-            static_argnames="truncated",
-            donate_argnames="state",
-        )
+        self._cache_sharding = NamedSharding(mesh, P("data", None, "tensor"))
+        self._shape = {"arch": arch, "dtype": jnp.dtype(dtype)}
 
     def load(self, params: Any) -> int:
         """Takes weights in the training layout. Returns their version, from 0."""
@@ -172,8 +160,13 @@ class JaxEngine:
                 return
             done[: len(rows)] |= [row.done for row in rows]
             state = replace(state, done=self._put(done))
-            state, outputs = self._decode(
-                self._params, state=state, rows=static, truncated=truncated
+            state, outputs = _decode(
+                self._params,
+                state,
+                static,
+                chunk=self._chunk,
+                truncated=truncated,
+                **self._shape,
             )
             outputs = jax.tree.map(np.asarray, outputs)
 
@@ -188,11 +181,18 @@ class JaxEngine:
         of_row = np.zeros(static.temperature.shape[0], np.int32)
         of_row[: len(rows)] = [place[id(row.request)] for row in rows]
 
-        sampled, cache, positions, done = self._prefill(
-            self._params, tokens, lengths, of_row, len(rows), static,
+        sampled, cache, positions, done = _prefill(
+            self._params,
+            tokens,
+            lengths,
+            of_row,
+            len(rows),
+            static,
             truncated=truncated,
-        )  # fmt: skip
-        cache = self._expand(cache, of_row, size=max(_length(total), tokens.shape[1]))
+            **self._shape,
+        )
+        size = max(_length(total), tokens.shape[1])
+        cache = _expand(cache, of_row, size=size, sharding=self._cache_sharding)
         state = Decoding(
             tokens=sampled.tokens,
             positions=positions,
@@ -275,18 +275,19 @@ class JaxEngine:
         return jax.device_put(tree, self._rows_sharding)
 
 
+@functools.partial(jax.jit, static_argnames=("arch", "dtype", "truncated"))
 def _prefill(
-    arch: Architecture,
     params: Any,
     tokens: Int[Array, "P T"],
-    lengths: Int[Array, "P"],
-    of_row: Int[Array, "B"],
+    lengths: Int[Array, " P"],
+    of_row: Int[Array, " B"],
     num_rows: Int[Array, ""],
     rows: Rows,
     *,
+    arch: Architecture,
     dtype: Any,
     truncated: bool,
-) -> tuple[Sampled, Cache, Int[Array, "B"], Bool[Array, "B"]]:
+) -> tuple[Sampled, Cache, Int[Array, " B"], Bool[Array, " B"]]:
     """The first token of every row, the prompts' cache, next positions, who is done."""
     hidden, cache = models.prefill(arch, params, tokens, lengths, dtype=dtype)
     counts = jnp.zeros_like(of_row)
@@ -296,20 +297,27 @@ def _prefill(
     return sampled, cache, lengths[of_row], done
 
 
-def _expand(cache: Cache, of_row: Int[Array, "B"], size: int) -> Cache:
+@functools.partial(jax.jit, static_argnames=("size", "sharding"))
+def _expand(
+    cache: Cache, of_row: Int[Array, " B"], *, size: int, sharding: NamedSharding
+) -> Cache:
     """Each row's copy of its prompt's cache, with room for `size` positions."""
-    room = size - cache.size
-    return jax.tree.map(
-        lambda x: jnp.pad(x, ((0, 0), (0, room), (0, 0), (0, 0)))[of_row], cache
-    )
+    room = ((0, 0), (0, size - cache.size), (0, 0), (0, 0))
+    cache = jax.tree.map(lambda x: jnp.pad(x, room)[of_row], cache)
+    return jax.lax.with_sharding_constraint(cache, sharding)
 
 
+@functools.partial(
+    jax.jit,
+    static_argnames=("arch", "dtype", "chunk", "truncated"),
+    donate_argnames="state",
+)
 def _decode(
-    arch: Architecture,
     params: Any,
     state: Decoding,
     rows: Rows,
     *,
+    arch: Architecture,
     dtype: Any,
     chunk: int,
     truncated: bool,
@@ -368,7 +376,7 @@ def _sample(arch, params, hidden, rows: Rows, counts, truncated: bool) -> Sample
     )
 
 
-def _ended(rows: Rows, tokens: Int[Array, "B"], counts: Int[Array, "B"]):
+def _ended(rows: Rows, tokens: Int[Array, " B"], counts: Int[Array, " B"]):
     stopped = jnp.any(tokens[:, None] == rows.stop_ids, axis=1)
     return stopped | (counts >= rows.max_tokens)
 
@@ -382,15 +390,15 @@ def _rows(
     stop_ids = [stops(row.request) for row in padded]
     width = _power_of_two(max(1, *map(len, stop_ids)))
 
-    def ints(values) -> np.ndarray:
-        return np.asarray(list(values), np.int32)
+    def ints(values) -> jax.Array:
+        return jnp.asarray(list(values), jnp.int32)
 
-    def floats(values) -> np.ndarray:
-        return np.asarray(list(values), np.float32)
+    def floats(values) -> jax.Array:
+        return jnp.asarray(list(values), jnp.float32)
 
     return Rows(
         keys=row_keys(
-            np.asarray([row.request.seed for row in padded], np.uint32),
+            jnp.asarray([row.request.seed for row in padded], jnp.uint32),
             ints(row.request.prompt_id for row in padded),
             ints(row.sample for row in padded),
         ),

@@ -7,7 +7,7 @@ depend on which slot, batch or order produced it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxrl_llm.batch import Completion
 
@@ -58,6 +58,7 @@ class Request:
     sampling: Sampling
 
 
+@runtime_checkable
 class Engine(Protocol):
     """A generator of completions. See the module docstring for the promise it makes."""
 
@@ -74,9 +75,7 @@ class Engine(Protocol):
         """Yields completions as they finish, until nothing submitted is outstanding."""
 
 
-def generate(
-    engine: Engine, requests: Sequence[Request]
-) -> list[list[Completion]]:
+def generate(engine: Engine, requests: Sequence[Request]) -> list[list[Completion]]:
     """Submits `requests` and waits: one list of completions per request, by sample.
 
     Raises:
@@ -94,5 +93,3 @@ def generate(
         [found[request.prompt_id, sample] for sample in range(request.num_samples)]
         for request in requests
     ]
-
-

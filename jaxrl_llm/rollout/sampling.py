@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt
 
 _BLOCK = 128  # tokens per block of the two-level inverse of the distribution function
 
@@ -15,16 +15,16 @@ _BLOCK = 128  # tokens per block of the two-level inverse of the distribution fu
 class Sampled(NamedTuple):
     """A token for every row, and how likely it was."""
 
-    tokens: Int[Array, "B"]
-    logprobs: Float[Array, "B"]
+    tokens: Int[Array, " B"]
+    logprobs: Float[Array, " B"]
     """Under the distribution that was sampled from."""
-    raw_logprobs: Float[Array, "B"]
+    raw_logprobs: Float[Array, " B"]
     """Under softmax(logits)."""
 
 
 def row_keys(
-    seeds: Int[Array, "B"], prompt_ids: Int[Array, "B"], samples: Int[Array, "B"]
-) -> Key[Array, "B"]:
+    seeds: UInt[Array, " B"], prompt_ids: Int[Array, " B"], samples: Int[Array, " B"]
+) -> Key[Array, " B"]:
     """One random key per response: a function of what is asked, not of where it runs."""
 
     def key(seed, prompt_id, sample):
@@ -37,12 +37,12 @@ def row_keys(
 
 def sample(
     logits: Float[Array, "B V"],
-    keys: Key[Array, "B"],
-    counts: Int[Array, "B"],
-    temperature: Float[Array, "B"],
-    top_k: Int[Array, "B"],
-    top_p: Float[Array, "B"],
-    min_p: Float[Array, "B"],
+    keys: Key[Array, " B"],
+    counts: Int[Array, " B"],
+    temperature: Float[Array, " B"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+    min_p: Float[Array, " B"],
     *,
     truncated: bool,
 ) -> Sampled:
@@ -69,9 +69,9 @@ def sample(
 
 def truncate(
     logits: Float[Array, "B V"],
-    top_k: Int[Array, "B"],
-    top_p: Float[Array, "B"],
-    min_p: Float[Array, "B"],
+    top_k: Int[Array, " B"],
+    top_p: Float[Array, " B"],
+    min_p: Float[Array, " B"],
 ) -> Float[Array, "B V"]:
     """Logits with every token that may not be drawn at -inf.
 
@@ -99,7 +99,7 @@ def truncate(
 
 def draw(
     logits: Float[Array, "B V"], uniforms: Float[Array, "B 2"]
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
     """A token from softmax(logits) by inverting its distribution function twice.
 
     The first uniform number picks a block of 128 neighbouring tokens with its total
@@ -114,7 +114,7 @@ def draw(
     return block * _BLOCK + _invert(inside, uniforms[:, 1])
 
 
-def _invert(weights: Float[Array, "B n"], uniforms: Float[Array, "B"]):
+def _invert(weights: Float[Array, "B n"], uniforms: Float[Array, " B"]):
     """Index i with probability weights[i] / sum; never one whose weight is 0."""
     total = jnp.cumsum(weights, axis=-1)
     index = jnp.sum(total <= uniforms[:, None] * total[:, -1:], axis=-1)
@@ -123,6 +123,6 @@ def _invert(weights: Float[Array, "B n"], uniforms: Float[Array, "B"]):
     return jnp.minimum(index, last).astype(jnp.int32)
 
 
-def _logprob(logits: Float[Array, "B V"], tokens: Int[Array, "B"]):
+def _logprob(logits: Float[Array, "B V"], tokens: Int[Array, " B"]):
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)

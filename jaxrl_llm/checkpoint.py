@@ -1,0 +1,139 @@
+"""Where a run can go on: asynchronous, atomic checkpoints of everything that changes.
+
+Weights, optimizer and step are arrays, saved and restored in their sharding; the data
+position and coefficients are JSON. A checkpoint that was not finished does not exist:
+orbax writes under a temporary name and renames.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+
+class Checkpoint(NamedTuple):
+    """A point to go on from."""
+
+    step: int
+    state: Any
+    """A tree of arrays."""
+    position: dict[str, Any]
+    """What is not an array: data position, coefficients."""
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: made if it does not exist.
+      max_to_keep: the newest so many stay, and the one with the highest score besides.
+    """
+
+    def __init__(self, directory: str | Path, max_to_keep: int):
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.directory = Path(directory).absolute()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "position": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(max_to_keep),
+                        policies.BestN(
+                            get_metric_fn=lambda metrics: metrics["score"],
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        position: Mapping[str, Any],
+        score: float | None = None,
+    ) -> None:
+        """Copies `state` off the device and writes it in the background.
+
+        `state` may be donated as soon as this returns. Saving a step that is already
+        saved does nothing.
+        """
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_named(state)),
+                position=ocp.args.JsonSave(dict(position)),
+            ),
+            metrics=None if score is None else {"score": score},
+        )
+
+    def restore(self, like: Any) -> Checkpoint | None:
+        """The newest checkpoint, or None if there is none.
+
+        Args:
+          like: a tree of `jax.ShapeDtypeStruct` with shardings: what `state` was, laid
+            out as it is wanted now.
+
+        Raises:
+          ValueError: the newest checkpoint holds other arrays than `like`.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        wanted = _named(like)
+        saved = self._manager.item_metadata(step)["state"].tree
+        for name in sorted(wanted.keys() | saved.keys()):
+            if name not in saved or name not in wanted:
+                where = "checkpoint" if name not in saved else "configuration"
+                raise ValueError(self._stranger(step, f"the {where} has no {name}"))
+            if tuple(saved[name].shape) != wanted[name].shape:
+                shapes = f"{tuple(saved[name].shape)}, not {wanted[name].shape}"
+                raise ValueError(self._stranger(step, f"{name} is {shapes}"))
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(wanted), position=ocp.args.JsonRestore()
+            ),
+        )
+        state = jax.tree.unflatten(
+            jax.tree.structure(like), [restored["state"][name] for name in wanted]
+        )
+        return Checkpoint(step, state, restored["position"])
+
+    def _stranger(self, step: int, what: str) -> str:
+        return (
+            f"{self.directory / str(step)} is a checkpoint of another model or "
+            f"optimizer: {what}; use another output_dir, or trainer.resume: never"
+        )
+
+    def wait(self) -> None:
+        """Returns when everything that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits, then ends the background threads."""
+        self._manager.close()
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their path, in the tree's order."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }

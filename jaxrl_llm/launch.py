@@ -1,0 +1,209 @@
+"""The command line.
+
+    jaxrl train CONFIG.yaml [--dry-run] [--section.key VALUE ...]
+    jaxrl evaluate CONFIG.yaml [--section.key VALUE ...]
+    jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE]
+    jaxrl convert SOURCE DIRECTORY
+    jaxrl report RUN_DIR
+
+`jaxrl VERB --help` lists what a verb takes.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+
+from jaxrl_llm import config as configs
+from jaxrl_llm.config import Config, ConfigError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb. Returns the exit status: 0, or 2 for input that cannot work."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    verbs = {
+        "train": _train,
+        "evaluate": _evaluate,
+        "generate": lambda rest: tyro.cli(generate, prog="jaxrl generate", args=rest),
+        "convert": lambda rest: tyro.cli(convert, prog="jaxrl convert", args=rest),
+        "report": lambda rest: tyro.cli(report, prog="jaxrl report", args=rest),
+    }
+    if not given or given[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if given[0] not in verbs:
+        return _fail(f"unknown verb {given[0]!r}; one of {', '.join(verbs)}")
+    try:
+        verbs[given[0]](given[1:])
+    except ValueError as error:
+        if "JAXRL_TRACEBACK" in os.environ:
+            raise
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    console = Console(stderr=True, soft_wrap=True)
+    for line in message.splitlines():
+        console.print("[bold red]error:[/]", end=" ")
+        console.print(line, markup=False, highlight=False)
+    return 2
+
+
+def _train(rest: list[str]) -> None:
+    from jaxrl_llm import train
+
+    config, flags = _config("train", rest, flags=("--dry-run",))
+    if "--dry-run" in flags:
+        train.dry_run(config)
+    else:
+        train.run(train.build(config))
+
+
+def _evaluate(rest: list[str]) -> None:
+    from jaxrl_llm import train
+
+    config, _ = _config("evaluate", rest)
+    train.evaluate_only(train.build(config))
+
+
+def _config(
+    verb: str, rest: list[str], flags: Sequence[str] = ()
+) -> tuple[Config, set[str]]:
+    """The configuration that a file and overrides describe, and the flags given."""
+    paths = [argument for argument in rest[:1] if not argument.startswith("-")]
+    if "--help" in rest or "-h" in rest:
+        print(f"usage: jaxrl {verb} CONFIG.yaml [{' '.join(flags)}] [OPTIONS]\n")
+        default = configs.load(paths[0]) if paths else None
+        tyro.cli(
+            tyro.conf.AvoidSubcommands[Config],
+            default=default or tyro.MISSING_NONPROP,
+            args=["--help"],
+        )
+    if not paths:
+        raise ConfigError(f"jaxrl {verb} needs a configuration file, such as configs/*")
+    found = {argument for argument in rest if argument in flags}
+    return configs.load(paths[0], [x for x in rest[1:] if x not in found]), found
+
+
+def generate(
+    model: str,
+    prompts: tuple[str, ...] = (),
+    file: Path | None = None,
+    chat: bool = True,
+    n: int = 1,
+    max_tokens: int = 128,
+    temperature: float = 1.0,
+    top_k: int = -1,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop: tuple[str, ...] = (),
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> None:
+    """Prints completions.
+
+    Args:
+      model: a Hugging Face directory or hub id, a .gguf file, or package:NAME/FILE.gguf.
+      prompts: the prompts themselves.
+      file: a file with one prompt per line.
+      chat: put each prompt into the model's chat template.
+      n: completions per prompt.
+      max_tokens: longest completion.
+      temperature: 0 takes the most likely token.
+      top_k: only the k most likely tokens; -1 for all.
+      top_p: only the smallest set of tokens whose probability reaches p.
+      min_p: only tokens at least min_p times as likely as the most likely one.
+      stop: strings that end a completion.
+      seed: the same seed gives the same completions.
+      dtype: float32 on a CPU and bfloat16 elsewhere if not given.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from jaxrl_llm import models, prompts as sources
+    from jaxrl_llm.rollout.decode import JaxEngine
+    from jaxrl_llm.rollout.engine import Request, Sampling
+    from sharding import mesh
+
+    texts = [*prompts, *(file.read_text().splitlines() if file else [])]
+    if not texts:
+        raise ConfigError("nothing to answer: give --prompts TEXT or --file FILE")
+    loaded = models.load(model)
+    on_cpu = jax.default_backend() == "cpu"
+    engine = JaxEngine(
+        loaded.arch,
+        loaded.tokenizer,
+        mesh=mesh.make({"data": jax.device_count(), "tensor": 1}),
+        dtype=jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")),
+        max_num_seqs=256,
+        decode_chunk=32,
+    )
+    engine.load(loaded.params)
+    contents = [[{"role": "user", "content": t}] if chat else t for t in texts]
+    engine.submit(
+        [
+            Request(
+                prompt_id=i,
+                tokens=sources.tokenize(content, loaded.tokenizer),
+                num_samples=n,
+                seed=seed,
+                sampling=Sampling(
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    min_p=min_p,
+                    stop=stop,
+                ),
+            )
+            for i, content in enumerate(contents)
+        ]
+    )
+    console = Console()
+    for completion in engine.completions():
+        console.rule(
+            f"{completion.prompt_id + 1}.{completion.sample + 1}  "
+            f"{len(completion.tokens)} tokens, {completion.finish_reason}",
+            align="left",
+        )
+        for style, text in (
+            ("dim", texts[completion.prompt_id]), ("", completion.text)
+        ):  # fmt: skip
+            console.print(text, style=style, markup=False, highlight=False)
+
+
+def convert(
+    source: tyro.conf.Positional[str],
+    directory: tyro.conf.Positional[str],
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+) -> None:
+    """Writes a model as a Hugging Face directory.
+
+    Args:
+      source: a Hugging Face directory or hub id, a .gguf file, or package:NAME/FILE.gguf.
+      directory: must not exist, or be empty.
+      dtype: of the saved weights.
+    """
+    from jaxrl_llm import models
+
+    loaded = models.load(source)
+    models.save(
+        directory, loaded.arch, loaded.params, loaded.tokenizer, dtype=dtype
+    )  # fmt: skip
+    print(f"{source} -> {directory}, {dtype}")
+
+
+def report(run_dir: tyro.conf.Positional[Path]) -> None:
+    """Writes RUN_DIR/report.html from what the run has written so far.
+
+    Args:
+      run_dir: output_dir of the run.
+    """
+    from jaxrl_llm import report as reports
+
+    print(reports.write(run_dir))

@@ -1,0 +1,210 @@
+"""The learning half of a run: sharded training state and its jitted update.
+
+learner = Learner(config, arch, mesh, params)
+state = learner.start(params)
+state, metrics = learner.update(state, learner.make_rows(...), seed)
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from jaxrl_llm import batch as batches
+from jaxrl_llm import grpo, logprobs, models, optimizer
+from jaxrl_llm.batch import Completion, Prompt, TrainBatch
+from jaxrl_llm.config import Config
+from jaxrl_llm.models import Architecture
+from sharding import rules
+
+
+class Learner:
+    """Everything about the update but the state that it changes.
+
+    Args:
+      mesh: axes "data", "fsdp" and "tensor"; rows are split over the first two.
+      params: the weights before training, which `use_kl_loss` keeps as the reference.
+    """
+
+    def __init__(self, config: Config, arch: Architecture, mesh: Mesh, params: Any):
+        self.config, self.arch, self.mesh = config, arch, mesh
+        actor = config.actor
+        self.optimizer = optimizer.make(
+            actor.optim, config.trainer.total_training_steps, updates_per_step(config)
+        )
+        self.schedule = optimizer.schedule(
+            actor.optim, config.trainer.total_training_steps, updates_per_step(config)
+        )
+        self._rows = NamedSharding(mesh, P(("data", "fsdp")))
+        self._layout = {
+            "pack_length": actor.pack_length,
+            "rows_multiple": mesh.shape["data"] * mesh.shape["fsdp"],
+        }
+        settings = grpo.Settings(
+            clip_ratio_low=actor.clip_ratio_low,
+            clip_ratio_high=actor.clip_ratio_high,
+            loss_agg_mode=actor.loss_agg_mode,
+            entropy_coeff=actor.entropy_coeff,
+            kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+            kl_loss_type=actor.kl_loss_type,
+            micro_batch_size=actor.micro_batch_size,
+        )
+        self._update = jax.jit(
+            functools.partial(
+                grpo.update,
+                logprob_fn=self.logprobs,
+                optimizer=self.optimizer,
+                settings=settings,
+            ),
+            donate_argnums=0,
+            out_shardings=(self.state_shardings(), None),
+        )
+        self._score = jax.jit(self._scored_in_micro_batches)
+        self._reference = None
+        if actor.use_kl_loss:
+            # A copy in the compute dtype: the product with it is what counts.
+            self._reference = jax.jit(
+                lambda tree: jax.tree.map(lambda x: x.astype(actor.dtype), tree)
+            )(params)
+
+    def start(self, params: Any) -> grpo.TrainState:
+        """The state before the first update. `params` becomes part of it."""
+        shardings = self.state_shardings()
+        make = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)
+        step = jax.device_put(jnp.int32(0), shardings.step)
+        return grpo.TrainState(params, make(params), step)
+
+    def make_rows(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        advantages: Float[np.ndarray, "P G"],
+    ) -> TrainBatch:
+        """The training batch of one step, on the host."""
+        return batches.make_rows(prompts, completions, advantages, **self._layout)
+
+    def update(
+        self, state: grpo.TrainState, batch: TrainBatch, seed: int
+    ) -> tuple[grpo.TrainState, dict[str, float]]:
+        """All optimizer steps of one training step. Donates `state`.
+
+        Args:
+          batch: of `make_rows`.
+          seed: of the order of the prompts in each pass.
+
+        Returns:
+          The next state, and metrics averaged over the optimizer steps.
+        """
+        actor = self.config.actor
+        batch = self._with_logprobs(state.params, batch)
+        collected = []
+        for epoch in range(actor.ppo_epochs):
+            for part in self._parts(batch, epoch, seed):
+                state, metrics = self._update(state, self._on_devices(part))
+                collected.append(metrics)
+        means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(collected))
+        means["actor/lr"] = float(self.schedule(int(state.step) - 1))
+        return jax.block_until_ready(state), means
+
+    def logprobs(self, params: Any, rows: TrainBatch) -> logprobs.Logprobs:
+        """Log-probability and entropy of every response token, at the temperature it
+        was sampled at."""
+        hidden = models.forward(
+            self.arch,
+            params,
+            rows.tokens,
+            rows.positions,
+            rows.sequence_ids,
+            dtype=jnp.dtype(self.config.actor.dtype),
+            remat=self.config.actor.remat,
+        )
+        return logprobs.of_tokens(
+            hidden,
+            models.output_matrix(params),
+            rows.tokens,
+            rows.positions,
+            rows.response_mask,
+            temperature=self.config.rollout.temperature,
+            logit_softcap=self.arch.logit_softcap,
+            capacity=rows.response_capacity,
+        )
+
+    def state_shardings(self) -> grpo.TrainState:
+        """Moments lie where their parameters lie; scalars everywhere."""
+        everywhere = NamedSharding(self.mesh, P())
+        params = param_shardings(self.arch, self.mesh)
+        opt_state = optax.tree_map_params(
+            self.optimizer,
+            lambda _, sharding: sharding,
+            jax.eval_shape(self.optimizer.init, models.abstract_params(self.arch)),
+            params,
+            transform_non_params=lambda _: everywhere,
+        )
+        return grpo.TrainState(params, opt_state, everywhere)
+
+    def abstract_state(self) -> grpo.TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        params = models.abstract_params(self.arch)
+        opt_state = jax.eval_shape(self.optimizer.init, params)
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            grpo.TrainState(params, opt_state, step),
+            self.state_shardings(),
+        )
+
+    def _with_logprobs(self, params: Any, batch: TrainBatch) -> TrainBatch:
+        """Adds what the update needs of other policies: the reference, and, if there is
+        more than one update, the policy before the first."""
+        found = {}
+        if self._reference is not None:
+            found["ref_logprobs"] = self._scored(self._reference, batch)
+        if updates_per_step(self.config) > 1:
+            found["old_logprobs"] = self._scored(params, batch)
+        return dataclasses.replace(batch, **found)
+
+    def _scored(self, params: Any, batch: TrainBatch) -> np.ndarray:
+        return np.asarray(self._score(params, self._on_devices(batch)))
+
+    def _scored_in_micro_batches(self, params: Any, batch: TrainBatch) -> Array:
+        """Log-probabilities of all rows, as many at a time as in the update."""
+        _, scored = grpo.accumulate(
+            lambda params, rows, _: ((), self.logprobs(params, rows)),
+            params,
+            batch,
+            jnp.zeros(batch.tokens.shape),
+            self.config.actor.micro_batch_size,
+        )
+        return scored.logprobs
+
+    def _parts(self, batch: TrainBatch, epoch: int, seed: int) -> list[TrainBatch]:
+        mini = self.config.actor.ppo_mini_batch_size
+        if mini is None or mini >= self.config.data.train_batch_size:
+            return [batch]
+        order = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+        return batches.mini_batches(
+            batch, mini, self.config.rollout.n, seed=order, **self._layout
+        )
+
+    def _on_devices(self, batch: TrainBatch) -> TrainBatch:
+        return jax.device_put(batch, self._rows)
+
+
+def param_shardings(arch: Architecture, mesh: Mesh) -> Any:
+    """A sharding for every parameter of the training layout."""
+    return rules.to_shardings(models.logical_axes(arch), mesh, rules.TRAIN)
+
+
+def updates_per_step(config: Config) -> int:
+    """Optimizer steps per training step."""
+    prompts = config.data.train_batch_size
+    mini = config.actor.ppo_mini_batch_size or prompts
+    return config.actor.ppo_epochs * -(-prompts // mini)

@@ -1,0 +1,574 @@
+"""A whole run: build everything, loop, save. The only place where learning meets
+generation.
+
+    from jaxrl_llm.train import train
+    result = train("Qwen/Qwen2.5-0.5B-Instruct", rows, reward=f, steps=50)
+    result.plot()
+"""
+
+import functools
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from rich.console import Console
+
+from jaxrl_llm import advantages, evaluate, metrics, models, prompts, report
+from jaxrl_llm import config as configs
+from jaxrl_llm.batch import Completion, Prompt
+from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.config import Config, ConfigError
+from jaxrl_llm.console import LiveView, before_after, whereabouts
+from jaxrl_llm.grpo import TrainState
+from jaxrl_llm.learner import Learner, param_shardings
+from jaxrl_llm.metrics import MetricsWriter, Timer
+from jaxrl_llm.rewards import RewardFunction, Scores, resolve, score
+from jaxrl_llm.rollout.decode import JaxEngine
+from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
+from sharding import mesh
+
+_ROLLOUT, _VALIDATION, _ORDER = range(3)  # independent streams of random numbers
+_PHASES = {
+    "gen": "generating",
+    "reward": "scoring",
+    "adv": "estimating advantages",
+    "update_actor": "updating",
+    "update_weights": "loading weights",
+    "testing": "validating",
+    "save_checkpoint": "saving",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything a run consists of, loaded and checked."""
+
+    config: Config
+    model: models.Model
+    data: prompts.Datasets
+    score: Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], Scores]
+    engine: Engine
+    learner: Learner
+
+
+def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Job:
+    """Loads and checks everything, cheap things first.
+
+    Args:
+      rewards: used instead of `config.reward.functions`.
+
+    Raises:
+      ValueError: something is missing or does not fit; the message names it.
+    """
+    train_mesh, rollout_mesh = make_meshes(config)
+    functions = resolve(config.reward) if rewards is None else rewards
+    model = models.load(
+        config.model.path,
+        revision=config.model.revision,
+        tokenizer=config.model.tokenizer,
+        shardings=lambda arch: param_shardings(arch, train_mesh),
+    )
+    check_lengths(config, model.arch)
+    data = prompts.load(config.data, model.tokenizer)
+    return Job(
+        config=config,
+        model=model,
+        data=data,
+        score=functools.partial(
+            score,
+            functions,
+            timeout_s=config.reward.timeout_s,
+            on_error=config.reward.on_error,
+        ),
+        engine=JaxEngine(
+            model.arch,
+            model.tokenizer,
+            mesh=rollout_mesh,
+            dtype=jnp.dtype(config.rollout.dtype),
+            max_num_seqs=config.rollout.max_num_seqs,
+            decode_chunk=config.rollout.decode_chunk,
+        ),
+        learner=Learner(config, model.arch, train_mesh, model.params),
+    )
+
+
+def run(job: Job) -> "Result":
+    """Trains to the end, or until SIGTERM or Ctrl-C asks for an early one.
+
+    Raises:
+      RewardError: a reward function failed and `reward.on_error` is "raise".
+    """
+    config, learner, engine = job.config, job.learner, job.engine
+    with _Records(job) as records, _asked_to_stop() as stopping:
+        state, first_step = records.open()
+        engine.load(state.params)
+        if first_step == 0:
+            records.write(0, {}, records.validate(0))
+        for step in range(first_step + 1, config.trainer.total_training_steps + 1):
+            with records.phase("gen"):
+                asked = next(records.prompt_batches)
+                rollouts = generate(engine, requests(config, asked, step))
+            with records.phase("reward"):
+                scores = job.score(asked, rollouts)
+            with records.phase("adv"):
+                advantage = estimate_advantages(config, scores)
+                rows = learner.make_rows(asked, rollouts, advantage)
+            with records.phase("update_actor"):
+                state, learned = learner.update(state, rows, seed(config, _ORDER, step))
+            with records.phase("update_weights"):
+                engine.load(state.params)
+            validation = records.validate(step)
+            records.rollouts(step, asked, rollouts, scores, advantage)
+            records.write(step, learned, validation)
+            records.save(step, state, validation, stopping())
+            if stopping():
+                break
+        return records.close(state)
+
+
+def requests(config: Config, asked: Sequence[Prompt], step: int) -> list[Request]:
+    """What is asked of the engine in one training step."""
+    return [
+        Request(
+            prompt_id=prompt.id,
+            tokens=prompt.tokens,
+            num_samples=config.rollout.n,
+            seed=seed(config, _ROLLOUT, step),
+            sampling=sampling(config, config.rollout),
+        )
+        for prompt in asked
+    ]
+
+
+def sampling(config: Config, section: configs.SamplingConfig) -> Sampling:
+    """How `section` (rollout or val) wants tokens drawn, with rollout's limits."""
+    return Sampling(
+        max_tokens=config.rollout.max_response_length,
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        min_p=section.min_p,
+        stop=config.rollout.stop,
+        stop_token_ids=config.rollout.stop_token_ids,
+    )
+
+
+def seed(config: Config, stream: int, step: int) -> int:
+    """A 32-bit seed for one purpose in one step; nothing random has other state."""
+    return int(np.random.SeedSequence([config.seed, stream, step]).generate_state(1)[0])
+
+
+def estimate_advantages(config: Config, scores: Scores) -> np.ndarray:
+    """float32 [P, G]."""
+    match config.algorithm.adv_estimator:
+        case "grpo":
+            normalize = config.algorithm.norm_adv_by_std_in_grpo
+            estimate = advantages.grpo(
+                jnp.asarray(scores.total), normalize_by_std=normalize
+            )
+    return np.asarray(estimate)
+
+
+def make_meshes(config: Config) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
+    """The training and the generation mesh, both over all devices.
+
+    Raises:
+      ConfigError: a mesh does not fit the devices.
+    """
+    made = []
+    for role in ("actor", "rollout"):
+        sizes = getattr(config, role).mesh.model_dump()
+        try:
+            made.append(mesh.make(mesh.fill(sizes, jax.device_count())))
+        except ValueError as error:
+            raise ConfigError(f"{role}.mesh: {error}") from None
+    return tuple(made)
+
+
+def check_lengths(config: Config, arch: models.Architecture) -> None:
+    """Raises ConfigError if prompt and response cannot fit the model."""
+    prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
+    if prompt + response > arch.max_positions:
+        raise ConfigError(
+            f"data.max_prompt_length {prompt} + rollout.max_response_length {response} "
+            f"is over the model's {arch.max_positions} positions"
+        )
+
+
+class _Records:
+    """What a run leaves behind and goes on from: metrics, rollouts, checkpoints, the
+    live view. A context manager; `open` is called first."""
+
+    def __init__(self, job: Job):
+        self.job, self.config = job, job.config
+        trainer = job.config.trainer
+        self.directory = Path(job.config.output_dir)
+        _check_goes_on(self.directory, job.config)
+        self.prompt_batches = prompts.PromptBatches(
+            job.data.train,
+            job.config.data.train_batch_size,
+            seed=job.config.seed,
+            shuffle=job.config.data.shuffle,
+        )
+        self._exit = ExitStack()
+        self._writer = self._exit.enter_context(
+            MetricsWriter(
+                self.directory,
+                trainer.loggers,
+                trainer.project,
+                job.config.model_dump(mode="json"),
+            )
+        )
+        self._checkpoints = self._exit.enter_context(
+            Checkpoints(self.directory / "checkpoints", trainer.max_ckpt_to_keep)
+        )
+        self._timer = Timer()
+        self._shown: list[dict[str, Any]] = []
+        self._batch: dict[str, float] = {}
+
+    def __enter__(self) -> "_Records":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    def open(self) -> tuple[TrainState, int]:
+        """The state to go on from and the step it is at; 0 for a fresh start."""
+        learner, trainer = self.job.learner, self.config.trainer
+        found = self._checkpoints.restore(learner.abstract_state())
+        step = found.step if found else 0
+        if found:
+            self.prompt_batches.restore(found.position["prompts"])
+            Console().print(f"going on from step {step} in {self.directory}")
+        self._writer.rewind(step if found else -1)
+        self._view = self._exit.enter_context(
+            LiveView(
+                trainer.total_training_steps, step, num_examples=trainer.num_examples
+            )
+        )
+        state = found.state if found else learner.start(self.job.model.params)
+        return state, step
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Shows and times a phase of the step."""
+        self._view.phase(_PHASES[name])
+        with self._timer(name):
+            yield
+
+    def validate(self, step: int) -> evaluate.Validation | None:
+        """Answers the held-out questions, if this is a step for it."""
+        trainer = self.config.trainer
+        last = step == trainer.total_training_steps
+        regular = trainer.test_freq > 0 and step % trainer.test_freq == 0
+        due = trainer.val_before_train if step == 0 else regular or last
+        if not due or not self.job.data.val:
+            return None
+        with self.phase("testing"):
+            validation = validate(self.job, step)
+        self._writer.write_rollouts(step, "val", validation.records)
+        return validation
+
+    def rollouts(
+        self,
+        step: int,
+        asked: Sequence[Prompt],
+        rollouts: Sequence[Sequence[Completion]],
+        scores: Scores,
+        advantage: np.ndarray,
+    ) -> None:
+        """Writes every response of a step with its reward."""
+        self._shown = metrics.rollout_records(
+            step, "train", "train", asked, rollouts, scores, advantage=advantage
+        )
+        self._batch = metrics.batch_metrics(asked, rollouts, scores, advantage)
+        lengths = [
+            len(p.tokens) + len(c.tokens)
+            for p, g in zip(asked, rollouts, strict=True)
+            for c in g
+        ]
+        self._lengths = np.asarray(lengths)
+        self._writer.write_rollouts(step, "train", self._shown)
+
+    def write(
+        self,
+        step: int,
+        learned: Mapping[str, float],
+        validation: evaluate.Validation | None,
+    ) -> None:
+        """Writes the step's metrics and shows them."""
+        timing = self._timer.metrics()
+        line = {**learned, **self._batch, **timing}
+        if self._batch:
+            line |= self._speed(timing)
+            line["training/epoch"] = self.prompt_batches.epoch
+        if validation:
+            line |= validation.metrics
+        self._writer.write(step, line)
+        self._view.update(step, line, self._shown)
+        self._timer, self._batch = Timer(), {}
+
+    def _speed(self, timing: Mapping[str, float]) -> dict[str, float]:
+        arch, count = self.job.model.arch, jax.device_count()
+        tokens = int(self._lengths.sum())
+        generated = self._batch["response_length/mean"] * len(self._lengths)
+        flops = self.config.actor.ppo_epochs * metrics.train_flops(
+            models.num_params(arch),
+            tokens,
+            int((self._lengths**2).sum()),
+            arch.num_layers,
+            arch.num_heads,
+            arch.head_dim,
+        )
+        update = timing["timing_s/update_actor"]
+        return {
+            **metrics.throughput(tokens, timing["timing_s/step"], count),
+            **metrics.mfu(flops, update, jax.devices()[0].device_kind, count),
+            "perf/rollout_tokens_per_s": generated / timing["timing_s/gen"],
+            "perf/update_tokens_per_s": tokens / update,
+        }
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        validation: evaluate.Validation | None,
+        stopping: bool,
+    ) -> None:
+        """Saves a checkpoint in the background, if this is a step for it."""
+        trainer = self.config.trainer
+        last = step == trainer.total_training_steps or stopping
+        if not last and not (trainer.save_freq and step % trainer.save_freq == 0):
+            return
+        score = None
+        if validation:
+            name = metrics.accuracy_name(list(validation.metrics))
+            score = validation.metrics[name] if name else None
+        with self.phase("save_checkpoint"):
+            self._checkpoints.save(
+                step,
+                state,
+                {
+                    "prompts": self.prompt_batches.state(),
+                    "kl_loss_coef": self.config.actor.kl_loss_coef,
+                },
+                score,
+            )
+
+    def close(self, state: TrainState) -> "Result":
+        """Writes the weights and the report, and says what came of it."""
+        trainer = self.config.trainer
+        step = int(state.step) // self.job.learner.updates_per_step
+        with self.phase("save_checkpoint"):
+            self._checkpoints.wait()
+            if trainer.save_hf:
+                save_weights(self.directory / "huggingface", self.job.model, state)
+        self._exit.close()
+        report.write(self.directory)
+        console = Console()
+        if step < trainer.total_training_steps:
+            console.print(
+                f"stopped after step {step} of {trainer.total_training_steps}; "
+                "the same command goes on from there",
+                markup=False,
+            )
+        result = Result(self.directory)
+        if result.after:
+            before_after(
+                result.before,
+                result.after,
+                self.directory,
+                num_examples=trainer.num_examples,
+            )
+        else:
+            whereabouts(self.directory)
+        return result
+
+
+def _check_goes_on(directory: Path, config: Config) -> None:
+    """Raises ConfigError if output_dir holds a run that this one cannot go on."""
+    path = directory / "config.yaml"
+    if not path.exists():
+        return
+    if config.trainer.resume == "never":
+        raise ConfigError(
+            f"trainer.resume is never, but output_dir {directory} holds a run; choose "
+            "another output_dir"
+        )
+    seed_before = yaml.safe_load(path.read_text()).get("seed")
+    if seed_before != config.seed:
+        raise ConfigError(
+            f"seed is {config.seed}, but the run in output_dir {directory} was started "
+            f"with seed {seed_before}"
+        )
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether SIGTERM or Ctrl-C has come, so that the loop can end after its step.
+
+    A second Ctrl-C interrupts at once. Outside the main thread (some notebooks) signals
+    are left alone.
+    """
+    asked = threading.Event()
+
+    def ask(number: int, _frame: Any) -> None:
+        if asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.set()
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        numbers = ()
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def save_weights(directory: Path, model: models.Model, state: TrainState) -> None:
+    """Writes the policy as a Hugging Face directory, in place of an older one."""
+    fresh = directory.with_name(directory.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    models.save(fresh, model.arch, state.params, model.tokenizer)
+    shutil.rmtree(directory, ignore_errors=True)
+    fresh.rename(directory)
+
+
+def validate(job: Job, step: int) -> evaluate.Validation:
+    """Answers the held-out questions with the weights the engine holds."""
+    return evaluate.validate(
+        job.engine,
+        job.data.val,
+        job.score,
+        config=job.config.val,
+        rollout=job.config.rollout,
+        seed=seed(job.config, _VALIDATION, 0),
+        step=step,
+    )
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run directory, to look at in a notebook."""
+
+    directory: Path
+
+    @property
+    def weights(self) -> Path:
+        """The trained policy, as a Hugging Face directory."""
+        return self.directory / "huggingface"
+
+    @property
+    def before(self) -> evaluate.Validation | None:
+        """The first validation, if it was made before training."""
+        return self._validation(0)
+
+    @property
+    def after(self) -> evaluate.Validation | None:
+        """The newest validation."""
+        steps = [s for s, split, _ in metrics.rollout_files(self.directory)
+                 if split == "val"]  # fmt: skip
+        return self._validation(max(steps, default=0))
+
+    def table(self) -> Any:
+        """Every metric by step, as a pandas DataFrame."""
+        return metrics.to_pandas(self.directory)
+
+    def plot(self) -> Any:
+        """Reward, held-out accuracy and response length over the steps, as a matplotlib
+        figure."""
+        return report.figure(self.directory)
+
+    def completions(self, step: int, split: str = "train") -> list[dict[str, Any]]:
+        """The responses of one step with their rewards; split is train or val."""
+        path = self.directory / "rollouts" / f"{split}_{step:06d}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def _validation(self, step: int) -> evaluate.Validation | None:
+        path = self.directory / "rollouts" / f"val_{step:06d}.jsonl"
+        if not path.exists():
+            return None
+        lines = {line["step"]: line for line in metrics.read(self.directory)}
+        found = {k: v for k, v in lines[step].items() if k.startswith("val-")}
+        return evaluate.Validation(metrics=found, records=self.completions(step, "val"))
+
+
+Reward = str | Callable[..., Any]
+
+
+def train(
+    model: str,
+    prompts: str | Sequence[Mapping[str, Any]],
+    reward: Reward | Sequence[Reward],
+    *,
+    val_prompts: str | Sequence[Mapping[str, Any]] | None = None,
+    steps: int = 20,
+    output_dir: str = "runs/notebook",
+    settings: Mapping[str, Any] | None = None,
+) -> Result:
+    """GRPO in one call.
+
+    Args:
+      model: as `model.path` in a configuration file.
+      prompts: rows with "prompt" and whatever the reward needs ("answer", ...), or a
+        data set's path as in a configuration file.
+      reward: name of a built-in reward, or a function with TRL's signature
+        f(prompts, completions, completion_ids, **columns) -> list of numbers; or
+        several.
+      val_prompts: held-out questions, for the validation before and after.
+      settings: anything else a configuration file can say, by dotted key:
+        {"actor.optim.lr": 1e-5, "rollout.n": 16}.
+
+    Raises:
+      ValueError: something is missing or does not fit; the message names it.
+    """
+    given = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
+    functions = [_function(one) for one in given]
+    values = {
+        "output_dir": output_dir,
+        "model": {"path": model},
+        "data": {"train": {"path": _stored(prompts, output_dir, "train")}},
+        "reward": {"functions": [{"name": f.name} for f in functions]},
+        "trainer": {"total_training_steps": steps},
+    }
+    if val_prompts is not None:
+        values["data"]["val"] = {"path": _stored(val_prompts, output_dir, "val")}
+    for key, value in (settings or {}).items():
+        configs.put(values, key.split("."), value)
+    return run(build(configs.parse(values, "train()"), functions))
+
+
+def _function(reward: Reward) -> RewardFunction:
+    if callable(reward):
+        name = getattr(reward, "__name__", type(reward).__name__)
+        return RewardFunction(name=name, function=reward)
+    named = configs.RewardFunctionConfig(name=reward)
+    return resolve(configs.RewardConfig(functions=(named,)))[0]
+
+
+def _stored(rows: str | Sequence[Mapping[str, Any]], directory: str, name: str) -> str:
+    """The path of a data set; rows are written down first, so that the run's
+    configuration says where its data is."""
+    if isinstance(rows, str):
+        return rows
+    path = Path(directory) / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metrics.replace_text(path, "".join(json.dumps(dict(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def dry_run(config: Config) -> None:
+    """Checks everything but the weights, and prints what the run would be."""

@@ -1,0 +1,155 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import logprobs
+
+R, T, D, V = 3, 10, 4, 11
+# Row 0 is one sequence; row 1 two, and padding; row 2 padding only.
+POSITIONS = jnp.array([range(10), [0, 1, 2, 3, 0, 1, 2, 0, 0, 0], [0] * 10])
+MASK = jnp.array(
+    [
+        [0, 0, 0, 1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 1, 1, 0, 1, 1, 0, 0, 0],
+        [0] * 10,
+    ],
+    bool,
+)
+
+
+def make(key=0):
+    keys = jax.random.split(jax.random.key(key), 3)
+    hidden = jax.random.normal(keys[0], (R, T, D))
+    output_matrix = jax.random.normal(keys[1], (V, D))
+    return hidden, output_matrix, jax.random.randint(keys[2], (R, T), 0, V)
+
+
+def naive(hidden, output_matrix, tokens, *, temperature=1.0, softcap=None):
+    """The whole [R, T, V], one log-softmax, shifted by one."""
+    logits = hidden @ output_matrix.T
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
+    p = jax.nn.log_softmax(logits / temperature)
+    p = jnp.roll(p, 1, axis=1)
+    own = jnp.take_along_axis(p, tokens[..., None], axis=2)[..., 0]
+    entropy = -jnp.sum(jnp.exp(p) * p, axis=2)
+    return jnp.where(MASK, own, 0.0), jnp.where(MASK, entropy, 0.0)
+
+
+@pytest.mark.parametrize(
+    "capacity, chunk, temperature, softcap",
+    [
+        (None, 1000, 1.0, None),  # everything at once
+        (7, 1000, 0.7, 2.0),
+        (None, 1, 0.7, 2.0),  # one token of every row at a time
+        (7, 6, 1.0, None),  # two at a time: 7 do not divide
+        (9, 9, 1.0, 2.0),  # three at a time
+    ],
+)
+def test_equals_the_naive_log_softmax_and_its_gradient(
+    capacity, chunk, temperature, softcap
+):
+    hidden, output_matrix, tokens = make()
+
+    def loss(score):
+        def f(hidden, output_matrix):
+            own, entropy = score(hidden, output_matrix)
+            return jnp.sum(own * jnp.cos(own)) + jnp.sum(jnp.sin(entropy)), own
+
+        return jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
+
+    ours = functools.partial(
+        logprobs.of_tokens,
+        tokens=tokens,
+        positions=POSITIONS,
+        mask=MASK,
+        temperature=temperature,
+        logit_softcap=softcap,
+        capacity=capacity,
+        chunk=chunk,
+    )
+    theirs = functools.partial(
+        naive, tokens=tokens, temperature=temperature, softcap=softcap
+    )
+    (value, own), grads = loss(ours)(hidden, output_matrix)
+    (expected, expected_own), expected_grads = loss(theirs)(hidden, output_matrix)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(own, expected_own, rtol=1e-5, atol=1e-6)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-5)
+
+
+def test_by_hand():
+    # Two tokens, hidden state 1, logits (0, log 3): p = 1/4, 3/4.
+    hidden = jnp.array([[[1.0], [5.0]]])
+    output_matrix = jnp.array([[0.0], [np.log(3.0)]], jnp.float32)
+    got = logprobs.of_tokens(
+        hidden,
+        output_matrix,
+        tokens=jnp.array([[0, 1]]),
+        positions=jnp.array([[0, 1]]),
+        mask=jnp.array([[False, True]]),
+    )
+    entropy = -(0.25 * np.log(0.25) + 0.75 * np.log(0.75))
+    np.testing.assert_allclose(got.logprobs, [[0.0, np.log(0.75)]], rtol=1e-6)
+    np.testing.assert_allclose(got.entropy, [[0.0, entropy]], rtol=1e-6)
+
+
+def test_the_first_token_of_a_sequence_gets_zero():
+    everything = jnp.ones((R, T), bool)
+    got = logprobs.of_tokens(*make(), POSITIONS, everything)
+    np.testing.assert_array_equal(got.logprobs == 0, POSITIONS == 0)
+    np.testing.assert_array_equal(got.entropy == 0, POSITIONS == 0)
+
+
+def test_nothing_depends_on_tokens_that_are_not_asked_for():
+    hidden, output_matrix, tokens = make()
+    used = jnp.roll(MASK, -1, axis=1)
+    other = make(key=1)
+    got = logprobs.of_tokens(
+        jnp.where(used[..., None], hidden, other[0]),
+        output_matrix,
+        jnp.where(MASK, tokens, other[2]),
+        POSITIONS,
+        MASK,
+    )
+    expected = logprobs.of_tokens(hidden, output_matrix, tokens, POSITIONS, MASK)
+    np.testing.assert_array_equal(got.logprobs, expected.logprobs)
+
+
+def test_more_tokens_than_capacity_are_nan_and_not_a_wrong_number():
+    with jax.debug_nans(False):
+        got = logprobs.of_tokens(*make(), POSITIONS, MASK, capacity=5).logprobs
+        got = np.asarray(got)
+    enough = logprobs.of_tokens(*make(), POSITIONS, MASK).logprobs
+    np.testing.assert_array_equal(np.isnan(got[0]), [0] * 8 + [1] * 2)
+    np.testing.assert_allclose(got[0, :8], enough[0, :8], rtol=1e-6)
+    np.testing.assert_allclose(got[1:], enough[1:], rtol=1e-6)
+
+
+def test_the_whole_of_the_logits_never_exists():
+    hidden, output_matrix, tokens = make()
+
+    def loss(hidden, output_matrix):
+        scored = logprobs.of_tokens(
+            hidden, output_matrix, tokens, POSITIONS, MASK, chunk=2 * R
+        )
+        return scored.logprobs.sum() + scored.entropy.sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, output_matrix))
+    assert f"[{R},2,{V}]" in program
+    assert f"[{R},{T},{V}]" not in program and f"[5,{R},2,{V}]" not in program
+
+
+def test_bfloat16_hidden_states_accumulate_in_float32():
+    hidden, output_matrix, tokens = make()
+    rounded = [x.astype(jnp.bfloat16) for x in (hidden, output_matrix)]
+    got = logprobs.of_tokens(
+        rounded[0], output_matrix, tokens, POSITIONS, MASK
+    ).logprobs
+    expected, _ = naive(*[x.astype(jnp.float32) for x in rounded], tokens)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
