@@ -48,13 +48,13 @@ class DatasetConfig(_Section):
     split: str = "train"
     """hub and disk only."""
     size: int | None = Field(None, gt=0)
-    """At most this many questions; all of them if not given (reasoning_gym needs it)."""
+    """At most this many questions; all if not given (reasoning_gym needs it)."""
     seed: int = 0
     """reasoning_gym only: which questions are drawn."""
     prompt_key: str = "prompt"
     """The column that holds the question: text, or a list of chat messages."""
     answer_key: str = "answer"
-    """The column that holds the reference answer; reward functions get it as `answer`."""
+    """The column that holds the reference answer; rewards get it as `answer`."""
     prompt_template: str | None = None
     """Text around the question; {name} stands for column `name`."""
     system_prompt: str | None = None

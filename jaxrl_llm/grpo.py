@@ -196,26 +196,26 @@ def _old_logprobs(rows: TrainBatch, scored: Logprobs) -> Float[Array, "R T"]:
 
 
 def accumulate(
-    gradient: Callable[[Params, TrainBatch, Array], tuple[Params, Logprobs]],
+    function: Callable[[Params, TrainBatch, Array], tuple[Any, Logprobs]],
     params: Params,
     batch: TrainBatch,
     weights: Float[Array, "R T"],
     micro_batch_size: int | None,
-) -> tuple[Params, Logprobs]:
-    """Sums `gradient` over micro-batches of rows, in float32.
+) -> tuple[Any, Logprobs]:
+    """Sums a function, such as a gradient, over micro-batches of rows, in float32.
 
     Micro-batch m of M has the rows m, m + M, m + 2 M, ... so that rows that are split
     over devices stay split over all of them. Rows of padding fill up the last ones.
 
     Args:
-      gradient: `(params, rows, weights of the rows) -> gradient, Logprobs`.
+      function: `(params, rows, weights of the rows) -> (terms, Logprobs)`.
 
     Returns:
-      The sum, and the log-probabilities of all rows.
+      The sum of the terms, and the log-probabilities of all rows.
     """
     num_rows = weights.shape[0]
     if micro_batch_size is None or micro_batch_size >= num_rows:
-        return gradient(params, batch, weights)
+        return function(params, batch, weights)
     count = -(-num_rows // micro_batch_size)
     padded = pad_rows(batch, count * micro_batch_size)
     extra = ((0, count * micro_batch_size - num_rows), (0, 0))
@@ -227,13 +227,12 @@ def accumulate(
         return x.swapaxes(0, 1).reshape(micro_batch_size * count, -1)[:num_rows]
 
     def add(total, micro_batch):
-        grads, scored = gradient(params, *micro_batch)
-        return jax.tree.map(jnp.add, total, grads), scored
+        terms, scored = function(params, *micro_batch)
+        return jax.tree.map(jnp.add, total, terms), scored
 
     micro_batches = jax.tree.map(split, (padded, jnp.pad(weights, extra)))
-    shapes = jax.eval_shape(
-        gradient, params, *jax.tree.map(lambda x: x[0], micro_batches)
-    )[0]
-    zeros = jax.tree.map(lambda g: jnp.zeros(g.shape, jnp.float32), shapes)
-    grads, scored = jax.lax.scan(add, zeros, micro_batches)
-    return grads, jax.tree.map(join, scored)
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    terms, _ = jax.eval_shape(function, params, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), terms)
+    total, scored = jax.lax.scan(add, zeros, micro_batches)
+    return total, jax.tree.map(join, scored)

@@ -42,26 +42,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if "JAXRL_TRACEBACK" in os.environ:
             raise
-        return _fail(str(error))
+        return _fail(f"{error}\n(JAXRL_TRACEBACK=1 shows where)")
     return 0
 
 
 def _fail(message: str) -> int:
     console = Console(stderr=True, soft_wrap=True)
-    for line in message.splitlines():
-        console.print("[bold red]error:[/]", end=" ")
-        console.print(line, markup=False, highlight=False)
+    console.print("[bold red]error[/]")
+    console.print(message, markup=False, highlight=False)
     return 2
 
 
 def _train(rest: list[str]) -> None:
-    from jaxrl_llm import train
+    from jaxrl_llm import dry_run, train
 
     config, flags = _config("train", rest, flags=("--dry-run",))
+    job = train.build(config)
     if "--dry-run" in flags:
-        train.dry_run(config)
+        dry_run.show(job)
     else:
-        train.run(train.build(config))
+        train.run(job)
 
 
 def _evaluate(rest: list[str]) -> None:
@@ -108,7 +108,7 @@ def generate(
     """Prints completions.
 
     Args:
-      model: a Hugging Face directory or hub id, a .gguf file, or package:NAME/FILE.gguf.
+      model: a directory, a hub id, a .gguf file or package:NAME/FILE.gguf.
       prompts: the prompts themselves.
       file: a file with one prompt per line.
       chat: put each prompt into the model's chat template.
@@ -125,7 +125,8 @@ def generate(
     import jax
     import jax.numpy as jnp
 
-    from jaxrl_llm import models, prompts as sources
+    from jaxrl_llm import models
+    from jaxrl_llm import prompts as sources
     from jaxrl_llm.rollout.decode import JaxEngine
     from jaxrl_llm.rollout.engine import Request, Sampling
     from sharding import mesh
@@ -185,7 +186,7 @@ def convert(
     """Writes a model as a Hugging Face directory.
 
     Args:
-      source: a Hugging Face directory or hub id, a .gguf file, or package:NAME/FILE.gguf.
+      source: a directory, a hub id, a .gguf file or package:NAME/FILE.gguf.
       directory: must not exist, or be empty.
       dtype: of the saved weights.
     """

@@ -22,7 +22,7 @@ from jaxrl_llm import batch as batches
 from jaxrl_llm import grpo, logprobs, models, optimizer
 from jaxrl_llm.batch import Completion, Prompt, TrainBatch
 from jaxrl_llm.config import Config
-from jaxrl_llm.models import Architecture
+from jaxrl_llm.models import Architecture, Checkpoint
 from sharding import rules
 
 
@@ -30,12 +30,13 @@ class Learner:
     """Everything about the update but the state that it changes.
 
     Args:
+      source: of the weights to start from, which `use_kl_loss` keeps as the reference.
       mesh: axes "data", "fsdp" and "tensor"; rows are split over the first two.
-      params: the weights before training, which `use_kl_loss` keeps as the reference.
     """
 
-    def __init__(self, config: Config, arch: Architecture, mesh: Mesh, params: Any):
-        self.config, self.arch, self.mesh = config, arch, mesh
+    def __init__(self, config: Config, source: Checkpoint, mesh: Mesh):
+        self.config, self.arch, self.mesh = config, source.arch, mesh
+        self._source = source
         actor = config.actor
         self.optimizer = optimizer.make(
             actor.optim, config.trainer.total_training_steps, updates_per_step(config)
@@ -68,16 +69,24 @@ class Learner:
             out_shardings=(self.state_shardings(), None),
         )
         self._score = jax.jit(self._scored_in_micro_batches)
-        self._reference = None
-        if actor.use_kl_loss:
-            # A copy in the compute dtype: the product with it is what counts.
-            self._reference = jax.jit(
-                lambda tree: jax.tree.map(lambda x: x.astype(actor.dtype), tree)
-            )(params)
 
-    def start(self, params: Any) -> grpo.TrainState:
-        """The state before the first update. `params` becomes part of it."""
+    @functools.cached_property
+    def reference(self) -> Any:
+        """The weights before training in the compute dtype, which is all that they are
+        multiplied in; None if no KL loss asks for them."""
+        actor = self.config.actor
+        return self.read_weights(actor.dtype) if actor.use_kl_loss else None
+
+    def read_weights(self, dtype: str) -> Any:
+        """The weights before training, laid out for training."""
+        return self._source.load(
+            dtype=jnp.dtype(dtype), shardings=param_shardings(self.arch, self.mesh)
+        )
+
+    def start(self) -> grpo.TrainState:
+        """The state before the first update. Reads the weights."""
         shardings = self.state_shardings()
+        params = self.read_weights("float32")
         make = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)
         step = jax.device_put(jnp.int32(0), shardings.step)
         return grpo.TrainState(params, make(params), step)
@@ -90,6 +99,37 @@ class Learner:
     ) -> TrainBatch:
         """The training batch of one step, on the host."""
         return batches.make_rows(prompts, completions, advantages, **self._layout)
+
+    def update_memory(self) -> Any:
+        """The compiler's memory analysis of the largest update that can occur."""
+        config = self.config
+        size = config.data.max_prompt_length, config.rollout.max_response_length
+        prompt = Prompt(id=0, content="", tokens=(0,) * size[0], columns={})
+        zeros = np.zeros(size[1], np.float32)
+        completion = Completion(
+            prompt_id=0,
+            sample=0,
+            tokens=zeros.astype(np.int32),
+            logprobs=zeros,
+            raw_logprobs=zeros,
+            finish_reason="length",
+            weight_version=0,
+            text="",
+        )
+        P, G = config.data.train_batch_size, config.rollout.n
+        batch = self.make_rows(
+            [prompt] * P, [[completion] * G] * P, np.zeros((P, G), np.float32)
+        )
+        if self.config.actor.use_kl_loss:
+            batch = dataclasses.replace(batch, ref_logprobs=batch.sampler_logprobs)
+        if updates_per_step(config) > 1:
+            batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
+        rows = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows),
+            self._parts(batch, 0, 0)[0],
+        )
+        compiled = self._update.lower(self.abstract_state(), rows).compile()
+        return compiled.memory_analysis()
 
     def update(
         self, state: grpo.TrainState, batch: TrainBatch, seed: int
@@ -165,8 +205,8 @@ class Learner:
         """Adds what the update needs of other policies: the reference, and, if there is
         more than one update, the policy before the first."""
         found = {}
-        if self._reference is not None:
-            found["ref_logprobs"] = self._scored(self._reference, batch)
+        if self.reference is not None:
+            found["ref_logprobs"] = self._scored(self.reference, batch)
         if updates_per_step(self.config) > 1:
             found["old_logprobs"] = self._scored(params, batch)
         return dataclasses.replace(batch, **found)

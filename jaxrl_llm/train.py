@@ -28,9 +28,9 @@ from jaxrl_llm import config as configs
 from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import Config, ConfigError
-from jaxrl_llm.console import LiveView, before_after, whereabouts
+from jaxrl_llm.console import LiveView, before_after, progress, whereabouts
 from jaxrl_llm.grpo import TrainState
-from jaxrl_llm.learner import Learner, param_shardings
+from jaxrl_llm.learner import Learner
 from jaxrl_llm.metrics import MetricsWriter, Timer
 from jaxrl_llm.rewards import RewardFunction, Scores, resolve, score
 from jaxrl_llm.rollout.decode import JaxEngine
@@ -54,7 +54,7 @@ class Job:
     """Everything a run consists of, loaded and checked."""
 
     config: Config
-    model: models.Model
+    source: models.Checkpoint
     data: prompts.Datasets
     score: Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], Scores]
     engine: Engine
@@ -72,17 +72,16 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     """
     train_mesh, rollout_mesh = make_meshes(config)
     functions = resolve(config.reward) if rewards is None else rewards
-    model = models.load(
+    source = models.open(
         config.model.path,
         revision=config.model.revision,
         tokenizer=config.model.tokenizer,
-        shardings=lambda arch: param_shardings(arch, train_mesh),
     )
-    check_lengths(config, model.arch)
-    data = prompts.load(config.data, model.tokenizer)
+    check_lengths(config, source.arch)
+    data = prompts.load(config.data, source.tokenizer)
     return Job(
         config=config,
-        model=model,
+        source=source,
         data=data,
         score=functools.partial(
             score,
@@ -91,14 +90,14 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
             on_error=config.reward.on_error,
         ),
         engine=JaxEngine(
-            model.arch,
-            model.tokenizer,
+            source.arch,
+            source.tokenizer,
             mesh=rollout_mesh,
             dtype=jnp.dtype(config.rollout.dtype),
             max_num_seqs=config.rollout.max_num_seqs,
             decode_chunk=config.rollout.decode_chunk,
         ),
-        learner=Learner(config, model.arch, train_mesh, model.params),
+        learner=Learner(config, source, train_mesh),
     )
 
 
@@ -232,6 +231,7 @@ class _Records:
         self._checkpoints = self._exit.enter_context(
             Checkpoints(self.directory / "checkpoints", trainer.max_ckpt_to_keep)
         )
+        self._step = 0
         self._timer = Timer()
         self._shown: list[dict[str, Any]] = []
         self._batch: dict[str, float] = {}
@@ -251,13 +251,16 @@ class _Records:
             self.prompt_batches.restore(found.position["prompts"])
             Console().print(f"going on from step {step} in {self.directory}")
         self._writer.rewind(step if found else -1)
+        self._step = step
         self._view = self._exit.enter_context(
             LiveView(
                 trainer.total_training_steps, step, num_examples=trainer.num_examples
             )
         )
-        state = found.state if found else learner.start(self.job.model.params)
-        return state, step
+        if found:
+            return found.state, step
+        with progress("reading the weights"):
+            return learner.start(), step
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -315,11 +318,12 @@ class _Records:
         if validation:
             line |= validation.metrics
         self._writer.write(step, line)
+        self._step = step
         self._view.update(step, line, self._shown)
         self._timer, self._batch = Timer(), {}
 
     def _speed(self, timing: Mapping[str, float]) -> dict[str, float]:
-        arch, count = self.job.model.arch, jax.device_count()
+        arch, count = self.job.source.arch, jax.device_count()
         tokens = int(self._lengths.sum())
         generated = self._batch["response_length/mean"] * len(self._lengths)
         flops = self.config.actor.ppo_epochs * metrics.train_flops(
@@ -368,11 +372,11 @@ class _Records:
     def close(self, state: TrainState) -> "Result":
         """Writes the weights and the report, and says what came of it."""
         trainer = self.config.trainer
-        step = int(state.step) // self.job.learner.updates_per_step
+        step = self._step
         with self.phase("save_checkpoint"):
             self._checkpoints.wait()
             if trainer.save_hf:
-                save_weights(self.directory / "huggingface", self.job.model, state)
+                save_weights(self.directory / "huggingface", self.job, state)
         self._exit.close()
         report.write(self.directory)
         console = Console()
@@ -438,11 +442,11 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def save_weights(directory: Path, model: models.Model, state: TrainState) -> None:
+def save_weights(directory: Path, job: Job, state: TrainState) -> None:
     """Writes the policy as a Hugging Face directory, in place of an older one."""
     fresh = directory.with_name(directory.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    models.save(fresh, model.arch, state.params, model.tokenizer)
+    models.save(fresh, job.source.arch, state.params, job.source.tokenizer)
     shutil.rmtree(directory, ignore_errors=True)
     fresh.rename(directory)
 
@@ -572,3 +576,18 @@ def _stored(rows: str | Sequence[Mapping[str, Any]], directory: str, name: str) 
 
 def dry_run(config: Config) -> None:
     """Checks everything but the weights, and prints what the run would be."""
+
+
+def evaluate_only(job: Job) -> evaluate.Validation:
+    """Answers the held-out questions with the model as it is, and prints how well."""
+    if not job.data.val:
+        raise ConfigError("data.val is needed: which questions to answer")
+    job.engine.load(job.learner.read_weights("float32"))
+    validation = validate(job, 0)
+    before_after(
+        None,
+        validation,
+        job.config.output_dir,
+        num_examples=job.config.trainer.num_examples,
+    )
+    return validation

@@ -308,19 +308,27 @@ def test_a_kl_loss_needs_a_reference():
 
 
 def test_low_precision_gradients_add_up_in_float32():
-    # 300 micro-batches of gradient 1 / 300 each: bfloat16 would get stuck near 1/2.
-    params = {"w": jnp.bfloat16(0.0)}
-    rows = make_batch(off_policy=False)
+    # 300 micro-batches that add 1 / 300 each: in bfloat16 the sum gets stuck at 1/2.
+    def function(params, rows, weights):
+        return weights.sum().astype(jnp.bfloat16), logprobs.Logprobs(weights, weights)
 
-    def gradient(params, rows, weights):
-        return {"w": weights.sum().astype(jnp.bfloat16)}, logprobs.Logprobs(
-            weights, weights
-        )
-
-    rows = jax.tree.map(lambda x: np.resize(x, (300, 16)), rows)
+    rows = jax.tree.map(lambda x: jnp.resize(x, (300, 16)), make_batch())
     weights = jnp.full((300, 16), 1 / 4800)
-    grads, _ = grpo.accumulate(gradient, params, rows, weights, 1)
-    np.testing.assert_allclose(grads["w"], 1.0, rtol=4e-3)
+    total, _ = grpo.accumulate(function, None, rows, weights, 1)
+    np.testing.assert_allclose(total, 1.0, rtol=4e-3)
+
+
+def test_logprobs_of_some_rows_at_a_time_are_those_of_all():
+    params, batch = make_state().params, make_batch()
+    terms, got = grpo.accumulate(
+        lambda params, rows, _: ((), logprob_fn(params, rows)),
+        params,
+        batch,
+        jnp.zeros(batch.tokens.shape),
+        4,
+    )
+    assert terms == ()
+    assert_same(got, logprob_fn(params, batch))
 
 
 def test_a_state_may_hold_shardings():

@@ -22,11 +22,12 @@ from jaxrl_llm.models.apply import (
 )
 from jaxrl_llm.models.architecture import Architecture, Rope
 from jaxrl_llm.models.families import architecture
-from jaxrl_llm.models.huggingface import Model, load, save
+from jaxrl_llm.models.huggingface import Checkpoint, Model, load, open, save
 
 __all__ = [
     "Architecture",
     "Cache",
+    "Checkpoint",
     "Model",
     "Rope",
     "abstract_params",
@@ -38,6 +39,7 @@ __all__ = [
     "logical_axes",
     "logits",
     "num_params",
+    "open",
     "output_matrix",
     "prefill",
     "save",

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,79 @@ class Model(NamedTuple):
     """A transformers tokenizer; None if the checkpoint has none."""
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose weights have not been read yet; see `open`."""
+
+    arch: Architecture
+    tokenizer: Any
+    """A transformers tokenizer; None if the checkpoint has none."""
+    _tensors: weights.Tensors
+    _form: str
+
+    def load(self, *, dtype: Any = jnp.float32, shardings: Any = None) -> Params:
+        """Reads the weights, every device only what it will hold.
+
+        Args:
+          dtype: of the parameters.
+          shardings: a sharding for every parameter; None: one device.
+
+        Raises:
+          ValueError: a tensor is missing, unknown or of the wrong shape.
+        """
+        tied = self.arch.tie_embeddings
+        return weights.read(
+            self.arch,
+            self._tensors,
+            self._form,
+            dtype=dtype,
+            shardings=shardings,
+            ignored=lambda name: (
+                name.endswith("rotary_emb.inv_freq")
+                or (tied and name == "lm_head.weight")
+            ),
+        )
+
+
+def open(
+    path: str | os.PathLike, *, revision: str | None = None, tokenizer: Any = None
+) -> Checkpoint:
+    """Finds a checkpoint and reads everything but its weights.
+
+    Args:
+      path: a Hugging Face directory or hub id, a .gguf file, or package:NAME/FILE.gguf
+        for a GGUF file that the installed Python package NAME ships. Nothing of the
+        checkpoint or of that package is executed.
+      revision: branch, tag or commit; hub ids only.
+      tokenizer: another one: itself, or its directory or hub id.
+
+    Raises:
+      ValueError: nothing is there, or it is not supported.
+    """
+    path = os.fspath(path)
+    if path.startswith("package:"):
+        path = _in_package(path)
+    local = Path(path).expanduser()
+    if revision is not None and local.exists():
+        raise ValueError(f"revision={revision!r} has no meaning for the local {path}")
+    if isinstance(tokenizer, str | os.PathLike):
+        folder = Path(tokenizer)
+        tokenizer = _tokenizer(folder if folder.is_dir() else _download(tokenizer))
+    if path.endswith(".gguf"):
+        if not local.is_file():
+            raise ValueError(f"{path}: no such file")
+        file = GGUFFile(local)
+        own = file.tokenizer() if tokenizer is None else tokenizer
+        return Checkpoint(file.architecture(), own, file, "gguf")
+    folder = local if local.is_dir() else _download(path, revision)
+    arch = families.architecture(
+        _json(folder / "config.json"),
+        _json(folder / "generation_config.json", default={}),
+    )
+    own = _tokenizer(folder) if tokenizer is None else tokenizer
+    return Checkpoint(arch, own, _SafetensorsFolder(folder), "huggingface")
+
+
 def load(
     path: str | os.PathLike,
     *,
@@ -43,63 +117,17 @@ def load(
     dtype: Any = jnp.float32,
     shardings: Any = None,
 ) -> Model:
-    """Reads a checkpoint, every device only what it will hold.
+    """`open` and `Checkpoint.load` in one.
 
     Args:
-      path: a Hugging Face directory or hub id, a .gguf file, or package:NAME/FILE.gguf
-        for a GGUF file that the installed Python package NAME ships. Nothing of the
-        checkpoint or of that package is executed.
-      revision: branch, tag or commit; hub ids only.
-      tokenizer: another one: itself, or its directory or hub id.
-      dtype: of the parameters.
       shardings: a sharding for every parameter, or a function that makes that tree from
         the architecture; None: one device.
-
-    Raises:
-      ValueError: nothing is there, or it is not supported, complete and consistent.
     """
-    path = os.fspath(path)
-    if path.startswith("package:"):
-        path = _in_package(path)
-    local = Path(path).expanduser()
-    if revision is not None and local.exists():
-        raise ValueError(f"revision={revision!r} has no meaning for the local {path}")
-    if path.endswith(".gguf"):
-        if not local.is_file():
-            raise ValueError(f"{path}: no such file")
-        tensors: weights.Tensors = GGUFFile(local)
-        form, arch, own_tokenizer = "gguf", tensors.architecture(), tensors.tokenizer
-    else:
-        folder = local if local.is_dir() else _download(path, revision)
-        arch = families.architecture(
-            _json(folder / "config.json"),
-            _json(folder / "generation_config.json", default={}),
-        )
-        form, tensors = "huggingface", _SafetensorsFolder(folder)
-
-        def own_tokenizer():
-            return _tokenizer(folder)
-
+    found = open(path, revision=revision, tokenizer=tokenizer)
     if callable(shardings):
-        shardings = shardings(arch)
-    params = weights.read(
-        arch,
-        tensors,
-        form,
-        dtype=dtype,
-        shardings=shardings,
-        ignored=lambda name: (
-            name.endswith("rotary_emb.inv_freq")
-            or (arch.tie_embeddings and name == "lm_head.weight")
-        ),
-    )
-    if tokenizer is None:
-        tokenizer = own_tokenizer()
-    elif isinstance(tokenizer, str | os.PathLike):
-        name = os.fspath(tokenizer)
-        folder = Path(name).expanduser()
-        tokenizer = _tokenizer(folder if folder.is_dir() else _download(name))
-    return Model(arch, params, tokenizer)
+        shardings = shardings(found.arch)
+    params = found.load(dtype=dtype, shardings=shardings)
+    return Model(found.arch, params, found.tokenizer)
 
 
 def save(

@@ -7,6 +7,7 @@ Shapes come from a few buckets, so that nothing compiles after the first waves.
 """
 
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -93,16 +94,16 @@ class JaxEngine:
         decode_chunk: int,
     ):
         self.arch, self.tokenizer = arch, tokenizer
-        self._mesh, self._max_num_seqs, self._chunk = mesh, max_num_seqs, decode_chunk
+        self.mesh, self._max_num_seqs, self._chunk = mesh, max_num_seqs, decode_chunk
         self._rows_sharding = NamedSharding(mesh, P("data"))
         self._version = -1
         self._params: Any = None
         self._waiting: deque[tuple[Request, int]] = deque()
+        self._param_shardings = rules.to_shardings(
+            models.logical_axes(arch, stacked=False), mesh, rules.GENERATE
+        )
         self._to_generation = reshard.program(
-            functools.partial(models.unstack, dtype=dtype),
-            rules.to_shardings(
-                models.logical_axes(arch, stacked=False), mesh, rules.GENERATE
-            ),
+            functools.partial(models.unstack, dtype=dtype), self._param_shardings
         )
         self._cache_sharding = NamedSharding(mesh, P("data", None, "tensor"))
         self._shape = {"arch": arch, "dtype": jnp.dtype(dtype)}
@@ -113,6 +114,26 @@ class JaxEngine:
         self._params = self._to_generation(params)
         self._version += 1
         return self._version
+
+    def abstract_params(self) -> Any:
+        """Shapes, dtypes and shardings of the weights the engine holds."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            models.abstract_params(
+                self.arch, dtype=self._shape["dtype"], stacked=False
+            ),
+            self._param_shardings,
+        )
+
+    def cache_bytes(self, num_rows: int, num_tokens: int) -> int:
+        """Bytes of cache on each device while `num_rows` responses wait, each with its
+        prompt at most `num_tokens` long."""
+        rows = self._row_count(min(num_rows, self._max_num_seqs))
+        shape = rows, _length(num_tokens), self.arch.num_kv_heads, self.arch.head_dim
+        shard = self._cache_sharding.shard_shape(shape)
+        return (
+            2 * self.arch.num_layers * math.prod(shard) * self._shape["dtype"].itemsize
+        )
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues requests.
@@ -268,7 +289,7 @@ class JaxEngine:
 
     def _row_count(self, rows: int) -> int:
         """Rows including padding: a power of two that "data" divides."""
-        data = self._mesh.shape["data"]
+        data = self.mesh.shape["data"]
         return -(-_power_of_two(rows) // data) * data
 
     def _put(self, tree: Any) -> Any:

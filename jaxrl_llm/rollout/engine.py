@@ -1,8 +1,8 @@
 """What every generation engine offers.
 
 `load` weights, `submit` requests, take completions as they finish. A response is a
-function of (weights, prompt, sampling, seed, prompt id, sample index) alone: it does not
-depend on which slot, batch or order produced it.
+function of (weights, prompt, sampling, seed, prompt id, sample index) alone: it does
+not depend on which slot, batch or order produced it.
 """
 
 from collections.abc import Iterator, Sequence

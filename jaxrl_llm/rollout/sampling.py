@@ -25,7 +25,7 @@ class Sampled(NamedTuple):
 def row_keys(
     seeds: UInt[Array, " B"], prompt_ids: Int[Array, " B"], samples: Int[Array, " B"]
 ) -> Key[Array, " B"]:
-    """One random key per response: a function of what is asked, not of where it runs."""
+    """One key per response: a function of what is asked, not of where it runs."""
 
     def key(seed, prompt_id, sample):
         return jax.random.fold_in(

@@ -1,0 +1,80 @@
+"""What a run would be: checked, counted and compiled, without reading the weights."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from jaxrl_llm import models
+from jaxrl_llm.console import progress
+from jaxrl_llm.train import Job
+
+_GIB = 2**30
+
+
+def show(job: Job) -> None:
+    """Prints the resolved configuration, sizes, and memory per device."""
+    config, arch, learner = job.config, job.source.arch, job.learner
+    console = Console()
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    console.print(text, markup=False, highlight=False)
+
+    rows = config.data.train_batch_size * config.rollout.n
+    longest = config.data.max_prompt_length + config.rollout.max_response_length
+    prompts = np.array([len(prompt.tokens) for prompt in job.data.train])
+    facts = {
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "parameters": f"{models.num_params(arch):,}",
+        "training mesh": dict(learner.mesh.shape),
+        "generation mesh": dict(job.engine.mesh.shape),
+        "training questions": f"{len(prompts):,}",
+        "left out of them": f"{job.data.train_removed_as_held_out} held out",
+        "too long": f"{job.data.dropped} dropped, {job.data.truncated} truncated",
+        "held-out questions": f"{len(job.data.val):,}",
+        "prompt tokens": f"{prompts.min()} to {prompts.max()}",
+        "responses per step": f"{rows:,}",
+        "tokens per step": f"at most {rows * longest:,}",
+    }
+    _print(console, "The run", facts)
+    with progress("compiling the largest update"):
+        memory = _memory(job)
+    total = sum(memory.values())
+    sizes = {name: f"{size / _GIB:.3f} GiB" for name, size in memory.items()}
+    _print(console, "Memory per device", sizes | {"total": f"{total / _GIB:.3f} GiB"})
+
+
+def _memory(job: Job) -> dict[str, int]:
+    """Bytes on the fullest device."""
+    config, learner = job.config, job.learner
+    state = learner.abstract_state()
+    memory = {
+        "weights": _bytes(state.params),
+        "optimizer": _bytes(state.opt_state),
+        "update (gradients, activations)": learner.update_memory().temp_size_in_bytes,
+        "generation weights": _bytes(job.engine.abstract_params()),
+        "generation cache": job.engine.cache_bytes(
+            config.data.train_batch_size * config.rollout.n,
+            config.data.max_prompt_length + config.rollout.max_response_length,
+        ),
+    }
+    if config.actor.use_kl_loss:
+        size = jax.numpy.dtype(config.actor.dtype).itemsize
+        memory["reference"] = memory["weights"] * size // 4
+    return memory
+
+
+def _bytes(tree: Any) -> int:
+    return sum(
+        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def _print(console: Console, title: str, facts: dict[str, Any]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    console.print(table)
