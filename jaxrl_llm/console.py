@@ -170,7 +170,7 @@ def before_after(
     console = console or Console()
     old = before.metrics if before else {}
     table = Table(title="Held-out questions", title_justify="left")
-    table.add_column("metric")
+    table.add_column("metric", overflow="fold", min_width=26)
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     table.add_column("change", justify="right")

@@ -1,6 +1,6 @@
 """The command line.
 
-    jaxrl train CONFIG.yaml [--dry-run] [--section.key VALUE ...]
+    jaxrl train CONFIG.yaml [--dry-run] [--resume auto|never] [--section.key VALUE ...]
     jaxrl evaluate CONFIG.yaml [--section.key VALUE ...]
     jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE]
     jaxrl convert SOURCE DIRECTORY
@@ -87,7 +87,9 @@ def _config(
     if not paths:
         raise ConfigError(f"jaxrl {verb} needs a configuration file, such as configs/*")
     found = {argument for argument in rest if argument in flags}
-    return configs.load(paths[0], [x for x in rest[1:] if x not in found]), found
+    short = {"--resume": "--trainer.resume"}
+    overrides = [short.get(x, x) for x in rest[1:] if x not in found]
+    return configs.load(paths[0], overrides), found
 
 
 def generate(
