@@ -8,11 +8,10 @@ generation.
 
 import functools
 import json
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,33 +19,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
-from rich.console import Console
 
-from jaxrl_llm import advantages, evaluate, metrics, models, prompts, report
+from jaxrl_llm import advantages, evaluate, loggers, metrics, models, prompts, report
 from jaxrl_llm import config as configs
 from jaxrl_llm.batch import Completion, Prompt
-from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import Config, ConfigError
-from jaxrl_llm.console import LiveView, before_after, progress, whereabouts
-from jaxrl_llm.grpo import TrainState
+from jaxrl_llm.console import before_after, whereabouts
 from jaxrl_llm.learner import Learner
-from jaxrl_llm.metrics import MetricsWriter, Timer
+from jaxrl_llm.records import Records
 from jaxrl_llm.rewards import RewardFunction, Scores, resolve, score
 from jaxrl_llm.rollout.decode import JaxEngine
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
 from sharding import mesh
 
 _ROLLOUT, _VALIDATION, _ORDER = range(3)  # independent streams of random numbers
-_PHASES = {
-    "gen": "generating",
-    "reward": "scoring",
-    "adv": "estimating advantages",
-    "update_actor": "updating",
-    "update_weights": "loading weights",
-    "testing": "validating",
-    "save_checkpoint": "saving",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +56,8 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     Raises:
       ValueError: something is missing or does not fit; the message names it.
     """
+    for name in config.trainer.loggers:
+        loggers.find(name)
     train_mesh, rollout_mesh = make_meshes(config)
     functions = resolve(config.reward) if rewards is None else rewards
     source = models.open(
@@ -108,11 +96,11 @@ def run(job: Job) -> "Result":
       RewardError: a reward function failed and `reward.on_error` is "raise".
     """
     config, learner, engine = job.config, job.learner, job.engine
-    with _Records(job) as records, _asked_to_stop() as stopping:
-        state, first_step = records.open()
+    with Records(config, job.source, job.data) as records, _asked_to_stop() as stopping:
+        state, first_step = records.open(learner)
         engine.load(state.params)
         if first_step == 0:
-            records.write(0, {}, records.validate(0))
+            records.write(0, {}, validate(job, records, 0))
         for step in range(first_step + 1, config.trainer.total_training_steps + 1):
             with records.phase("gen"):
                 asked = next(records.prompt_batches)
@@ -126,13 +114,14 @@ def run(job: Job) -> "Result":
                 state, learned = learner.update(state, rows, seed(config, _ORDER, step))
             with records.phase("update_weights"):
                 engine.load(state.params)
-            validation = records.validate(step)
+            validation = validate(job, records, step)
             records.rollouts(step, asked, rollouts, scores, advantage)
             records.write(step, learned, validation)
             records.save(step, state, validation, stopping())
             if stopping():
                 break
-        return records.close(state)
+        records.close(state)
+    return _shown(Result(Path(config.output_dir)), config)
 
 
 def requests(config: Config, asked: Sequence[Prompt], step: int) -> list[Request]:
@@ -204,219 +193,6 @@ def check_lengths(config: Config, arch: models.Architecture) -> None:
         )
 
 
-class _Records:
-    """What a run leaves behind and goes on from: metrics, rollouts, checkpoints, the
-    live view. A context manager; `open` is called first."""
-
-    def __init__(self, job: Job):
-        self.job, self.config = job, job.config
-        trainer = job.config.trainer
-        self.directory = Path(job.config.output_dir)
-        _check_goes_on(self.directory, job.config)
-        self.prompt_batches = prompts.PromptBatches(
-            job.data.train,
-            job.config.data.train_batch_size,
-            seed=job.config.seed,
-            shuffle=job.config.data.shuffle,
-        )
-        self._exit = ExitStack()
-        self._writer = self._exit.enter_context(
-            MetricsWriter(
-                self.directory,
-                trainer.loggers,
-                trainer.project,
-                job.config.model_dump(mode="json"),
-            )
-        )
-        self._checkpoints = self._exit.enter_context(
-            Checkpoints(self.directory / "checkpoints", trainer.max_ckpt_to_keep)
-        )
-        self._step = 0
-        self._timer = Timer()
-        self._shown: list[dict[str, Any]] = []
-        self._batch: dict[str, float] = {}
-
-    def __enter__(self) -> "_Records":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._exit.close()
-
-    def open(self) -> tuple[TrainState, int]:
-        """The state to go on from and the step it is at; 0 for a fresh start."""
-        learner, trainer = self.job.learner, self.config.trainer
-        found = self._checkpoints.restore(learner.abstract_state())
-        step = found.step if found else 0
-        if found:
-            self.prompt_batches.restore(found.position["prompts"])
-            Console().print(f"going on from step {step} in {self.directory}")
-        self._writer.rewind(step if found else -1)
-        self._step = step
-        self._view = self._exit.enter_context(
-            LiveView(
-                trainer.total_training_steps, step, num_examples=trainer.num_examples
-            )
-        )
-        if found:
-            return found.state, step
-        with progress("reading the weights"):
-            return learner.start(), step
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Shows and times a phase of the step."""
-        self._view.phase(_PHASES[name])
-        with self._timer(name):
-            yield
-
-    def validate(self, step: int) -> evaluate.Validation | None:
-        """Answers the held-out questions, if this is a step for it."""
-        trainer = self.config.trainer
-        last = step == trainer.total_training_steps
-        regular = trainer.test_freq > 0 and step % trainer.test_freq == 0
-        due = trainer.val_before_train if step == 0 else regular or last
-        if not due or not self.job.data.val:
-            return None
-        with self.phase("testing"):
-            validation = validate(self.job, step)
-        self._writer.write_rollouts(step, "val", validation.records)
-        return validation
-
-    def rollouts(
-        self,
-        step: int,
-        asked: Sequence[Prompt],
-        rollouts: Sequence[Sequence[Completion]],
-        scores: Scores,
-        advantage: np.ndarray,
-    ) -> None:
-        """Writes every response of a step with its reward."""
-        self._shown = metrics.rollout_records(
-            step, "train", "train", asked, rollouts, scores, advantage=advantage
-        )
-        self._batch = metrics.batch_metrics(asked, rollouts, scores, advantage)
-        lengths = [
-            len(p.tokens) + len(c.tokens)
-            for p, g in zip(asked, rollouts, strict=True)
-            for c in g
-        ]
-        self._lengths = np.asarray(lengths)
-        self._writer.write_rollouts(step, "train", self._shown)
-
-    def write(
-        self,
-        step: int,
-        learned: Mapping[str, float],
-        validation: evaluate.Validation | None,
-    ) -> None:
-        """Writes the step's metrics and shows them."""
-        timing = self._timer.metrics()
-        line = {**learned, **self._batch, **timing}
-        if self._batch:
-            line |= self._speed(timing)
-            line["training/epoch"] = self.prompt_batches.epoch
-        if validation:
-            line |= validation.metrics
-        self._writer.write(step, line)
-        self._step = step
-        self._view.update(step, line, self._shown)
-        self._timer, self._batch = Timer(), {}
-
-    def _speed(self, timing: Mapping[str, float]) -> dict[str, float]:
-        arch, count = self.job.source.arch, jax.device_count()
-        tokens = int(self._lengths.sum())
-        generated = self._batch["response_length/mean"] * len(self._lengths)
-        flops = self.config.actor.ppo_epochs * metrics.train_flops(
-            models.num_params(arch),
-            tokens,
-            int((self._lengths**2).sum()),
-            arch.num_layers,
-            arch.num_heads,
-            arch.head_dim,
-        )
-        update = timing["timing_s/update_actor"]
-        return {
-            **metrics.throughput(tokens, timing["timing_s/step"], count),
-            **metrics.mfu(flops, update, jax.devices()[0].device_kind, count),
-            "perf/rollout_tokens_per_s": generated / timing["timing_s/gen"],
-            "perf/update_tokens_per_s": tokens / update,
-        }
-
-    def save(
-        self,
-        step: int,
-        state: TrainState,
-        validation: evaluate.Validation | None,
-        stopping: bool,
-    ) -> None:
-        """Saves a checkpoint in the background, if this is a step for it."""
-        trainer = self.config.trainer
-        last = step == trainer.total_training_steps or stopping
-        if not last and not (trainer.save_freq and step % trainer.save_freq == 0):
-            return
-        score = None
-        if validation:
-            name = metrics.accuracy_name(list(validation.metrics))
-            score = validation.metrics[name] if name else None
-        with self.phase("save_checkpoint"):
-            self._checkpoints.save(
-                step,
-                state,
-                {
-                    "prompts": self.prompt_batches.state(),
-                    "kl_loss_coef": self.config.actor.kl_loss_coef,
-                },
-                score,
-            )
-
-    def close(self, state: TrainState) -> "Result":
-        """Writes the weights and the report, and says what came of it."""
-        trainer = self.config.trainer
-        step = self._step
-        with self.phase("save_checkpoint"):
-            self._checkpoints.wait()
-            if trainer.save_hf:
-                save_weights(self.directory / "huggingface", self.job, state)
-        self._exit.close()
-        report.write(self.directory)
-        console = Console()
-        if step < trainer.total_training_steps:
-            console.print(
-                f"stopped after step {step} of {trainer.total_training_steps}; "
-                "the same command goes on from there",
-                markup=False,
-            )
-        result = Result(self.directory)
-        if result.after:
-            before_after(
-                result.before,
-                result.after,
-                self.directory,
-                num_examples=trainer.num_examples,
-            )
-        else:
-            whereabouts(self.directory)
-        return result
-
-
-def _check_goes_on(directory: Path, config: Config) -> None:
-    """Raises ConfigError if output_dir holds a run that this one cannot go on."""
-    path = directory / "config.yaml"
-    if not path.exists():
-        return
-    if config.trainer.resume == "never":
-        raise ConfigError(
-            f"trainer.resume is never, but output_dir {directory} holds a run; choose "
-            "another output_dir"
-        )
-    seed_before = yaml.safe_load(path.read_text()).get("seed")
-    if seed_before != config.seed:
-        raise ConfigError(
-            f"seed is {config.seed}, but the run in output_dir {directory} was started "
-            f"with seed {seed_before}"
-        )
-
-
 @contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Whether SIGTERM or Ctrl-C has come, so that the loop can end after its step.
@@ -442,17 +218,16 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def save_weights(directory: Path, job: Job, state: TrainState) -> None:
-    """Writes the policy as a Hugging Face directory, in place of an older one."""
-    fresh = directory.with_name(directory.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    models.save(fresh, job.source.arch, state.params, job.source.tokenizer)
-    shutil.rmtree(directory, ignore_errors=True)
-    fresh.rename(directory)
+def validate(job: Job, records: Records, step: int) -> evaluate.Validation | None:
+    """Answers the held-out questions with the weights the engine holds, if it is time
+    for it."""
+    if not records.validation_due(step):
+        return None
+    with records.phase("testing"):
+        return _answer_held_out(job, step)
 
 
-def validate(job: Job, step: int) -> evaluate.Validation:
-    """Answers the held-out questions with the weights the engine holds."""
+def _answer_held_out(job: Job, step: int) -> evaluate.Validation:
     return evaluate.validate(
         job.engine,
         job.data.val,
@@ -508,6 +283,20 @@ class Result:
         lines = {line["step"]: line for line in metrics.read(self.directory)}
         found = {k: v for k, v in lines[step].items() if k.startswith("val-")}
         return evaluate.Validation(metrics=found, records=self.completions(step, "val"))
+
+
+def _shown(result: Result, config: Config) -> Result:
+    """Prints what came of a run."""
+    if result.after:
+        before_after(
+            result.before,
+            result.after,
+            result.directory,
+            num_examples=config.trainer.num_examples,
+        )
+    else:
+        whereabouts(result.directory)
+    return result
 
 
 Reward = str | Callable[..., Any]
@@ -574,16 +363,12 @@ def _stored(rows: str | Sequence[Mapping[str, Any]], directory: str, name: str) 
     return str(path)
 
 
-def dry_run(config: Config) -> None:
-    """Checks everything but the weights, and prints what the run would be."""
-
-
 def evaluate_only(job: Job) -> evaluate.Validation:
     """Answers the held-out questions with the model as it is, and prints how well."""
     if not job.data.val:
         raise ConfigError("data.val is needed: which questions to answer")
     job.engine.load(job.learner.read_weights("float32"))
-    validation = validate(job, 0)
+    validation = _answer_held_out(job, 0)
     before_after(
         None,
         validation,

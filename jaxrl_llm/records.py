@@ -1,0 +1,270 @@
+"""What a run leaves behind and goes on from, and what it shows meanwhile."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+from rich.console import Console
+
+from jaxrl_llm import evaluate, metrics, models, report
+from jaxrl_llm.batch import Completion, Prompt
+from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.config import Config, ConfigError
+from jaxrl_llm.console import LiveView, progress
+from jaxrl_llm.grpo import TrainState
+from jaxrl_llm.learner import Learner
+from jaxrl_llm.metrics import MetricsWriter, Timer
+from jaxrl_llm.prompts import Datasets, PromptBatches
+from jaxrl_llm.rewards import Scores
+
+_PHASES = {
+    "gen": "generating",
+    "reward": "scoring",
+    "adv": "estimating advantages",
+    "update_actor": "updating",
+    "update_weights": "loading weights",
+    "testing": "validating",
+    "save_checkpoint": "saving",
+}
+# Settings a run may go on with changed: they do not change what it has done so far.
+_MAY_CHANGE = (
+    "output_dir",
+    "trainer.",
+    "val.",
+    "actor.mesh.",
+    "actor.micro_batch_size",
+    "actor.pack_length",
+    "actor.remat",
+    "rollout.mesh.",
+    "rollout.max_num_seqs",
+    "rollout.decode_chunk",
+)
+
+
+class Records:
+    """What a run leaves behind and goes on from: metrics, rollouts, checkpoints, the
+    live view. A context manager; `open` is called first."""
+
+    def __init__(self, config: Config, source: models.Checkpoint, data: Datasets):
+        self.config, self.source, self.data = config, source, data
+        self.directory = Path(config.output_dir)
+        _check_goes_on(self.directory, config)
+        self.prompt_batches = PromptBatches(
+            data.train,
+            config.data.train_batch_size,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+        )
+        trainer = config.trainer
+        self._exit = ExitStack()
+        self._writer = self._exit.enter_context(
+            MetricsWriter(
+                self.directory,
+                trainer.loggers,
+                trainer.project,
+                config.model_dump(mode="json"),
+            )
+        )
+        self._checkpoints = self._exit.enter_context(
+            Checkpoints(self.directory / "checkpoints", trainer.max_ckpt_to_keep)
+        )
+        self._step = 0
+        self._timer = Timer()
+        self._shown: list[dict[str, Any]] = []
+        self._batch: dict[str, float] = {}
+
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exit.close()
+
+    def open(self, learner: Learner) -> tuple[TrainState, int]:
+        """The state to go on from and the step it is at; 0 for a fresh start."""
+        trainer = self.config.trainer
+        found = self._checkpoints.restore(learner.abstract_state())
+        step = found.step if found else 0
+        if found:
+            self.prompt_batches.restore(found.position["prompts"])
+            Console().print(f"going on from step {step} in {self.directory}")
+        self._writer.rewind(step if found else -1)
+        self._step = step
+        self._view = self._exit.enter_context(
+            LiveView(
+                trainer.total_training_steps, step, num_examples=trainer.num_examples
+            )
+        )
+        if found:
+            return found.state, step
+        with progress("reading the weights"):
+            return learner.start(), step
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Shows and times a phase of the step."""
+        self._view.phase(_PHASES[name])
+        with self._timer(name):
+            yield
+
+    def validation_due(self, step: int) -> bool:
+        """Whether the held-out questions are to be answered after this step."""
+        trainer = self.config.trainer
+        if not self.data.val:
+            return False
+        if step == 0:
+            return trainer.val_before_train
+        last = step == trainer.total_training_steps
+        return last or (trainer.test_freq > 0 and step % trainer.test_freq == 0)
+
+    def rollouts(
+        self,
+        step: int,
+        asked: Sequence[Prompt],
+        rollouts: Sequence[Sequence[Completion]],
+        scores: Scores,
+        advantage: np.ndarray,
+    ) -> None:
+        """Writes every response of a step with its reward."""
+        self._shown = metrics.rollout_records(
+            step, "train", "train", asked, rollouts, scores, advantage=advantage
+        )
+        self._batch = metrics.batch_metrics(asked, rollouts, scores, advantage)
+        lengths = [
+            len(p.tokens) + len(c.tokens)
+            for p, g in zip(asked, rollouts, strict=True)
+            for c in g
+        ]
+        self._lengths = np.asarray(lengths)
+        self._writer.write_rollouts(step, "train", self._shown)
+
+    def write(
+        self,
+        step: int,
+        learned: Mapping[str, float],
+        validation: evaluate.Validation | None,
+    ) -> None:
+        """Writes the step's metrics and shows them."""
+        timing = self._timer.metrics()
+        line = {**learned, **self._batch, **timing}
+        if self._batch:
+            line |= self._speed(timing)
+            line["training/epoch"] = self.prompt_batches.epoch
+        if validation:
+            line |= validation.metrics
+            self._writer.write_rollouts(step, "val", validation.records)
+        self._writer.write(step, line)
+        self._step = step
+        self._view.update(step, line, self._shown)
+        self._timer, self._batch = Timer(), {}
+
+    def _speed(self, timing: Mapping[str, float]) -> dict[str, float]:
+        arch, count = self.source.arch, jax.device_count()
+        tokens = int(self._lengths.sum())
+        generated = self._batch["response_length/mean"] * len(self._lengths)
+        flops = self.config.actor.ppo_epochs * metrics.train_flops(
+            models.num_params(arch),
+            tokens,
+            int((self._lengths**2).sum()),
+            arch.num_layers,
+            arch.num_heads,
+            arch.head_dim,
+        )
+        update = timing["timing_s/update_actor"]
+        return {
+            **metrics.throughput(tokens, timing["timing_s/step"], count),
+            **metrics.mfu(flops, update, jax.devices()[0].device_kind, count),
+            "perf/rollout_tokens_per_s": generated / timing["timing_s/gen"],
+            "perf/update_tokens_per_s": tokens / update,
+        }
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        validation: evaluate.Validation | None,
+        stopping: bool,
+    ) -> None:
+        """Saves a checkpoint in the background, if this is a step for it."""
+        trainer = self.config.trainer
+        last = step == trainer.total_training_steps or stopping
+        if not last and not (trainer.save_freq and step % trainer.save_freq == 0):
+            return
+        score = None
+        if validation:
+            name = metrics.accuracy_name(list(validation.metrics))
+            score = validation.metrics[name] if name else None
+        with self.phase("save_checkpoint"):
+            self._checkpoints.save(
+                step,
+                state,
+                {
+                    "prompts": self.prompt_batches.state(),
+                    "kl_loss_coef": self.config.actor.kl_loss_coef,
+                },
+                score,
+            )
+
+    def close(self, state: TrainState) -> None:
+        """Waits for the checkpoints, writes the weights and the report."""
+        with self.phase("save_checkpoint"):
+            self._checkpoints.wait()
+            if self.config.trainer.save_hf:
+                self._save_weights(state)
+        self._exit.close()
+        report.write(self.directory)
+        if self._step < self.config.trainer.total_training_steps:
+            Console().print(
+                f"stopped after step {self._step} of "
+                f"{self.config.trainer.total_training_steps}; the same command goes on "
+                "from there",
+                markup=False,
+            )
+
+    def _save_weights(self, state: TrainState) -> None:
+        """Writes the policy as a Hugging Face directory, in place of an older one."""
+        directory = self.directory / "huggingface"
+        fresh = self.directory / "huggingface.new"
+        shutil.rmtree(fresh, ignore_errors=True)
+        models.save(fresh, self.source.arch, state.params, self.source.tokenizer)
+        shutil.rmtree(directory, ignore_errors=True)
+        fresh.rename(directory)
+
+
+def _check_goes_on(directory: Path, config: Config) -> None:
+    """Raises ConfigError if output_dir holds a run that this one cannot go on."""
+    path = directory / "config.yaml"
+    if not path.exists():
+        return
+    if config.trainer.resume == "never":
+        raise ConfigError(
+            f"trainer.resume is never, but output_dir {directory} holds a run; choose "
+            "another output_dir"
+        )
+    before = _flat(yaml.safe_load(path.read_text()))
+    now = _flat(config.model_dump(mode="json"))
+    changed = [
+        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
+    ]
+    if changed:
+        raise ConfigError(
+            f"output_dir {directory} holds a run with other settings; choose another "
+            f"output_dir, or go on with the same: {'; '.join(changed)}"
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings, by dotted path."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        path: leaf
+        for key, value in tree.items()
+        for path, leaf in _flat(value, f"{prefix}.{key}" if prefix else key).items()
+    }
