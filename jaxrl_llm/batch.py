@@ -55,7 +55,7 @@ class Completion:
     finish_reason: str
     """"stop": a stop token or string ended it. "length": it reached its limit."""
     weight_version: int
-    """Which `Engine.load` produced the weights that sampled it."""
+    """The training step that made the weights it was sampled with."""
     text: str
     """Decoded, without special tokens and without the stop string."""
 

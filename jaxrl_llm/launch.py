@@ -146,7 +146,7 @@ def generate(
         max_num_seqs=256,
         decode_chunk=32,
     )
-    engine.load(loaded.params)
+    engine.load(loaded.params, version=0)
     contents = [[{"role": "user", "content": t}] if chat else t for t in texts]
     engine.submit(
         [

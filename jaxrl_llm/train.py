@@ -98,7 +98,7 @@ def run(job: Job) -> "Result":
     config, learner, engine = job.config, job.learner, job.engine
     with Records(config, job.source, job.data) as records, _asked_to_stop() as stopping:
         state, first_step = records.open(learner)
-        engine.load(state.params)
+        engine.load(state.params, first_step)
         if first_step == 0:
             records.write(0, {}, validate(job, records, 0))
         for step in range(first_step + 1, config.trainer.total_training_steps + 1):
@@ -113,7 +113,7 @@ def run(job: Job) -> "Result":
             with records.phase("update_actor"):
                 state, learned = learner.update(state, rows, seed(config, _ORDER, step))
             with records.phase("update_weights"):
-                engine.load(state.params)
+                engine.load(state.params, step)
             validation = validate(job, records, step)
             records.rollouts(step, asked, rollouts, scores, advantage)
             records.write(step, learned, validation)
@@ -367,7 +367,7 @@ def evaluate_only(job: Job) -> evaluate.Validation:
     """Answers the held-out questions with the model as it is, and prints how well."""
     if not job.data.val:
         raise ConfigError("data.val is needed: which questions to answer")
-    job.engine.load(job.learner.read_weights("float32"))
+    job.engine.load(job.learner.read_weights("float32"), version=0)
     validation = _answer_held_out(job, 0)
     before_after(
         None,

@@ -92,7 +92,7 @@ class ScriptedEngine:
     def __init__(self):
         self.batches = []
 
-    def load(self, params):
+    def load(self, params, version):
         return 0
 
     def submit(self, requests):

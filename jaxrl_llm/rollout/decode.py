@@ -108,12 +108,11 @@ class JaxEngine:
         self._cache_sharding = NamedSharding(mesh, P("data", None, "tensor"))
         self._shape = {"arch": arch, "dtype": jnp.dtype(dtype)}
 
-    def load(self, params: Any) -> int:
-        """Takes weights in the training layout. Returns their version, from 0."""
+    def load(self, params: Any, version: int) -> None:
+        """Takes weights in the training layout. Completions will carry `version`."""
         self._params = None  # free the old copy before the new one is made
         self._params = self._to_generation(params)
-        self._version += 1
-        return self._version
+        self._version = version
 
     def abstract_params(self) -> Any:
         """Shapes, dtypes and shardings of the weights the engine holds."""

@@ -62,10 +62,11 @@ class Request:
 class Engine(Protocol):
     """A generator of completions. See the module docstring for the promise it makes."""
 
-    def load(self, params: Any) -> int:
-        """Takes new weights, in the trainer's layout. Returns their version.
+    def load(self, params: Any, version: int) -> None:
+        """Takes new weights, in the trainer's layout.
 
-        Versions count up from 0. Requests submitted later use these weights or newer.
+        Requests submitted later use these weights or newer, and their completions carry
+        the version: the training step that made the weights.
         """
 
     def submit(self, requests: Sequence[Request]) -> None:
