@@ -117,8 +117,9 @@ def run(job: Job) -> "Result":
             validation = validate(job, records, step)
             records.rollouts(step, asked, rollouts, scores, advantage)
             records.write(step, learned, validation)
-            records.save(step, state, validation, stopping())
-            if stopping():
+            stop = stopping()
+            records.save(step, state, validation, stop)
+            if stop:
                 break
         records.close(state)
     return _shown(Result(Path(config.output_dir)), config)
