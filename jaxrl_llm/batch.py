@@ -90,6 +90,11 @@ class TrainBatch:
     log-probabilities, not differentiated: ratio = exp(logprobs - sg(logprobs)), whose
     value is 1 and whose gradient is that of logprobs. Exact for the first update after
     generation, without another forward pass."""
+    values: Float[Array, "R T"] | None = None
+    """Of the state before the token, by the critic before the update; None without
+    one."""
+    returns: Float[Array, "R T"] | None = None
+    """What `values` should have been; None without a critic."""
     num_sequences: int = dataclasses.field(metadata={"static": True})
     """Sequence ids are below it. An id that no token has is a sequence without tokens,
     which counts nowhere."""

@@ -105,6 +105,24 @@ def update(
         weights,
         settings.micro_batch_size,
     )
+    state, grad_norm, skipped = apply(state, grads, optimizer)
+    metrics = (
+        objective(batch, scored, weights, settings)
+        | mismatch(batch, scored)
+        | {"actor/grad_norm": grad_norm, "actor/update_skipped": skipped}
+    )
+    return state, metrics
+
+
+def apply(
+    state: TrainState, grads: Params, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Float[Array, ""], Float[Array, ""]]:
+    """One optimizer step; if the gradient is not finite, none.
+
+    Returns:
+      The next state, the global norm of the gradient before clipping, and 1 if the step
+      was skipped, else 0.
+    """
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -113,15 +131,8 @@ def update(
         (optax.apply_updates(state.params, updates), opt_state),
         (state.params, state.opt_state),
     )
-    metrics = (
-        objective(batch, scored, weights, settings)
-        | mismatch(batch, scored)
-        | {
-            "actor/grad_norm": grad_norm,
-            "actor/update_skipped": 1.0 - finite.astype(jnp.float32),
-        }
-    )
-    return TrainState(params, opt_state, state.step + jnp.int32(1)), metrics
+    state = TrainState(params, opt_state, state.step + jnp.int32(1))
+    return state, grad_norm, 1.0 - finite.astype(jnp.float32)
 
 
 def objective(
@@ -196,22 +207,23 @@ def _old_logprobs(rows: TrainBatch, scored: Logprobs) -> Float[Array, "R T"]:
 
 
 def accumulate(
-    function: Callable[[Params, TrainBatch, Array], tuple[Any, Logprobs]],
+    function: Callable[[Params, TrainBatch, Array], tuple[Any, Any]],
     params: Params,
     batch: TrainBatch,
     weights: Float[Array, "R T"],
     micro_batch_size: int | None,
-) -> tuple[Any, Logprobs]:
+) -> tuple[Any, Any]:
     """Sums a function, such as a gradient, over micro-batches of rows, in float32.
 
     Micro-batch m of M has the rows m, m + M, m + 2 M, ... so that rows that are split
     over devices stay split over all of them. Rows of padding fill up the last ones.
 
     Args:
-      function: `(params, rows, weights of the rows) -> (terms, Logprobs)`.
+      function: `(params, rows, weights of the rows) -> (terms, per token)`, the latter
+        such as `Logprobs`: a tree of [R, T].
 
     Returns:
-      The sum of the terms, and the log-probabilities of all rows.
+      The sum of the terms, and what was found per token, of all rows.
     """
     num_rows = weights.shape[0]
     if micro_batch_size is None or micro_batch_size >= num_rows:

@@ -62,3 +62,21 @@ def k3(
     """
     d = jnp.clip(ref_logprobs - logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     return jnp.minimum(jnp.expm1(d) - d, _MAX_K3)
+
+
+def adapt(
+    coef: float, measured: float, *, target: float, horizon: float, count: int
+) -> float:
+    """The next weight of a KL penalty, which keeps the KL near `target`.
+
+        coef * (1 + clip(measured / target - 1, -0.2, 0.2) * count / horizon)
+
+    Args:
+      measured: KL per sequence of this step, nats.
+      horizon: sequences over which the weight may change by a fifth.
+      count: sequences in this step.
+
+    Source: Ziegler et al. 2019, section 2.2 (arXiv:1909.08593).
+    """
+    error = min(max(measured / target - 1.0, -0.2), 0.2)
+    return coef * (1.0 + error * count / horizon)

@@ -74,6 +74,16 @@ def of_tokens(
     )
 
 
+def before(
+    x: Float[Array, "R T"], positions: Int[Array, "R T"], mask: Bool[Array, "R T"]
+) -> Float[Array, "R T"]:
+    """x[r, t - 1]: what was known before token t, such as the value of that state.
+
+    0.0 where `mask` is False and where nothing comes before (position 0).
+    """
+    return jnp.where(mask & (positions > 0), jnp.roll(x, 1, axis=1), 0.0)
+
+
 def _score(hidden, output_matrix, tokens, temperature, logit_softcap) -> Logprobs:
     logits = jnp.einsum(
         "rtd,vd->rtv",

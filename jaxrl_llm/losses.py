@@ -1,4 +1,4 @@
-"""Policy losses for token sequences.
+"""Policy and value losses for token sequences.
 
 Every function here is elementwise over `[R, T]`: it takes numbers that were
 computed elsewhere and returns one loss per token. Nothing in this file knows
@@ -74,6 +74,52 @@ def is_clipped(
     ratio = _ratio(logprobs, old_logprobs)
     clipped = jnp.clip(ratio, 1.0 - clip_ratio_low, 1.0 + clip_ratio_high)
     return clipped * advantages < ratio * advantages
+
+
+def clipped_value(
+    values: Float[Array, "R T"],
+    old_values: Float[Array, "R T"],
+    returns: Float[Array, "R T"],
+    *,
+    cliprange_value: float,
+) -> Float[Array, "R T"]:
+    """Squared error of each value, with a bound on how far an update moves it.
+
+        clipped = clip(values, old_values - cliprange_value, old_values + cliprange_value)
+        loss    = max((values - returns)^2, (clipped - returns)^2) / 2
+
+    A value that has moved past the bound towards its return gets no gradient.
+
+    Args:
+      values: predictions of the critic being trained.
+      old_values: its predictions before this update. Not differentiated.
+      returns: what they should have been. Not differentiated.
+
+    Source: baselines' PPO2, as described in Huang et al. 2022, detail 9
+    ("The 37 implementation details of PPO").
+    """
+    errors = _value_errors(values, old_values, returns, cliprange_value)
+    return 0.5 * jnp.maximum(*errors)
+
+
+def is_value_clipped(
+    values: Float[Array, "R T"],
+    old_values: Float[Array, "R T"],
+    returns: Float[Array, "R T"],
+    *,
+    cliprange_value: float,
+) -> Bool[Array, "R T"]:
+    """Whether the bound is what decides `clipped_value`."""
+    free, clipped = _value_errors(values, old_values, returns, cliprange_value)
+    return clipped > free
+
+
+def _value_errors(values, old_values, returns, cliprange_value):
+    old_values, returns = jax.lax.stop_gradient((old_values, returns))
+    clipped = jnp.clip(
+        values, old_values - cliprange_value, old_values + cliprange_value
+    )
+    return (values - returns) ** 2, (clipped - returns) ** 2
 
 
 def _ratio(logprobs, old_logprobs):

@@ -21,6 +21,7 @@ from jaxrl_llm.models.apply import (
     unstack,
 )
 from jaxrl_llm.models.architecture import Architecture, Rope
+from jaxrl_llm.models.critic import abstract_critic, critic_axes, init_critic, values
 from jaxrl_llm.models.families import architecture
 from jaxrl_llm.models.huggingface import Checkpoint, Model, load, open, save
 
@@ -30,11 +31,14 @@ __all__ = [
     "Checkpoint",
     "Model",
     "Rope",
+    "abstract_critic",
     "abstract_params",
     "architecture",
+    "critic_axes",
     "decode",
     "forward",
     "init",
+    "init_critic",
     "load",
     "logical_axes",
     "logits",
@@ -44,4 +48,5 @@ __all__ = [
     "prefill",
     "save",
     "unstack",
+    "values",
 ]
