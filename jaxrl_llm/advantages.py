@@ -1,7 +1,7 @@
 """How much better a response was than expected: one function per estimator.
 
-Shapes: P = prompts, G = responses to each; R = rows, T = tokens in a row, which may hold
-several sequences. Units: rewards, unless divided by a deviation.
+Shapes: P = prompts, G = responses to each; R = rows, T = tokens in a row, which may
+hold several sequences. Units: rewards, unless divided by a deviation.
 """
 
 import jax
@@ -92,7 +92,9 @@ def gae(
 
 
 def token_rewards(
-    scores: Float[Array, " B"], mask: Bool[Array, "R T"], sequence_ids: Int[Array, "R T"]
+    scores: Float[Array, " B"],
+    mask: Bool[Array, "R T"],
+    sequence_ids: Int[Array, "R T"],
 ) -> Float[Array, "R T"]:
     """The score of each sequence on its last unmasked token, 0 elsewhere.
 

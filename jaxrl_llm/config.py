@@ -198,12 +198,70 @@ class ActorConfig(_Section):
     mesh: TrainMeshConfig = TrainMeshConfig()
 
 
+class CriticModelConfig(_Section):
+    """Which weights the critic starts from; its value head starts at 0."""
+
+    path: str | None = None
+    """As `model.path`, with the same vocabulary; the policy's initial weights if not
+    given."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+
+class CriticConfig(_Section):
+    """The value model's update; only with algorithm.adv_estimator=gae."""
+
+    model: CriticModelConfig = CriticModelConfig()
+    optim: OptimConfig = OptimConfig(lr=1e-5)
+    ppo_mini_batch_size: int | None = Field(None, gt=0)
+    """Prompts per optimizer step; as actor.ppo_mini_batch_size if not given."""
+    ppo_epochs: int | None = Field(None, gt=0)
+    """Passes over each batch; as actor.ppo_epochs if not given."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Rows per forward and backward pass; the whole mini-batch if not given. Changes
+    memory and speed, never the result."""
+    cliprange_value: float = Field(0.5, gt=0)
+    """An update moves a value at most so far from what it was, in units of reward."""
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean"] = "token-mean"
+    """How per-token losses become one number."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of activations and of the weights inside a matrix product. The master weights,
+    the optimizer's moments, the value head and losses are float32."""
+    remat: Literal["none", "full"] = "full"
+    """full: keep only each layer's input for the backward pass."""
+    mesh: TrainMeshConfig = TrainMeshConfig()
+
+
+class KlCtrlConfig(_Section):
+    """The weight of the KL penalty in the reward."""
+
+    type: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive: changed after every step to keep the KL near `target_kl`."""
+    kl_coef: float = Field(0.001, ge=0)
+    """The weight; with adaptive, of the first step."""
+    target_kl: float = Field(0.1, gt=0)
+    """adaptive: KL per token, nats."""
+    horizon: float = Field(10_000, gt=0)
+    """adaptive: responses over which the weight changes by at most a fifth."""
+
+
 class AlgorithmConfig(_Section):
     """From rewards to advantages."""
 
-    adv_estimator: Literal["grpo"] = "grpo"
+    adv_estimator: Literal["grpo", "gae"] = "grpo"
+    """grpo: compares the responses of a group. gae: a critic says what was expected
+    before every token (PPO)."""
     norm_adv_by_std_in_grpo: bool = True
     """Divide by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
+    gamma: float = Field(1.0, ge=0, le=1)
+    """gae: discount of the reward per token."""
+    lam: float = Field(1.0, ge=0, le=1)
+    """gae: 1 looks at the whole rest of the response (unbiased), 0 only at the next
+    value."""
+    use_kl_in_reward: bool = False
+    """gae: keep the initial weights as reference, and take kl_coef * (log-probability -
+    reference log-probability) off every token's reward."""
+    kl_ctrl: KlCtrlConfig = KlCtrlConfig()
 
 
 class RewardFunctionConfig(_Section):
@@ -243,6 +301,8 @@ class TrainerConfig(_Section):
     """How long, how often, and what is written."""
 
     total_training_steps: int = Field(gt=0)
+    critic_warmup: int = Field(0, ge=0)
+    """The first so many steps update only the critic; they count as steps."""
     test_freq: int = Field(0, ge=0)
     """Validate every so many steps; 0: only before and after."""
     val_before_train: bool = True
@@ -273,6 +333,7 @@ class Config(_Section):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     actor: ActorConfig = ActorConfig()
+    critic: CriticConfig = CriticConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     reward: RewardConfig
     val: ValConfig = ValConfig()
@@ -280,7 +341,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        problems = list(_misfits(self))
+        problems = [*_misfits(self), *_critic_misfits(self)]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -295,10 +356,10 @@ def _misfits(config: Config):
             f"actor.ppo_mini_batch_size is {mini} prompts but data.train_batch_size is "
             f"only {batch}; use at most {batch}"
         )
-    if rollout.n == 1:
+    if rollout.n == 1 and config.algorithm.adv_estimator == "grpo":
         yield (
             "rollout.n is 1 but algorithm.adv_estimator=grpo compares the responses of "
-            "a group; use at least 2"
+            "a group; use at least 2, or algorithm.adv_estimator=gae"
         )
     longest = data.max_prompt_length + rollout.max_response_length
     if actor.pack_length is not None and actor.pack_length < longest:
@@ -314,8 +375,8 @@ def _misfits(config: Config):
             f"actor.optim.lr_warmup_steps is {warmup} but "
             f"trainer.total_training_steps is {steps}"
         )
-    for role, mesh in (("actor", actor.mesh), ("rollout", rollout.mesh)):
-        sizes = mesh.model_dump()
+    for role in ("actor", "critic", "rollout"):
+        sizes = getattr(config, role).mesh.model_dump()
         for axis, size in sizes.items():
             if size == 0:
                 yield f"{role}.mesh.{axis} is 0; use 1 for an axis that is not used"
@@ -323,6 +384,49 @@ def _misfits(config: Config):
             yield f"{role}.mesh is {sizes}; only one axis may be -1 (what is left)"
     if config.data.train.path.startswith("reasoning_gym:") and not data.train.size:
         yield "data.train.size is needed for reasoning_gym: how many questions to draw"
+
+
+def _critic_misfits(config: Config):
+    """The same, of what only has a meaning with a critic, or only makes no sense with
+    one."""
+    critic, algorithm, trainer = config.critic, config.algorithm, config.trainer
+    if algorithm.adv_estimator != "gae":
+        needs = f"needs algorithm.adv_estimator=gae, not {algorithm.adv_estimator}"
+        if critic != CriticConfig():
+            yield f"critic: a critic {needs}"
+        for name in ("gamma", "lam", "use_kl_in_reward"):
+            value = getattr(algorithm, name)
+            if value != AlgorithmConfig.model_fields[name].default:
+                yield f"algorithm.{name} is {value}, which {needs}"
+        if trainer.critic_warmup:
+            yield f"trainer.critic_warmup is {trainer.critic_warmup}, which {needs}"
+        return
+    if not algorithm.norm_adv_by_std_in_grpo:
+        yield (
+            "algorithm.norm_adv_by_std_in_grpo is false, but "
+            "algorithm.adv_estimator=gae has no groups"
+        )
+    if not algorithm.use_kl_in_reward and algorithm.kl_ctrl != KlCtrlConfig():
+        yield "algorithm.kl_ctrl needs algorithm.use_kl_in_reward: true"
+    steps = trainer.total_training_steps
+    if trainer.critic_warmup >= steps:
+        yield (
+            f"trainer.critic_warmup is {trainer.critic_warmup}, but with "
+            f"trainer.total_training_steps {steps} the policy would never be updated"
+        )
+    mini, batch = critic.ppo_mini_batch_size, config.data.train_batch_size
+    if mini is not None and mini > batch:
+        yield (
+            f"critic.ppo_mini_batch_size is {mini} prompts but data.train_batch_size "
+            f"is only {batch}; use at most {batch}"
+        )
+    if critic.optim.lr_warmup_steps > steps:
+        yield (
+            f"critic.optim.lr_warmup_steps is {critic.optim.lr_warmup_steps} but "
+            f"trainer.total_training_steps is {steps}"
+        )
+    if critic.model.revision is not None and critic.model.path is None:
+        yield "critic.model.revision needs critic.model.path"
 
 
 class ConfigError(ValueError):

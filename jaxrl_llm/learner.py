@@ -30,20 +30,18 @@ class Learner:
     """Everything about the update but the state that it changes.
 
     Args:
-      source: of the weights to start from, which `use_kl_loss` keeps as the reference.
+      source: of the weights to start from, which a KL term keeps as the reference.
       mesh: axes "data", "fsdp" and "tensor"; rows are split over the first two.
     """
 
     def __init__(self, config: Config, source: Checkpoint, mesh: Mesh):
         self.config, self.arch, self.mesh = config, source.arch, mesh
         self._source = source
-        actor = config.actor
-        self.optimizer = optimizer.make(
-            actor.optim, config.trainer.total_training_steps, updates_per_step(config)
-        )
-        self.schedule = optimizer.schedule(
-            actor.optim, config.trainer.total_training_steps, updates_per_step(config)
-        )
+        actor, trainer = config.actor, config.trainer
+        steps = trainer.total_training_steps - trainer.critic_warmup
+        count = updates_per_step(config)
+        self.optimizer = optimizer.make(actor.optim, steps, count)
+        self.schedule = optimizer.schedule(actor.optim, steps, count)
         self._rows = NamedSharding(mesh, P(("data", "fsdp")))
         self._layout = {
             "pack_length": actor.pack_length,
@@ -73,9 +71,10 @@ class Learner:
     @functools.cached_property
     def reference(self) -> Any:
         """The weights before training in the compute dtype, which is all that they are
-        multiplied in; None if no KL loss asks for them."""
-        actor = self.config.actor
-        return self.read_weights(actor.dtype) if actor.use_kl_loss else None
+        multiplied in; None if no KL term asks for them."""
+        if not needs_reference(self.config):
+            return None
+        return self.read_weights(self.config.actor.dtype)
 
     def read_weights(self, dtype: str) -> Any:
         """The weights before training, laid out for training."""
@@ -85,11 +84,8 @@ class Learner:
 
     def start(self) -> grpo.TrainState:
         """The state before the first update. Reads the weights."""
-        shardings = self.state_shardings()
         params = self.read_weights("float32")
-        make = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)
-        step = jax.device_put(jnp.int32(0), shardings.step)
-        return grpo.TrainState(params, make(params), step)
+        return first_state(params, self.optimizer, self.state_shardings())
 
     def make_rows(
         self,
@@ -100,8 +96,8 @@ class Learner:
         """The training batch of one step, on the host."""
         return batches.make_rows(prompts, completions, advantages, **self._layout)
 
-    def update_memory(self) -> Any:
-        """The compiler's memory analysis of the largest update that can occur."""
+    def largest_rows(self) -> TrainBatch:
+        """Rows in which every prompt and response is as long as it may be."""
         config = self.config
         size = config.data.max_prompt_length, config.rollout.max_response_length
         prompt = Prompt(id=0, content="", tokens=(0,) * size[0], columns={})
@@ -117,12 +113,16 @@ class Learner:
             text="",
         )
         P, G = config.data.train_batch_size, config.rollout.n
-        batch = self.make_rows(
+        return self.make_rows(
             [prompt] * P, [[completion] * G] * P, np.zeros((P, G), np.float32)
         )
-        if self.config.actor.use_kl_loss:
+
+    def update_memory(self) -> Any:
+        """The compiler's memory analysis of the largest update that can occur."""
+        batch = self.largest_rows()
+        if needs_reference(self.config):
             batch = dataclasses.replace(batch, ref_logprobs=batch.sampler_logprobs)
-        if updates_per_step(config) > 1:
+        if self._needs_old_logprobs():
             batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
         rows = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows),
@@ -137,14 +137,14 @@ class Learner:
         """All optimizer steps of one training step. Donates `state`.
 
         Args:
-          batch: of `make_rows`.
+          batch: of `make_rows`, or of `with_logprobs`, which is called if needed.
           seed: of the order of the prompts in each pass.
 
         Returns:
           The next state, and metrics averaged over the optimizer steps.
         """
         actor = self.config.actor
-        batch = self._with_logprobs(state.params, batch)
+        batch = self.with_logprobs(state.params, batch)
         collected = []
         for epoch in range(actor.ppo_epochs):
             for part in self._parts(batch, epoch, seed):
@@ -178,38 +178,33 @@ class Learner:
         )
 
     def state_shardings(self) -> grpo.TrainState:
-        """Moments lie where their parameters lie; scalars everywhere."""
-        everywhere = NamedSharding(self.mesh, P())
-        params = param_shardings(self.arch, self.mesh)
-        opt_state = optax.tree_map_params(
+        """Of every array of the state."""
+        return state_shardings(
+            models.abstract_params(self.arch),
+            param_shardings(self.arch, self.mesh),
             self.optimizer,
-            lambda _, sharding: sharding,
-            jax.eval_shape(self.optimizer.init, models.abstract_params(self.arch)),
-            params,
-            transform_non_params=lambda _: everywhere,
+            self.mesh,
         )
-        return grpo.TrainState(params, opt_state, everywhere)
 
     def abstract_state(self) -> grpo.TrainState:
         """Shapes, dtypes and shardings of the state."""
-        params = models.abstract_params(self.arch)
-        opt_state = jax.eval_shape(self.optimizer.init, params)
-        step = jax.ShapeDtypeStruct((), jnp.int32)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            grpo.TrainState(params, opt_state, step),
-            self.state_shardings(),
+        return abstract_state(
+            models.abstract_params(self.arch), self.optimizer, self.state_shardings()
         )
 
-    def _with_logprobs(self, params: Any, batch: TrainBatch) -> TrainBatch:
-        """Adds what the update needs of other policies: the reference, and, if there is
-        more than one update, the policy before the first."""
+    def with_logprobs(self, params: Any, batch: TrainBatch) -> TrainBatch:
+        """Adds what is needed of other policies, if it is not there: the reference, and
+        the policy before the first update."""
         found = {}
-        if self.reference is not None:
+        if self.reference is not None and batch.ref_logprobs is None:
             found["ref_logprobs"] = self._scored(self.reference, batch)
-        if updates_per_step(self.config) > 1:
+        if self._needs_old_logprobs() and batch.old_logprobs is None:
             found["old_logprobs"] = self._scored(params, batch)
         return dataclasses.replace(batch, **found)
+
+    def _needs_old_logprobs(self) -> bool:
+        in_reward = self.config.algorithm.use_kl_in_reward
+        return in_reward or updates_per_step(self.config) > 1
 
     def _scored(self, params: Any, batch: TrainBatch) -> np.ndarray:
         return np.asarray(self._score(params, self._on_devices(batch)))
@@ -227,15 +222,31 @@ class Learner:
 
     def _parts(self, batch: TrainBatch, epoch: int, seed: int) -> list[TrainBatch]:
         mini = self.config.actor.ppo_mini_batch_size
-        if mini is None or mini >= self.config.data.train_batch_size:
-            return [batch]
-        order = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-        return batches.mini_batches(
-            batch, mini, self.config.rollout.n, seed=order, **self._layout
-        )
+        return split(self.config, batch, mini, (seed, epoch), **self._layout)
 
     def _on_devices(self, batch: TrainBatch) -> TrainBatch:
         return jax.device_put(batch, self._rows)
+
+
+def split(
+    config: Config,
+    batch: TrainBatch,
+    num_prompts: int | None,
+    seed: tuple[int, int],
+    **layout: int | None,
+) -> list[TrainBatch]:
+    """The mini-batches of one pass, in an order of the prompts drawn with `seed`.
+
+    Args:
+      num_prompts: in a mini-batch; the whole batch if not given.
+      layout: as in `batch.mini_batches`.
+    """
+    if num_prompts is None or num_prompts >= config.data.train_batch_size:
+        return [batch]
+    order = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return batches.mini_batches(
+        batch, num_prompts, config.rollout.n, seed=order, **layout
+    )
 
 
 def param_shardings(arch: Architecture, mesh: Mesh) -> Any:
@@ -243,8 +254,53 @@ def param_shardings(arch: Architecture, mesh: Mesh) -> Any:
     return rules.to_shardings(models.logical_axes(arch), mesh, rules.TRAIN)
 
 
+def state_shardings(
+    params: Any, shardings: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> grpo.TrainState:
+    """Moments lie where their parameters lie; scalars everywhere.
+
+    Args:
+      params: shapes of the parameters.
+      shardings: of the parameters.
+    """
+    everywhere = NamedSharding(mesh, P())
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+    return grpo.TrainState(shardings, opt_state, everywhere)
+
+
+def abstract_state(
+    params: Any, optimizer: optax.GradientTransformation, shardings: grpo.TrainState
+) -> grpo.TrainState:
+    """Shapes, dtypes and shardings of a state, from the shapes of its parameters."""
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        grpo.TrainState(params, jax.eval_shape(optimizer.init, params), step),
+        shardings,
+    )
+
+
+def first_state(
+    params: Any, optimizer: optax.GradientTransformation, shardings: grpo.TrainState
+) -> grpo.TrainState:
+    """The state before the first update of `params`."""
+    make = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
+    step = jax.device_put(jnp.int32(0), shardings.step)
+    return grpo.TrainState(params, make(params), step)
+
+
+def needs_reference(config: Config) -> bool:
+    """Whether the weights before training are kept as the reference policy."""
+    return config.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+
+
 def updates_per_step(config: Config) -> int:
-    """Optimizer steps per training step."""
-    prompts = config.data.train_batch_size
-    mini = config.actor.ppo_mini_batch_size or prompts
-    return config.actor.ppo_epochs * -(-prompts // mini)
+    """Optimizer steps of the policy per training step."""
+    actor, prompts = config.actor, config.data.train_batch_size
+    return actor.ppo_epochs * -(-prompts // (actor.ppo_mini_batch_size or prompts))

@@ -44,6 +44,8 @@ class TrainState:
     actor: grpo.TrainState
     critic: grpo.TrainState | None
     """None for estimators without a critic."""
+    kl_coef: Float[Array, ""] | None = None
+    """Weight of the KL penalty in the reward; None without one."""
 
 
 def credit(
@@ -107,7 +109,7 @@ def update(
         optimizer=actor_optimizer,
         settings=actor_settings,
     )
-    return TrainState(actor, critic), judged | learned
+    return dataclasses.replace(state, actor=actor, critic=critic), judged | learned
 
 
 def update_critic(

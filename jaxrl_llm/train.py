@@ -6,6 +6,7 @@ generation.
     result.plot()
 """
 
+import dataclasses
 import functools
 import json
 import signal
@@ -20,11 +21,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm import advantages, evaluate, loggers, metrics, models, prompts, report
+from jaxrl_llm import (
+    advantages,
+    evaluate,
+    kl,
+    loggers,
+    metrics,
+    models,
+    ppo,
+    prompts,
+    report,
+)
 from jaxrl_llm import config as configs
-from jaxrl_llm.batch import Completion, Prompt
+from jaxrl_llm.batch import Completion, Prompt, TrainBatch
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.console import before_after, whereabouts
+from jaxrl_llm.critic import Critic
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.records import Records
 from jaxrl_llm.rewards import RewardFunction, Scores, resolve, score
@@ -45,6 +57,8 @@ class Job:
     score: Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], Scores]
     engine: Engine
     learner: Learner
+    critic: Critic | None
+    """None for estimators without one."""
 
 
 def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Job:
@@ -58,7 +72,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     """
     for name in config.trainer.loggers:
         loggers.find(name)
-    train_mesh, rollout_mesh = make_meshes(config)
+    meshes = make_meshes(config)
     functions = resolve(config.reward) if rewards is None else rewards
     source = models.open(
         config.model.path,
@@ -80,12 +94,13 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         engine=JaxEngine(
             source.arch,
             source.tokenizer,
-            mesh=rollout_mesh,
+            mesh=meshes["rollout"],
             dtype=jnp.dtype(config.rollout.dtype),
             max_num_seqs=config.rollout.max_num_seqs,
             decode_chunk=config.rollout.decode_chunk,
         ),
-        learner=Learner(config, source, train_mesh),
+        learner=Learner(config, source, meshes["actor"]),
+        critic=Critic(config, source, meshes["critic"]) if has_critic(config) else None,
     )
 
 
@@ -95,10 +110,10 @@ def run(job: Job) -> "Result":
     Raises:
       RewardError: a reward function failed and `reward.on_error` is "raise".
     """
-    config, learner, engine = job.config, job.learner, job.engine
+    config, engine = job.config, job.engine
     with Records(config, job.source, job.data) as records, _asked_to_stop() as stopping:
-        state, first_step = records.open(learner)
-        engine.load(state.params, first_step)
+        state, first_step = records.open(abstract_state(job), lambda: start(job))
+        engine.load(state.actor.params, first_step)
         if first_step == 0:
             records.write(0, {}, validate(job, records, 0))
         for step in range(first_step + 1, config.trainer.total_training_steps + 1):
@@ -108,15 +123,16 @@ def run(job: Job) -> "Result":
             with records.phase("reward"):
                 scores = job.score(asked, rollouts)
             with records.phase("adv"):
-                advantage = estimate_advantages(config, scores)
-                rows = learner.make_rows(asked, rollouts, advantage)
-            with records.phase("update_actor"):
-                state, learned = learner.update(state, rows, seed(config, _ORDER, step))
+                state, rows, credited = assign_credit(
+                    job, state, asked, rollouts, scores
+                )
+            state, learned = update(job, records, state, rows, step)
             with records.phase("update_weights"):
-                engine.load(state.params, step)
+                engine.load(state.actor.params, step)
             validation = validate(job, records, step)
+            advantage = per_response(rows, scores.total.shape)
             records.rollouts(step, asked, rollouts, scores, advantage)
-            records.write(step, learned, validation)
+            records.write(step, credited | learned, validation)
             stop = stopping()
             records.save(step, state, validation, stop)
             if stop:
@@ -157,6 +173,86 @@ def seed(config: Config, stream: int, step: int) -> int:
     return int(np.random.SeedSequence([config.seed, stream, step]).generate_state(1)[0])
 
 
+def start(job: Job) -> ppo.TrainState:
+    """The state before the first step. Reads the weights."""
+    actor, algorithm = job.learner.start(), job.config.algorithm
+    kl_coef = None
+    if algorithm.use_kl_in_reward:
+        coef = jnp.float32(algorithm.kl_ctrl.kl_coef)
+        kl_coef = jax.device_put(coef, actor.step.sharding)
+    return ppo.TrainState(actor, job.critic and job.critic.start(), kl_coef)
+
+
+def abstract_state(job: Job) -> ppo.TrainState:
+    """Shapes, dtypes and shardings of the state."""
+    actor = job.learner.abstract_state()
+    kl_coef = jax.ShapeDtypeStruct((), jnp.float32, sharding=actor.step.sharding)
+    return ppo.TrainState(
+        actor,
+        job.critic and job.critic.abstract_state(),
+        kl_coef if job.config.algorithm.use_kl_in_reward else None,
+    )
+
+
+def assign_credit(
+    job: Job,
+    state: ppo.TrainState,
+    asked: Sequence[Prompt],
+    rollouts: Sequence[Sequence[Completion]],
+    scores: Scores,
+) -> tuple[ppo.TrainState, TrainBatch, dict[str, float]]:
+    """The training batch of a step with its advantages, and metrics of them.
+
+    The state is the same but for the weight of the KL penalty, if that is adaptive.
+    """
+    algorithm = job.config.algorithm
+    if not job.critic:
+        estimate = estimate_advantages(job.config, scores)
+        return state, job.learner.make_rows(asked, rollouts, estimate), {}
+    rows = job.learner.make_rows(asked, rollouts, np.zeros_like(scores.total))
+    if algorithm.use_kl_in_reward:
+        rows = job.learner.with_logprobs(state.actor.params, rows)
+    rows, credited = job.critic.credit(
+        state.critic.params, rows, scores.total, state.kl_coef
+    )
+    if algorithm.use_kl_in_reward and algorithm.kl_ctrl.type == "adaptive":
+        coef = kl.adapt(
+            float(state.kl_coef),
+            credited["actor/reward_kl_penalty"],
+            target=algorithm.kl_ctrl.target_kl,
+            horizon=algorithm.kl_ctrl.horizon,
+            count=scores.total.size,
+        )
+        coef = jax.device_put(jnp.float32(coef), state.kl_coef.sharding)
+        state = dataclasses.replace(state, kl_coef=coef)
+    return state, rows, credited
+
+
+def update(
+    job: Job, records: Records, state: ppo.TrainState, rows: TrainBatch, step: int
+) -> tuple[ppo.TrainState, dict[str, float]]:
+    """Everything that learns, learns: the critic, then, once that has warmed up, the
+    policy."""
+    config, order, learned = job.config, seed(job.config, _ORDER, step), {}
+    if job.critic:
+        with records.phase("update_critic"):
+            critic, learned = job.critic.update(state.critic, rows, order)
+        state = dataclasses.replace(state, critic=critic)
+    if step > config.trainer.critic_warmup:
+        with records.phase("update_actor"):
+            actor, of_actor = job.learner.update(state.actor, rows, order)
+        state, learned = dataclasses.replace(state, actor=actor), learned | of_actor
+    return state, learned
+
+
+def per_response(rows: TrainBatch, shape: tuple[int, int]) -> np.ndarray:
+    """The mean advantage of the tokens of every response, float32 [P, G]."""
+    ids = rows.sequence_ids[rows.response_mask]
+    total = np.bincount(ids, rows.advantages[rows.response_mask], rows.num_sequences)
+    count = np.maximum(np.bincount(ids, minlength=rows.num_sequences), 1)
+    return (total / count).reshape(shape).astype(np.float32)
+
+
 def estimate_advantages(config: Config, scores: Scores) -> np.ndarray:
     """float32 [P, G]."""
     match config.algorithm.adv_estimator:
@@ -165,23 +261,30 @@ def estimate_advantages(config: Config, scores: Scores) -> np.ndarray:
             estimate = advantages.grpo(
                 jnp.asarray(scores.total), normalize_by_std=normalize
             )
+        case other:
+            raise ValueError(f"{other} gives no advantage per response")
     return np.asarray(estimate)
 
 
-def make_meshes(config: Config) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
-    """The training and the generation mesh, both over all devices.
+def has_critic(config: Config) -> bool:
+    """Whether the estimator needs values."""
+    return config.algorithm.adv_estimator == "gae"
+
+
+def make_meshes(config: Config) -> dict[str, jax.sharding.Mesh]:
+    """The mesh of each role (actor, critic, rollout), each over all devices.
 
     Raises:
       ConfigError: a mesh does not fit the devices.
     """
-    made = []
-    for role in ("actor", "rollout"):
+    made = {}
+    for role in ("actor", "critic", "rollout"):
         sizes = getattr(config, role).mesh.model_dump()
         try:
-            made.append(mesh.make(mesh.fill(sizes, jax.device_count())))
+            made[role] = mesh.make(mesh.fill(sizes, jax.device_count()))
         except ValueError as error:
             raise ConfigError(f"{role}.mesh: {error}") from None
-    return tuple(made)
+    return made
 
 
 def check_lengths(config: Config, arch: models.Architecture) -> None:

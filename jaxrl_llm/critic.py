@@ -1,0 +1,234 @@
+"""The critic of a run: sharded state of the value model, its values and its update.
+
+critic = Critic(config, source, mesh)
+state = critic.start()
+rows, metrics = critic.credit(state.params, rows, scores)
+state, metrics = critic.update(state, rows, seed)
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from jaxrl_llm import advantages, grpo, kl, logprobs, masked, models, optimizer, ppo
+from jaxrl_llm.batch import TrainBatch, pad_rows
+from jaxrl_llm.config import Config, ConfigError
+from jaxrl_llm.learner import abstract_state, first_state, split, state_shardings
+from jaxrl_llm.models import Checkpoint
+from sharding import rules
+
+
+class Critic:
+    """Everything about the value model but the state that changes.
+
+    Args:
+      source: of the policy's initial weights, where the critic starts too unless
+        `critic.model.path` says otherwise.
+      mesh: axes "data", "fsdp" and "tensor"; rows are split over the first two.
+
+    Raises:
+      ConfigError: the critic's model does not fit the policy's.
+      ValueError: there is no such model.
+    """
+
+    def __init__(self, config: Config, source: Checkpoint, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self._source = _open(config, source)
+        self.arch = self._source.arch
+        critic, total_steps = config.critic, config.trainer.total_training_steps
+        self._mini_batch = (
+            critic.ppo_mini_batch_size or config.actor.ppo_mini_batch_size
+        )
+        self._epochs = critic.ppo_epochs or config.actor.ppo_epochs
+        prompts = config.data.train_batch_size
+        count = self._epochs * -(-prompts // (self._mini_batch or prompts))
+        self.optimizer = optimizer.make(critic.optim, total_steps, count)
+        self.schedule = optimizer.schedule(critic.optim, total_steps, count)
+        self._rows = NamedSharding(mesh, P(("data", "fsdp")))
+        self._layout = {
+            "pack_length": config.actor.pack_length,
+            "rows_multiple": mesh.shape["data"] * mesh.shape["fsdp"],
+        }
+        settings = ppo.CriticSettings(
+            cliprange_value=critic.cliprange_value,
+            loss_agg_mode=critic.loss_agg_mode,
+            micro_batch_size=critic.micro_batch_size,
+        )
+        self._update = jax.jit(
+            functools.partial(
+                ppo.update_critic,
+                value_fn=self.values,
+                optimizer=self.optimizer,
+                settings=settings,
+            ),
+            donate_argnums=0,
+            out_shardings=(self.state_shardings(), None),
+        )
+        self._credit = jax.jit(self._credited)
+
+    def start(self) -> grpo.TrainState:
+        """The state before the first update. Reads the weights."""
+        axes = models.logical_axes(self.arch)
+        decoder = self._source.load(
+            dtype=jnp.float32,
+            shardings=rules.to_shardings(axes, self.mesh, rules.TRAIN),
+        )
+        shardings = self.state_shardings()
+        params = jax.device_put(
+            models.init_critic(self.arch, decoder), shardings.params
+        )
+        return first_state(params, self.optimizer, shardings)
+
+    def values(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
+        """The value of the state before every response token, 0 elsewhere."""
+        after = models.values(
+            self.arch,
+            params,
+            rows.tokens,
+            rows.positions,
+            rows.sequence_ids,
+            dtype=jnp.dtype(self.config.critic.dtype),
+            remat=self.config.critic.remat,
+        )
+        return logprobs.before(after, rows.positions, rows.response_mask)
+
+    def credit(
+        self,
+        params: Any,
+        batch: TrainBatch,
+        scores: Float[np.ndarray, "P G"],
+        kl_coef: Float[Array, ""] | None = None,
+    ) -> tuple[TrainBatch, dict[str, float]]:
+        """`batch` with values, returns and advantages.
+
+        Args:
+          batch: of `Learner.make_rows`, on the host.
+          scores: sequence p * G + g has scores[p, g].
+          kl_coef: weight of the KL penalty in the reward, which needs `ref_logprobs`
+            and `old_logprobs`; None for none.
+
+        Returns:
+          Host arrays, and what was judged: `actor/reward_kl_penalty` is the KL per
+          token, averaged over each sequence and then over sequences.
+        """
+        coef = None if kl_coef is None else np.asarray(kl_coef)
+        found = self._credit(params, self._on_devices(batch), scores.ravel(), coef)
+        credited, metrics = jax.device_get(found)
+        num_rows = batch.tokens.shape[0]
+        return (
+            jax.tree.map(lambda x: x[:num_rows], credited),
+            {name: float(value) for name, value in metrics.items()},
+        )
+
+    def update(
+        self, state: grpo.TrainState, batch: TrainBatch, seed: int
+    ) -> tuple[grpo.TrainState, dict[str, float]]:
+        """All optimizer steps of one training step. Donates `state`.
+
+        Args:
+          batch: of `credit`.
+          seed: of the order of the prompts in each pass.
+
+        Returns:
+          The next state, and metrics averaged over the optimizer steps.
+        """
+        collected = []
+        for epoch in range(self._epochs):
+            for part in self._parts(batch, epoch, seed):
+                state, metrics = self._update(state, self._on_devices(part))
+                collected.append(metrics)
+        means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(collected))
+        means["critic/lr"] = float(self.schedule(int(state.step) - 1))
+        return jax.block_until_ready(state), means
+
+    def update_memory(self, batch: TrainBatch) -> Any:
+        """The compiler's memory analysis of an update with (a part of) `batch`."""
+        known = dict.fromkeys(("values", "returns"), batch.sampler_logprobs)
+        part = self._parts(dataclasses.replace(batch, **known), 0, 0)[0]
+        rows = jax.eval_shape(lambda: pad_rows(part, self._padded(part)))
+        rows = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows), rows
+        )
+        compiled = self._update.lower(self.abstract_state(), rows).compile()
+        return compiled.memory_analysis()
+
+    def state_shardings(self) -> grpo.TrainState:
+        """Of every array of the state."""
+        axes = models.critic_axes(self.arch)
+        return state_shardings(
+            models.abstract_critic(self.arch),
+            rules.to_shardings(axes, self.mesh, rules.TRAIN),
+            self.optimizer,
+            self.mesh,
+        )
+
+    def abstract_state(self) -> grpo.TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        params = models.abstract_critic(self.arch)
+        return abstract_state(params, self.optimizer, self.state_shardings())
+
+    def _credited(self, params, batch: TrainBatch, scores, kl_coef):
+        _, values = grpo.accumulate(
+            lambda params, rows, _: ((), self.values(params, rows)),
+            params,
+            batch,
+            jnp.zeros(batch.tokens.shape),
+            self.config.critic.micro_batch_size,
+        )
+        mask, ids = batch.response_mask, batch.sequence_ids
+        rewards, metrics = advantages.token_rewards(scores, mask, ids), {}
+        if kl_coef is not None:
+            penalty = kl.k1(batch.old_logprobs, batch.ref_logprobs)
+            rewards = jnp.where(mask, rewards - kl_coef * penalty, 0.0)
+            metrics["actor/reward_kl_penalty"] = masked.sequence_mean(
+                penalty, mask, ids, batch.num_sequences
+            )
+            metrics["actor/reward_kl_penalty_coeff"] = kl_coef
+        algorithm = self.config.algorithm
+        batch = ppo.credit(
+            batch, rewards, values, gamma=algorithm.gamma, lam=algorithm.lam
+        )
+        metrics["critic/values/mean"] = masked.token_mean(values, mask)
+        metrics["critic/returns/mean"] = masked.token_mean(batch.returns, mask)
+        return batch, metrics
+
+    def _parts(self, batch: TrainBatch, epoch: int, seed: int) -> list[TrainBatch]:
+        return split(
+            self.config, batch, self._mini_batch, (seed, epoch), **self._layout
+        )
+
+    def _padded(self, batch: TrainBatch) -> int:
+        """Rows that can be split over this mesh, which need not be the policy's."""
+        multiple = self._layout["rows_multiple"]
+        return -(-batch.tokens.shape[0] // multiple) * multiple
+
+    def _on_devices(self, batch: TrainBatch) -> TrainBatch:
+        return jax.device_put(pad_rows(batch, self._padded(batch)), self._rows)
+
+
+def _open(config: Config, source: Checkpoint) -> Checkpoint:
+    """The checkpoint the critic starts from."""
+    model = config.critic.model
+    if model.path is None:
+        return source
+    found = models.open(model.path, revision=model.revision, tokenizer=source.tokenizer)
+    wanted, longest = source.arch.vocab_size, found.arch.max_positions
+    if found.arch.vocab_size != wanted:
+        raise ConfigError(
+            f"critic.model.path {model.path} has {found.arch.vocab_size} tokens in its "
+            f"vocabulary, the policy {wanted}; they must read the same tokens"
+        )
+    needed = config.data.max_prompt_length + config.rollout.max_response_length
+    if needed > longest:
+        raise ConfigError(
+            f"critic.model.path {model.path} has {longest} positions, but "
+            f"data.max_prompt_length + rollout.max_response_length is {needed}"
+        )
+    return found
