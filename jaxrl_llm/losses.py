@@ -85,7 +85,7 @@ def clipped_value(
 ) -> Float[Array, "R T"]:
     """Squared error of each value, with a bound on how far an update moves it.
 
-        clipped = clip(values, old_values - cliprange_value, old_values + cliprange_value)
+        clipped = clip(values, old_values - range, old_values + range)
         loss    = max((values - returns)^2, (clipped - returns)^2) / 2
 
     A value that has moved past the bound towards its return gets no gradient.
@@ -94,6 +94,7 @@ def clipped_value(
       values: predictions of the critic being trained.
       old_values: its predictions before this update. Not differentiated.
       returns: what they should have been. Not differentiated.
+      cliprange_value: the range, in units of the returns.
 
     Source: baselines' PPO2, as described in Huang et al. 2022, detail 9
     ("The 37 implementation details of PPO").
