@@ -88,5 +88,5 @@ def _headless(arch: Architecture) -> Architecture:
     return dataclasses.replace(arch, tie_embeddings=True)
 
 
-def _state(arch: Architecture, dtype) -> nnx.State:
+def _state(arch: Architecture, dtype):
     return nnx.state(nnx.eval_shape(lambda: Critic(arch, Init(nnx.Rngs(0), dtype))))
