@@ -198,6 +198,12 @@ class ActorConfig(_Section):
     mesh: TrainMeshConfig = TrainMeshConfig()
 
 
+class CriticOptimConfig(OptimConfig):
+    """The same, faster: a value head starts from nothing."""
+
+    lr: float = Field(1e-5, ge=0)
+
+
 class CriticModelConfig(_Section):
     """Which weights the critic starts from; its value head starts at 0."""
 
@@ -212,7 +218,7 @@ class CriticConfig(_Section):
     """The value model's update; only with algorithm.adv_estimator=gae."""
 
     model: CriticModelConfig = CriticModelConfig()
-    optim: OptimConfig = OptimConfig(lr=1e-5)
+    optim: CriticOptimConfig = CriticOptimConfig()
     ppo_mini_batch_size: int | None = Field(None, gt=0)
     """Prompts per optimizer step; as actor.ppo_mini_batch_size if not given."""
     ppo_epochs: int | None = Field(None, gt=0)
@@ -241,7 +247,7 @@ class KlCtrlConfig(_Section):
     """The weight; with adaptive, of the first step."""
     target_kl: float = Field(0.1, gt=0)
     """adaptive: KL per token, nats."""
-    horizon: float = Field(10_000, gt=0)
+    horizon: float = Field(1e4, gt=0)
     """adaptive: responses over which the weight changes by at most a fifth."""
 
 

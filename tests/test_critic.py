@@ -299,6 +299,13 @@ def test_what_needs_values_is_refused_without(weights, tmp_path, key, value):
         make_config(weights, tmp_path, **changed, **{key: value})
 
 
+def test_a_critic_s_learning_rate_does_not_depend_on_what_else_is_set(
+    weights, tmp_path
+):
+    changed = {"critic.optim": {"weight_decay": 0.0}}
+    assert make_config(weights, tmp_path, **changed).critic.optim.lr == 1e-5
+
+
 def test_one_response_to_each_prompt_is_enough(weights, tmp_path):
     make_config(weights, tmp_path, **{"rollout.n": 1})
 
