@@ -88,21 +88,21 @@ class Records:
         """The state to go on from and the step it is at; 0 for a fresh start."""
         trainer = self.config.trainer
         found = self._checkpoints.restore(learner.abstract_state())
-        step = found.step if found else 0
+        step = self._step = found.step if found else 0
+        self._writer.rewind(step if found else -1)
         if found:
+            state = found.state
             self.prompt_batches.restore(found.position["prompts"])
             Console().print(f"going on from step {step} in {self.directory}")
-        self._writer.rewind(step if found else -1)
-        self._step = step
+        else:
+            with progress("reading the weights"):
+                state = learner.start()
         self._view = self._exit.enter_context(
             LiveView(
                 trainer.total_training_steps, step, num_examples=trainer.num_examples
             )
         )
-        if found:
-            return found.state, step
-        with progress("reading the weights"):
-            return learner.start(), step
+        return state, step
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
