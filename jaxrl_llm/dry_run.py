@@ -40,13 +40,13 @@ def show(job: Job) -> None:
     }
     _print(console, "The run", facts)
     with progress("compiling the largest update"):
-        memory = _memory(job)
+        memory = memory_per_device(job)
     total = sum(memory.values())
     sizes = {name: f"{size / _GIB:.3f} GiB" for name, size in memory.items()}
     _print(console, "Memory per device", sizes | {"total": f"{total / _GIB:.3f} GiB"})
 
 
-def _memory(job: Job) -> dict[str, int]:
+def memory_per_device(job: Job) -> dict[str, int]:
     """Bytes on the fullest device."""
     config, learner = job.config, job.learner
     state = learner.abstract_state()
