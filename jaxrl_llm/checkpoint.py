@@ -8,7 +8,7 @@ orbax writes under a temporary name and renames.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -43,11 +43,12 @@ class Checkpoints:
                 "position": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
+                best_fn=_score,  # without it, orbax would not write the scores down
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
                         policies.LatestN(max_to_keep),
                         policies.BestN(
-                            get_metric_fn=lambda metrics: metrics["score"],
+                            get_metric_fn=_score,
                             n=1,
                             keep_checkpoints_without_metrics=False,
                         ),
@@ -123,12 +124,16 @@ class Checkpoints:
         """Returns when everything that was saved is on disk."""
         self._manager.wait_until_finished()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
         """Waits, then ends the background threads."""
         self._manager.close()
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics["score"]
 
 
 def _named(tree: Any) -> dict[str, Any]:

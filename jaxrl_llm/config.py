@@ -6,6 +6,7 @@ anything is loaded. Keys that share veRL's name keep veRL's meaning.
 
 import copy
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -220,12 +221,18 @@ class RewardFunctionConfig(_Section):
 class RewardConfig(_Section):
     """What a response is worth: the weighted sum of the functions."""
 
-    functions: tuple[RewardFunctionConfig, ...] = Field(min_length=1)
+    functions: tuple[RewardFunctionConfig, ...]
     timeout_s: float = Field(60.0, gt=0)
     """Longest time one function may take for one step."""
     on_error: Literal["raise", "zero"] = "raise"
     """A function that raises, hangs or returns NaN stops the run, or scores 0 and is
     counted in the metrics."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RewardConfig":
+        if not self.functions:
+            raise ValueError("functions is empty; give at least one")
+        return self
 
 
 class ValConfig(SamplingConfig):
@@ -321,8 +328,12 @@ def _misfits(config: Config):
                 yield f"{role}.mesh.{axis} is 0; use 1 for an axis that is not used"
         if list(sizes.values()).count(-1) > 1:
             yield f"{role}.mesh is {sizes}; only one axis may be -1 (what is left)"
-    if config.data.train.path.startswith("reasoning_gym:") and not data.train.size:
-        yield "data.train.size is needed for reasoning_gym: how many questions to draw"
+    for split, source in (("train", data.train), ("val", data.val)):
+        if source and source.path.startswith("reasoning_gym:") and not source.size:
+            yield (
+                f"data.{split}.size is needed for reasoning_gym: how many questions to "
+                "draw"
+            )
 
 
 class ConfigError(ValueError):
@@ -367,10 +378,11 @@ def override(values: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, A
     rest = list(arguments)
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
-        if not flag.startswith("--") or (not equals and not rest):
+        missing = not equals and (not rest or rest[0].startswith("--"))
+        if missing or not flag.startswith("--"):
             raise ConfigError(f"{flag}: expected --section.key VALUE")
         keys = flag.removeprefix("--").replace("-", "_").split(".")
-        put(result, keys, yaml.safe_load(text if equals else rest.pop(0)))
+        put(result, keys, _load_yaml(text if equals else rest.pop(0), flag))
     return result
 
 
@@ -411,13 +423,28 @@ def read(path: str | Path) -> Mapping[str, Any]:
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml"))
         raise ConfigError(f"{path}: no such file; {path.parent} has {near}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+    values = _load_yaml(path.read_bytes(), str(path))
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: expected a mapping of sections, got {values!r}")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: 1e-6 is one, not text as in YAML 1.1."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _load_yaml(text: str | bytes, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: not YAML: {error}") from None
 
 
 def explain(error: pydantic.ValidationError, source: str) -> str:

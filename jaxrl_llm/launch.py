@@ -10,6 +10,7 @@
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given[0] not in verbs:
         return _fail(f"unknown verb {given[0]!r}; one of {', '.join(verbs)}")
+    # Only its tokenizers are used: that PyTorch is missing is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         verbs[given[0]](given[1:])
     except ValueError as error:
@@ -87,8 +90,11 @@ def _config(
     if not paths:
         raise ConfigError(f"jaxrl {verb} needs a configuration file, such as configs/*")
     found = {argument for argument in rest if argument in flags}
-    short = {"--resume": "--trainer.resume"}
-    overrides = [short.get(x, x) for x in rest[1:] if x not in found]
+    overrides = [
+        re.sub(r"^--resume\b", "--trainer.resume", argument)
+        for argument in rest[1:]
+        if argument not in found
+    ]
     return configs.load(paths[0], overrides), found
 
 

@@ -89,7 +89,6 @@ class Records:
         trainer = self.config.trainer
         found = self._checkpoints.restore(learner.abstract_state())
         step = self._step = found.step if found else 0
-        self._writer.rewind(step if found else -1)
         if found:
             state = found.state
             self.prompt_batches.restore(found.position["prompts"])
@@ -97,6 +96,7 @@ class Records:
         else:
             with progress("reading the weights"):
                 state = learner.start()
+        self._writer.rewind(step if found else -1)  # only now that nothing is refused
         self._view = self._exit.enter_context(
             LiveView(
                 trainer.total_training_steps, step, num_examples=trainer.num_examples

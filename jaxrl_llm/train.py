@@ -60,6 +60,9 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         loggers.find(name)
     train_mesh, rollout_mesh = make_meshes(config)
     functions = resolve(config.reward) if rewards is None else rewards
+    names = [function.name for function in functions]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"reward functions need different names, got {names}")
     source = models.open(
         config.model.path,
         revision=config.model.revision,
@@ -77,16 +80,25 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
             timeout_s=config.reward.timeout_s,
             on_error=config.reward.on_error,
         ),
-        engine=JaxEngine(
-            source.arch,
-            source.tokenizer,
-            mesh=rollout_mesh,
-            dtype=jnp.dtype(config.rollout.dtype),
-            max_num_seqs=config.rollout.max_num_seqs,
-            decode_chunk=config.rollout.decode_chunk,
-        ),
+        engine=make_engine(config.rollout, source, rollout_mesh),
         learner=Learner(config, source, train_mesh),
     )
+
+
+def make_engine(
+    rollout: configs.RolloutConfig, source: models.Checkpoint, on: jax.sharding.Mesh
+) -> Engine:
+    """The generator that `rollout.engine` names."""
+    match rollout.engine:
+        case "jax":
+            return JaxEngine(
+                source.arch,
+                source.tokenizer,
+                mesh=on,
+                dtype=jnp.dtype(rollout.dtype),
+                max_num_seqs=rollout.max_num_seqs,
+                decode_chunk=rollout.decode_chunk,
+            )
 
 
 def run(job: Job) -> "Result":
@@ -174,14 +186,17 @@ def make_meshes(config: Config) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
     Raises:
       ConfigError: a mesh does not fit the devices.
     """
-    made = []
-    for role in ("actor", "rollout"):
-        sizes = getattr(config, role).mesh.model_dump()
-        try:
-            made.append(mesh.make(mesh.fill(sizes, jax.device_count())))
-        except ValueError as error:
-            raise ConfigError(f"{role}.mesh: {error}") from None
-    return tuple(made)
+    return (
+        _make_mesh("actor.mesh", config.actor.mesh.model_dump()),
+        _make_mesh("rollout.mesh", config.rollout.mesh.model_dump()),
+    )
+
+
+def _make_mesh(name: str, axes: Mapping[str, int]) -> jax.sharding.Mesh:
+    try:
+        return mesh.make(mesh.fill(axes, jax.device_count()))
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def check_lengths(config: Config, arch: models.Architecture) -> None:
@@ -261,7 +276,7 @@ class Result:
         """The newest validation."""
         steps = [s for s, split, _ in metrics.rollout_files(self.directory)
                  if split == "val"]  # fmt: skip
-        return self._validation(max(steps, default=0))
+        return self._validation(max(steps)) if steps else None
 
     def table(self) -> Any:
         """Every metric by step, as a pandas DataFrame."""
@@ -274,15 +289,18 @@ class Result:
 
     def completions(self, step: int, split: str = "train") -> list[dict[str, Any]]:
         """The responses of one step with their rewards; split is train or val."""
-        path = self.directory / "rollouts" / f"{split}_{step:06d}.jsonl"
+        files = {s: p for s, of, p in metrics.rollout_files(self.directory)
+                 if of == split}  # fmt: skip
+        if step not in files:
+            raise ValueError(f"no {split} completions of step {step}; of {list(files)}")
+        path = files[step]
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     def _validation(self, step: int) -> evaluate.Validation | None:
-        path = self.directory / "rollouts" / f"val_{step:06d}.jsonl"
-        if not path.exists():
-            return None
         lines = {line["step"]: line for line in metrics.read(self.directory)}
-        found = {k: v for k, v in lines[step].items() if k.startswith("val-")}
+        found = {k: v for k, v in lines.get(step, {}).items() if k.startswith("val-")}
+        if not found:
+            return None
         return evaluate.Validation(metrics=found, records=self.completions(step, "val"))
 
 
@@ -358,9 +376,24 @@ def _stored(rows: str | Sequence[Mapping[str, Any]], directory: str, name: str) 
     configuration says where its data is."""
     if isinstance(rows, str):
         return rows
-    path = Path(directory) / f"{name}.jsonl"
+    lines = []
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{name} row {i}: expected {{'prompt': ...}}, got {row!r}")
+        try:
+            # A reward of the user's own may need no answer.
+            lines.append(json.dumps({"answer": None, **row}) + "\n")
+        except TypeError as error:
+            raise ValueError(f"{name} row {i} is not JSON: {error}") from None
+    path, text = Path(directory) / f"{name}.jsonl", "".join(lines)
+    started = (path.parent / "config.yaml").exists() and path.exists()
+    if started and path.read_text() != text:
+        raise ValueError(
+            f"output_dir {directory} holds a run on other {name} rows; choose another "
+            "output_dir"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    metrics.replace_text(path, "".join(json.dumps(dict(row)) + "\n" for row in rows))
+    metrics.replace_text(path, text)
     return str(path)
 
 

@@ -1,5 +1,8 @@
 """The smallest tokenizer and the smallest model that behave like real ones."""
 
+import os
+import time
+
 import jax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -68,3 +71,12 @@ def checkpoint(directory, **overrides) -> str:
     params = init(made, jax.random.key(0))
     save(directory, made, params, end, dtype="float32")
     return str(directory)
+
+
+def small_ids(completion_ids: list[list[int]]) -> list[float]:
+    """A reward that is quickly learned: the share of tokens with an id below 100.
+
+    The environment variable TINY_PAUSE_S makes it take its time.
+    """
+    time.sleep(float(os.environ.get("TINY_PAUSE_S", "0")))
+    return [sum(token < 100 for token in ids) / len(ids) for ids in completion_ids]
