@@ -13,16 +13,19 @@ from typing import Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
+
+from jaxrl_llm.config_algorithm import (
+    Aggregation,
+    AlgorithmConfig,
+    KlEstimator,
+    PolicyLossConfig,
+    misfits,
+)
+from jaxrl_llm.config_algorithm import Section as _Section
 
 Positive = Field(gt=0)
 NonNegative = Field(ge=0)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class ModelConfig(_Section):
@@ -179,32 +182,37 @@ class ActorConfig(_Section):
     pack_length: int | None = Field(None, gt=0)
     """Pack sequences into rows of this many tokens; one sequence per row if not
     given."""
+    policy_loss: PolicyLossConfig = PolicyLossConfig()
     clip_ratio_low: float = Field(0.2, ge=0, le=1)
     clip_ratio_high: float = Field(0.2, ge=0)
-    """The ratio new / old probability is clipped to [1 - low, 1 + high]."""
-    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean"] = "token-mean"
+    """The ratio new / old probability is clipped to [1 - low, 1 + high]. dppo_tv and
+    dppo_kl bound a divergence by them instead."""
+    clip_ratio_c: float | None = Field(3.0, gt=1)
+    """Where the advantage is negative, the ratio beyond which there is no gradient
+    (dual clip); null for none. dppo_tv and dppo_kl: bound of the importance weight."""
+    tau_pos: float = Field(1.0, gt=0)
+    """sapo: how fast gradients die away from ratio 1 where the advantage is over 0,"""
+    tau_neg: float = Field(1.05, gt=0)
+    """sapo: and elsewhere."""
+    loss_agg_mode: Aggregation = "token-mean"
     """How per-token losses become one number."""
+    loss_scale_factor: float | None = Field(None, gt=0)
+    """seq-mean-token-sum-norm: tokens to divide by; rollout.max_response_length if not
+    given."""
     entropy_coeff: float = 0.0
     """Weight of the entropy bonus."""
     use_kl_loss: bool = False
     """Keep the initial weights as reference, and add KL(policy || reference)."""
     kl_loss_coef: float = Field(0.001, ge=0)
-    kl_loss_type: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL; k3 = low_var_kl, k2 = mse, k1 = kl in veRL."""
+    kl_loss_type: KlEstimator = "k3"
+    """Estimator of the KL; k3 = low_var_kl, k2 = mse, k1 = kl. NAME+ has the value of
+    NAME and the gradient of k2."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and of the weights inside a matrix product. The master weights,
     the optimizer's moments, softmax and losses are float32."""
     remat: Literal["none", "full"] = "full"
     """full: keep only each layer's input for the backward pass."""
     mesh: TrainMeshConfig = TrainMeshConfig()
-
-
-class AlgorithmConfig(_Section):
-    """From rewards to advantages."""
-
-    adv_estimator: Literal["grpo"] = "grpo"
-    norm_adv_by_std_in_grpo: bool = True
-    """Divide by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
 
 
 class RewardFunctionConfig(_Section):
@@ -302,11 +310,7 @@ def _misfits(config: Config):
             f"actor.ppo_mini_batch_size is {mini} prompts but data.train_batch_size is "
             f"only {batch}; use at most {batch}"
         )
-    if rollout.n == 1:
-        yield (
-            "rollout.n is 1 but algorithm.adv_estimator=grpo compares the responses of "
-            "a group; use at least 2"
-        )
+    yield from misfits(config)
     longest = data.max_prompt_length + rollout.max_response_length
     if actor.pack_length is not None and actor.pack_length < longest:
         yield (
@@ -430,13 +434,22 @@ def read(path: str | Path) -> Mapping[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-6 is one, not text as in YAML 1.1."""
+    """YAML 1.2's numbers. Unlike in YAML 1.1, 1e-6 is one and 0.5_2 is text."""
 
 
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [found for found in resolvers if found[0] not in (_INT, _FLOAT)]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+    _FLOAT,
+    re.compile(
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"
+        r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
 )
 
 

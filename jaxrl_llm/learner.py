@@ -22,6 +22,8 @@ from jaxrl_llm import batch as batches
 from jaxrl_llm import grpo, logprobs, models, optimizer
 from jaxrl_llm.batch import Completion, Prompt, TrainBatch
 from jaxrl_llm.config import Config
+from jaxrl_llm.config_algorithm import RolloutCorrectionConfig
+from jaxrl_llm.correction import Correction
 from jaxrl_llm.models import Architecture, Checkpoint
 from sharding import rules
 
@@ -49,21 +51,12 @@ class Learner:
             "pack_length": actor.pack_length,
             "rows_multiple": mesh.shape["data"] * mesh.shape["fsdp"],
         }
-        settings = grpo.Settings(
-            clip_ratio_low=actor.clip_ratio_low,
-            clip_ratio_high=actor.clip_ratio_high,
-            loss_agg_mode=actor.loss_agg_mode,
-            entropy_coeff=actor.entropy_coeff,
-            kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
-            kl_loss_type=actor.kl_loss_type,
-            micro_batch_size=actor.micro_batch_size,
-        )
         self._update = jax.jit(
             functools.partial(
                 grpo.update,
                 logprob_fn=self.logprobs,
                 optimizer=self.optimizer,
-                settings=settings,
+                settings=update_settings(config),
             ),
             donate_argnums=0,
             out_shardings=(self.state_shardings(), None),
@@ -122,7 +115,7 @@ class Learner:
         )
         if self.config.actor.use_kl_loss:
             batch = dataclasses.replace(batch, ref_logprobs=batch.sampler_logprobs)
-        if updates_per_step(config) > 1:
+        if needs_old_logprobs(config):
             batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
         rows = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows),
@@ -207,7 +200,7 @@ class Learner:
         found = {}
         if self.reference is not None:
             found["ref_logprobs"] = self._scored(self.reference, batch)
-        if updates_per_step(self.config) > 1:
+        if needs_old_logprobs(self.config):
             found["old_logprobs"] = self._scored(params, batch)
         return dataclasses.replace(batch, **found)
 
@@ -241,6 +234,48 @@ class Learner:
 def param_shardings(arch: Architecture, mesh: Mesh) -> Any:
     """A sharding for every parameter of the training layout."""
     return rules.to_shardings(models.logical_axes(arch), mesh, rules.TRAIN)
+
+
+def update_settings(config: Config) -> grpo.Settings:
+    """The numbers of one update."""
+    actor = config.actor
+    return grpo.Settings(
+        clip_ratio_low=actor.clip_ratio_low,
+        clip_ratio_high=actor.clip_ratio_high,
+        clip_ratio_c=actor.clip_ratio_c,
+        tau_pos=actor.tau_pos,
+        tau_neg=actor.tau_neg,
+        loss_agg_mode=actor.loss_agg_mode,
+        loss_scale_factor=actor.loss_scale_factor
+        or float(config.rollout.max_response_length),
+        entropy_coeff=actor.entropy_coeff,
+        kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+        kl_loss_type=actor.kl_loss_type,
+        micro_batch_size=actor.micro_batch_size,
+        correction=_correction(config.algorithm.rollout_correction),
+        **actor.policy_loss.model_dump(),
+    )
+
+
+def _correction(section: RolloutCorrectionConfig | None) -> Correction | None:
+    if section is None:
+        return None
+    return Correction(
+        rollout_is=section.rollout_is,
+        is_bounds=section.is_bounds,
+        rollout_is_batch_normalize=section.rollout_is_batch_normalize,
+        rejections=section.rejections,
+        bypass_mode=section.bypass_mode,
+        loss_type=section.loss_type,
+    )
+
+
+def needs_old_logprobs(config: Config) -> bool:
+    """Whether the trust region is centred on a policy that no update itself has: the
+    one before the first of several updates."""
+    correction = config.algorithm.rollout_correction
+    bypass = correction is not None and correction.bypass_mode
+    return updates_per_step(config) > 1 and not bypass
 
 
 def updates_per_step(config: Config) -> int:

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm import advantages, evaluate, loggers, metrics, models, prompts, report
 from jaxrl_llm import config as configs
+from jaxrl_llm import estimate, evaluate, loggers, metrics, models, prompts, report
 from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.console import before_after, whereabouts
@@ -120,8 +120,7 @@ def run(job: Job) -> "Result":
             with records.phase("reward"):
                 scores = job.score(asked, rollouts)
             with records.phase("adv"):
-                advantage = estimate_advantages(config, scores)
-                rows = learner.make_rows(asked, rollouts, advantage)
+                rows, advantage = estimate.make_rows(learner, asked, rollouts, scores)
             with records.phase("update_actor"):
                 state, learned = learner.update(state, rows, seed(config, _ORDER, step))
             with records.phase("update_weights"):
@@ -167,17 +166,6 @@ def sampling(config: Config, section: configs.SamplingConfig) -> Sampling:
 def seed(config: Config, stream: int, step: int) -> int:
     """A 32-bit seed for one purpose in one step; nothing random has other state."""
     return int(np.random.SeedSequence([config.seed, stream, step]).generate_state(1)[0])
-
-
-def estimate_advantages(config: Config, scores: Scores) -> np.ndarray:
-    """float32 [P, G]."""
-    match config.algorithm.adv_estimator:
-        case "grpo":
-            normalize = config.algorithm.norm_adv_by_std_in_grpo
-            estimate = advantages.grpo(
-                jnp.asarray(scores.total), normalize_by_std=normalize
-            )
-    return np.asarray(estimate)
 
 
 def make_meshes(config: Config) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:

@@ -1,11 +1,13 @@
 import ast
 import pathlib
+from typing import get_args
 
 import pydantic
 import pytest
 import yaml
 
 from jaxrl_llm import config as configs
+from jaxrl_llm import config_algorithm, correction, kl, losses, masked
 from jaxrl_llm.config import Config, ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -62,7 +64,10 @@ def test_a_configuration_cannot_be_changed():
         # Unknown keys, at every depth.
         ("--trainr.steps=3", "trainr: unknown key; did you mean 'trainer'?"),
         ("--actor.optim.lrr=1", "actor.optim.lrr: unknown key; did you mean 'lr'?"),
-        ("--data.val={path: x, pth: y}", "data.val.pth: unknown key; did you mean 'path'"),
+        (
+            "--data.val={path: x, pth: y}",
+            "data.val.pth: unknown key; did you mean 'path'",
+        ),
         (
             "--reward.functions.0.wieght=2",
             "reward.functions.0.wieght: unknown key; did you mean 'weight'?",
@@ -90,6 +95,64 @@ def test_a_configuration_cannot_be_changed():
         ),
         ("--rollout.n=1", "rollout.n is 1 but algorithm.adv_estimator=grpo compares"),
         (
+            "--algorithm.adv_estimator=gae",
+            "algorithm.adv_estimator is gae, which needs",
+        ),
+        (
+            "--algorithm.adv_estimator=remax",
+            "algorithm.adv_estimator is remax, which needs a greedy response",
+        ),
+        (
+            "--algorithm.adv_estimator=optimal_token_baseline",
+            "algorithm.adv_estimator is optimal_token_baseline, which needs sum_pi_sq",
+        ),
+        ("--algorithm.gamma=0.9", "algorithm.gamma is 0.9 but algorithm.adv_estimator"),
+        (
+            "--actor.policy_loss.loss_mode=dro",
+            "actor.policy_loss: loss_mode is dro, which needs dro_beta, such as 0.05",
+        ),
+        (
+            "--actor.policy_loss.loss_mode=sapo",
+            "actor.policy_loss.loss_mode is sapo, a mean over responses; set",
+        ),
+        (
+            "--actor.loss_scale_factor=3",
+            "actor.loss_scale_factor is 3.0 but only actor.loss_agg_mode=seq-mean-tok",
+        ),
+        (
+            "--algorithm.rollout_correction.rollout_rs=token_k4",
+            "algorithm.rollout_correction: rollout_rs has 'token_k4'; known: token_k1",
+        ),
+        (
+            "--algorithm.rollout_correction.rollout_rs=token_k1,seq_max_k2,token_k3",
+            "algorithm.rollout_correction: rollout_rs_threshold is None but rollout_rs",
+        ),
+        (
+            "--algorithm.rollout_correction.rollout_rs_threshold=2",
+            "algorithm.rollout_correction: rollout_rs_threshold is given but rollout",
+        ),
+        (
+            "--algorithm.rollout_correction={rollout_rs: token_k2, "
+            "rollout_rs_threshold: 0.1_2}",
+            "algorithm.rollout_correction: rollout_rs_threshold of token_k2 is '0.1_2';",
+        ),
+        (
+            "--algorithm.rollout_correction.rollout_is_threshold=3_2",
+            "algorithm.rollout_correction: rollout_is_threshold is '3_2'; bounds are",
+        ),
+        (
+            "--algorithm.rollout_correction.rollout_is_threshold=two",
+            "algorithm.rollout_correction: rollout_is_threshold is 'two'; expected",
+        ),
+        (
+            "--algorithm.rollout_correction.rollout_is_batch_normalize=true",
+            "algorithm.rollout_correction: rollout_is_batch_normalize is on but there",
+        ),
+        (
+            "--algorithm.rollout_correction.loss_type=reinforce",
+            "algorithm.rollout_correction: loss_type is reinforce, which is",
+        ),
+        (
             "--actor.pack_length=1023",
             "actor.pack_length is 1023 but data.max_prompt_length + "
             "rollout.max_response_length is 1024; use at least 1024",
@@ -100,7 +163,10 @@ def test_a_configuration_cannot_be_changed():
             "actor.optim.lr_warmup_steps is 4 but trainer.total_training_steps is 3",
         ),
         ("--actor.mesh.tensor=0", "actor.mesh.tensor is 0; use 1 for an axis that is"),
-        ("--rollout.mesh.tensor=-1", "rollout.mesh is {'data': -1, 'tensor': -1}; only"),
+        (
+            "--rollout.mesh.tensor=-1",
+            "rollout.mesh is {'data': -1, 'tensor': -1}; only",
+        ),
         (
             "--data.train.path=reasoning_gym:gcd",
             "data.train.size is needed for reasoning_gym",
@@ -156,6 +222,16 @@ def test_a_number_with_an_exponent_is_a_number_everywhere():
     # YAML 1.1, which PyYAML reads, takes 1e-3 for text.
     config = parse("--reward.functions.0.params.tolerance=1e-3")
     assert config.reward.functions[0].params == {"tolerance": 0.001}
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("0.5_2", "0.5_2"), ("1_000", "1_000"), (".5", 0.5), ("-3", -3), ("2.", 2.0)],
+)
+def test_an_underscore_makes_no_number(text, value):
+    # In YAML 1.1 the first is 0.52.
+    config = parse(f"--reward.functions.0.params.x={text}")
+    assert config.reward.functions[0].params == {"x": value}
 
 
 def test_overrides_leave_what_they_are_put_into_alone():
@@ -305,11 +381,13 @@ def section_in(owner, field):
 def test_every_field_is_read_outside_of_the_configuration():
     found = set()
     for path in ROOT.glob("jaxrl_llm/**/*.py"):
-        if path.name != "config.py":
+        if path.name not in ("config.py", "config_algorithm.py"):
             reads = Reads()
             reads.visit(ast.parse(path.read_text()))
             found |= reads.found
-    meshes = [(configs.TrainMeshConfig, f) for f in configs.TrainMeshConfig.model_fields]
+    meshes = [
+        (configs.TrainMeshConfig, f) for f in configs.TrainMeshConfig.model_fields
+    ]
     assert set(meshes) <= found, "the way meshes are read is not understood"
     unread = [
         f"{name}.{field}"
@@ -318,3 +396,35 @@ def test_every_field_is_read_outside_of_the_configuration():
         if (kind, field) not in found and kind is not configs.RolloutMeshConfig
     ]
     assert not unread
+
+
+def test_names_are_those_the_functions_know():
+    # The configuration is read before JAX is, so it cannot import them.
+    for ours, theirs in [
+        (config_algorithm.LossMode, losses.Mode),
+        (config_algorithm.Aggregation, masked.Aggregation),
+        (config_algorithm.KlEstimator, kl.Estimator),
+    ]:
+        assert get_args(ours) == get_args(theirs)
+    assert config_algorithm._REJECTIONS == get_args(correction.Rejection)
+
+
+def test_verl_s_thresholds_become_bounds():
+    section = config_algorithm.RolloutCorrectionConfig(
+        rollout_is_threshold="0.5_5",
+        rollout_rs="token_k1, seq_mean_k3,seq_sum_k1",
+        rollout_rs_threshold="0.5_1.2,0.01,2",
+    )
+    assert section.is_bounds == (0.5, 5.0)
+    assert section.rejections == (
+        ("token_k1", (0.5, 1.2)),
+        ("seq_mean_k3", (None, 0.01)),
+        ("seq_sum_k1", (0.5, 2.0)),
+    )
+
+
+def test_one_threshold_is_for_all_rejections():
+    section = config_algorithm.RolloutCorrectionConfig(
+        rollout_rs="token_k2,token_k3", rollout_rs_threshold=0.1
+    )
+    assert {bounds for _, bounds in section.rejections} == {(None, 0.1)}

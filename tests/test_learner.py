@@ -94,9 +94,7 @@ def assert_same(one, other, rtol=1e-5):
         np.testing.assert_allclose(got, wanted, rtol, 1e-6, err_msg=str(path))
     assert metrics.keys() == other_metrics.keys()
     for name, value in metrics.items():
-        np.testing.assert_allclose(
-            value, other_metrics[name], rtol, 1e-6, err_msg=name
-        )
+        np.testing.assert_allclose(value, other_metrics[name], rtol, 1e-6, err_msg=name)
 
 
 ALL_TERMS = {"entropy_coeff": 0.1, "use_kl_loss": True, "kl_loss_coef": 0.5}

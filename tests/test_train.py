@@ -187,6 +187,7 @@ class Process:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "8",
+            "JAX_DEBUG_NANS": "1",  # as here, or the compiled programs would differ
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "TINY_PAUSE_S": str(pause_s),
@@ -355,9 +356,7 @@ def test_a_reward_that_fails_stops_a_run_that_can_go_on(
     result = go(brittle(fails_at=None))
     # The run of the fixture asked the same questions with the same seed.
     name = "critic/rewards/mean"
-    np.testing.assert_array_equal(
-        result.table()[name][1:], finished.table()[name][1:4]
-    )
+    np.testing.assert_array_equal(result.table()[name][1:], finished.table()[name][1:4])
 
 
 def test_a_reward_that_fails_may_count_as_zero(tiny_model, values, tmp_path):
@@ -379,9 +378,7 @@ def test_rows_of_another_run_are_not_overwritten(tiny_model, finished):
     kept = finished.directory / "train.jsonl"
     kept.write_text('{"prompt": "kept", "answer": null}\n')
     with pytest.raises(ValueError, match="holds a run on other train rows"):
-        train.train(
-            tiny_model, QUESTIONS, "exact", output_dir=str(finished.directory)
-        )
+        train.train(tiny_model, QUESTIONS, "exact", output_dir=str(finished.directory))
     assert "kept" in kept.read_text()
     kept.unlink()
 
@@ -389,7 +386,6 @@ def test_rows_of_another_run_are_not_overwritten(tiny_model, finished):
 @pytest.mark.parametrize(
     "rows, reward, more, message",
     [
-        (["1+1="], "exact", {}, "train row 0: expected {'prompt': ...}, got '1\\+1='"),
         ([{"prompt": {1}}], "exact", {}, "train row 0 is not JSON: .* set"),
         ([{"question": "1"}], "exact", {}, "row 0 .*: no column 'prompt'"),
         (QUESTIONS, "exactt", {}, "'exactt' is not built in, did you mean 'exact'"),
