@@ -134,7 +134,7 @@ def test_a_configuration_cannot_be_changed():
         (
             "--algorithm.rollout_correction={rollout_rs: token_k2, "
             "rollout_rs_threshold: 0.1_2}",
-            "rollout_correction: rollout_rs_threshold of token_k2 is '0.1_2';",
+            "algorithm.rollout_correction: rollout_rs_threshold of token_k2 is '0.1_2'",
         ),
         (
             "--algorithm.rollout_correction.rollout_is_threshold=3_2",
