@@ -261,9 +261,9 @@ class Result:
 
     @property
     def after(self) -> evaluate.Validation | None:
-        """The newest validation."""
+        """The newest validation since training began."""
         steps = [s for s, split, _ in metrics.rollout_files(self.directory)
-                 if split == "val"]  # fmt: skip
+                 if split == "val" and s > 0]  # fmt: skip
         return self._validation(max(steps)) if steps else None
 
     def table(self) -> Any:

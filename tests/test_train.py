@@ -187,7 +187,6 @@ class Process:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "8",
-            "JAX_DEBUG_NANS": "1",  # as here, or the compiled programs would differ
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "TINY_PAUSE_S": str(pause_s),
@@ -271,6 +270,17 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, values, cache, tmp_path):
         np.testing.assert_array_equal(got, wanted)
     weights = [r.weights / "model.safetensors" for r in (result, finished)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_run_stopped_before_its_first_validation_has_no_result_to_show(finished):
+    # Its only validation is the one before training.
+    run = finished.directory
+    later = [path for step, split, path in metrics.rollout_files(run) if split == "val"]
+    for path in later[1:]:
+        path.rename(path.with_suffix(".aside"))
+    assert finished.before is not None and finished.after is None
+    for path in later[1:]:
+        path.with_suffix(".aside").rename(path)
 
 
 def test_a_finished_run_only_shows_its_result(finished):
