@@ -1,12 +1,28 @@
 """How much better a response was than expected: one function per estimator.
 
-Shapes: P = prompts, G = responses to each; R = rows, T = tokens in a row, which may
-hold several sequences. Units: rewards, unless divided by a deviation.
+Those that judge a response by one number take rewards `[P, G]`, and its length where
+the equation has one, and return one advantage per response, `[P, G]`. Those that judge
+tokens take the rows of a `TrainBatch`: rewards `[R, T]` (usually all on a response's
+last token), its `response_mask` and its `sequence_ids`. They give the same numbers
+however the sequences are packed. Tokens inside a response that the policy did not
+sample (observations of a tool) have mask False: they hold 0 in results, and time does
+not pass there.
+
+Wherever a group is compared with itself, equal rewards give exactly 0, and a group of
+one gets 0: it has nothing to be compared with. (veRL returns its raw reward, which
+trains on a response without a baseline.)
+
+Shapes: P = prompts, G = responses to each; R = rows, T = tokens in a row; S = sequences
+of the batch. Units: rewards, unless divided by a deviation.
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jaxrl_llm import masked
 
 
 def grpo(
@@ -17,10 +33,6 @@ def grpo(
         advantage = (reward - mean) / (std + eps)
 
     with the mean and the unbiased standard deviation (divisor G - 1) of the group.
-    Equal rewards give exactly 0.
-
-    A group of one has nothing to be compared with and gets 0. (veRL returns its raw
-    reward, which would train on a response without a baseline.)
 
     Args:
       normalize_by_std: divide (GRPO) or only centre (Dr. GRPO), which does not
@@ -29,81 +41,364 @@ def grpo(
     Source: Shao et al. 2024, section 4.1.2 (arXiv:2402.03300); without the division,
     Liu et al. 2025 (arXiv:2503.20783). The divisor and `eps` are veRL's.
     """
+    centred = _centred(rewards)
+    return centred / (_std(rewards) + eps) if normalize_by_std else centred
+
+
+def grpo_passk(
+    rewards: Float[Array, "P G"], *, normalize_by_std: bool, eps: float = 1e-6
+) -> Float[Array, "P G"]:
+    """Only the best response of a group counts: by how much it beats the second best.
+
+        advantage = (best - second best) [/ (std + eps)]   for the best, 0 for others
+
+    Raises:
+      ValueError: a group of one has no second best.
+
+    Source: arXiv:2503.19595. The divisor and `eps` are veRL's.
+    """
+    if rewards.shape[1] < 2:
+        raise ValueError(
+            f"grpo_passk needs at least 2 responses per prompt, got {rewards.shape[1]}"
+        )
+    order = jnp.sort(rewards, axis=1)
+    lead = order[:, -1:] - order[:, -2:-1]
+    if normalize_by_std:
+        lead = lead / (_std(rewards) + eps)
+    best = jax.nn.one_hot(jnp.argmax(rewards, axis=1), rewards.shape[1])
+    return best * lead
+
+
+def gdpo(
+    rewards: Float[Array, "K P G"],
+    weights: Float[Array, " K"],
+    lengths: Int[Array, "P G"],
+    *,
+    normalize_by_std: bool,
+) -> Float[Array, "P G"]:
+    """Each of K rewards compared within the group on its own, then added up.
+
+        whiten(sum over k of weights[k] * grpo(rewards[k])),   each token counting once
+
+    so that a reward with a large spread does not drown the others.
+
+    Source: arXiv:2601.05242.
+    """
+    each = jax.vmap(lambda r: grpo(r, normalize_by_std=normalize_by_std))(rewards)
+    return masked.whiten(jnp.einsum("k,kpg->pg", weights, each), lengths)
+
+
+def rloo(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
+    """Reward minus the mean of the others' in the group: G / (G - 1) * (reward - mean).
+
+    Source: Ahmadian et al. 2024 (arXiv:2402.14740).
+    """
+    G = rewards.shape[1]
+    return _centred(rewards) * (G / max(G - 1, 1))
+
+
+def opo(
+    rewards: Float[Array, "P G"], lengths: Int[Array, "P G"]
+) -> Float[Array, "P G"]:
+    """Reward minus the group's mean, longer responses weighing more in it.
+
+        advantage = reward - sum(lengths * rewards) / sum(lengths)
+
+    Source: Hao et al. 2025 (arXiv:2505.23585).
+    """
     if rewards.shape[1] == 1:
         return jnp.zeros_like(rewards)
-    # Against the first reward, equal ones differ by exactly 0: no rounding of a mean.
     shifted = rewards - rewards[:, :1]
-    centred = shifted - shifted.mean(axis=1, keepdims=True)
-    if not normalize_by_std:
-        return centred
-    return centred / (shifted.std(axis=1, ddof=1, keepdims=True) + eps)
+    total = jnp.maximum(jnp.sum(lengths, axis=1, keepdims=True), 1)
+    return shifted - jnp.sum(lengths * shifted, axis=1, keepdims=True) / total
+
+
+def gpg(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
+    """Reward minus the group's mean, scaled up for responses that earned nothing.
+
+        advantage = P * G / (number of rewards that are not 0) * (reward - mean)
+
+    Source: Chu et al. 2025 (arXiv:2504.02546).
+    """
+    earned = jnp.maximum(jnp.count_nonzero(rewards), 1)
+    return _centred(rewards) * (rewards.size / earned)
+
+
+def reinforce_plus_plus_baseline(
+    rewards: Float[Array, "P G"], lengths: Int[Array, "P G"]
+) -> Float[Array, "P G"]:
+    """whiten(reward - mean of the group), each token of the batch counting once.
+
+    Source: Hu et al. 2025 (arXiv:2501.03262).
+    """
+    return masked.whiten(_centred(rewards), lengths)
+
+
+def reinforce_plus_plus(
+    rewards: Float[Array, "R T"],
+    response_mask: Bool[Array, "R T"],
+    sequence_ids: Int[Array, "R T"],
+    *,
+    gamma: float,
+) -> Float[Array, "R T"]:
+    """whiten(`discounted_returns`) over all tokens of the batch: no group needed.
+
+    Source: Hu et al. 2025 (arXiv:2501.03262).
+    """
+    returns = discounted_returns(rewards, response_mask, sequence_ids, gamma=gamma)
+    return masked.whiten(returns, response_mask)
+
+
+def remax(
+    rewards: Float[Array, "R T"],
+    baselines: Float[Array, " S"],
+    response_mask: Bool[Array, "R T"],
+    sequence_ids: Int[Array, "R T"],
+) -> Float[Array, "R T"]:
+    """Reward to go minus the reward of the greedy response to the same prompt.
+
+    Args:
+      baselines: for each sequence, the reward of its prompt's greedy response.
+
+    Source: Li et al. 2023 (arXiv:2310.10505).
+    """
+    returns = discounted_returns(rewards, response_mask, sequence_ids, gamma=1.0)
+    return jnp.where(response_mask, returns - baselines[sequence_ids], 0.0)
 
 
 def gae(
     rewards: Float[Array, "R T"],
     values: Float[Array, "R T"],
-    mask: Bool[Array, "R T"],
+    response_mask: Bool[Array, "R T"],
     sequence_ids: Int[Array, "R T"],
     *,
     gamma: float,
     lam: float,
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-    """Generalised advantages and returns of each token, from its sequence's end back.
+    """Generalised advantage estimates, whitened, and the returns a critic learns.
 
-        delta_t     = rewards_t + gamma * values_t' - values_t
-        advantage_t = delta_t + gamma * lam * advantage_t'
-        return_t    = advantage_t + values_t
+        delta[t]     = rewards[t] + gamma * values[t + 1] - values[t]
+        advantage[t] = delta[t] + gamma * lam * advantage[t + 1]
+        returns[t]   = advantage[t] + values[t]
 
-    where t' is the next unmasked token of the same sequence; after the last one value
-    and advantage are 0. Tokens that the policy did not choose (mask False: tool output,
-    the next turn's prompt) take no time: no discount, no value, as in veRL.
+    where t + 1 is the next token of the response that the policy sampled; after the
+    last one both are 0. Advantages are whitened over all tokens of the batch, returns
+    are not.
 
-    Advantages are not whitened; veRL's PPO does that next, with `masked.whiten`.
-
-    Args:
-      rewards: of each token, usually 0 but on the last; see `token_rewards`.
-      values: expected return before the token is chosen.
-
-    Returns:
-      Advantages and returns, both 0 where `mask` is False.
-
-    Source: Schulman et al. 2016, eq. 16 (arXiv:1506.02438).
+    Source: Schulman et al. 2015, eq. 16 (arXiv:1506.02438); whitening as in veRL.
     """
 
-    def back(later, column):
-        value_after, advantage_after, id_after = later
-        reward, value, chosen, id = column
-        same = id == id_after
-        value_after = jnp.where(same, value_after, 0.0)
-        advantage_after = jnp.where(same, advantage_after, 0.0)
-        advantage = reward + gamma * value_after - value + gamma * lam * advantage_after
-        kept = (
-            jnp.where(chosen, value, value_after),
-            jnp.where(chosen, advantage, advantage_after),
-            id,
-        )
-        return kept, jnp.where(chosen, advantage, 0.0)
+    def step(after, here):
+        reward, value = here
+        advantage = reward + gamma * after[0] - value + gamma * lam * after[1]
+        return (value, advantage)
 
-    columns = [x.T for x in (rewards, values, mask, sequence_ids)]
-    nothing = jnp.zeros_like(values[:, 0])
-    start = (nothing, nothing, sequence_ids[:, -1])
-    _, found = jax.lax.scan(back, start, columns, reverse=True)
-    return found.T, jnp.where(mask, found.T + values, 0.0)
+    _, found = _scan(step, (rewards, values), response_mask, sequence_ids, reverse=True)
+    returns = jnp.where(response_mask, found + values, 0.0)
+    return masked.whiten(found, response_mask), returns
 
 
-def token_rewards(
-    scores: Float[Array, " B"],
-    mask: Bool[Array, "R T"],
+def optimal_token_baseline(
+    rewards: Float[Array, "R T"],
+    logprobs: Float[Array, "R T"],
+    sum_pi_squared: Float[Array, "R T"],
+    response_mask: Bool[Array, "R T"],
     sequence_ids: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    group_ids: Int[Array, " S"],
+    *,
+    correction: Float[Array, "R T"] | None = None,
 ) -> Float[Array, "R T"]:
-    """The score of each sequence on its last unmasked token, 0 elsewhere.
+    """Reward to go minus the baseline with the least variance, step by step.
+
+        w[t] = (1 - 2 * p[t] + sum_pi_squared[t]) * correction[t]^2
+        W[t] = w[first] + ... + w[t]
+        B[t] = sum(returns[t] * W[t]) / (sum(W[t]) + 1e-8)   over the group at step t
+        advantage[t] = returns[t] - B[t]
+
+    w is the expected square of the score of a token, from its probability p. Steps are
+    counted from the first token of the response, observations included. Where only one
+    response of the group is still going (its steps from the number of sampled tokens of
+    the second longest on), and in a group of one, B is 0.
 
     Args:
-      scores: by sequence id.
+      logprobs: under the policy before the update.
+      sum_pi_squared: sum over the vocabulary of the square of its distribution there.
+      group_ids: for each sequence, its prompt; below the number of sequences.
+      correction: importance weights, if the sampler's distribution was another.
+
+    Source: veRL 0.9.1, optimal_token_baseline.
     """
-    index = jnp.arange(mask.size).reshape(mask.shape)
-    last = jax.ops.segment_max(
-        jnp.where(mask, index, -1).ravel(), sequence_ids.ravel(), scores.shape[0]
+    first = jax.ops.segment_min(
+        jnp.where(response_mask, positions, positions.shape[1]).ravel(),
+        jnp.where(sequence_ids < 0, group_ids.size, sequence_ids).ravel(),
+        group_ids.size,
     )
-    is_last = mask & (index == last[sequence_ids])
-    return jnp.where(is_last, scores[sequence_ids], 0.0)
+    return _minus_token_baseline(
+        rewards, logprobs, sum_pi_squared, response_mask, sequence_ids,
+        positions - first[sequence_ids], group_ids, correction,
+    )  # fmt: skip
+
+
+def tir_optimal_token_baseline(
+    rewards: Float[Array, "R T"],
+    logprobs: Float[Array, "R T"],
+    sum_pi_squared: Float[Array, "R T"],
+    response_mask: Bool[Array, "R T"],
+    sequence_ids: Int[Array, "R T"],
+    group_ids: Int[Array, " S"],
+    *,
+    correction: Float[Array, "R T"] | None = None,
+) -> Float[Array, "R T"]:
+    """`optimal_token_baseline` with steps counted over sampled tokens only.
+
+    So that the k-th token a policy sampled is compared with the k-th of the others,
+    however long the observations between them were (tool-integrated reasoning).
+
+    Source: veRL 0.9.1, tir_optimal_token_baseline.
+    """
+    ones = response_mask.astype(jnp.float32)
+    step = _running_sum(ones, response_mask, sequence_ids).astype(jnp.int32) - 1
+    return _minus_token_baseline(
+        rewards, logprobs, sum_pi_squared, response_mask, sequence_ids,
+        step, group_ids, correction,
+    )  # fmt: skip
+
+
+def discounted_returns(
+    rewards: Float[Array, "R T"],
+    response_mask: Bool[Array, "R T"],
+    sequence_ids: Int[Array, "R T"],
+    *,
+    gamma: float,
+) -> Float[Array, "R T"]:
+    """returns[t] = rewards[t] + gamma * returns[t + 1] along a response.
+
+    t + 1 is the next token that the policy sampled; rewards of others do not count.
+    """
+
+    def step(after, here):
+        return (here[0] + gamma * after[0],)
+
+    return _scan(step, (rewards,), response_mask, sequence_ids, reverse=True)[0]
+
+
+def at_last_token(
+    rewards: Float[Array, " S"],
+    response_mask: Bool[Array, "R T"],
+    sequence_ids: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+) -> Float[Array, "R T"]:
+    """The reward of a whole response, on the last token of it that was sampled."""
+    last = jax.ops.segment_max(
+        jnp.where(response_mask, positions, -1).ravel(),
+        jnp.where(response_mask, sequence_ids, rewards.size).ravel(),
+        rewards.size,
+    )
+    is_last = response_mask & (positions == last[sequence_ids])
+    return jnp.where(is_last, rewards[sequence_ids], 0.0)
+
+
+def pf_ppo_weights(
+    rewards: Float[Array, " B"],
+    method: Literal["pow", "max_min", "max_random"],
+    *,
+    weight_pow: float = 2.0,
+) -> Float[Array, " B"]:
+    """How likely PF-PPO is to train on a response, up to a common factor.
+
+        pow         |reward|^weight_pow
+        max_min     1 for the best and the worst reward of the batch, else 0
+        max_random  0.4 for the best, else 0.1
+
+    plus 1e-8 each. Draw B of them with `resample`.
+
+    Source: Shen and Zhang 2024 (arXiv:2409.06957).
+    """
+    best, worst = jnp.max(rewards), jnp.min(rewards)
+    match method:
+        case "pow":
+            weights = jnp.abs(rewards) ** weight_pow
+        case "max_min":
+            weights = ((rewards == best) | (rewards == worst)).astype(jnp.float32)
+        case "max_random":
+            weights = jnp.where(rewards == best, 0.4, 0.1)
+        case _:
+            raise ValueError(
+                f"reweight_method is {method!r}; known: pow, max_min, max_random"
+            )
+    return weights + 1e-8
+
+
+def resample(key: PRNGKeyArray, weights: Float[Array, " B"]) -> Int[Array, " B"]:
+    """B indices drawn with replacement, index i in proportion to weights[i]."""
+    return jax.random.categorical(key, jnp.log(weights), shape=weights.shape)
+
+
+def _centred(rewards):
+    """reward - mean of the group; exactly 0 if all are equal."""
+    # Against the first reward, equal ones differ by exactly 0: no rounding of a mean.
+    shifted = rewards - rewards[:, :1]
+    return shifted - shifted.mean(axis=1, keepdims=True)
+
+
+def _std(rewards):
+    """Unbiased deviation of each group; 0 for a group of one."""
+    shifted = rewards - rewards[:, :1]
+    return shifted.std(axis=1, ddof=min(1, rewards.shape[1] - 1), keepdims=True)
+
+
+def _scan(step, columns, mask, sequence_ids, *, reverse):
+    """What `step` makes of the tokens of `mask` one after the other, per sequence.
+
+    `step` gets what it returned for the last such token of the same sequence (zeros at
+    the first) and what `columns` hold here. 0 where the mask is False.
+    """
+
+    def advance(carry, here):
+        before, last_id = carry
+        mask, ids, columns = here
+        before = tuple(jnp.where(ids == last_id, x, 0.0) for x in before)
+        now = step(before, columns)
+        kept = tuple(jnp.where(mask, n, b) for n, b in zip(now, before, strict=True))
+        return (kept, ids), tuple(jnp.where(mask, n, 0.0) for n in now)
+
+    rows = jnp.zeros_like(columns[0][:, 0])
+    start = (tuple(rows for _ in columns), jnp.full_like(sequence_ids[:, 0], -1))
+    along = jax.tree.map(jnp.transpose, (mask, sequence_ids, columns))
+    _, found = jax.lax.scan(advance, start, along, reverse=reverse)
+    return tuple(x.T for x in found)
+
+
+def _running_sum(x, mask, sequence_ids):
+    def step(before, here):
+        return (before[0] + here[0],)
+
+    return _scan(step, (x,), mask, sequence_ids, reverse=False)[0]
+
+
+def _minus_token_baseline(
+    rewards, logprobs, sum_pi_squared, mask, sequence_ids, step, group_ids, correction
+):
+    S, T = group_ids.size, mask.shape[1]
+    returns = discounted_returns(rewards, mask, sequence_ids, gamma=1.0)
+    scores = 1.0 - 2.0 * jnp.exp(logprobs) + sum_pi_squared
+    if correction is not None:
+        scores = scores * jnp.square(correction)
+    weights = _running_sum(scores, mask, sequence_ids)
+
+    # One cell for each step of each group; tokens that do not count fall out of bounds.
+    cell = jnp.where(mask, group_ids[sequence_ids] * T + step, S * T)
+    above = jax.ops.segment_sum((returns * weights).ravel(), cell.ravel(), S * T)
+    below = jax.ops.segment_sum(weights.ravel(), cell.ravel(), S * T)
+    baselines = (above / (below + 1e-8)).at[cell].get(mode="fill", fill_value=0.0)
+
+    lengths = masked.sequence_sum(mask.astype(jnp.int32), mask, sequence_ids, S)
+    longest = jax.ops.segment_max(lengths, group_ids, S)
+    is_longest = lengths == longest[group_ids]
+    shorter = jnp.where(is_longest, 0, lengths)
+    second = jnp.maximum(jax.ops.segment_max(shorter, group_ids, S), 0)
+    tied = jax.ops.segment_sum(is_longest.astype(jnp.int32), group_ids, S) > 1
+    alone_from = jnp.where(is_longest & ~tied[group_ids], second[group_ids], T)
+    baselines = jnp.where(step >= alone_from[sequence_ids], 0.0, baselines)
+    return jnp.where(mask, returns - baselines, 0.0)

@@ -177,6 +177,24 @@ def mini_batches(
     return _arrange(batch, parts, pack_length, rows_multiple)
 
 
+def take(
+    batch: TrainBatch,
+    sequences: Sequence[int],
+    *,
+    pack_length: int | None = None,
+    rows_multiple: int = 1,
+) -> TrainBatch:
+    """The given sequences of `batch`, perhaps some of them several times.
+
+    Sequence i of the result is sequence `sequences[i]` of `batch`.
+
+    Args:
+      batch: NumPy arrays.
+      pack_length: as in `make_rows`, as well as `rows_multiple`.
+    """
+    return _arrange(batch, [sequences], pack_length, rows_multiple)[0]
+
+
 def pad_rows(batch: TrainBatch, num_rows: int) -> TrainBatch:
     """`batch` with rows of padding added up to `num_rows`; JAX arrays."""
     extra = ((0, num_rows - batch.tokens.shape[0]), (0, 0))

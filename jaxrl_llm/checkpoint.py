@@ -43,11 +43,12 @@ class Checkpoints:
                 "position": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
+                best_fn=_score,  # without it, orbax would not write the scores down
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
                         policies.LatestN(max_to_keep),
                         policies.BestN(
-                            get_metric_fn=lambda metrics: metrics["score"],
+                            get_metric_fn=_score,
                             n=1,
                             keep_checkpoints_without_metrics=False,
                         ),
@@ -129,6 +130,10 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         """Waits, then ends the background threads."""
         self._manager.close()
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics["score"]
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -6,22 +6,26 @@ anything is loaded. Keys that share veRL's name keep veRL's meaning.
 
 import copy
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
+
+from jaxrl_llm.config_algorithm import (
+    Aggregation,
+    AlgorithmConfig,
+    KlEstimator,
+    PolicyLossConfig,
+    misfits,
+)
+from jaxrl_llm.config_algorithm import Section as _Section
 
 Positive = Field(gt=0)
 NonNegative = Field(ge=0)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class ModelConfig(_Section):
@@ -178,18 +182,34 @@ class ActorConfig(_Section):
     pack_length: int | None = Field(None, gt=0)
     """Pack sequences into rows of this many tokens; one sequence per row if not
     given."""
+    policy_loss: PolicyLossConfig = PolicyLossConfig()
     clip_ratio_low: float = Field(0.2, ge=0, le=1)
     clip_ratio_high: float = Field(0.2, ge=0)
-    """The ratio new / old probability is clipped to [1 - low, 1 + high]."""
-    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean"] = "token-mean"
+    """The ratio new / old probability is clipped to [1 - low, 1 + high]. dppo_tv and
+    dppo_kl bound a divergence by them instead."""
+    clip_ratio_c: float | None = Field(3.0, gt=1)
+    """Where the advantage is negative, the ratio beyond which there is no gradient
+    (dual clip); null for none. dppo_tv and dppo_kl: bound of the importance weight."""
+    tau_pos: float = Field(1.0, gt=0)
+    """sapo: how fast gradients die away from ratio 1 where the advantage is over 0,"""
+    tau_neg: float = Field(1.05, gt=0)
+    """sapo: and elsewhere."""
+    loss_agg_mode: Aggregation = "token-mean"
     """How per-token losses become one number."""
+    loss_scale_factor: float | None = Field(None, gt=0)
+    """seq-mean-token-sum-norm: tokens to divide by; rollout.max_response_length if not
+    given."""
     entropy_coeff: float = 0.0
     """Weight of the entropy bonus."""
     use_kl_loss: bool = False
     """Keep the initial weights as reference, and add KL(policy || reference)."""
+    ref_refresh_steps: int | None = Field(None, gt=0)
+    """Every so many steps the policy becomes the new reference of the KL loss and of
+    algorithm.use_kl_in_reward; it stays the initial weights if not given."""
     kl_loss_coef: float = Field(0.001, ge=0)
-    kl_loss_type: Literal["k1", "k2", "k3"] = "k3"
-    """Estimator of the KL; k3 = low_var_kl, k2 = mse, k1 = kl in veRL."""
+    kl_loss_type: KlEstimator = "k3"
+    """Estimator of the KL; k3 = low_var_kl, k2 = mse, k1 = kl. NAME+ has the value of
+    NAME and the gradient of k2."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and of the weights inside a matrix product. The master weights,
     the optimizer's moments, softmax and losses are float32."""
@@ -228,7 +248,7 @@ class CriticConfig(_Section):
     memory and speed, never the result."""
     cliprange_value: float = Field(0.5, gt=0)
     """An update moves a value at most so far from what it was, in units of reward."""
-    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean"] = "token-mean"
+    loss_agg_mode: Aggregation = "token-mean"
     """How per-token losses become one number."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and of the weights inside a matrix product. The master weights,
@@ -236,38 +256,6 @@ class CriticConfig(_Section):
     remat: Literal["none", "full"] = "full"
     """full: keep only each layer's input for the backward pass."""
     mesh: TrainMeshConfig = TrainMeshConfig()
-
-
-class KlCtrlConfig(_Section):
-    """The weight of the KL penalty in the reward."""
-
-    type: Literal["fixed", "adaptive"] = "fixed"
-    """adaptive: changed after every step to keep the KL near `target_kl`."""
-    kl_coef: float = Field(0.001, ge=0)
-    """The weight; with adaptive, of the first step."""
-    target_kl: float = Field(0.1, gt=0)
-    """adaptive: KL per token, nats."""
-    horizon: float = Field(1e4, gt=0)
-    """adaptive: responses over which the weight changes by at most a fifth."""
-
-
-class AlgorithmConfig(_Section):
-    """From rewards to advantages."""
-
-    adv_estimator: Literal["grpo", "gae"] = "grpo"
-    """grpo: compares the responses of a group. gae: a critic says what was expected
-    before every token (PPO)."""
-    norm_adv_by_std_in_grpo: bool = True
-    """Divide by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
-    gamma: float = Field(1.0, ge=0, le=1)
-    """gae: discount of the reward per token."""
-    lam: float = Field(1.0, ge=0, le=1)
-    """gae: 1 looks at the whole rest of the response (unbiased), 0 only at the next
-    value."""
-    use_kl_in_reward: bool = False
-    """gae: keep the initial weights as reference, and take kl_coef * (log-probability -
-    reference log-probability) off every token's reward."""
-    kl_ctrl: KlCtrlConfig = KlCtrlConfig()
 
 
 class RewardFunctionConfig(_Section):
@@ -281,15 +269,33 @@ class RewardFunctionConfig(_Section):
     """Keyword arguments passed to the function."""
 
 
+class OverlongBufferConfig(_Section):
+    """A penalty that grows over the last tokens a response may have (DAPO)."""
+
+    len: int = Field(gt=0)
+    """Of the rollout.max_response_length tokens, the last so many cost."""
+    penalty_factor: float = Field(1.0, gt=0)
+    """What the longest response costs."""
+
+
 class RewardConfig(_Section):
     """What a response is worth: the weighted sum of the functions."""
 
-    functions: tuple[RewardFunctionConfig, ...] = Field(min_length=1)
+    functions: tuple[RewardFunctionConfig, ...]
+    overlong_buffer: OverlongBufferConfig | None = None
+    """In training, takes a penalty off the reward of responses that are nearly too
+    long; off if not given."""
     timeout_s: float = Field(60.0, gt=0)
     """Longest time one function may take for one step."""
     on_error: Literal["raise", "zero"] = "raise"
     """A function that raises, hangs or returns NaN stops the run, or scores 0 and is
     counted in the metrics."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RewardConfig":
+        if not self.functions:
+            raise ValueError("functions is empty; give at least one")
+        return self
 
 
 class ValConfig(SamplingConfig):
@@ -347,7 +353,7 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
-        problems = [*_misfits(self), *_critic_misfits(self)]
+        problems = list(_misfits(self))
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -362,16 +368,18 @@ def _misfits(config: Config):
             f"actor.ppo_mini_batch_size is {mini} prompts but data.train_batch_size is "
             f"only {batch}; use at most {batch}"
         )
-    if rollout.n == 1 and config.algorithm.adv_estimator == "grpo":
-        yield (
-            "rollout.n is 1 but algorithm.adv_estimator=grpo compares the responses of "
-            "a group; use at least 2, or algorithm.adv_estimator=gae"
-        )
+    yield from misfits(config)
     longest = data.max_prompt_length + rollout.max_response_length
     if actor.pack_length is not None and actor.pack_length < longest:
         yield (
             f"actor.pack_length is {actor.pack_length} but data.max_prompt_length + "
             f"rollout.max_response_length is {longest}; use at least {longest}"
+        )
+    buffer = config.reward.overlong_buffer
+    if buffer and buffer.len > rollout.max_response_length:
+        yield (
+            f"reward.overlong_buffer.len is {buffer.len} but "
+            f"rollout.max_response_length is only {rollout.max_response_length}"
         )
     if rollout.temperature == 0:
         yield "rollout.temperature is 0: every response of a group would be the same"
@@ -388,51 +396,12 @@ def _misfits(config: Config):
                 yield f"{role}.mesh.{axis} is 0; use 1 for an axis that is not used"
         if list(sizes.values()).count(-1) > 1:
             yield f"{role}.mesh is {sizes}; only one axis may be -1 (what is left)"
-    if config.data.train.path.startswith("reasoning_gym:") and not data.train.size:
-        yield "data.train.size is needed for reasoning_gym: how many questions to draw"
-
-
-def _critic_misfits(config: Config):
-    """The same, of what only has a meaning with a critic, or only makes no sense with
-    one."""
-    critic, algorithm, trainer = config.critic, config.algorithm, config.trainer
-    if algorithm.adv_estimator != "gae":
-        needs = f"needs algorithm.adv_estimator=gae, not {algorithm.adv_estimator}"
-        if critic != CriticConfig():
-            yield f"critic: a critic {needs}"
-        for name in ("gamma", "lam", "use_kl_in_reward"):
-            value = getattr(algorithm, name)
-            if value != AlgorithmConfig.model_fields[name].default:
-                yield f"algorithm.{name} is {value}, which {needs}"
-        if trainer.critic_warmup:
-            yield f"trainer.critic_warmup is {trainer.critic_warmup}, which {needs}"
-        return
-    if not algorithm.norm_adv_by_std_in_grpo:
-        yield (
-            "algorithm.norm_adv_by_std_in_grpo is false, but "
-            "algorithm.adv_estimator=gae has no groups"
-        )
-    if not algorithm.use_kl_in_reward and algorithm.kl_ctrl != KlCtrlConfig():
-        yield "algorithm.kl_ctrl needs algorithm.use_kl_in_reward: true"
-    steps = trainer.total_training_steps
-    if trainer.critic_warmup >= steps:
-        yield (
-            f"trainer.critic_warmup is {trainer.critic_warmup}, but with "
-            f"trainer.total_training_steps {steps} the policy would never be updated"
-        )
-    mini, batch = critic.ppo_mini_batch_size, config.data.train_batch_size
-    if mini is not None and mini > batch:
-        yield (
-            f"critic.ppo_mini_batch_size is {mini} prompts but data.train_batch_size "
-            f"is only {batch}; use at most {batch}"
-        )
-    if critic.optim.lr_warmup_steps > steps:
-        yield (
-            f"critic.optim.lr_warmup_steps is {critic.optim.lr_warmup_steps} but "
-            f"trainer.total_training_steps is {steps}"
-        )
-    if critic.model.revision is not None and critic.model.path is None:
-        yield "critic.model.revision needs critic.model.path"
+    for split, source in (("train", data.train), ("val", data.val)):
+        if source and source.path.startswith("reasoning_gym:") and not source.size:
+            yield (
+                f"data.{split}.size is needed for reasoning_gym: how many questions to "
+                "draw"
+            )
 
 
 class ConfigError(ValueError):
@@ -477,10 +446,11 @@ def override(values: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, A
     rest = list(arguments)
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
-        if not flag.startswith("--") or (not equals and not rest):
+        missing = not equals and (not rest or rest[0].startswith("--"))
+        if missing or not flag.startswith("--"):
             raise ConfigError(f"{flag}: expected --section.key VALUE")
         keys = flag.removeprefix("--").replace("-", "_").split(".")
-        put(result, keys, yaml.safe_load(text if equals else rest.pop(0)))
+        put(result, keys, _load_yaml(text if equals else rest.pop(0), flag))
     return result
 
 
@@ -521,13 +491,37 @@ def read(path: str | Path) -> Mapping[str, Any]:
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml"))
         raise ConfigError(f"{path}: no such file; {path.parent} has {near}")
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+    values = _load_yaml(path.read_bytes(), str(path))
     if not isinstance(values, Mapping):
         raise ConfigError(f"{path}: expected a mapping of sections, got {values!r}")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers. Unlike in YAML 1.1, 1e-6 is one and 0.5_2 is text."""
+
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Loader.yaml_implicit_resolvers = {
+    first: [found for found in resolvers if found[0] not in (_INT, _FLOAT)]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"
+        r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def _load_yaml(text: str | bytes, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: not YAML: {error}") from None
 
 
 def explain(error: pydantic.ValidationError, source: str) -> str:

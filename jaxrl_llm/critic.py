@@ -2,8 +2,8 @@
 
 critic = Critic(config, source, mesh)
 state = critic.start()
-rows, metrics = critic.credit(state.params, rows, scores)
-state, metrics = critic.update(state, rows, seed)
+values = critic.judge(state.params, rows)
+state, metrics = critic.update(state, rows with values and returns, seed)
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from jaxrl_llm import advantages, grpo, kl, logprobs, masked, models, optimizer, ppo
+from jaxrl_llm import grpo, logprobs, models, optimizer, ppo
 from jaxrl_llm.batch import TrainBatch, pad_rows
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.learner import abstract_state, first_state, split, state_shardings
@@ -71,7 +71,7 @@ class Critic:
             donate_argnums=0,
             out_shardings=(self.state_shardings(), None),
         )
-        self._credit = jax.jit(self._credited)
+        self._judge = jax.jit(self._values_in_micro_batches)
 
     def start(self) -> grpo.TrainState:
         """The state before the first update. Reads the weights."""
@@ -99,33 +99,14 @@ class Critic:
         )
         return logprobs.before(after, rows.positions, rows.response_mask)
 
-    def credit(
-        self,
-        params: Any,
-        batch: TrainBatch,
-        scores: Float[np.ndarray, "P G"],
-        kl_coef: Float[Array, ""] | None = None,
-    ) -> tuple[TrainBatch, dict[str, float]]:
-        """`batch` with values, returns and advantages.
+    def judge(self, params: Any, batch: TrainBatch) -> Float[np.ndarray, "R T"]:
+        """`values` of all rows, on the host.
 
         Args:
           batch: of `Learner.make_rows`, on the host.
-          scores: sequence p * G + g has scores[p, g].
-          kl_coef: weight of the KL penalty in the reward, which needs `ref_logprobs`
-            and `old_logprobs`; None for none.
-
-        Returns:
-          Host arrays, and what was judged: `actor/reward_kl_penalty` is the KL per
-          token, averaged over each sequence and then over sequences.
         """
-        coef = None if kl_coef is None else np.asarray(kl_coef)
-        found = self._credit(params, self._on_devices(batch), scores.ravel(), coef)
-        credited, metrics = jax.device_get(found)
-        num_rows = batch.tokens.shape[0]
-        return (
-            jax.tree.map(lambda x: x[:num_rows], credited),
-            {name: float(value) for name, value in metrics.items()},
-        )
+        found = self._judge(params, self._on_devices(batch))
+        return np.asarray(found)[: batch.tokens.shape[0]]
 
     def update(
         self, state: grpo.TrainState, batch: TrainBatch, seed: int
@@ -133,7 +114,7 @@ class Critic:
         """All optimizer steps of one training step. Donates `state`.
 
         Args:
-          batch: of `credit`.
+          batch: with values and returns, such as of `ppo.credit`; on the host.
           seed: of the order of the prompts in each pass.
 
         Returns:
@@ -174,30 +155,15 @@ class Critic:
         params = models.abstract_critic(self.arch)
         return abstract_state(params, self.optimizer, self.state_shardings())
 
-    def _credited(self, params, batch: TrainBatch, scores, kl_coef):
+    def _values_in_micro_batches(self, params, batch: TrainBatch):
         _, values = grpo.accumulate(
             lambda params, rows, _: ((), self.values(params, rows)),
             params,
             batch,
-            jnp.zeros(batch.tokens.shape),
+            (),
             self.config.critic.micro_batch_size,
         )
-        mask, ids = batch.response_mask, batch.sequence_ids
-        rewards, metrics = advantages.token_rewards(scores, mask, ids), {}
-        if kl_coef is not None:
-            penalty = kl.k1(batch.old_logprobs, batch.ref_logprobs)
-            rewards = jnp.where(mask, rewards - kl_coef * penalty, 0.0)
-            metrics["actor/reward_kl_penalty"] = masked.sequence_mean(
-                penalty, mask, ids, batch.num_sequences
-            )
-            metrics["actor/reward_kl_penalty_coeff"] = kl_coef
-        algorithm = self.config.algorithm
-        batch = ppo.credit(
-            batch, rewards, values, gamma=algorithm.gamma, lam=algorithm.lam
-        )
-        metrics["critic/values/mean"] = masked.token_mean(values, mask)
-        metrics["critic/returns/mean"] = masked.token_mean(batch.returns, mask)
-        return batch, metrics
+        return values
 
     def _parts(self, batch: TrainBatch, epoch: int, seed: int) -> list[TrainBatch]:
         return split(

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import models
+from jaxrl_llm.config_algorithm import uses_kl
 from jaxrl_llm.console import progress
-from jaxrl_llm.learner import needs_reference
 from jaxrl_llm.train import Job
 
 _GIB = 2**30
@@ -41,13 +41,13 @@ def show(job: Job) -> None:
     }
     _print(console, "The run", facts)
     with progress("compiling the largest update"):
-        memory = _memory(job)
+        memory = memory_per_device(job)
     total = sum(memory.values())
     sizes = {name: f"{size / _GIB:.3f} GiB" for name, size in memory.items()}
     _print(console, "Memory per device", sizes | {"total": f"{total / _GIB:.3f} GiB"})
 
 
-def _memory(job: Job) -> dict[str, int]:
+def memory_per_device(job: Job) -> dict[str, int]:
     """Bytes on the fullest device."""
     config, learner, critic = job.config, job.learner, job.critic
     state = learner.abstract_state()
@@ -72,7 +72,7 @@ def _memory(job: Job) -> dict[str, int]:
                 peak, memory["update (gradients, activations)"]
             ),
         }
-    if needs_reference(config):
+    if uses_kl(config):
         size = jax.numpy.dtype(config.actor.dtype).itemsize
         memory["reference"] = memory["weights"] * size // 4
     return memory

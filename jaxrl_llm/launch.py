@@ -10,6 +10,7 @@
 """
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,15 @@ from rich.console import Console
 
 from jaxrl_llm import config as configs
 from jaxrl_llm.config import Config, ConfigError
+
+# What --help shows of a configuration that is not given.
+_SHORTEST = {
+    "output_dir": "DIRECTORY",
+    "model": {"path": "MODEL"},
+    "data": {"train": {"path": "FILE.jsonl"}},
+    "reward": {"functions": [{"name": "exact"}]},
+    "trainer": {"total_training_steps": 100},
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,9 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given[0] not in verbs:
         return _fail(f"unknown verb {given[0]!r}; one of {', '.join(verbs)}")
+    # Only its tokenizers are used: that PyTorch is missing is no news.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         verbs[given[0]](given[1:])
-    except ValueError as error:
+    except (ValueError, ImportError, OSError) as error:
         if "JAXRL_TRACEBACK" in os.environ:
             raise
         return _fail(f"{error}\n(JAXRL_TRACEBACK=1 shows where)")
@@ -77,18 +89,21 @@ def _config(
     """The configuration that a file and overrides describe, and the flags given."""
     paths = [argument for argument in rest[:1] if not argument.startswith("-")]
     if "--help" in rest or "-h" in rest:
-        print(f"usage: jaxrl {verb} CONFIG.yaml [{' '.join(flags)}] [OPTIONS]\n")
-        default = configs.load(paths[0]) if paths else None
+        usage = ["jaxrl", verb, "CONFIG.yaml", *(f"[{flag}]" for flag in flags)]
         tyro.cli(
             tyro.conf.AvoidSubcommands[Config],
-            default=default or tyro.MISSING_NONPROP,
+            default=configs.load(paths[0]) if paths else configs.parse(_SHORTEST, ""),
+            prog=" ".join(usage),
             args=["--help"],
         )
     if not paths:
         raise ConfigError(f"jaxrl {verb} needs a configuration file, such as configs/*")
     found = {argument for argument in rest if argument in flags}
-    short = {"--resume": "--trainer.resume"}
-    overrides = [short.get(x, x) for x in rest[1:] if x not in found]
+    overrides = [
+        re.sub(r"^--resume(?==|$)", "--trainer.resume", argument)
+        for argument in rest[1:]
+        if argument not in found
+    ]
     return configs.load(paths[0], overrides), found
 
 
@@ -97,6 +112,7 @@ def generate(
     prompts: tuple[str, ...] = (),
     file: Path | None = None,
     chat: bool = True,
+    system: str | None = None,
     n: int = 1,
     max_tokens: int = 128,
     temperature: float = 1.0,
@@ -114,6 +130,7 @@ def generate(
       prompts: the prompts themselves.
       file: a file with one prompt per line.
       chat: put each prompt into the model's chat template.
+      system: a system message before each prompt.
       n: completions per prompt.
       max_tokens: longest completion.
       temperature: 0 takes the most likely token.
@@ -136,6 +153,8 @@ def generate(
     texts = [*prompts, *(file.read_text().splitlines() if file else [])]
     if not texts:
         raise ConfigError("nothing to answer: give --prompts TEXT or --file FILE")
+    if system is not None and not chat:
+        raise ConfigError("--system is a chat message, but --no-chat asks for none")
     loaded = models.load(model)
     on_cpu = jax.default_backend() == "cpu"
     engine = JaxEngine(
@@ -147,7 +166,10 @@ def generate(
         decode_chunk=32,
     )
     engine.load(loaded.params, version=0)
-    contents = [[{"role": "user", "content": t}] if chat else t for t in texts]
+    before = [] if system is None else [{"role": "system", "content": system}]
+    contents = [
+        [*before, {"role": "user", "content": text}] if chat else text for text in texts
+    ]
     engine.submit(
         [
             Request(

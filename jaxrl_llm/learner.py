@@ -7,7 +7,7 @@ state, metrics = learner.update(state, learner.make_rows(...), seed)
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,8 @@ from jaxrl_llm import batch as batches
 from jaxrl_llm import grpo, logprobs, models, optimizer
 from jaxrl_llm.batch import Completion, Prompt, TrainBatch
 from jaxrl_llm.config import Config
+from jaxrl_llm.config_algorithm import RolloutCorrectionConfig, uses_kl
+from jaxrl_llm.correction import Correction
 from jaxrl_llm.models import Architecture, Checkpoint
 from sharding import rules
 
@@ -47,32 +49,30 @@ class Learner:
             "pack_length": actor.pack_length,
             "rows_multiple": mesh.shape["data"] * mesh.shape["fsdp"],
         }
-        settings = grpo.Settings(
-            clip_ratio_low=actor.clip_ratio_low,
-            clip_ratio_high=actor.clip_ratio_high,
-            loss_agg_mode=actor.loss_agg_mode,
-            entropy_coeff=actor.entropy_coeff,
-            kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
-            kl_loss_type=actor.kl_loss_type,
-            micro_batch_size=actor.micro_batch_size,
-        )
         self._update = jax.jit(
             functools.partial(
                 grpo.update,
                 logprob_fn=self.logprobs,
                 optimizer=self.optimizer,
-                settings=settings,
+                settings=update_settings(config),
             ),
             donate_argnums=0,
             out_shardings=(self.state_shardings(), None),
         )
-        self._score = jax.jit(self._scored_in_micro_batches)
+        self._copy = jax.jit(
+            lambda params: jax.tree.map(
+                lambda x: jnp.copy(x.astype(actor.dtype)), params
+            ),
+            out_shardings=param_shardings(self.arch, mesh),
+        )
+        self._score = self._in_micro_batches(self.logprobs)
+        self._concentration = self._in_micro_batches(self._sum_pi_squared)
 
     @functools.cached_property
     def reference(self) -> Any:
         """The weights before training in the compute dtype, which is all that they are
         multiplied in; None if no KL term asks for them."""
-        if not needs_reference(self.config):
+        if not uses_kl(self.config):
             return None
         return self.read_weights(self.config.actor.dtype)
 
@@ -80,6 +80,18 @@ class Learner:
         """The weights before training, laid out for training."""
         return self._source.load(
             dtype=jnp.dtype(dtype), shardings=param_shardings(self.arch, self.mesh)
+        )
+
+    def as_reference(self, params: Any) -> Any:
+        """A copy of the weights in the compute dtype."""
+        return self._copy(params)
+
+    def abstract_reference(self) -> Any:
+        """Shapes, dtypes and shardings of `as_reference`."""
+        dtype = jnp.dtype(self.config.actor.dtype)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+            self.abstract_state().params,
         )
 
     def start(self) -> grpo.TrainState:
@@ -120,9 +132,9 @@ class Learner:
     def update_memory(self) -> Any:
         """The compiler's memory analysis of the largest update that can occur."""
         batch = self.largest_rows()
-        if needs_reference(self.config):
+        if uses_kl(self.config):
             batch = dataclasses.replace(batch, ref_logprobs=batch.sampler_logprobs)
-        if self._needs_old_logprobs():
+        if needs_old_logprobs(self.config):
             batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
         rows = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows),
@@ -157,17 +169,8 @@ class Learner:
     def logprobs(self, params: Any, rows: TrainBatch) -> logprobs.Logprobs:
         """Log-probability and entropy of every response token, at the temperature it
         was sampled at."""
-        hidden = models.forward(
-            self.arch,
-            params,
-            rows.tokens,
-            rows.positions,
-            rows.sequence_ids,
-            dtype=jnp.dtype(self.config.actor.dtype),
-            remat=self.config.actor.remat,
-        )
         return logprobs.of_tokens(
-            hidden,
+            self._hidden(params, rows),
             models.output_matrix(params),
             rows.tokens,
             rows.positions,
@@ -175,6 +178,27 @@ class Learner:
             temperature=self.config.rollout.temperature,
             logit_softcap=self.arch.logit_softcap,
             capacity=rows.response_capacity,
+        )
+
+    def _sum_pi_squared(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
+        return logprobs.sum_pi_squared(
+            self._hidden(params, rows),
+            models.output_matrix(params),
+            rows.positions,
+            rows.response_mask,
+            temperature=self.config.rollout.temperature,
+            logit_softcap=self.arch.logit_softcap,
+        )
+
+    def _hidden(self, params: Any, rows: TrainBatch) -> Float[Array, "R T D"]:
+        return models.forward(
+            self.arch,
+            params,
+            rows.tokens,
+            rows.positions,
+            rows.sequence_ids,
+            dtype=jnp.dtype(self.config.actor.dtype),
+            remat=self.config.actor.remat,
         )
 
     def state_shardings(self) -> grpo.TrainState:
@@ -192,33 +216,48 @@ class Learner:
             models.abstract_params(self.arch), self.optimizer, self.state_shardings()
         )
 
-    def with_logprobs(self, params: Any, batch: TrainBatch) -> TrainBatch:
+    def with_logprobs(
+        self, params: Any, batch: TrainBatch, reference: Any = None
+    ) -> TrainBatch:
         """Adds what is needed of other policies, if it is not there: the reference, and
-        the policy before the first update."""
+        the policy before the first update.
+
+        Args:
+          reference: weights of the reference policy; the initial ones if not given.
+        """
         found = {}
-        if self.reference is not None and batch.ref_logprobs is None:
-            found["ref_logprobs"] = self._scored(self.reference, batch)
-        if self._needs_old_logprobs() and batch.old_logprobs is None:
+        if uses_kl(self.config) and batch.ref_logprobs is None:
+            reference = self.reference if reference is None else reference
+            found["ref_logprobs"] = self._scored(reference, batch)
+        if needs_old_logprobs(self.config) and batch.old_logprobs is None:
             found["old_logprobs"] = self._scored(params, batch)
         return dataclasses.replace(batch, **found)
 
-    def _needs_old_logprobs(self) -> bool:
-        in_reward = self.config.algorithm.use_kl_in_reward
-        return in_reward or updates_per_step(self.config) > 1
+    def take(self, batch: TrainBatch, sequences: Sequence[int]) -> TrainBatch:
+        """Some sequences of a batch of `make_rows`, laid out anew."""
+        return batches.take(batch, sequences, **self._layout)
+
+    def sum_pi_squared(self, params: Any, batch: TrainBatch) -> np.ndarray:
+        """`logprobs.sum_pi_squared` of all response tokens, [R, T] on the host."""
+        return np.asarray(self._concentration(params, self._on_devices(batch)))
 
     def _scored(self, params: Any, batch: TrainBatch) -> np.ndarray:
-        return np.asarray(self._score(params, self._on_devices(batch)))
+        return np.asarray(self._score(params, self._on_devices(batch)).logprobs)
 
-    def _scored_in_micro_batches(self, params: Any, batch: TrainBatch) -> Array:
-        """Log-probabilities of all rows, as many at a time as in the update."""
-        _, scored = grpo.accumulate(
-            lambda params, rows, _: ((), self.logprobs(params, rows)),
-            params,
-            batch,
-            jnp.zeros(batch.tokens.shape),
-            self.config.actor.micro_batch_size,
-        )
-        return scored.logprobs
+    def _in_micro_batches(self, function: Callable) -> Callable:
+        """`function` of all rows, as many at a time as in the update; compiled."""
+
+        def whole(params, batch):
+            _, found = grpo.accumulate(
+                lambda params, rows, _: ((), function(params, rows)),
+                params,
+                batch,
+                (),
+                self.config.actor.micro_batch_size,
+            )
+            return found
+
+        return jax.jit(whole)
 
     def _parts(self, batch: TrainBatch, epoch: int, seed: int) -> list[TrainBatch]:
         mini = self.config.actor.ppo_mini_batch_size
@@ -295,9 +334,50 @@ def first_state(
     return grpo.TrainState(params, make(params), step)
 
 
-def needs_reference(config: Config) -> bool:
-    """Whether the weights before training are kept as the reference policy."""
-    return config.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+def update_settings(config: Config) -> grpo.Settings:
+    """The numbers of one update."""
+    actor = config.actor
+    return grpo.Settings(
+        clip_ratio_low=actor.clip_ratio_low,
+        clip_ratio_high=actor.clip_ratio_high,
+        clip_ratio_c=actor.clip_ratio_c,
+        tau_pos=actor.tau_pos,
+        tau_neg=actor.tau_neg,
+        loss_agg_mode=actor.loss_agg_mode,
+        loss_scale_factor=actor.loss_scale_factor
+        or float(config.rollout.max_response_length),
+        entropy_coeff=actor.entropy_coeff,
+        kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+        kl_loss_type=actor.kl_loss_type,
+        micro_batch_size=actor.micro_batch_size,
+        correction=_correction(config.algorithm.rollout_correction),
+        **actor.policy_loss.model_dump(),
+    )
+
+
+def _correction(section: RolloutCorrectionConfig | None) -> Correction | None:
+    if section is None:
+        return None
+    return Correction(
+        rollout_is=section.rollout_is,
+        is_bounds=section.is_bounds,
+        rollout_is_batch_normalize=section.rollout_is_batch_normalize,
+        rejections=section.rejections,
+        bypass_mode=section.bypass_mode,
+        loss_type=section.loss_type,
+    )
+
+
+def needs_old_logprobs(config: Config) -> bool:
+    """Whether the policy before the first update must be asked: for a penalty or a
+    baseline, or because the trust region is centred on it in several updates."""
+    algorithm = config.algorithm
+    token_baseline = algorithm.adv_estimator.endswith("optimal_token_baseline")
+    if algorithm.use_kl_in_reward or token_baseline:
+        return True
+    correction = algorithm.rollout_correction
+    bypass = correction is not None and correction.bypass_mode
+    return updates_per_step(config) > 1 and not bypass
 
 
 def updates_per_step(config: Config) -> int:

@@ -84,7 +84,33 @@ def before(
     return jnp.where(mask & (positions > 0), jnp.roll(x, 1, axis=1), 0.0)
 
 
-def _score(hidden, output_matrix, tokens, temperature, logit_softcap) -> Logprobs:
+def sum_pi_squared(
+    hidden: Float[Array, "R T D"],
+    output_matrix: Float[Array, "V D"],
+    positions: Int[Array, "R T"],
+    mask: Bool[Array, "R T"],
+    *,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk: int = 2048,
+) -> Float[Array, "R T"]:
+    """How sure the policy was before each token: 1 if it knew, 1 / V if it had no idea.
+
+        sum over v of p[v]^2 = exp(logsumexp(2 * logits) - 2 * logsumexp(logits))
+
+    0.0 where `mask` is False. Arguments as in `of_tokens`; not for differentiation.
+    """
+
+    def of_state(hidden, _):
+        logits = _logits(hidden, output_matrix, temperature, logit_softcap)
+        whole = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.exp(jax.nn.logsumexp(2.0 * logits, axis=-1) - 2.0 * whole)
+
+    length = max(1, chunk // hidden.shape[0])
+    return before(_in_chunks(of_state, hidden, positions, length), positions, mask)
+
+
+def _logits(hidden, output_matrix, temperature, logit_softcap):
     logits = jnp.einsum(
         "rtd,vd->rtv",
         hidden,
@@ -93,14 +119,18 @@ def _score(hidden, output_matrix, tokens, temperature, logit_softcap) -> Logprob
     )
     if logit_softcap is not None:
         logits = logit_softcap * jnp.tanh(logits / logit_softcap)
-    logits = logits / temperature
+    return logits / temperature
+
+
+def _score(hidden, output_matrix, tokens, temperature, logit_softcap) -> Logprobs:
+    logits = _logits(hidden, output_matrix, temperature, logit_softcap)
     total = jax.nn.logsumexp(logits, axis=-1)
     own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
     mean = jnp.sum(jnp.exp(logits - total[..., None]) * logits, axis=-1)
     return Logprobs(own - total, total - mean)
 
 
-def _in_chunks(score, hidden, tokens, size: int) -> Logprobs:
+def _in_chunks(score, hidden, tokens, size: int):
     """`score` on `size` columns at a time; backward, one chunk is computed again."""
     R, T = tokens.shape
     if T <= size:
@@ -114,4 +144,6 @@ def _in_chunks(score, hidden, tokens, size: int) -> Logprobs:
     scored = jax.lax.map(
         jax.checkpoint(lambda part: score(*part)), (split(hidden), split(tokens))
     )
-    return Logprobs(*(x.swapaxes(0, 1).reshape(R, count * size)[:, :T] for x in scored))
+    return jax.tree.map(
+        lambda x: x.swapaxes(0, 1).reshape(R, count * size)[:, :T], scored
+    )

@@ -46,6 +46,9 @@ class TrainState:
     """None for estimators without a critic."""
     kl_coef: Float[Array, ""] | None = None
     """Weight of the KL penalty in the reward; None without one."""
+    reference: Params | None = None
+    """Weights of a reference policy that changes; None without one, or if it stays what
+    it was before the first step."""
 
 
 def credit(
@@ -65,15 +68,10 @@ def credit(
       rewards, values: of each token, as in `advantages.gae`.
     """
     mask = batch.response_mask
-    estimate, returns = advantages.gae(
+    found, returns = advantages.gae(
         rewards, values, mask, batch.sequence_ids, gamma=gamma, lam=lam
     )
-    return dataclasses.replace(
-        batch,
-        values=values,
-        returns=returns,
-        advantages=masked.whiten(estimate, mask),
-    )
+    return dataclasses.replace(batch, values=values, returns=returns, advantages=found)
 
 
 def update(
@@ -151,7 +149,7 @@ def update_critic(
 
     def loss_fn(params, rows, weights):
         values = value_fn(params, rows)
-        loss = losses.clipped_value(values, rows.values, rows.returns, **clip)
+        loss = losses.value_loss(values, rows.values, rows.returns, **clip)
         return masked.weighted_sum(loss, weights), values
 
     grads, values = grpo.accumulate(
@@ -163,7 +161,7 @@ def update_critic(
     )
     state, grad_norm, skipped = grpo.apply(state, grads, optimizer)
     compared = (values, batch.values, batch.returns)
-    loss = losses.clipped_value(*compared, **clip)
+    loss = losses.value_loss(*compared, **clip)
     clipped = losses.is_value_clipped(*compared, **clip)
     return state, {
         "critic/vf_loss": masked.weighted_sum(loss, weights),

@@ -24,6 +24,8 @@ from jaxrl_llm.rewards import Scores
 _PHASES = {
     "gen": "generating",
     "reward": "scoring",
+    "old_log_prob": "asking the policy and its reference",
+    "values": "asking the critic",
     "adv": "estimating advantages",
     "update_critic": "updating the critic",
     "update_actor": "updating",
@@ -98,21 +100,21 @@ class Records:
         """
         trainer = self.config.trainer
         found = self._checkpoints.restore(like)
-        step = found.step if found else 0
+        step = self._step = found.step if found else 0
         if found:
+            state = found.state
             self.prompt_batches.restore(found.position["prompts"])
             Console().print(f"going on from step {step} in {self.directory}")
-        self._writer.rewind(step if found else -1)
-        self._step = step
+        else:
+            with progress("reading the weights"):
+                state = start()
+        self._writer.rewind(step if found else -1)  # only now that nothing is refused
         self._view = self._exit.enter_context(
             LiveView(
                 trainer.total_training_steps, step, num_examples=trainer.num_examples
             )
         )
-        if found:
-            return found.state, step
-        with progress("reading the weights"):
-            return start(), step
+        return state, step
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

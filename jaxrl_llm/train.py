@@ -20,9 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from jaxrl_llm import (
     advantages,
+    estimate,
     evaluate,
     kl,
     loggers,
@@ -33,18 +35,18 @@ from jaxrl_llm import (
     report,
 )
 from jaxrl_llm import config as configs
-from jaxrl_llm.batch import Completion, Prompt, TrainBatch
+from jaxrl_llm.batch import TrainBatch
+from jaxrl_llm.collect import ORDER, RESAMPLE, VALIDATION, Groups, Score, collect, seed
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.console import before_after, whereabouts
 from jaxrl_llm.critic import Critic
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.records import Records
-from jaxrl_llm.rewards import RewardFunction, Scores, resolve, score
+from jaxrl_llm.rewards import RewardFunction, resolve, score
+from jaxrl_llm.rewards.functions import overlong_penalty
 from jaxrl_llm.rollout.decode import JaxEngine
-from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
+from jaxrl_llm.rollout.engine import Engine
 from sharding import mesh
-
-_ROLLOUT, _VALIDATION, _ORDER = range(3)  # independent streams of random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,12 @@ class Job:
     config: Config
     source: models.Checkpoint
     data: prompts.Datasets
-    score: Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], Scores]
+    score: Score
+    """What responses to train on are worth."""
+    weights: tuple[float, ...]
+    """Of the reward functions of `score`."""
+    score_held_out: Score
+    """The same without what only shapes training (`reward.overlong_buffer`)."""
     engine: Engine
     learner: Learner
     critic: Critic | None
@@ -74,6 +81,15 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         loggers.find(name)
     meshes = make_meshes(config)
     functions = resolve(config.reward) if rewards is None else rewards
+    names = [function.name for function in functions]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"reward functions need different names, got {names}")
+    wanted = config.algorithm.filter_groups
+    if wanted and wanted.metric not in ("reward", *names):
+        raise ConfigError(
+            f"algorithm.filter_groups.metric is {wanted.metric}; use reward or one of "
+            f"the reward functions {', '.join(names)}"
+        )
     source = models.open(
         config.model.path,
         revision=config.model.revision,
@@ -81,27 +97,49 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     )
     check_lengths(config, source.arch)
     data = prompts.load(config.data, source.tokenizer)
+    shaped = [*functions, *shaping(config)]
+    how = {"timeout_s": config.reward.timeout_s, "on_error": config.reward.on_error}
     return Job(
         config=config,
         source=source,
         data=data,
-        score=functools.partial(
-            score,
-            functions,
-            timeout_s=config.reward.timeout_s,
-            on_error=config.reward.on_error,
-        ),
-        engine=JaxEngine(
-            source.arch,
-            source.tokenizer,
-            mesh=meshes["rollout"],
-            dtype=jnp.dtype(config.rollout.dtype),
-            max_num_seqs=config.rollout.max_num_seqs,
-            decode_chunk=config.rollout.decode_chunk,
-        ),
+        score=functools.partial(score, shaped, **how),
+        weights=tuple(function.weight for function in shaped),
+        score_held_out=functools.partial(score, functions, **how),
+        engine=make_engine(config.rollout, source, meshes["rollout"]),
         learner=Learner(config, source, meshes["actor"]),
         critic=Critic(config, source, meshes["critic"]) if has_critic(config) else None,
     )
+
+
+def shaping(config: Config) -> list[RewardFunction]:
+    """Terms of the reward that only training has."""
+    buffer = config.reward.overlong_buffer
+    if buffer is None:
+        return []
+    penalty = functools.partial(
+        overlong_penalty,
+        max_length=config.rollout.max_response_length,
+        buffer=buffer.len,
+        factor=buffer.penalty_factor,
+    )
+    return [RewardFunction(name="overlong_penalty", function=penalty)]
+
+
+def make_engine(
+    rollout: configs.RolloutConfig, source: models.Checkpoint, on: jax.sharding.Mesh
+) -> Engine:
+    """The generator that `rollout.engine` names."""
+    match rollout.engine:
+        case "jax":
+            return JaxEngine(
+                source.arch,
+                source.tokenizer,
+                mesh=on,
+                dtype=jnp.dtype(rollout.dtype),
+                max_num_seqs=rollout.max_num_seqs,
+                decode_chunk=rollout.decode_chunk,
+            )
 
 
 def run(job: Job) -> "Result":
@@ -117,21 +155,12 @@ def run(job: Job) -> "Result":
         if first_step == 0:
             records.write(0, {}, validate(job, records, 0))
         for step in range(first_step + 1, config.trainer.total_training_steps + 1):
-            with records.phase("gen"):
-                asked = next(records.prompt_batches)
-                rollouts = generate(engine, requests(config, asked, step))
-            with records.phase("reward"):
-                scores = job.score(asked, rollouts)
-            with records.phase("adv"):
-                state, rows, credited = assign_credit(
-                    job, state, asked, rollouts, scores
-                )
+            groups = collect(config, engine, job.score, records, step)
+            state, rows, credited = assign_credit(job, records, state, groups, step)
             state, learned = update(job, records, state, rows, step)
             with records.phase("update_weights"):
                 engine.load(state.actor.params, step)
             validation = validate(job, records, step)
-            advantage = per_response(rows, scores.total.shape)
-            records.rollouts(step, asked, rollouts, scores, advantage)
             records.write(step, credited | learned, validation)
             stop = stopping()
             records.save(step, state, validation, stop)
@@ -141,91 +170,92 @@ def run(job: Job) -> "Result":
     return _shown(Result(Path(config.output_dir)), config)
 
 
-def requests(config: Config, asked: Sequence[Prompt], step: int) -> list[Request]:
-    """What is asked of the engine in one training step."""
-    return [
-        Request(
-            prompt_id=prompt.id,
-            tokens=prompt.tokens,
-            num_samples=config.rollout.n,
-            seed=seed(config, _ROLLOUT, step),
-            sampling=sampling(config, config.rollout),
-        )
-        for prompt in asked
-    ]
-
-
-def sampling(config: Config, section: configs.SamplingConfig) -> Sampling:
-    """How `section` (rollout or val) wants tokens drawn, with rollout's limits."""
-    return Sampling(
-        max_tokens=config.rollout.max_response_length,
-        temperature=section.temperature,
-        top_k=section.top_k,
-        top_p=section.top_p,
-        min_p=section.min_p,
-        stop=config.rollout.stop,
-        stop_token_ids=config.rollout.stop_token_ids,
-    )
-
-
-def seed(config: Config, stream: int, step: int) -> int:
-    """A 32-bit seed for one purpose in one step; nothing random has other state."""
-    return int(np.random.SeedSequence([config.seed, stream, step]).generate_state(1)[0])
-
-
 def start(job: Job) -> ppo.TrainState:
     """The state before the first step. Reads the weights."""
-    actor, algorithm = job.learner.start(), job.config.algorithm
-    kl_coef = None
-    if algorithm.use_kl_in_reward:
-        coef = jnp.float32(algorithm.kl_ctrl.kl_coef)
-        kl_coef = jax.device_put(coef, actor.step.sharding)
-    return ppo.TrainState(actor, job.critic and job.critic.start(), kl_coef)
+    config, actor = job.config, job.learner.start()
+    coef, reference = None, None
+    if config.algorithm.use_kl_in_reward:
+        coef = jnp.float32(config.algorithm.kl_ctrl.kl_coef)
+        coef = jax.device_put(coef, actor.step.sharding)
+    if config.actor.ref_refresh_steps:
+        reference = job.learner.read_weights(config.actor.dtype)
+    critic = job.critic and job.critic.start()
+    return ppo.TrainState(actor, critic, coef, reference)
 
 
 def abstract_state(job: Job) -> ppo.TrainState:
     """Shapes, dtypes and shardings of the state."""
-    actor = job.learner.abstract_state()
-    kl_coef = jax.ShapeDtypeStruct((), jnp.float32, sharding=actor.step.sharding)
-    return ppo.TrainState(
-        actor,
-        job.critic and job.critic.abstract_state(),
-        kl_coef if job.config.algorithm.use_kl_in_reward else None,
-    )
+    config, actor = job.config, job.learner.abstract_state()
+    coef, reference = None, None
+    if config.algorithm.use_kl_in_reward:
+        coef = jax.ShapeDtypeStruct((), jnp.float32, sharding=actor.step.sharding)
+    if config.actor.ref_refresh_steps:
+        reference = job.learner.abstract_reference()
+    critic = job.critic and job.critic.abstract_state()
+    return ppo.TrainState(actor, critic, coef, reference)
 
 
 def assign_credit(
-    job: Job,
-    state: ppo.TrainState,
-    asked: Sequence[Prompt],
-    rollouts: Sequence[Sequence[Completion]],
-    scores: Scores,
+    job: Job, records: Records, state: ppo.TrainState, groups: Groups, step: int
 ) -> tuple[ppo.TrainState, TrainBatch, dict[str, float]]:
     """The training batch of a step with its advantages, and metrics of them.
 
     The state is the same but for the weight of the KL penalty, if that is adaptive.
     """
-    algorithm = job.config.algorithm
-    if not job.critic:
-        estimate = estimate_advantages(job.config, scores)
-        return state, job.learner.make_rows(asked, rollouts, estimate), {}
-    rows = job.learner.make_rows(asked, rollouts, np.zeros_like(scores.total))
-    if algorithm.use_kl_in_reward:
-        rows = job.learner.with_logprobs(state.actor.params, rows)
-    rows, credited = job.critic.credit(
-        state.critic.params, rows, scores.total, state.kl_coef
-    )
-    if algorithm.use_kl_in_reward and algorithm.kl_ctrl.type == "adaptive":
-        coef = kl.adapt(
-            float(state.kl_coef),
-            credited["actor/reward_kl_penalty"],
-            target=algorithm.kl_ctrl.target_kl,
-            horizon=algorithm.kl_ctrl.horizon,
-            count=scores.total.size,
+    config, learner, scores = job.config, job.learner, groups.scores
+    algorithm, params = config.algorithm, state.actor.params
+    unknown = np.zeros_like(scores.total)
+    rows = learner.make_rows(groups.asked, groups.rollouts, unknown)
+    with records.phase("old_log_prob"):
+        rows = learner.with_logprobs(params, rows, state.reference)
+        squares = None
+        if algorithm.adv_estimator.endswith("optimal_token_baseline"):
+            squares = learner.sum_pi_squared(params, rows)
+    with records.phase("values"):
+        values = job.critic and job.critic.judge(state.critic.params, rows)
+    with records.phase("adv"):
+        judged = estimate.Judged(
+            rewards=scores.total,
+            by_function=np.nan_to_num(np.stack([*scores.by_function.values()])),
+            weights=np.array(job.weights, np.float32),
+            baselines=groups.baselines,
+            values=values,
+            sum_pi_squared=squares,
+            kl_coef=jax.device_get(state.kl_coef),
         )
-        coef = jax.device_put(jnp.float32(coef), state.kl_coef.sharding)
+        rows, found = jax.device_get(
+            estimate.advantages_of(rows, judged, algorithm=algorithm)
+        )
+        means = per_response(rows, scores.total.shape)
+        records.rollouts(step, groups.asked, groups.rollouts, scores, means)
+        if algorithm.pf_ppo:
+            rows = draw_again(job, rows, scores.total, step)
+    if state.kl_coef is not None:
+        coef = kl.next_coef(
+            algorithm.kl_ctrl.type,
+            state.kl_coef,
+            float(found["actor/reward_kl_penalty"]),
+            scores.total.size,
+            target_kl=algorithm.kl_ctrl.target_kl,
+            horizon=algorithm.kl_ctrl.horizon,
+        )
         state = dataclasses.replace(state, kl_coef=coef)
+    credited = {name: float(value) for name, value in found.items()}
+    if algorithm.filter_groups:
+        credited["training/groups_generated"] = groups.num_generated
     return state, rows, credited
+
+
+def draw_again(
+    job: Job, rows: TrainBatch, rewards: Float[np.ndarray, "P G"], step: int
+) -> TrainBatch:
+    """As many responses as before, drawn with PF-PPO's weights."""
+    how = job.config.algorithm.pf_ppo
+    weights = advantages.pf_ppo_weights(
+        jnp.asarray(rewards.ravel()), how.reweight_method, weight_pow=how.weight_pow
+    )
+    key = jax.random.key(seed(job.config, RESAMPLE, step))
+    return job.learner.take(rows, advantages.resample(key, weights).tolist())
 
 
 def update(
@@ -233,7 +263,7 @@ def update(
 ) -> tuple[ppo.TrainState, dict[str, float]]:
     """Everything that learns, learns: the critic, then, once that has warmed up, the
     policy."""
-    config, order, learned = job.config, seed(job.config, _ORDER, step), {}
+    config, order, learned = job.config, seed(job.config, ORDER, step), {}
     if job.critic:
         with records.phase("update_critic"):
             critic, learned = job.critic.update(state.critic, rows, order)
@@ -242,6 +272,10 @@ def update(
         with records.phase("update_actor"):
             actor, of_actor = job.learner.update(state.actor, rows, order)
         state, learned = dataclasses.replace(state, actor=actor), learned | of_actor
+    refresh = config.actor.ref_refresh_steps
+    if refresh and step % refresh == 0:
+        reference = job.learner.as_reference(state.actor.params)
+        state = dataclasses.replace(state, reference=reference)
     return state, learned
 
 
@@ -251,19 +285,6 @@ def per_response(rows: TrainBatch, shape: tuple[int, int]) -> np.ndarray:
     total = np.bincount(ids, rows.advantages[rows.response_mask], rows.num_sequences)
     count = np.maximum(np.bincount(ids, minlength=rows.num_sequences), 1)
     return (total / count).reshape(shape).astype(np.float32)
-
-
-def estimate_advantages(config: Config, scores: Scores) -> np.ndarray:
-    """float32 [P, G]."""
-    match config.algorithm.adv_estimator:
-        case "grpo":
-            normalize = config.algorithm.norm_adv_by_std_in_grpo
-            estimate = advantages.grpo(
-                jnp.asarray(scores.total), normalize_by_std=normalize
-            )
-        case other:
-            raise ValueError(f"{other} gives no advantage per response")
-    return np.asarray(estimate)
 
 
 def has_critic(config: Config) -> bool:
@@ -278,8 +299,11 @@ def make_meshes(config: Config) -> dict[str, jax.sharding.Mesh]:
       ConfigError: a mesh does not fit the devices.
     """
     made = {}
-    for role in ("actor", "critic", "rollout"):
-        sizes = getattr(config, role).mesh.model_dump()
+    for role, sizes in {
+        "actor": config.actor.mesh.model_dump(),
+        "critic": config.critic.mesh.model_dump(),
+        "rollout": config.rollout.mesh.model_dump(),
+    }.items():
         try:
             made[role] = mesh.make(mesh.fill(sizes, jax.device_count()))
         except ValueError as error:
@@ -335,10 +359,10 @@ def _answer_held_out(job: Job, step: int) -> evaluate.Validation:
     return evaluate.validate(
         job.engine,
         job.data.val,
-        job.score,
+        job.score_held_out,
         config=job.config.val,
         rollout=job.config.rollout,
-        seed=seed(job.config, _VALIDATION, 0),
+        seed=seed(job.config, VALIDATION, 0),
         step=step,
     )
 
@@ -361,10 +385,10 @@ class Result:
 
     @property
     def after(self) -> evaluate.Validation | None:
-        """The newest validation."""
+        """The newest validation since training began."""
         steps = [s for s, split, _ in metrics.rollout_files(self.directory)
-                 if split == "val"]  # fmt: skip
-        return self._validation(max(steps, default=0))
+                 if split == "val" and s > 0]  # fmt: skip
+        return self._validation(max(steps)) if steps else None
 
     def table(self) -> Any:
         """Every metric by step, as a pandas DataFrame."""
@@ -377,15 +401,18 @@ class Result:
 
     def completions(self, step: int, split: str = "train") -> list[dict[str, Any]]:
         """The responses of one step with their rewards; split is train or val."""
-        path = self.directory / "rollouts" / f"{split}_{step:06d}.jsonl"
+        files = {s: p for s, of, p in metrics.rollout_files(self.directory)
+                 if of == split}  # fmt: skip
+        if step not in files:
+            raise ValueError(f"no {split} completions of step {step}; of {list(files)}")
+        path = files[step]
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     def _validation(self, step: int) -> evaluate.Validation | None:
-        path = self.directory / "rollouts" / f"val_{step:06d}.jsonl"
-        if not path.exists():
-            return None
         lines = {line["step"]: line for line in metrics.read(self.directory)}
-        found = {k: v for k, v in lines[step].items() if k.startswith("val-")}
+        found = {k: v for k, v in lines.get(step, {}).items() if k.startswith("val-")}
+        if not found:
+            return None
         return evaluate.Validation(metrics=found, records=self.completions(step, "val"))
 
 
@@ -461,9 +488,24 @@ def _stored(rows: str | Sequence[Mapping[str, Any]], directory: str, name: str) 
     configuration says where its data is."""
     if isinstance(rows, str):
         return rows
-    path = Path(directory) / f"{name}.jsonl"
+    lines = []
+    for i, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{name} row {i}: expected {{'prompt': ...}}, got {row!r}")
+        try:
+            # A reward of the user's own may need no answer.
+            lines.append(json.dumps({"answer": None, **row}) + "\n")
+        except TypeError as error:
+            raise ValueError(f"{name} row {i} is not JSON: {error}") from None
+    path, text = Path(directory) / f"{name}.jsonl", "".join(lines)
+    started = (path.parent / "config.yaml").exists() and path.exists()
+    if started and path.read_text() != text:
+        raise ValueError(
+            f"output_dir {directory} holds a run on other {name} rows; choose another "
+            "output_dir"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    metrics.replace_text(path, "".join(json.dumps(dict(row)) + "\n" for row in rows))
+    metrics.replace_text(path, text)
     return str(path)
 
 

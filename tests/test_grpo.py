@@ -193,7 +193,7 @@ def test_the_metrics_are_those_of_a_loop_over_tokens():
     batch = make_batch()
     _, metrics = step(batch, loss_agg_mode="seq-mean-token-mean", **ALL_TERMS)
     own, entropies = logprob_fn(make_state().params, batch)
-    pg, kl, ent, clipped, ppo_kl, diff, k3 = [], [], [], [], [], [], []
+    pg, kl, ent, clipped, lower, ppo_kl, diff, k3 = ([] for _ in range(8))
     for s in range(6):
         where = np.nonzero((batch.sequence_ids == s) & batch.response_mask)
         new, old, ref, A, entropy, sampler = (
@@ -209,10 +209,12 @@ def test_the_metrics_are_those_of_a_loop_over_tokens():
         )
         ratio = np.exp(new - old)
         bound = np.clip(ratio, 0.8, 1.2)
-        pg.append(np.mean(-np.minimum(ratio * A, bound * A)))
+        loss = -np.minimum(ratio * A, bound * A)
+        pg.append(np.mean(np.where(A < 0, np.minimum(loss, -3 * A), loss)))
         kl.append(np.mean(np.exp(ref - new) - (ref - new) - 1))
         ent.append(np.mean(entropy))
         clipped += (bound * A < ratio * A).tolist()
+        lower += ((A < 0) & (ratio > 3)).tolist()
         ppo_kl += (old - new).tolist()
         diff += np.abs(sampler - old).tolist()
         k3 += (np.exp(old - sampler) - (old - sampler) - 1).tolist()
@@ -222,6 +224,7 @@ def test_the_metrics_are_those_of_a_loop_over_tokens():
         "actor/entropy": np.mean(ent),
         "actor/loss": np.mean(pg) - 0.1 * np.mean(ent) + 0.5 * np.mean(kl),
         "actor/pg_clipfrac": np.mean(clipped),
+        "actor/pg_clipfrac_lower": np.mean(lower),
         "actor/ppo_kl": np.mean(ppo_kl),
         "mismatch/logprob_diff_mean": np.mean(diff),
         "mismatch/logprob_diff_max": np.max(diff),

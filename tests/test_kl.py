@@ -76,3 +76,63 @@ def test_k3_is_clamped_without_nan():
     value, grad = jax.value_and_grad(lambda x: kl.k3(x, jnp.zeros_like(x)).sum())(x)
     assert value == 40.0
     np.testing.assert_array_equal(grad, jnp.zeros((1, 4)))
+
+
+@pytest.mark.parametrize("name", ["kl", "mse", "low_var_kl", "abs"])
+def test_verl_s_other_names(name):
+    other = {"kl": kl.k1, "mse": kl.k2, "low_var_kl": kl.k3, "abs": kl.absolute}[name]
+    x, zeros = jnp.array([[0.3, -0.2]]), jnp.zeros((1, 2))
+    np.testing.assert_array_equal(kl.estimate(name, x, zeros), other(x, zeros))
+
+
+@pytest.mark.parametrize("name", ["k1", "k3", "abs", "low_var_kl"])
+def test_a_plus_keeps_the_value_and_takes_the_gradient_of_k2(name):
+    x, zeros = jnp.array([[0.3, -0.2, 0.0]]), jnp.zeros((1, 3))
+    value, pullback = jax.vjp(lambda x: kl.estimate(name + "+", x, zeros), x)
+    np.testing.assert_allclose(value, kl.estimate(name, x, zeros), atol=1e-8)
+    np.testing.assert_allclose(pullback(jnp.ones_like(x))[0], x)  # of x^2 / 2
+
+
+def test_the_absolute_difference_does_not_pull_where_there_is_none():
+    grad = jax.grad(lambda x: kl.absolute(x, jnp.zeros((1, 3))).sum())
+    np.testing.assert_array_equal(grad(jnp.array([[0.1, -0.3, 0.0]])), [[1, -1, 0]])
+
+
+def test_an_unknown_estimator_is_refused():
+    with pytest.raises(ValueError, match="kl_loss_type is 'k4'; known: k1, k2"):
+        kl.estimate.__wrapped__("k4", jnp.zeros((1, 1)), jnp.zeros((1, 1)))
+
+
+def test_the_full_kl_is_the_sum_over_the_vocabulary():
+    logits, ref = LOGITS[None], REF[None] + 3.0  # which a softmax does not see
+    np.testing.assert_allclose(kl.full(logits, ref), [[forward_kl(LOGITS)]], rtol=1e-6)
+    grad = jax.grad(lambda x: kl.full(x, ref).sum())(logits)
+    np.testing.assert_allclose(grad[0], jax.grad(forward_kl)(LOGITS), rtol=1e-5)
+
+
+def test_kl_is_taken_from_the_reward_of_response_tokens():
+    rewards = kl.in_reward(
+        jnp.array([[0.0, 0.0, 1.0]]),
+        jnp.array([[9.0, -1.0, -2.0]]),
+        jnp.array([[0.0, -1.5, -1.0]]),
+        jnp.array([[False, True, True]]),
+        kind="k1",
+        coef=0.1,
+    )
+    np.testing.assert_allclose(rewards, [[0.0, -0.05, 1.1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "current, expected",
+    [
+        (6.0, 0.2),  # on target
+        (6.6, 0.2 * (1 + 0.1 * 256 / 10000)),  # 10 % over it
+        (99.0, 0.2 * (1 + 0.2 * 256 / 10000)),  # at most a fifth counts
+        (0.0, 0.2 * (1 - 0.2 * 256 / 10000)),
+    ],
+)
+def test_the_adaptive_coefficient_by_hand(current, expected):
+    how = {"target_kl": 6.0, "horizon": 10000}
+    got = kl.next_coef("adaptive", 0.2, current, 256, **how)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+    assert kl.next_coef("fixed", 0.2, current, 256, **how) == 0.2

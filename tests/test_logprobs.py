@@ -153,3 +153,29 @@ def test_bfloat16_hidden_states_accumulate_in_float32():
     expected, _ = naive(*[x.astype(jnp.float32) for x in rounded], tokens)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "chunk, temperature, softcap", [(1000, 1.0, None), (6, 0.7, 2.0)]
+)
+def test_sum_pi_squared_is_the_sum_of_the_squares_of_the_softmax(
+    chunk, temperature, softcap
+):
+    hidden, output_matrix, _ = make()
+    logits = np.asarray(hidden @ output_matrix.T, np.float64)
+    if softcap:
+        logits = softcap * np.tanh(logits / softcap)
+    p = np.exp(logits / temperature)
+    p /= p.sum(axis=2, keepdims=True)
+    expected = np.roll((p**2).sum(axis=2), 1, axis=1)
+    expected = np.where(MASK & (POSITIONS > 0), expected, 0.0)
+    got = logprobs.sum_pi_squared(
+        hidden,
+        output_matrix,
+        POSITIONS,
+        MASK,
+        temperature=temperature,
+        logit_softcap=softcap,
+        chunk=chunk,
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-5)

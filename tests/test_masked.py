@@ -26,10 +26,18 @@ def test_sequences_without_tokens_do_not_count():
 
 
 @pytest.mark.parametrize(
-    "mode, expected", [("token-mean", 5.0), ("seq-mean-token-mean", 4.0)]
+    "mode, expected",
+    [
+        ("token-mean", 5.0),
+        ("token-sum", 20.0),
+        ("seq-mean-token-sum", 10.0),  # (2 + 18) / 2
+        ("seq-mean-token-mean", 4.0),
+        ("seq-mean-token-sum-norm", 2.5),  # (2 + 18) / 4 / 2
+    ],
 )
 def test_weights_by_name(mode, expected):
-    weights = masked.weights(mode, MASK, IDS, 2)
+    # A third sequence has no tokens.
+    weights = masked.weights(mode, MASK, IDS, 3, loss_scale_factor=4.0)
     np.testing.assert_allclose(masked.weighted_sum(X, weights), expected, rtol=1e-6)
 
 
@@ -56,3 +64,35 @@ def test_means_of_halves_of_a_batch_add_up():
     weights = masked.sequence_weights(mask, ids, 4)
     halves = [masked.weighted_sum(x[i], weights[i]) for i in (slice(1), slice(1, 4))]
     np.testing.assert_allclose(sum(halves), 24.5 / 4, rtol=1e-6)
+
+
+def test_a_scale_has_no_default():
+    with pytest.raises(ValueError, match="needs loss_scale_factor"):
+        masked.weights("seq-mean-token-sum-norm", MASK, IDS, 2)
+
+
+def test_the_average_of_a_sequence_is_at_each_of_its_tokens():
+    # 2 / 1 and (4 + 6 + 8) / 3
+    np.testing.assert_allclose(
+        masked.sequence_average(X, MASK, IDS, 2), [[0, 2, 0, 6, 6, 6], [0] * 6]
+    )
+
+
+def test_whitening_by_hand():
+    # veRL 0.9.1, masked_whiten: 1, 2, 3 -> -1, 0, 1; what is masked is 0 here.
+    mask = jnp.array([True, True, True, False])
+    whitened = masked.whiten(jnp.array([1.0, 2.0, 3.0, 9.0]), mask)
+    np.testing.assert_allclose(whitened, [-1, 0, 1, 0], atol=1e-6)
+
+
+def test_counts_whiten_like_as_many_copies():
+    copies = masked.whiten(jnp.array([1.0, 4.0, 4.0, 4.0]), jnp.ones(4))
+    counted = masked.whiten(jnp.array([1.0, 4.0]), jnp.array([1, 3]))
+    np.testing.assert_allclose(counted, copies[:2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1], [0, 1, 0], [0, 0, 0]])
+def test_whitening_equals_gives_exactly_zero(counts):
+    # veRL raises for a single entry.
+    whitened = masked.whiten(jnp.full(3, 0.1), jnp.array(counts))
+    np.testing.assert_array_equal(whitened, jnp.zeros(3))

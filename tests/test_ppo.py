@@ -1,4 +1,4 @@
-"""GAE, the value loss and PPO's update, on arrays. Whole runs: test_critic.py."""
+"""PPO's update of a critic, on arrays. Whole runs: test_critic.py."""
 
 import dataclasses
 import functools
@@ -11,140 +11,9 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_llm import advantages, grpo, kl, logprobs, losses, masked, ppo
+from jaxrl_llm import advantages, grpo, logprobs, masked, ppo
 from jaxrl_llm.batch import Completion, Prompt, make_rows
 from sharding import mesh
-
-# Four sequences, one of which has an observation in its middle, and what veRL 0.9.1
-# computes for them: compute_gae_advantage_return and compute_value_loss.
-MASK = np.array(
-    [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 0, 1, 1], [1, 0, 0, 0, 0]], bool
-)
-IDS = np.arange(4)[:, None] * np.ones((1, 5), int)
-REWARDS = np.array(
-    [[0, 0, 0, 1.0, 0], [0] * 5, [0, 0, 0, 0, 0.5], [2.0, 0, 0, 0, 0]], np.float32
-)
-VALUES = np.array(
-    [
-        [0.1, 0.2, 0.3, 0.4, 9.0],
-        [0.5, 0.4, 0.3, 9.0, 9.0],
-        [0.0, 0.1, 9.0, 0.2, 0.3],
-        [1.5, 9.0, 9.0, 9.0, 9.0],
-    ],
-    np.float32,
-)
-VERL_ADVANTAGES = {
-    (1.0, 1.0): [
-        [1.2539041, 1.0419766, 0.8300492, 0.6181217],
-        [-1.7130799, -1.5011526, -1.2892251],
-        [0.4061942, 0.1942668, -0.0176606, -0.2295881],
-        [0.4061942],
-    ],
-    (0.99, 0.95): [
-        [1.120554, 0.9942415, 0.8623677, 0.7245806],
-        [-1.7117916, -1.5265136, -1.3319436],
-        [0.3666345, 0.1901964, 0.0050257, -0.1894301],
-        [0.496078],
-    ],
-}
-VERL_RETURNS = {
-    (1.0, 1.0): [[1.0] * 4, [0.0] * 3, [0.5] * 4, [2.0]],
-    (0.99, 0.95): [
-        [0.8732905, 0.9180121, 0.9603, 1.0],
-        [0.0337664, 0.01485, 0.0],
-        [0.4433514, 0.4661365, 0.4851, 0.5],
-        [2.0],
-    ],
-}
-PREDICTIONS = np.array(
-    [
-        [0.7, -0.5, 0.4, 0.4, 9.0],
-        [0.7, 1.3, 0.2, 9.0, 9.0],
-        [0.3, 0.4, 9.0, -0.4, 0.4],
-        [0.7, 9.0, 9.0, 9.0, 9.0],
-    ],
-    np.float32,
-)
-VERL_VALUE_LOSS = {
-    "token-mean": (
-        0.3295834,
-        [
-            [0.0, -0.125, -0.05, -0.05, 0.0],
-            [0.0583333, 0.1083333, 0.0166667, 0.0, 0.0],
-            [-0.0166667, -0.0083333, 0.0, -0.075, -0.0083333],
-            [-0.1083333, 0.0, 0.0, 0.0, 0.0],
-        ],
-    ),
-    "seq-mean-token-mean": (
-        0.42875,
-        [
-            [0.0, -0.09375, -0.0375, -0.0375, 0.0],
-            [0.0583333, 0.1083333, 0.0166667, 0.0, 0.0],
-            [-0.0125, -0.00625, 0.0, -0.05625, -0.00625],
-            [-0.325, 0.0, 0.0, 0.0, 0.0],
-        ],
-    ),
-}
-
-
-def gae(rewards, values, mask, ids, gamma, lam):
-    found = advantages.gae(
-        *map(jnp.asarray, (rewards, values, mask, ids)), gamma=gamma, lam=lam
-    )
-    return jax.device_get(found)
-
-
-@pytest.mark.parametrize("gamma, lam", VERL_ADVANTAGES)
-def test_gae_is_verl_s(gamma, lam):
-    estimate, returns = gae(REWARDS, VALUES, MASK, IDS, gamma, lam)
-    whitened = masked.whiten(jnp.asarray(estimate), jnp.asarray(MASK))
-    for got, wanted in (
-        (whitened, VERL_ADVANTAGES[gamma, lam]),
-        (returns, VERL_RETURNS[gamma, lam]),
-    ):
-        np.testing.assert_allclose(got[MASK], np.concatenate(wanted), atol=1e-5)
-        assert not np.asarray(got)[~MASK].any()
-
-
-def test_gae_is_a_loop_over_the_tokens_of_each_sequence():
-    rng = np.random.default_rng(0)
-    rewards, values = rng.normal(size=(2, 3, 12)).astype(np.float32)
-    mask = rng.random((3, 12)) < 0.7
-    ids = np.array([[0] * 5 + [1] * 7, [2] * 3 + [3] * 6 + [-1] * 3, [4] * 12])
-    expected = np.zeros((3, 12))
-    for s in range(5):
-        later = (0.0, 0.0)
-        for r, t in reversed(np.argwhere((ids == s) & mask)):
-            delta = rewards[r, t] + 0.9 * later[0] - values[r, t]
-            expected[r, t] = delta + 0.9 * 0.8 * later[1]
-            later = values[r, t], expected[r, t]
-    got, returns = gae(rewards, values, mask & (ids >= 0), ids, 0.9, 0.8)
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(
-        returns, np.where(mask & (ids >= 0), expected + values, 0), atol=1e-5
-    )
-
-
-def test_a_score_goes_to_the_last_token_that_was_sampled():
-    mask = jnp.array([[0, 1, 1, 0, 0, 1, 0], [0, 1, 0, 1, 0, 0, 0]], bool)
-    ids = jnp.array([[2, 2, 2, 2, 0, 0, -1], [1, 1, 1, 1, 1, 3, -1]])
-    got = advantages.token_rewards(jnp.array([5.0, 6.0, 7.0, 8.0]), mask, ids)
-    # Sequence 3 has sampled nothing.
-    np.testing.assert_array_equal(got, [[0, 0, 7, 0, 0, 5, 0], [0, 0, 0, 6, 0, 0, 0]])
-
-
-def test_whitening_by_hand():
-    # Mean 2, unbiased variance 1.
-    x = jnp.array([[1.0, 9.0, 2.0, 3.0]])
-    mask = jnp.array([[True, False, True, True]])
-    np.testing.assert_allclose(masked.whiten(x, mask), [[-1, 0, 0, 1]], atol=1e-6)
-
-
-@pytest.mark.parametrize("mask", [[[False, False]], [[True, False]]])
-def test_nothing_to_compare_with_whitens_to_zero(mask):
-    # veRL raises an error here.
-    got = masked.whiten(jnp.array([[3.0, 4.0]]), jnp.array(mask))
-    np.testing.assert_array_equal(got, [[0.0, 0.0]])
 
 
 def test_explained_variance_by_hand():
@@ -158,69 +27,6 @@ def test_explained_variance_by_hand():
     ):
         got = masked.explained_variance(jnp.array(predictions), targets, mask)
         np.testing.assert_allclose(got, wanted, atol=2e-5)
-
-
-@pytest.mark.parametrize(
-    "value, old, target, loss, clipped, slope",
-    [
-        (0.3, 0.0, 1.0, 0.245, False, -0.7),  # within the range: (0.3 - 1)^2 / 2
-        (0.8, 0.0, 1.0, 0.125, True, 0.0),  # moved too far towards it: 0.5 counts
-        (-0.8, 0.0, 1.0, 1.62, False, -1.8),  # moved away: pulled back
-        (0.8, 0.0, 0.2, 0.18, False, 0.6),  # moved past it
-    ],
-)
-def test_the_value_loss_by_hand(value, old, target, loss, clipped, slope):
-    def loss_of(value):
-        return losses.clipped_value(
-            value, jnp.full((1, 1), old), jnp.full((1, 1), target), cliprange_value=0.5
-        )[0, 0]
-
-    value = jnp.full((1, 1), value)
-    np.testing.assert_allclose(loss_of(value), loss, rtol=1e-5)
-    np.testing.assert_allclose(jax.grad(loss_of)(value)[0, 0], slope, atol=1e-6)
-    got = losses.is_value_clipped(
-        value, jnp.full((1, 1), old), jnp.full((1, 1), target), cliprange_value=0.5
-    )
-    assert bool(got[0, 0]) == clipped
-
-
-@pytest.mark.parametrize("mode", VERL_VALUE_LOSS)
-def test_the_value_loss_is_verl_s(mode):
-    _, returns = gae(REWARDS, VALUES, MASK, IDS, 1.0, 1.0)
-    mask, ids = jnp.asarray(MASK), jnp.asarray(IDS)
-    weights = masked.weights(mode, mask, ids, 4)
-
-    def loss(predictions):
-        each = losses.clipped_value(
-            predictions, jnp.asarray(VALUES), jnp.asarray(returns), cliprange_value=0.5
-        )
-        return masked.weighted_sum(each, weights)
-
-    expected, slopes = VERL_VALUE_LOSS[mode]
-    got, grad = jax.value_and_grad(loss)(jnp.asarray(PREDICTIONS))
-    np.testing.assert_allclose(got, expected, atol=1e-5)
-    np.testing.assert_allclose(grad, slopes, atol=1e-5)
-    clipped = losses.is_value_clipped(
-        jnp.asarray(PREDICTIONS),
-        jnp.asarray(VALUES),
-        jnp.asarray(returns),
-        cliprange_value=0.5,
-    )
-    fraction = masked.token_mean(clipped.astype(jnp.float32), mask)
-    np.testing.assert_allclose(fraction, 0.0833333, atol=1e-5)
-
-
-def test_the_adaptive_coefficient_is_verl_s():
-    # AdaptiveKLController(0.2, target_kl=6, horizon=10000), 256 sequences a step.
-    coef = 0.2
-    for measured, wanted in (
-        (3.0, 0.198976),
-        (6.0, 0.198976),
-        (9.0, 0.199994757),
-        (100.0, 0.20101873),
-    ):
-        coef = kl.adapt(coef, measured, target=6.0, horizon=1e4, count=256)
-        np.testing.assert_allclose(coef, wanted, rtol=1e-6)
 
 
 VOCAB, WIDTH = 7, 4
@@ -304,8 +110,8 @@ def make_batch(order=(0, 1, 2), **how):
 
 @jax.jit
 def credited(batch, params, scores):
-    rewards = advantages.token_rewards(
-        scores.ravel(), batch.response_mask, batch.sequence_ids
+    rewards = advantages.at_last_token(
+        scores.ravel(), batch.response_mask, batch.sequence_ids, batch.positions
     )
     return ppo.credit(batch, rewards, value_fn(params, batch), gamma=0.9, lam=0.8)
 

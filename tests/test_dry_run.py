@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import jax
+import pytest
+import tiny
+
+from jaxrl_llm import config, dry_run, models, train
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dry_run")
+    model = tiny.checkpoint(folder / "model")
+    data = folder / "rows.jsonl"
+    data.write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "cc", "answer": "d"}\n')
+    values = {
+        "output_dir": str(folder / "run"),
+        "model": {"path": model},
+        "data": {
+            "train": {"path": str(data)},
+            "train_batch_size": 2,
+            "max_prompt_length": 60,
+        },
+        "rollout": {"n": 2, "max_response_length": 4, "dtype": "float32"},
+        "actor": {"dtype": "float32", "use_kl_loss": True, "micro_batch_size": 8},
+        "reward": {"functions": [{"name": "exact"}]},
+        "trainer": {"total_training_steps": 1},
+    }
+    return train.build(config.parse(values, "test"))
+
+
+def test_memory_is_that_of_the_arrays(job):
+    memory = dry_run.memory_per_device(job)
+    state = job.learner.start()
+
+    def on_one_device(tree):
+        return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+    assert memory["weights"] == on_one_device(state.params)
+    assert memory["optimizer"] == on_one_device(state.opt_state)
+    generation = jax.jit(lambda p: models.unstack(p, "float32"))(state.params)
+    whole = sum(x.nbytes for x in jax.tree.leaves(generation))
+    assert memory["generation weights"] == whole  # one replica on each of 8 devices
+    # 4 responses on 8 devices: one row each, 64 positions; keys and values, 2 layers,
+    # 2 heads of 8 numbers of 4 bytes.
+    assert memory["generation cache"] == 2 * 2 * 64 * 2 * 8 * 4
+    assert memory["reference"] == memory["weights"]
+    assert memory["update (gradients, activations)"] > memory["weights"]
+
+
+def test_it_prints_the_run_and_writes_nothing(job, capsys):
+    dry_run.show(job)
+    shown = capsys.readouterr().out
+    assert "total_training_steps: 1" in shown
+    assert f"{models.num_params(job.source.arch):,}" in shown
+    assert "at most 256" in shown  # tokens: 2 prompts x 2 responses x (60 + 4)
+    assert not Path(job.config.output_dir).exists()

@@ -1,0 +1,194 @@
+"""The command line; a whole `train` is in test_train.py."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from jaxrl_llm import launch, metrics, models
+
+
+def failure(capsys, *arguments):
+    """What standard error says of arguments that cannot work."""
+    assert launch.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert not printed.out and "Traceback" not in printed.err
+    first, *lines, hint = printed.err.strip().splitlines()
+    assert first == "error"
+    return "\n".join([*lines, hint]).removesuffix("(JAXRL_TRACEBACK=1 shows where)")
+
+
+@pytest.fixture
+def run_yaml(tiny_model, tmp_path):
+    """A configuration of a run that asks two held-out questions."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "{i}+1=", "answer": 1}}\n' for i in (1, 2)))
+    values = {
+        "output_dir": str(tmp_path / "run"),
+        "model": {"path": tiny_model},
+        "data": {
+            "train": {"path": str(rows), "prompt_template": "Say {answer}: {prompt}"},
+            "val": {"path": str(rows)},
+            "train_batch_size": 2,
+        },
+        "rollout": {"max_response_length": 4, "decode_chunk": 32, "dtype": "float32"},
+        "reward": {"functions": [{"name": "exact"}]},
+        "val": {"greedy": False},
+        "trainer": {"total_training_steps": 1},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return str(path)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_without_a_verb_the_verbs_are_listed(capsys, arguments):
+    assert launch.main(arguments) == 0
+    shown = capsys.readouterr().out
+    for verb in ("train", "evaluate", "generate", "convert", "report"):
+        assert f"jaxrl {verb} " in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["trian"], "unknown verb 'trian'; one of train, evaluate, generate,"),
+        (["train"], "jaxrl train needs a configuration file"),
+        (["evaluate", "--seed", "1"], "jaxrl evaluate needs a configuration file"),
+        (["train", "none.yaml"], "none.yaml: no such file"),
+        (["generate", "--model", "/nowhere"], "nothing to answer: give --prompts"),
+        (
+            ["generate", "--model", "/nowhere", "--prompts", "a"],
+            "/nowhere: no such directory",
+        ),
+        (
+            ["generate", "--model", "m", "--file", "/nowhere.txt"],
+            "No such file or directory: '/nowhere.txt'",
+        ),
+        (
+            [
+                "generate",
+                "--model",
+                "m",
+                "--prompts",
+                "a",
+                "--no-chat",
+                "--system",
+                "b",
+            ],
+            "--system is a chat message, but --no-chat asks for none",
+        ),
+        (["convert", "/nowhere", "x"], "/nowhere: no such directory"),
+        (["report", "/nowhere"], "/nowhere/metrics.jsonl: no such file; is '/nowhere'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_one_message(capsys, arguments, message):
+    assert message in failure(capsys, *arguments)
+
+
+def test_a_mistake_in_the_configuration_is_one_message(capsys, run_yaml):
+    said = failure(capsys, "train", run_yaml, "--actor.optim.lrr", "1e-6")
+    assert said == f"{run_yaml}: actor.optim.lrr: unknown key; did you mean 'lr'?\n"
+    said = failure(capsys, "train", run_yaml, "--data.train.path", "rows.csv")
+    assert said.startswith("data path 'rows.csv' is neither FILE.jsonl")
+    said = failure(capsys, "train", run_yaml, "--reward.functions.0.name", "no:where")
+    assert "No module named 'no'" in said
+
+
+def test_a_logger_that_is_not_installed_is_one_message(capsys, run_yaml, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    said = failure(capsys, "train", run_yaml, "--trainer.loggers", "[wandb]")
+    assert "pip install 'jaxrl-llm[tracking]'" in said
+
+
+def test_where_a_mistake_is_can_be_shown(monkeypatch):
+    monkeypatch.setenv("JAXRL_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="no such file"):
+        launch.main(["train", "none.yaml"])
+
+
+def test_the_shell_gets_status_and_message():
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxrl_llm", "train", "none.yaml"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error\nnone.yaml: no such file")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "generate", "convert", "report"])
+def test_every_verb_has_help(capsys, verb):
+    with pytest.raises(SystemExit) as ended:
+        launch.main([verb, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: jaxrl {verb}" in capsys.readouterr().out
+
+
+def test_help_with_a_configuration_shows_its_values(capsys, run_yaml):
+    with pytest.raises(SystemExit) as ended:
+        launch.main(["train", run_yaml, "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--actor.optim.lr" in shown and "Say {answer}: {prompt}" in shown
+
+
+def test_an_unknown_option_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        launch.main(["report", "somewhere", "--pdf"])
+    assert ended.value.code == 2
+    assert "--pdf" in capsys.readouterr().err
+
+
+def test_generate_prints_completions(capsys, tiny_model, tmp_path):
+    (tmp_path / "more.txt").write_text("[bold]2+2=[/]\n")
+    options = ["--max-tokens", "4", "--temperature", "1.0", "--seed", "3", "--n", "2"]
+    asked = ["--prompts", "1+1=", "--file", str(tmp_path / "more.txt")]
+    arguments = ["generate", "--model", tiny_model, *asked, *options]
+    assert launch.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert [f"{p}.{n} " in shown for p in (1, 2) for n in (1, 2)] == [True] * 4
+    assert shown.count("1+1=") == 2 == shown.count("[bold]2+2=[/]")
+    assert launch.main(arguments) == 0
+    assert capsys.readouterr().out == shown
+    assert launch.main([*arguments, "--system", "Add."]) == 0
+    assert capsys.readouterr().out != shown
+
+
+def test_evaluate_says_how_good_the_model_is(capsys, run_yaml, tmp_path):
+    assert launch.main(["evaluate", run_yaml, "--val.n", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "val-core/all/acc/mean@2" in shown and "1+1=" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_leaves_nothing_behind(capsys, run_yaml, tmp_path):
+    assert launch.main(["train", run_yaml, "--dry-run", "--rollout.n", "2"]) == 0
+    assert "Memory per device" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_convert_writes_a_model_that_loads(capsys, tiny_model, tmp_path):
+    target = tmp_path / "copy"
+    assert launch.main(["convert", tiny_model, str(target), "--dtype", "float16"]) == 0
+    assert f"-> {target}, float16" in capsys.readouterr().out
+    assert json.loads((target / "config.json").read_text())["torch_dtype"] == "float16"
+    copy, model = models.open(target), models.open(tiny_model)
+    assert copy.arch == model.arch
+    assert copy.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    assert "exists and is not empty" in failure(
+        capsys, "convert", tiny_model, str(target)
+    )
+
+
+def test_report_writes_the_page(capsys, tmp_path):
+    with metrics.MetricsWriter(tmp_path, [], "project", {}) as writer:
+        writer.write(1, {"critic/rewards/mean": 0.5})
+    assert launch.main(["report", str(tmp_path)]) == 0
+    page = tmp_path / "report.html"
+    assert capsys.readouterr().out.strip() == str(page)
+    assert "critic/rewards/mean" in page.read_text()

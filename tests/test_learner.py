@@ -1,0 +1,206 @@
+"""The sharded update of the tiny model, against one device and against itself."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_llm import config as configs
+from jaxrl_llm import models
+from jaxrl_llm.batch import Completion, Prompt
+from jaxrl_llm.learner import Learner, updates_per_step
+from sharding import mesh
+
+ONE, EIGHT = (1, 1, 1), (2, 2, 2)  # data, fsdp, tensor
+P, G = 4, 2
+ADVANTAGES = np.array([[1, -1], [0.5, -0.5], [-2, 2], [0.3, -0.3]], np.float32)
+
+
+def make_config(path, **actor):
+    # Plain SGD cannot be configured; with a large eps AdamW is nearly that, and does
+    # not blow rounding errors of a vanishing gradient up to a whole step.
+    optim = {"lr": 0.05, "eps": 0.01, "weight_decay": 0.1}
+    return configs.Config.model_validate(
+        {
+            "output_dir": "unused",
+            "model": {"path": path},
+            "data": {
+                "train": {"path": "unused"},
+                "train_batch_size": P,
+                "max_prompt_length": 8,
+            },
+            "rollout": {"n": G, "temperature": 0.8, "max_response_length": 8},
+            "actor": {"dtype": "float32", "remat": "none", "optim": optim} | actor,
+            "reward": {"functions": [{"name": "exact"}]},
+            "trainer": {"total_training_steps": 10},
+        }
+    )
+
+
+def make_rollouts():
+    rng = np.random.default_rng(0)
+    draw = functools.partial(rng.integers, 0, 256)
+    prompts = [
+        Prompt(id=p, content="", tokens=tuple(draw(n).tolist()), columns={})
+        for p, n in enumerate([3, 6, 2, 4])
+    ]
+    lengths = [[5, 2], [7, 3], [1, 8], [4, 4]]
+    completions = [
+        [
+            Completion(
+                prompt_id=p,
+                sample=g,
+                tokens=draw(n).astype(np.int32),
+                logprobs=rng.uniform(-6, -5, n).astype(np.float32),
+                raw_logprobs=np.zeros(n, np.float32),
+                finish_reason="stop",
+                weight_version=0,
+                text="",
+            )
+            for g, n in enumerate(group)
+        ]
+        for p, group in enumerate(lengths)
+    ]
+    return prompts, completions
+
+
+@functools.cache
+def learner(path, sizes=ONE, **actor):
+    axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    on = mesh.make(axes, jax.devices()[: math.prod(sizes)])
+    return Learner(make_config(path, **actor), models.open(path), on)
+
+
+@functools.cache
+def step(path, sizes=ONE, updates=1, **actor):
+    """State and metrics after training steps on the same rollouts."""
+    made = learner(path, sizes, **actor)
+    state = made.start()
+    for _ in range(updates):
+        rows = made.make_rows(*make_rollouts(), ADVANTAGES)
+        state, metrics = made.update(state, rows, seed=3)
+    return jax.device_get(state), metrics
+
+
+def assert_same(one, other, rtol=1e-5):
+    (state, metrics), (others, other_metrics) = one, other
+    for (path, got), wanted in zip(
+        jax.tree.leaves_with_path(state.params),
+        jax.tree.leaves(others.params),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, wanted, rtol, 1e-6, err_msg=str(path))
+    assert metrics.keys() == other_metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, other_metrics[name], rtol, 1e-6, err_msg=name)
+
+
+ALL_TERMS = {"entropy_coeff": 0.1, "use_kl_loss": True, "kl_loss_coef": 0.5}
+
+
+def test_an_update_moves_every_weight(tiny_model):
+    before = learner(tiny_model, ONE, **ALL_TERMS).start().params
+    state, metrics = step(tiny_model, **ALL_TERMS)
+    for (path, new), old in zip(
+        jax.tree.leaves_with_path(state.params), jax.tree.leaves(before), strict=True
+    ):
+        assert not np.allclose(new, old, rtol=1e-4, atol=0), path
+    assert state.step == 1 and metrics["actor/lr"] == 0.05
+
+
+def test_eight_devices_change_nothing(tiny_model):
+    got = step(tiny_model, EIGHT, micro_batch_size=4, **ALL_TERMS)
+    assert_same(got, step(tiny_model, **ALL_TERMS))
+
+
+def test_weights_and_moments_stay_split(tiny_model):
+    made = learner(tiny_model, EIGHT, micro_batch_size=4, **ALL_TERMS)
+    wanted = made.state_shardings()
+    state = made.start()
+    assert jax.tree.map(lambda x: x.sharding, state) == wanted
+    rows = made.make_rows(*make_rollouts(), ADVANTAGES)
+    state, _ = made.update(state, rows, seed=3)
+    assert jax.tree.map(lambda x: x.sharding, state) == wanted
+    abstract = made.abstract_state()
+    for got, like in zip(*map(jax.tree.leaves, (state, abstract)), strict=True):
+        assert (got.shape, got.dtype, got.sharding) == (
+            like.shape,
+            like.dtype,
+            like.sharding,
+        )
+    # 8 devices hold each moment once on either side of "data".
+    mu = max(jax.tree.leaves(state.opt_state), key=lambda x: x.size)
+    assert mu.addressable_shards[0].data.size == mu.size // 4
+
+
+@pytest.mark.parametrize(
+    "actor",
+    [{"micro_batch_size": 3, "remat": "full"}, {"pack_length": 32}],
+    ids=str,
+)
+def test_micro_batches_packing_and_remat_change_nothing(tiny_model, actor):
+    got = step(tiny_model, **actor, **ALL_TERMS)
+    assert_same(got, step(tiny_model, **ALL_TERMS))
+
+
+SEVERAL = {"ppo_mini_batch_size": 2, "ppo_epochs": 2}
+
+
+def test_mini_batches_are_the_same_in_any_layout(tiny_model):
+    got = step(tiny_model, pack_length=32, micro_batch_size=1, **SEVERAL)
+    wanted = step(tiny_model, **SEVERAL)
+    assert got[0].step == 4
+    assert_same(got, wanted, rtol=1e-4)  # four updates
+
+
+def test_the_reference_is_where_training_began(tiny_model):
+    _, metrics = step(tiny_model, **ALL_TERMS)
+    assert abs(metrics["actor/kl_loss"]) < 1e-9
+    _, metrics = step(tiny_model, updates=2, **ALL_TERMS)
+    assert metrics["actor/kl_loss"] > 1e-4
+
+
+def test_the_ratio_is_one_in_the_first_of_several_updates(tiny_model, monkeypatch):
+    made = learner(tiny_model, ONE, **SEVERAL)
+    seen, update = [], made._update
+
+    def watched(state, rows):
+        state, metrics = update(state, rows)
+        seen.append(jax.device_get(metrics))
+        return state, metrics
+
+    monkeypatch.setattr(made, "_update", watched)
+    rows = made.make_rows(*make_rollouts(), ADVANTAGES)
+    _, means = made.update(made.start(), rows, seed=3)
+    drift = [abs(float(metrics["actor/ppo_kl"])) for metrics in seen]
+    assert len(drift) == updates_per_step(made.config) == 4
+    assert drift[0] < 1e-6 and min(drift[1:]) > 1e-4
+    assert seen[0]["actor/pg_clipfrac"] == 0
+    for name in seen[0]:
+        wanted = np.mean([metrics[name] for metrics in seen])
+        np.testing.assert_allclose(means[name], wanted, rtol=1e-6, err_msg=name)
+
+
+def test_the_order_of_prompts_in_mini_batches_is_the_seeds(tiny_model):
+    made = learner(tiny_model, ONE, **SEVERAL)
+    rows = made.make_rows(*make_rollouts(), ADVANTAGES)
+    one, same, other = (
+        jax.device_get(made.update(made.start(), rows, seed=s)[0]) for s in (3, 3, 4)
+    )
+    leaves = [jax.tree.leaves(state.params) for state in (one, same, other)]
+    assert all(np.array_equal(a, b) for a, b in zip(*leaves[:2], strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(*leaves[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    "batch, mini, epochs, updates",
+    [(8, None, 1, 1), (8, 8, 2, 2), (8, 3, 1, 3), (8, 4, 3, 6)],
+)
+def test_updates_per_step(tiny_model, batch, mini, epochs, updates):
+    config = make_config(tiny_model, ppo_mini_batch_size=None, ppo_epochs=epochs)
+    data = config.data.model_copy(update={"train_batch_size": batch})
+    actor = config.actor.model_copy(update={"ppo_mini_batch_size": mini})
+    config = config.model_copy(update={"data": data, "actor": actor})
+    assert updates_per_step(config) == updates

@@ -1,0 +1,423 @@
+"""Whole runs of the tiny model, on eight simulated devices."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import yaml
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxrl_llm import config as configs
+from jaxrl_llm import launch, metrics, models, train
+from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.rewards import RewardError
+
+STEPS, PROMPTS, SAMPLES = 8, 4, 8
+QUESTIONS = [{"prompt": f"{i}+{i + 1}=", "answer": str(2 * i + 1)} for i in range(13)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Runs of one shape compile once, in this process and in those it starts."""
+    directory = tmp_path_factory.mktemp("cache")
+    with (
+        jax._src.config.compilation_cache_dir(str(directory)),
+        jax._src.config.persistent_cache_min_compile_time_secs(0),
+    ):
+        compilation_cache.reset_cache()
+        yield directory
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def values(tiny_model, tmp_path_factory):
+    """A configuration, but for its output_dir."""
+    rows = tmp_path_factory.mktemp("rows")
+    for name, part in (("train", QUESTIONS[:10]), ("val", QUESTIONS[10:])):
+        lines = [json.dumps(row) + "\n" for row in part]
+        (rows / f"{name}.jsonl").write_text("".join(lines))
+    return {
+        "model": {"path": tiny_model},
+        "data": {
+            "train": {"path": str(rows / "train.jsonl")},
+            "val": {"path": str(rows / "val.jsonl")},
+            "train_batch_size": PROMPTS,
+            "max_prompt_length": 48,
+        },
+        "rollout": {
+            "n": SAMPLES,
+            "max_response_length": 8,
+            "decode_chunk": 8,
+            "dtype": "float32",
+        },
+        "actor": {
+            "dtype": "float32",
+            "remat": "none",
+            "optim": {"lr": 0.02, "weight_decay": 0.0},
+        },
+        "reward": {"functions": [{"name": "tiny:small_ids"}]},
+        "val": {"n": 2, "threshold": 0.7},
+        "trainer": {"total_training_steps": STEPS, "save_freq": 2, "test_freq": 4},
+    }
+
+
+def write_config(values, directory):
+    path = directory.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump({"output_dir": str(directory), **values}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(values, tmp_path_factory):
+    """A run that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("runs") / "finished"
+    assert launch.main(["train", write_config(values, directory)]) == 0
+    return train.Result(directory)
+
+
+def settings(values, **more):
+    """The configuration as `train.train` takes it."""
+    flat = {"data.train_batch_size": PROMPTS, "data.max_prompt_length": 48}
+    for section in ("rollout", "actor", "val"):
+        flat |= {f"{section}.{key}": value for key, value in values[section].items()}
+    return flat | {name.replace("__", "."): value for name, value in more.items()}
+
+
+def test_the_reward_rises(finished):
+    rewards = finished.table()["critic/rewards/mean"].dropna()
+    assert list(rewards.index) == list(range(1, STEPS + 1))
+    # At first a token is one of 264, of which 100 are rewarded.
+    assert abs(rewards[1] - 100 / 264) < 0.1
+    assert rewards[STEPS] > rewards[1] + 0.15
+
+
+def test_held_out_questions_show_it_too(finished):
+    name = "val-core/all/reward/mean@2"
+    assert finished.after.metrics[name] > finished.before.metrics[name] + 0.15
+    measured = finished.table()[name].dropna()
+    assert list(measured.index) == [0, 4, 8]
+    assert measured[0] == finished.before.metrics[name]
+
+
+def test_trainer_and_sampler_agree_and_the_first_ratio_is_one(finished):
+    table = finished.table().loc[1:]
+    assert (table["mismatch/logprob_diff_max"] < 1e-4).all()
+    assert (table["actor/ppo_kl"] == 0).all()
+    assert (table["actor/pg_clipfrac"] == 0).all()
+    assert (table["actor/update_skipped"] == 0).all()
+
+
+def test_everything_is_there_and_reads_back(finished, values):
+    run = finished.directory
+    config = configs.load(run / "config.yaml")
+    assert config == configs.parse({"output_dir": str(run), **values}, "values")
+    assert json.loads((run / "versions.json").read_text())["num_devices"] == 8
+    assert [line["step"] for line in metrics.read(run)] == list(range(STEPS + 1))
+    files = [(step, split) for step, split, _ in metrics.rollout_files(run)]
+    trained = [(step, "train") for step in range(1, STEPS + 1)]
+    assert sorted(files) == sorted([*trained, (0, "val"), (4, "val"), (8, "val")])
+    assert (run / "report.html").read_text().count("<html") == 1
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert set(kept) >= {"6", "8"} and len(kept) <= 3  # and the best
+    assert not list(run.glob("**/*.tmp")) + list(run.glob("**/*.new"))
+
+
+def test_every_response_is_written_with_its_reward(finished):
+    records = finished.completions(3)
+    assert len(records) == PROMPTS * SAMPLES
+    assert [record["sample"] for record in records[:SAMPLES]] == list(range(SAMPLES))
+    for record in records:
+        assert record["reward"] == pytest.approx(
+            tiny.small_ids([record["tokens"]])[0], rel=1e-6
+        )
+        assert record["weight_version"] == 2  # made by step 2
+        question = QUESTIONS[record["prompt_id"]]
+        assert (record["prompt"], record["answer"]) == tuple(question.values())
+    table = finished.table()
+    mean = np.mean([record["reward"] for record in records])
+    assert table["critic/rewards/mean"][3] == pytest.approx(mean, rel=1e-6)
+    lengths = np.mean([record["num_tokens"] for record in records])
+    assert table["response_length/mean"][3] == pytest.approx(lengths)
+    advantages = np.reshape([r["advantage"] for r in records], (PROMPTS, SAMPLES))
+    np.testing.assert_allclose(advantages.mean(axis=1), 0, atol=1e-5)
+    with pytest.raises(ValueError, match="no train completions of step 99; of"):
+        finished.completions(99)
+
+
+def final_params(result):
+    """The weights of the newest checkpoint, as they are."""
+    job = train.build(configs.load(result.directory / "config.yaml"))
+    with Checkpoints(result.directory / "checkpoints", 9) as checkpoints:
+        step, state, _ = checkpoints.restore(train.abstract_state(job))
+    assert step == state.actor.step == STEPS
+    return jax.device_get(state.actor.params)
+
+
+def test_the_trained_weights_load_again(finished, tiny_model):
+    trained = models.load(finished.weights, dtype=jnp.bfloat16)
+    before = models.load(tiny_model).params
+    for (path, got), wanted, old in zip(
+        jax.tree.leaves_with_path(trained.params),
+        *map(jax.tree.leaves, (final_params(finished), before)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, wanted.astype(jnp.bfloat16), str(path))
+        assert not np.allclose(wanted, old, atol=1e-3), path
+    assert trained.tokenizer.decode(trained.tokenizer("1+2=").input_ids) == "1+2="
+
+
+def test_it_is_plotted(finished):
+    titles = [axes.get_title() for axes in finished.plot().axes]
+    assert titles[0] == "training reward" and len(titles) == 3
+
+
+class Process:
+    """`python -m jaxrl_llm train CONFIG`, like the run in this process."""
+
+    def __init__(self, config, cache, pause_s=0.0):
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "8",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "TINY_PAUSE_S": str(pause_s),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "jaxrl_llm", "train", config],
+            cwd=pathlib.Path(__file__).parent,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def stop_when(self, condition, number):
+        """Sends the signal as soon as the condition holds; returns what was printed."""
+        while not condition():
+            assert self.process.poll() is None, self.process.stdout.read()
+            time.sleep(0.002)
+        self.process.send_signal(number)
+        return self.finish()
+
+    def finish(self):
+        return self.process.communicate(timeout=300)[0]
+
+
+def lines(run):
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def steps_on_disk(run):
+    """Steps whose checkpoint exists, even if it is only being written."""
+    return {int(path.name.split(".")[0]) for path in run.glob("checkpoints/*")}
+
+
+def what_a_run_says(run):
+    """All but how long things took."""
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("timing_s/", "perf/"))}
+        for line in metrics.read(run)
+    ]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(finished, values, cache, tmp_path):
+    run = tmp_path / "killed"
+    config = write_config(values, run)
+
+    # In the middle of a step; then while a checkpoint is being written.
+    process = Process(config, cache, pause_s=0.1)
+    process.stop_when(lambda: lines(run) == 4, signal.SIGKILL)
+    assert process.process.returncode == -signal.SIGKILL
+    process = Process(config, cache)
+    said = process.stop_when(lambda: max(steps_on_disk(run)) >= 4, signal.SIGKILL)
+    assert process.process.returncode == -signal.SIGKILL
+
+    # Asked to stop, it ends the step, saves, and says how to go on.
+    process = Process(config, cache, pause_s=0.3)
+    begun = lines(run)
+    said = process.stop_when(lambda: lines(run) not in (0, begun), signal.SIGTERM)
+    assert process.process.returncode == 0, said
+    last = metrics.read(run)[-1]["step"]
+    assert f"stopped after step {last} of {STEPS}; the same command goes on" in said
+    assert last in steps_on_disk(run)
+
+    process = Process(config, cache)
+    said = process.finish()
+    assert process.process.returncode == 0, said
+    assert f"going on from step {last}" in said
+
+    result = train.Result(run)
+    assert what_a_run_says(run) == what_a_run_says(finished.directory)
+    files = {
+        directory: {p.name: p.read_bytes() for p in directory.glob("rollouts/*")}
+        for directory in (run, finished.directory)
+    }
+    assert files[run] == files[finished.directory]
+    for got, wanted in zip(
+        *map(jax.tree.leaves, (final_params(result), final_params(finished))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, wanted)
+    weights = [r.weights / "model.safetensors" for r in (result, finished)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_run_stopped_before_its_first_validation_has_no_result_to_show(finished):
+    # Its only validation is the one before training.
+    run = finished.directory
+    later = [path for step, split, path in metrics.rollout_files(run) if split == "val"]
+    for path in later[1:]:
+        path.rename(path.with_suffix(".aside"))
+    assert finished.before is not None and finished.after is None
+    for path in later[1:]:
+        path.with_suffix(".aside").rename(path)
+
+
+def test_a_finished_run_only_shows_its_result(finished):
+    before = what_a_run_says(finished.directory)
+    assert launch.main(["train", str(finished.directory / "config.yaml")]) == 0
+    assert what_a_run_says(finished.directory) == before
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("--trainer.resume=never", "trainer.resume is never, but output_dir"),
+        ("--resume=never", "trainer.resume is never, but output_dir"),
+        ("--seed=1", "seed was 0, is 1"),
+        ("--actor.optim.lr=1", "actor.optim.lr was 0.02, is 1.0"),
+    ],
+)
+def test_another_run_is_not_mixed_into_one(finished, override, message, capsys):
+    config = finished.directory / "config.yaml"
+    before = config.read_text()
+    assert launch.main(["train", str(config), override]) == 2
+    assert message in capsys.readouterr().err
+    assert config.read_text() == before
+
+
+def test_three_prompts_five_samples_and_four_rows_at_a_time_work(
+    tiny_model, values, tmp_path
+):
+    result = train.train(
+        tiny_model,
+        [{"prompt": row["prompt"]} for row in QUESTIONS[:3]],  # no answer is needed
+        tiny.small_ids,
+        steps=2,
+        output_dir=str(tmp_path),
+        settings=settings(
+            values,
+            data__train_batch_size=3,
+            rollout__n=5,
+            actor__micro_batch_size=4,
+            actor__pack_length=64,
+            actor__ppo_mini_batch_size=2,
+            actor__use_kl_loss=True,
+            trainer__save_hf=False,
+        ),
+    )
+    assert len(result.completions(2)) == 15
+    table = result.table()
+    assert table["training/epoch"][2] == 2
+    assert (table.loc[1:, "actor/kl_loss"] >= 0).all()
+    assert result.before is None and result.after is None
+    assert not result.weights.exists()
+
+
+def brittle(fails_at):
+    """A reward function that raises at its n-th call."""
+    calls = []
+
+    def judge(completion_ids):
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise ZeroDivisionError("no luck")
+        return tiny.small_ids(completion_ids)
+
+    return judge
+
+
+def test_a_reward_that_fails_stops_a_run_that_can_go_on(
+    tiny_model, values, tmp_path, finished
+):
+    def go(reward):
+        return train.train(
+            tiny_model,
+            QUESTIONS[:10],
+            reward,
+            steps=3,
+            output_dir=str(tmp_path),
+            settings=settings(values, trainer__save_freq=1),
+        )
+
+    with pytest.raises(RewardError, match="'judge' raised ZeroDivisionError: no luck"):
+        go(brittle(fails_at=3))
+    assert [line["step"] for line in metrics.read(tmp_path)] == [0, 1, 2]
+    result = go(brittle(fails_at=None))
+    # The run of the fixture asked the same questions with the same seed.
+    name = "critic/rewards/mean"
+    np.testing.assert_array_equal(result.table()[name][1:], finished.table()[name][1:4])
+
+
+def test_a_reward_that_fails_may_count_as_zero(tiny_model, values, tmp_path):
+    result = train.train(
+        tiny_model,
+        QUESTIONS[:10],
+        brittle(fails_at=2),
+        steps=2,
+        output_dir=str(tmp_path),
+        settings=settings(values, reward__on_error="zero", trainer__save_hf=False),
+    )
+    table = result.table()
+    assert table["reward_errors/judge"][2] == PROMPTS * SAMPLES
+    assert table["critic/rewards/mean"][2] == 0 < table["critic/rewards/mean"][1]
+    assert np.isnan(table["reward_errors/judge"][1])
+
+
+def test_rows_of_another_run_are_not_overwritten(tiny_model, finished):
+    kept = finished.directory / "train.jsonl"
+    kept.write_text('{"prompt": "kept", "answer": null}\n')
+    with pytest.raises(ValueError, match="holds a run on other train rows"):
+        train.train(tiny_model, QUESTIONS, "exact", output_dir=str(finished.directory))
+    assert "kept" in kept.read_text()
+    kept.unlink()
+
+
+@pytest.mark.parametrize(
+    "rows, reward, more, message",
+    [
+        ([{"prompt": {1}}], "exact", {}, "train row 0 is not JSON: .* set"),
+        ([{"question": "1"}], "exact", {}, "row 0 .*: no column 'prompt'"),
+        (QUESTIONS, "exactt", {}, "'exactt' is not built in, did you mean 'exact'"),
+        (QUESTIONS, ["exact", "exact"], {}, "need different names, got"),
+        (QUESTIONS, [], {}, "train\\(\\): reward: functions is empty"),
+        (QUESTIONS, "exact", {"rollout.m": 1}, "train\\(\\): rollout.m: unknown key"),
+        (QUESTIONS, "exact", {"actor.mesh.data": 3}, "actor.mesh: mesh .* 8 devices"),
+        (QUESTIONS, "exact", {"data.train_batch_size": 14}, "use at most 13"),
+        (
+            QUESTIONS,
+            "exact",
+            {"rollout.max_response_length": 9000},
+            "max_response_length 9000 is over the model's 8192 positions",
+        ),
+        (QUESTIONS, "exact", {"model.tokenizer": "/nowhere"}, "/nowhere: no such dir"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_computed(
+    tiny_model, tmp_path, rows, reward, more, message
+):
+    more = {"data.train_batch_size": 1} | more
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match=message):
+        train.train(tiny_model, rows, reward, output_dir=str(run), settings=more)
+    assert not (run / "metrics.jsonl").exists()
