@@ -242,7 +242,7 @@ def assign_credit(
         state = dataclasses.replace(state, kl_coef=coef)
     credited = {name: float(value) for name, value in found.items()}
     if algorithm.filter_groups:
-        credited["training/groups_generated"] = groups.num_generated
+        credited["training/groups_generated"] = float(groups.num_generated)
     return state, rows, credited
 
 
