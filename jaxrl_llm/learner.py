@@ -216,6 +216,11 @@ class Learner:
             models.abstract_params(self.arch), self.optimizer, self.state_shardings()
         )
 
+    @property
+    def asks_other_policies(self) -> bool:
+        """Whether `with_logprobs` has something to add."""
+        return uses_kl(self.config) or needs_old_logprobs(self.config)
+
     def with_logprobs(
         self, params: Any, batch: TrainBatch, reference: Any = None
     ) -> TrainBatch:

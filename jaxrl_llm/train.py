@@ -206,13 +206,16 @@ def assign_credit(
     algorithm, params = config.algorithm, state.actor.params
     unknown = np.zeros_like(scores.total)
     rows = learner.make_rows(groups.asked, groups.rollouts, unknown)
-    with records.phase("old_log_prob"):
-        rows = learner.with_logprobs(params, rows, state.reference)
-        squares = None
-        if algorithm.adv_estimator.endswith("optimal_token_baseline"):
+    values = squares = None
+    if learner.asks_other_policies:
+        with records.phase("old_log_prob"):
+            rows = learner.with_logprobs(params, rows, state.reference)
+    if algorithm.adv_estimator.endswith("optimal_token_baseline"):
+        with records.phase("old_log_prob"):
             squares = learner.sum_pi_squared(params, rows)
-    with records.phase("values"):
-        values = job.critic and job.critic.judge(state.critic.params, rows)
+    if job.critic:
+        with records.phase("values"):
+            values = job.critic.judge(state.critic.params, rows)
     with records.phase("adv"):
         judged = estimate.Judged(
             rewards=scores.total,
