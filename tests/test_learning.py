@@ -102,6 +102,6 @@ def test_the_adaptive_coefficient_holds_the_kl_near_its_target(tmp_path, held):
     config = make_config(tiny.checkpoint(tmp_path / "tiny"), tmp_path, **changed)
     reward = RewardFunction(name="given", function=mean_id)
     train.run(train.build(config, [reward]))
-    lines = metrics.read(config.output_dir)[-40:]
+    lines = metrics.read(config.output_dir)[-60:]
     kl = np.mean([line["actor/reward_kl_penalty"] for line in lines])
-    assert 0.15 < kl < 0.25 if held else kl > 2
+    assert 0.1 < kl < 0.4 if held else kl > 2
