@@ -213,8 +213,13 @@ class ActorConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and of the weights inside a matrix product. The master weights,
     the optimizer's moments, softmax and losses are float32."""
-    remat: Literal["none", "full"] = "full"
-    """full: keep only each layer's input for the backward pass."""
+    remat: Literal["none", "dots", "full", "offload"] = "full"
+    """What the backward pass of a layer computes again. none: nothing. dots: all but
+    matrix products and attention. full: everything. offload: as dots, with the
+    products kept in the host's memory meanwhile."""
+    attention: Literal["auto", "xla"] = "auto"
+    """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
+    which holds the scores of a whole row."""
     mesh: TrainMeshConfig = TrainMeshConfig()
 
 
@@ -244,8 +249,8 @@ class CriticConfig(_Section):
     ppo_epochs: int | None = Field(None, gt=0)
     """Passes over each batch; as actor.ppo_epochs if not given."""
     micro_batch_size: int | None = Field(None, gt=0)
-    """Rows per forward and backward pass; the whole mini-batch if not given. Changes
-    memory and speed, never the result."""
+    """Rows per forward and backward pass; as actor.micro_batch_size if not given.
+    Changes memory and speed, never the result."""
     cliprange_value: float = Field(0.5, gt=0)
     """An update moves a value at most so far from what it was, in units of reward."""
     loss_agg_mode: Aggregation = "token-mean"
@@ -253,8 +258,13 @@ class CriticConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and of the weights inside a matrix product. The master weights,
     the optimizer's moments, the value head and losses are float32."""
-    remat: Literal["none", "full"] = "full"
-    """full: keep only each layer's input for the backward pass."""
+    remat: Literal["none", "dots", "full", "offload"] = "full"
+    """What the backward pass of a layer computes again. none: nothing. dots: all but
+    matrix products and attention. full: everything. offload: as dots, with the
+    products kept in the host's memory meanwhile."""
+    attention: Literal["auto", "xla"] = "auto"
+    """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
+    which holds the scores of a whole row."""
     mesh: TrainMeshConfig = TrainMeshConfig()
 
 

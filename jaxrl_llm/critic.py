@@ -20,7 +20,13 @@ from jaxtyping import Array, Float
 from jaxrl_llm import grpo, logprobs, models, optimizer, ppo
 from jaxrl_llm.batch import TrainBatch, pad_rows
 from jaxrl_llm.config import Config, ConfigError
-from jaxrl_llm.learner import abstract_state, first_state, split, state_shardings
+from jaxrl_llm.learner import (
+    abstract_state,
+    first_state,
+    layout,
+    split,
+    state_shardings,
+)
 from jaxrl_llm.models import Checkpoint
 from sharding import rules
 
@@ -52,14 +58,12 @@ class Critic:
         self.optimizer = optimizer.make(critic.optim, total_steps, count)
         self.schedule = optimizer.schedule(critic.optim, total_steps, count)
         self._rows = NamedSharding(mesh, P(("data", "fsdp")))
-        self._layout = {
-            "pack_length": config.actor.pack_length,
-            "rows_multiple": mesh.shape["data"] * mesh.shape["fsdp"],
-        }
+        micro_batch_size = critic.micro_batch_size or config.actor.micro_batch_size
+        self._layout = layout(config, mesh, micro_batch_size)
         settings = ppo.CriticSettings(
             cliprange_value=critic.cliprange_value,
             loss_agg_mode=critic.loss_agg_mode,
-            micro_batch_size=critic.micro_batch_size,
+            micro_batch_size=micro_batch_size,
         )
         self._update = jax.jit(
             functools.partial(
@@ -88,14 +92,18 @@ class Critic:
 
     def values(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
         """The value of the state before every response token, 0 elsewhere."""
+        critic = self.config.critic
         after = models.values(
             self.arch,
             params,
             rows.tokens,
             rows.positions,
             rows.sequence_ids,
-            dtype=jnp.dtype(self.config.critic.dtype),
-            remat=self.config.critic.remat,
+            dtype=jnp.dtype(critic.dtype),
+            remat=critic.remat,
+            attention=models.choose_attention(
+                self.mesh, critic.dtype, rows.sequence_capacity, critic.attention
+            ),
         )
         return logprobs.before(after, rows.positions, rows.response_mask)
 
@@ -161,18 +169,16 @@ class Critic:
             params,
             batch,
             (),
-            self.config.critic.micro_batch_size,
+            self._layout.micro_batch_size,
         )
         return values
 
     def _parts(self, batch: TrainBatch, epoch: int, seed: int) -> list[TrainBatch]:
-        return split(
-            self.config, batch, self._mini_batch, (seed, epoch), **self._layout
-        )
+        return split(self.config, batch, self._mini_batch, (seed, epoch), self._layout)
 
     def _padded(self, batch: TrainBatch) -> int:
         """Rows that can be split over this mesh, which need not be the policy's."""
-        multiple = self._layout["rows_multiple"]
+        multiple = self._layout.rows_multiple
         return -(-batch.tokens.shape[0] // multiple) * multiple
 
     def _on_devices(self, batch: TrainBatch) -> TrainBatch:

@@ -424,7 +424,8 @@ def accumulate(
     """Sums a function, such as a gradient, over micro-batches of rows, in float32.
 
     Micro-batch m of M has the rows m, m + M, m + 2 M, ... so that rows that are split
-    over devices stay split over all of them. Rows of padding fill up the last ones.
+    over devices stay split over all of them. Rows of padding fill up the last ones;
+    micro-batches of padding alone at the end are not computed.
 
     Args:
       function: `(params, rows, their part of beside) -> (terms, per token)`, the latter
@@ -447,14 +448,23 @@ def accumulate(
     def join(x):
         return x.swapaxes(0, 1).reshape(micro_batch_size * count, -1)[:num_rows]
 
-    def add(total, micro_batch):
-        terms, scored = function(params, *micro_batch)
-        return jax.tree.map(jnp.add, total, terms), scored
-
     beside = jax.tree.map(lambda x: jnp.pad(x, extra), beside)
     micro_batches = jax.tree.map(split, (padded, beside))
-    first = jax.tree.map(lambda x: x[0], micro_batches)
-    terms, _ = jax.eval_shape(function, params, *first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), terms)
-    total, scored = jax.lax.scan(add, zeros, micro_batches)
+
+    def part(i):
+        return jax.tree.map(lambda x: x[i], micro_batches)
+
+    def add(i, found):
+        terms, scored = function(params, *part(i))
+        return (
+            jax.tree.map(jnp.add, found[0], terms),
+            jax.tree.map(lambda all, x: all.at[i].set(x), found[1], scored),
+        )
+
+    terms, scored = jax.eval_shape(function, params, *part(0))
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), terms)
+    scored = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), scored)
+    in_use = jnp.any(micro_batches[0].sequence_ids >= 0, axis=(1, 2))
+    last = jnp.max(jnp.where(in_use, jnp.arange(1, count + 1), 0))
+    total, scored = jax.lax.fori_loop(0, last, add, (total, scored))
     return total, jax.tree.map(join, scored)

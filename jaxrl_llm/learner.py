@@ -20,11 +20,11 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm import batch as batches
 from jaxrl_llm import grpo, logprobs, models, optimizer
-from jaxrl_llm.batch import Completion, Prompt, TrainBatch
+from jaxrl_llm.batch import Completion, Layout, Prompt, TrainBatch
 from jaxrl_llm.config import Config
 from jaxrl_llm.config_algorithm import RolloutCorrectionConfig, uses_kl
 from jaxrl_llm.correction import Correction
-from jaxrl_llm.models import Architecture, Checkpoint
+from jaxrl_llm.models import Architecture, WeightSource
 from sharding import rules
 
 
@@ -36,7 +36,7 @@ class Learner:
       mesh: axes "data", "fsdp" and "tensor"; rows are split over the first two.
     """
 
-    def __init__(self, config: Config, source: Checkpoint, mesh: Mesh):
+    def __init__(self, config: Config, source: WeightSource, mesh: Mesh):
         self.config, self.arch, self.mesh = config, source.arch, mesh
         self._source = source
         actor, trainer = config.actor, config.trainer
@@ -45,10 +45,7 @@ class Learner:
         self.optimizer = optimizer.make(actor.optim, steps, count)
         self.schedule = optimizer.schedule(actor.optim, steps, count)
         self._rows = NamedSharding(mesh, P(("data", "fsdp")))
-        self._layout = {
-            "pack_length": actor.pack_length,
-            "rows_multiple": mesh.shape["data"] * mesh.shape["fsdp"],
-        }
+        self._layout = layout(config, mesh, actor.micro_batch_size)
         self._update = jax.jit(
             functools.partial(
                 grpo.update,
@@ -106,7 +103,7 @@ class Learner:
         advantages: Float[np.ndarray, "P G"],
     ) -> TrainBatch:
         """The training batch of one step, on the host."""
-        return batches.make_rows(prompts, completions, advantages, **self._layout)
+        return batches.make_rows(prompts, completions, advantages, layout=self._layout)
 
     def largest_rows(self) -> TrainBatch:
         """Rows in which every prompt and response is as long as it may be."""
@@ -129,6 +126,13 @@ class Learner:
             [prompt] * P, [[completion] * G] * P, np.zeros((P, G), np.float32)
         )
 
+    def compile_update(self, batch: TrainBatch) -> jax.stages.Compiled:
+        """The update of the state with rows of these shapes, compiled."""
+        rows = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows), batch
+        )
+        return self._update.lower(self.abstract_state(), rows).compile()
+
     def update_memory(self) -> Any:
         """The compiler's memory analysis of the largest update that can occur."""
         batch = self.largest_rows()
@@ -136,12 +140,7 @@ class Learner:
             batch = dataclasses.replace(batch, ref_logprobs=batch.sampler_logprobs)
         if needs_old_logprobs(self.config):
             batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
-        rows = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows),
-            self._parts(batch, 0, 0)[0],
-        )
-        compiled = self._update.lower(self.abstract_state(), rows).compile()
-        return compiled.memory_analysis()
+        return self.compile_update(self._parts(batch, 0, 0)[0]).memory_analysis()
 
     def update(
         self, state: grpo.TrainState, batch: TrainBatch, seed: int
@@ -160,7 +159,7 @@ class Learner:
         collected = []
         for epoch in range(actor.ppo_epochs):
             for part in self._parts(batch, epoch, seed):
-                state, metrics = self._update(state, self._on_devices(part))
+                state, metrics = self._update(state, self.on_devices(part))
                 collected.append(metrics)
         means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(collected))
         means["actor/lr"] = float(self.schedule(int(state.step) - 1))
@@ -177,7 +176,7 @@ class Learner:
             rows.response_mask,
             temperature=self.config.rollout.temperature,
             logit_softcap=self.arch.logit_softcap,
-            capacity=rows.response_capacity,
+            entropy_gradient=self.config.actor.entropy_coeff != 0,
         )
 
     def _sum_pi_squared(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
@@ -191,14 +190,18 @@ class Learner:
         )
 
     def _hidden(self, params: Any, rows: TrainBatch) -> Float[Array, "R T D"]:
+        actor = self.config.actor
         return models.forward(
             self.arch,
             params,
             rows.tokens,
             rows.positions,
             rows.sequence_ids,
-            dtype=jnp.dtype(self.config.actor.dtype),
-            remat=self.config.actor.remat,
+            dtype=jnp.dtype(actor.dtype),
+            remat=actor.remat,
+            attention=models.choose_attention(
+                self.mesh, actor.dtype, rows.sequence_capacity, actor.attention
+            ),
         )
 
     def state_shardings(self) -> grpo.TrainState:
@@ -240,14 +243,14 @@ class Learner:
 
     def take(self, batch: TrainBatch, sequences: Sequence[int]) -> TrainBatch:
         """Some sequences of a batch of `make_rows`, laid out anew."""
-        return batches.take(batch, sequences, **self._layout)
+        return batches.take(batch, sequences, layout=self._layout)
 
     def sum_pi_squared(self, params: Any, batch: TrainBatch) -> np.ndarray:
         """`logprobs.sum_pi_squared` of all response tokens, [R, T] on the host."""
-        return np.asarray(self._concentration(params, self._on_devices(batch)))
+        return np.asarray(self._concentration(params, self.on_devices(batch)))
 
     def _scored(self, params: Any, batch: TrainBatch) -> np.ndarray:
-        return np.asarray(self._score(params, self._on_devices(batch)).logprobs)
+        return np.asarray(self._score(params, self.on_devices(batch)).logprobs)
 
     def _in_micro_batches(self, function: Callable) -> Callable:
         """`function` of all rows, as many at a time as in the update; compiled."""
@@ -266,10 +269,21 @@ class Learner:
 
     def _parts(self, batch: TrainBatch, epoch: int, seed: int) -> list[TrainBatch]:
         mini = self.config.actor.ppo_mini_batch_size
-        return split(self.config, batch, mini, (seed, epoch), **self._layout)
+        return split(self.config, batch, mini, (seed, epoch), layout=self._layout)
 
-    def _on_devices(self, batch: TrainBatch) -> TrainBatch:
+    def on_devices(self, batch: TrainBatch) -> TrainBatch:
+        """The rows of `make_rows`, split over the mesh."""
         return jax.device_put(batch, self._rows)
+
+
+def layout(config: Config, mesh: Mesh, micro_batch_size: int | None) -> Layout:
+    """The rows of a training step on `mesh`."""
+    return Layout(
+        pack_length=config.actor.pack_length,
+        rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
+        micro_batch_size=micro_batch_size,
+        longest=config.data.max_prompt_length + config.rollout.max_response_length,
+    )
 
 
 def split(
@@ -277,19 +291,18 @@ def split(
     batch: TrainBatch,
     num_prompts: int | None,
     seed: tuple[int, int],
-    **layout: int | None,
+    layout: Layout,
 ) -> list[TrainBatch]:
     """The mini-batches of one pass, in an order of the prompts drawn with `seed`.
 
     Args:
       num_prompts: in a mini-batch; the whole batch if not given.
-      layout: as in `batch.mini_batches`.
     """
     if num_prompts is None or num_prompts >= config.data.train_batch_size:
         return [batch]
     order = int(np.random.SeedSequence(seed).generate_state(1)[0])
     return batches.mini_batches(
-        batch, num_prompts, config.rollout.n, seed=order, **layout
+        batch, num_prompts, config.rollout.n, seed=order, layout=layout
     )
 
 

@@ -179,7 +179,7 @@ class Records:
         tokens = int(self._lengths.sum())
         generated = self._batch["response_length/mean"] * len(self._lengths)
         flops = self.config.actor.ppo_epochs * metrics.train_flops(
-            models.num_params(arch),
+            models.num_matmul_params(arch),
             tokens,
             int((self._lengths**2).sum()),
             arch.num_layers,

@@ -88,7 +88,10 @@ def test_a_configuration_cannot_be_changed():
         ("--actor.optim.lr=.nan", "actor.optim.lr: Input should be a finite number"),
         ("--actor.optim.lr=fast", "actor.optim.lr: Input should be a valid number"),
         ("--actor.optim.betas=[0.9, 1]", "actor.optim: betas must lie in [0, 1), got"),
-        ("--actor.remat=some", "actor.remat: Input should be 'none' or 'full', got"),
+        (
+            "--actor.remat=some",
+            "actor.remat: Input should be 'none', 'dots', 'full' or 'offload', got",
+        ),
         ("--rollout.dtype=float16", "rollout.dtype: Input should be 'float32' or"),
         ("--model.path=3", "model.path: Input should be a valid string, got 3"),
         ("--reward.functions=[]", "reward: functions is empty; give at least one"),

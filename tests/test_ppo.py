@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm import advantages, grpo, logprobs, masked, ppo
-from jaxrl_llm.batch import Completion, Prompt, make_rows
+from jaxrl_llm.batch import Completion, Layout, Prompt, make_rows
 from sharding import mesh
 
 
@@ -76,7 +76,6 @@ def logprob_fn(params, rows):
         rows.tokens,
         rows.positions,
         rows.response_mask,
-        capacity=rows.response_capacity,
     )
 
 
@@ -103,7 +102,7 @@ def make_batch(order=(0, 1, 2), **how):
         [PROMPTS[p] for p in order],
         [COMPLETIONS[p] for p in order],
         np.zeros((3, 2), np.float32),
-        **how,
+        layout=Layout(**how),
     )
     return credited(jax.device_put(batch), make_params(1), SCORES[list(order)])
 

@@ -15,6 +15,7 @@ from jaxrl_llm.models.apply import (
     init,
     logical_axes,
     logits,
+    num_matmul_params,
     num_params,
     output_matrix,
     prefill,
@@ -23,17 +24,22 @@ from jaxrl_llm.models.apply import (
 from jaxrl_llm.models.architecture import Architecture, Rope
 from jaxrl_llm.models.critic import abstract_critic, critic_axes, init_critic, values
 from jaxrl_llm.models.families import architecture
+from jaxrl_llm.models.flash import choose as choose_attention
 from jaxrl_llm.models.huggingface import Checkpoint, Model, load, open, save
+from jaxrl_llm.models.weights import RandomWeights, WeightSource
 
 __all__ = [
     "Architecture",
     "Cache",
     "Checkpoint",
     "Model",
+    "RandomWeights",
     "Rope",
+    "WeightSource",
     "abstract_critic",
     "abstract_params",
     "architecture",
+    "choose_attention",
     "critic_axes",
     "decode",
     "forward",
@@ -42,6 +48,7 @@ __all__ = [
     "load",
     "logical_axes",
     "logits",
+    "num_matmul_params",
     "num_params",
     "open",
     "output_matrix",

@@ -4,15 +4,15 @@
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.models.apply import Params, forward
+from jaxrl_llm.models.apply import Params, Remat, forward
 from jaxrl_llm.models.architecture import Architecture
+from jaxrl_llm.models.attention import PackedAttention, packed
 from jaxrl_llm.models.decoder import Decoder, Init
 
 
@@ -63,7 +63,8 @@ def values(
     sequence_ids: Int[Array, "R T"],
     *,
     dtype,
-    remat: Literal["none", "full"] = "none",
+    remat: Remat = "none",
+    attention: PackedAttention = packed,
 ) -> Float[Array, "R T"]:
     """The value of the state after each token of packed rows, float32.
 
@@ -79,6 +80,7 @@ def values(
         sequence_ids,
         dtype=dtype,
         remat=remat,
+        attention=attention,
     )
     weight = params["weight"].astype(jnp.float32)
     return jnp.einsum("rtd,d->rt", hidden.astype(jnp.float32), weight) + params["bias"]
