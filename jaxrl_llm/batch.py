@@ -8,6 +8,7 @@ no caller ever shifts. Positions where `response_mask` is False hold 0, never ga
 
 import bisect
 import dataclasses
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -213,9 +214,12 @@ def pad_rows(batch: TrainBatch, num_rows: int) -> TrainBatch:
 
 
 def lay_out(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
-    """Which sequences share a row: best-fit decreasing, or one each without a length.
+    """Which sequences share a row: in few rows, of about as many tokens each.
 
-    The longest sequence goes first, each into the fullest row that has room for it.
+    At most 3 % more rows than best-fit decreasing needs (the longest goes first, each
+    into the fullest row that has room). Where they can be, they are balanced (the
+    longest goes first, each into the emptiest row). One sequence per row without a
+    length.
 
     Returns:
       Indices into `lengths`, row by row.
@@ -223,18 +227,31 @@ def lay_out(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
     Raises:
       ValueError: a sequence is longer than a row.
 
-    Source: Johnson et al. 1974 (doi:10.1137/0203025).
+    Source: Johnson et al. 1974 (doi:10.1137/0203025), best fit; Graham 1969
+    (doi:10.1137/0117039), balance.
     """
     if row_length is None:
         return [[i] for i in range(len(lengths))]
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if lengths and lengths[order[0]] > row_length:
+        raise ValueError(
+            f"sequence {order[0]} has {lengths[order[0]]} tokens, more than "
+            f"pack_length {row_length}"
+        )
+    fitting = _best_fit(lengths, order, row_length)
+    most = len(fitting) + len(fitting) // 32
+    for num_rows in range(-(-sum(lengths) // row_length), most + 1):
+        if rows := _balanced(lengths, order, num_rows, row_length):
+            return rows
+    return fitting
+
+
+def _best_fit(
+    lengths: Sequence[int], order: Sequence[int], row_length: int
+) -> list[list[int]]:
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens that still fit, row), sorted
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[i] > row_length:
-            raise ValueError(
-                f"sequence {i} has {lengths[i]} tokens, more than pack_length "
-                f"{row_length}"
-            )
+    for i in order:
         fit = bisect.bisect_left(rooms, (lengths[i], 0))
         if fit == len(rooms):
             rows.append([])
@@ -242,6 +259,20 @@ def lay_out(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
         room, row = rooms.pop(fit)
         rows[row].append(i)
         bisect.insort(rooms, (room - lengths[i], row))
+    return rows
+
+
+def _balanced(
+    lengths: Sequence[int], order: Sequence[int], num_rows: int, row_length: int
+) -> list[list[int]] | None:
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    emptiest = [(0, r) for r in range(num_rows)]  # (tokens, row), a heap
+    for i in order:
+        used, r = emptiest[0]
+        if used + lengths[i] > row_length:
+            return None
+        heapq.heapreplace(emptiest, (used + lengths[i], r))
+        rows[r].append(i)
     return rows
 
 
@@ -317,7 +348,7 @@ def _arrange(
     per_row = 1 + max(len(row) for _, rows in laid_out for row in rows)
     static = {
         "num_sequences": most,
-        "sequence_capacity": 1 << (per_row - 1).bit_length(),
+        "sequence_capacity": bucket(per_row, step=2),
     }
     together = min(layout.micro_batch_size or num_rows, num_rows)
 

@@ -220,6 +220,9 @@ class ActorConfig(_Section):
     attention: Literal["auto", "xla"] = "auto"
     """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
     which holds the scores of a whole row."""
+    unroll: Literal["auto", "never", "always"] = "auto"
+    """Compile every layer by itself rather than one loop over them: no copies into and
+    out of the loop, but a compile time that grows with depth. auto: on a GPU."""
     mesh: TrainMeshConfig = TrainMeshConfig()
 
 
@@ -265,6 +268,9 @@ class CriticConfig(_Section):
     attention: Literal["auto", "xla"] = "auto"
     """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
     which holds the scores of a whole row."""
+    unroll: Literal["auto", "never", "always"] = "auto"
+    """Compile every layer by itself rather than one loop over them: no copies into and
+    out of the loop, but a compile time that grows with depth. auto: on a GPU."""
     mesh: TrainMeshConfig = TrainMeshConfig()
 
 

@@ -104,6 +104,7 @@ class Critic:
             attention=models.choose_attention(
                 self.mesh, critic.dtype, rows.sequence_capacity, critic.attention
             ),
+            unroll=models.choose_unroll(self.mesh, critic.unroll),
         )
         return logprobs.before(after, rows.positions, rows.response_mask)
 

@@ -52,6 +52,9 @@ class Learner:
                 logprob_fn=self.logprobs,
                 optimizer=self.optimizer,
                 settings=update_settings(config),
+                prepare=lambda params: models.for_products(
+                    self.arch, params, actor.dtype
+                ),
             ),
             donate_argnums=0,
             out_shardings=(self.state_shardings(), None),
@@ -202,6 +205,7 @@ class Learner:
             attention=models.choose_attention(
                 self.mesh, actor.dtype, rows.sequence_capacity, actor.attention
             ),
+            unroll=models.choose_unroll(self.mesh, actor.unroll),
         )
 
     def state_shardings(self) -> grpo.TrainState:

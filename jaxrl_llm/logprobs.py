@@ -56,10 +56,9 @@ def of_tokens(
       chunk: logits exist for about so many tokens at a time, over all devices.
     """
     size = min(max(1, chunk // tokens.shape[0]), tokens.shape[1])
-    matrix = output_matrix.astype(hidden.dtype)
     mask = mask & (positions > 0)
     how = _How(temperature, logit_softcap, entropy_gradient, size)
-    return Logprobs(*_score(hidden, matrix, tokens, mask, how))
+    return Logprobs(*_score(hidden, output_matrix, tokens, mask, how))
 
 
 def before(
@@ -164,11 +163,12 @@ def _logits(hidden, matrix, how: _How) -> Float[Array, "R t V"]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _score(hidden, matrix, tokens, mask, how: _How):
-    return _score_forward(hidden, matrix, tokens, mask, how)[0]
+def _score(hidden, output_matrix, tokens, mask, how: _How):
+    return _score_forward(hidden, output_matrix, tokens, mask, how)[0]
 
 
-def _score_forward(hidden, matrix, tokens, mask, how: _How):
+def _score_forward(hidden, output_matrix, tokens, mask, how: _How):
+    matrix = output_matrix.astype(hidden.dtype)
     chosen = _choose(hidden, mask, how.size)
     tokens = jnp.take_along_axis(tokens, chosen.order, axis=1)
 
@@ -188,7 +188,7 @@ def _score_forward(hidden, matrix, tokens, mask, how: _How):
     zeros = (jnp.zeros(tokens.shape),) * 3
     own, total, mean = jax.lax.fori_loop(0, chosen.chunks, of_chunk, zeros)
     scored = _back(own - total, chosen, mask), _back(total - mean, chosen, mask)
-    return scored, (hidden, matrix, tokens, mask, total, mean)
+    return scored, (hidden, output_matrix, tokens, mask, total, mean)
 
 
 def _score_backward(how: _How, kept, cotangents):
@@ -196,7 +196,8 @@ def _score_backward(how: _How, kept, cotangents):
 
     d logits[v] = g * [v = token] - p[v] * (g + e * (logits[v] - sum(p * logits)))
     """
-    hidden, matrix, tokens, mask, total, mean = kept
+    hidden, output_matrix, tokens, mask, total, mean = kept
+    matrix = output_matrix.astype(hidden.dtype)
     chosen = _choose(hidden, mask, how.size)
     there = jnp.arange(tokens.shape[1])[None] <= chosen.rank[:, -1:]
     of_logprob, of_entropy = (
@@ -232,7 +233,7 @@ def _score_backward(how: _How, kept, cotangents):
     d_hidden = jnp.take_along_axis(d_known, rank[..., None], axis=1)
     asked = jnp.roll(mask, -1, axis=1)[..., None]  # position 0 never is
     d_hidden = jnp.where(asked, d_hidden, jnp.zeros((), hidden.dtype))
-    return d_hidden, d_matrix.astype(matrix.dtype), None, None
+    return d_hidden, d_matrix.astype(output_matrix.dtype), None, None
 
 
 _score.defvjp(_score_forward, _score_backward)

@@ -37,8 +37,9 @@ def main(
     micro_batch_size: tuple[int, ...] = (8,),
     remat: tuple[Remat, ...] = ("dots",),
     attention: tuple[Literal["auto", "xla"], ...] = ("auto",),
+    unroll: Literal["auto", "never", "always"] = "auto",
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
-    fsdp: int = -1,
+    fsdp: int = 1,
     tensor: int = 1,
     steps: int = 5,
     profiled: bool = False,
@@ -56,6 +57,7 @@ def main(
       micro_batch_size: rows per forward and backward pass.
       remat: what the backward pass computes again.
       attention: see `actor.attention`.
+      unroll: see `actor.unroll`.
       dtype: of activations and matrix products.
       fsdp: devices that weights and rows are split over.
       tensor: devices that heads are split over.
@@ -91,6 +93,7 @@ def main(
                     "pack_length": pack_length,
                     "remat": kept,
                     "attention": kind,
+                    "unroll": unroll,
                     "dtype": dtype,
                     "mesh": {"fsdp": fsdp, "tensor": tensor},
                 },
