@@ -205,6 +205,17 @@ def take(
     return _arrange(batch, [sequences], layout)[0]
 
 
+def token_efficiency(batch: TrainBatch, micro_batch_size: int | None) -> float:
+    """Real tokens over those that `grpo.accumulate` computes, padding included."""
+    num_rows, length = batch.tokens.shape
+    together = min(micro_batch_size or num_rows, num_rows)
+    count = -(-num_rows // together)
+    in_use = (batch.sequence_ids >= 0).any(axis=1)
+    in_use = np.pad(in_use, (0, count * together - num_rows))
+    last = in_use.reshape(together, count).any(axis=0).nonzero()[0].max() + 1
+    return float((batch.sequence_ids >= 0).sum() / (last * together * length))
+
+
 def pad_rows(batch: TrainBatch, num_rows: int) -> TrainBatch:
     """`batch` with rows of padding added up to `num_rows`; JAX arrays."""
     extra = ((0, num_rows - batch.tokens.shape[0]), (0, 0))

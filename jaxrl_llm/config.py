@@ -154,6 +154,8 @@ class OptimConfig(_Section):
     weight_decay: float = Field(0.01, ge=0)
     clip_grad: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm."""
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the first moment. The second needs float32: it changes by a thousandth."""
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
     """After warm-up."""
     lr_warmup_steps: int = Field(0, ge=0)
@@ -217,6 +219,9 @@ class ActorConfig(_Section):
     """What the backward pass of a layer computes again. none: nothing. dots: all but
     matrix products and attention. full: everything. offload: as dots, with the
     products kept in the host's memory meanwhile."""
+    offload: tuple[Literal["optimizer", "reference"], ...] = ()
+    """What waits in the host's memory while it is not in use: the optimizer's moments
+    during generation, the reference's weights outside of its own pass."""
     attention: Literal["auto", "xla"] = "auto"
     """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
     which holds the scores of a whole row."""
@@ -340,6 +345,9 @@ class TrainerConfig(_Section):
     """The newest so many, and the best by validation besides."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in output_dir, if there is one."""
+    profile: str | None = Field(None, pattern=r"^[1-9]\d*:[1-9]\d*$")
+    """FIRST:LAST, such as 3:5: write a trace of these steps, both included, to
+    output_dir/profile, for xprof and Perfetto."""
     save_hf: bool = True
     """Write the final weights as a Hugging Face directory, output_dir/huggingface."""
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
@@ -348,6 +356,14 @@ class TrainerConfig(_Section):
     """Project name for the loggers."""
     num_examples: int = Field(3, ge=0)
     """Completions shown in the terminal."""
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """The first and the last step to profile, if any."""
+        if self.profile is None:
+            return None
+        first, last = self.profile.split(":")
+        return int(first), int(last)
 
 
 class Config(_Section):
@@ -399,6 +415,9 @@ def _misfits(config: Config):
         )
     if rollout.temperature == 0:
         yield "rollout.temperature is 0: every response of a group would be the same"
+    first, last = config.trainer.profiled_steps or (1, 1)
+    if first > last:
+        yield f"trainer.profile is {config.trainer.profile}: no step is in between"
     steps, warmup = config.trainer.total_training_steps, actor.optim.lr_warmup_steps
     if warmup > steps:
         yield (

@@ -149,14 +149,16 @@ def update(
         scored = logprob_fn(params, rows)
         return objective(rows, scored, planned, settings)["actor/loss"], scored
 
-    grads, scored = accumulate(
-        jax.grad(loss_fn, has_aux=True),
-        params,
-        batch,
-        planned,
-        settings.micro_batch_size,
-    )
-    state, grad_norm, skipped = apply(state, grads, optimizer)
+    with jax.named_scope("gradient"):
+        grads, scored = accumulate(
+            jax.grad(loss_fn, has_aux=True),
+            params,
+            batch,
+            planned,
+            settings.micro_batch_size,
+        )
+    with jax.named_scope("optimizer"):
+        state, grad_norm, skipped = apply(state, grads, optimizer)
     metrics = (
         objective(batch, scored, planned, settings)
         | mismatch(given, scored)

@@ -74,7 +74,7 @@ class Learner:
         multiplied in; None if no KL term asks for them."""
         if not uses_kl(self.config):
             return None
-        return self.read_weights(self.config.actor.dtype)
+        return self._put_away("reference", self.read_weights(self.config.actor.dtype))
 
     def read_weights(self, dtype: str) -> Any:
         """The weights before training, laid out for training."""
@@ -84,7 +84,7 @@ class Learner:
 
     def as_reference(self, params: Any) -> Any:
         """A copy of the weights in the compute dtype."""
-        return self._copy(params)
+        return self._put_away("reference", self._copy(params))
 
     def abstract_reference(self) -> Any:
         """Shapes, dtypes and shardings of `as_reference`."""
@@ -159,13 +159,21 @@ class Learner:
         """
         actor = self.config.actor
         batch = self.with_logprobs(state.params, batch)
-        collected = []
+        opt_state = self._bring("optimizer", state.opt_state)
+        state = dataclasses.replace(state, opt_state=opt_state)
+        collected, efficiencies = [], []
         for epoch in range(actor.ppo_epochs):
             for part in self._parts(batch, epoch, seed):
+                efficiencies.append(
+                    batches.token_efficiency(part, actor.micro_batch_size)
+                )
                 state, metrics = self._update(state, self.on_devices(part))
                 collected.append(metrics)
         means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(collected))
         means["actor/lr"] = float(self.schedule(int(state.step) - 1))
+        means["perf/token_efficiency"] = float(np.mean(efficiencies))
+        opt_state = self._put_away("optimizer", state.opt_state)
+        state = dataclasses.replace(state, opt_state=opt_state)
         return jax.block_until_ready(state), means
 
     def logprobs(self, params: Any, rows: TrainBatch) -> logprobs.Logprobs:
@@ -240,6 +248,7 @@ class Learner:
         found = {}
         if uses_kl(self.config) and batch.ref_logprobs is None:
             reference = self.reference if reference is None else reference
+            reference = self._bring("reference", reference)
             found["ref_logprobs"] = self._scored(reference, batch)
         if needs_old_logprobs(self.config) and batch.old_logprobs is None:
             found["old_logprobs"] = self._scored(params, batch)
@@ -252,6 +261,21 @@ class Learner:
     def sum_pi_squared(self, params: Any, batch: TrainBatch) -> np.ndarray:
         """`logprobs.sum_pi_squared` of all response tokens, [R, T] on the host."""
         return np.asarray(self._concentration(params, self.on_devices(batch)))
+
+    def _put_away(self, what: str, tree: Any) -> Any:
+        """To the host's memory, if `actor.offload` says so."""
+        return self._moved(what, tree, "pinned_host")
+
+    def _bring(self, what: str, tree: Any) -> Any:
+        """Back to the devices."""
+        return self._moved(what, tree, "device")
+
+    def _moved(self, what: str, tree: Any, memory: str) -> Any:
+        if what not in self.config.actor.offload:
+            return tree
+        return jax.tree.map(
+            lambda x: jax.device_put(x, x.sharding.with_memory_kind(memory)), tree
+        )
 
     def _scored(self, params: Any, batch: TrainBatch) -> np.ndarray:
         return np.asarray(self._score(params, self.on_devices(batch)).logprobs)

@@ -58,7 +58,8 @@ def of_tokens(
     size = min(max(1, chunk // tokens.shape[0]), tokens.shape[1])
     mask = mask & (positions > 0)
     how = _How(temperature, logit_softcap, entropy_gradient, size)
-    return Logprobs(*_score(hidden, output_matrix, tokens, mask, how))
+    with jax.named_scope("logprobs"):
+        return Logprobs(*_score(hidden, output_matrix, tokens, mask, how))
 
 
 def before(

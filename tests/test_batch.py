@@ -180,6 +180,18 @@ def test_lay_out_fits_and_keeps_every_sequence():
     assert max(sum(lengths[i] for i in row) for row in rows) <= 64
 
 
+def test_rows_of_packing_come_in_parts_of_padding_at_the_end():
+    # 4 rows of 8 could be needed for 4 sequences of up to 6; 3 are, with 17 tokens.
+    layout = batch.Layout(pack_length=8, micro_batch_size=2, longest=6)
+    rows = batch.make_rows(PROMPTS, COMPLETIONS, ADVANTAGES, layout=layout)
+    assert rows.tokens.shape == (4, 8)
+    in_use = (rows.sequence_ids >= 0).any(axis=1)
+    # Micro-batch 0 is rows 0 and 2, and the costliest two; micro-batch 1 has the third.
+    np.testing.assert_array_equal(in_use, [1, 1, 1, 0])
+    assert batch.token_efficiency(rows, 2) == 17 / (4 * 8)
+    assert batch.token_efficiency(rows, 1) == 17 / (3 * 8)
+
+
 def test_bucket_rounds_up_a_little_and_to_few_sizes():
     assert [batch.bucket(n, 16) for n in (1, 16, 17, 129, 257)] == [
         16,

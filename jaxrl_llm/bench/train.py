@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxrl_llm import batch as batches
 from jaxrl_llm import config as configs
 from jaxrl_llm import metrics, models, profile
 from jaxrl_llm.batch import Completion, Prompt, TrainBatch
@@ -152,13 +153,14 @@ def _measure(
         arch.num_heads,
         arch.head_dim,
     )
-    used = (batch.sequence_ids >= 0).any(axis=1).sum() * batch.tokens.shape[1]
     share = metrics.mfu(flops, median, devices.flat[0].device_kind, devices.size)
     return {
         "seconds": median,
         "tokens_per_second": tokens / median,
         **({"mfu": share["perf/mfu/actor"]} if share else {}),
-        "token_efficiency": tokens / float(used),
+        "token_efficiency": batches.token_efficiency(
+            batch, config.actor.micro_batch_size
+        ),
         "peak_bytes": memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes

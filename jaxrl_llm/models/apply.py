@@ -173,13 +173,15 @@ def forward(
         return attend_rows
 
     def layer(x, state, rope_index, window_index):
+        @jax.named_scope("attention")
         def attend_rows(q, k, v):
             kinds = [looking_back(window) for window in windows]
             if len(kinds) == 1:
                 return kinds[0](q, k, v), None
             return jax.lax.switch(window_index, kinds, q, k, v), None
 
-        x, _ = nnx.merge(graphdef, state)(x, _pick(tables, rope_index), attend_rows)
+        with jax.named_scope("layer"):
+            x, _ = nnx.merge(graphdef, state)(x, _pick(tables, rope_index), attend_rows)
         return x
 
     if remat != "none":
