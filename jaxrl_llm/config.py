@@ -357,14 +357,6 @@ class TrainerConfig(_Section):
     num_examples: int = Field(3, ge=0)
     """Completions shown in the terminal."""
 
-    @property
-    def profiled_steps(self) -> tuple[int, int] | None:
-        """The first and the last step to profile, if any."""
-        if self.profile is None:
-            return None
-        first, last = self.profile.split(":")
-        return int(first), int(last)
-
 
 class Config(_Section):
     """A whole run."""
@@ -415,9 +407,9 @@ def _misfits(config: Config):
         )
     if rollout.temperature == 0:
         yield "rollout.temperature is 0: every response of a group would be the same"
-    first, last = config.trainer.profiled_steps or (1, 1)
-    if first > last:
-        yield f"trainer.profile is {config.trainer.profile}: no step is in between"
+    first, _, last = (config.trainer.profile or "1:1").partition(":")
+    if int(first) > int(last):
+        yield f"trainer.profile is {first}:{last}, which is no step"
     steps, warmup = config.trainer.total_training_steps, actor.optim.lr_warmup_steps
     if warmup > steps:
         yield (

@@ -125,11 +125,11 @@ class Records:
     def begin(self, step: int) -> None:
         """A step begins: the profiler starts before the first step to look at, and
         stops after the last."""
-        first, last = self.config.trainer.profiled_steps or (0, 0)
-        if step == first:
+        first, _, last = (self.config.trainer.profile or "0:0").partition(":")
+        if step == int(first):
             directory = self.directory / "profile"
             self._profiler.enter_context(profile.recorded(directory))
-        elif step == last + 1:
+        elif step == int(last) + 1:
             self._profiler.close()
 
     @contextmanager
