@@ -184,6 +184,10 @@ class ActorConfig(_Section):
     pack_length: int | None = Field(None, gt=0)
     """Pack sequences into rows of this many tokens; one sequence per row if not
     given."""
+    share_prompts: bool = False
+    """Packed rows hold a prompt once for several responses to it: less to compute where
+    prompts are long beside responses. Attention is then the reference's, so rows of a
+    few thousand tokens at most."""
     policy_loss: PolicyLossConfig = PolicyLossConfig()
     clip_ratio_low: float = Field(0.2, ge=0, le=1)
     clip_ratio_high: float = Field(0.2, ge=0)
@@ -398,6 +402,13 @@ def _misfits(config: Config):
         yield (
             f"actor.pack_length is {actor.pack_length} but data.max_prompt_length + "
             f"rollout.max_response_length is {longest}; use at least {longest}"
+        )
+    if actor.share_prompts and actor.pack_length is None:
+        yield "actor.share_prompts needs actor.pack_length: tokens in a row"
+    if actor.share_prompts and actor.policy_loss.loss_mode in ("clip_cov", "kl_cov"):
+        yield (
+            f"actor.policy_loss.loss_mode is {actor.policy_loss.loss_mode}, which draws "
+            "tokens by whole sequences; actor.share_prompts takes them apart"
         )
     buffer = config.reward.overlong_buffer
     if buffer and buffer.len > rollout.max_response_length:

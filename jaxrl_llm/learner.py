@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from jaxrl_llm import batch as batches
 from jaxrl_llm import grpo, logprobs, models, optimizer
 from jaxrl_llm.batch import Completion, Layout, Prompt, TrainBatch
-from jaxrl_llm.config import Config
+from jaxrl_llm.config import ActorConfig, Config, CriticConfig
 from jaxrl_llm.config_algorithm import RolloutCorrectionConfig, uses_kl
 from jaxrl_llm.correction import Correction
 from jaxrl_llm.models import Architecture, WeightSource
@@ -185,6 +185,7 @@ class Learner:
             rows.tokens,
             rows.positions,
             rows.response_mask,
+            previous=batches.previous_tokens(rows),
             temperature=self.config.rollout.temperature,
             logit_softcap=self.arch.logit_softcap,
             entropy_gradient=self.config.actor.entropy_coeff != 0,
@@ -196,6 +197,7 @@ class Learner:
             models.output_matrix(params),
             rows.positions,
             rows.response_mask,
+            previous=batches.previous_tokens(rows),
             temperature=self.config.rollout.temperature,
             logit_softcap=self.arch.logit_softcap,
         )
@@ -210,9 +212,7 @@ class Learner:
             rows.sequence_ids,
             dtype=jnp.dtype(actor.dtype),
             remat=actor.remat,
-            attention=models.choose_attention(
-                self.mesh, actor.dtype, rows.sequence_capacity, actor.attention
-            ),
+            attention=attention(self.mesh, actor, rows),
             unroll=models.choose_unroll(self.mesh, actor.unroll),
         )
 
@@ -304,12 +304,26 @@ class Learner:
         return jax.device_put(batch, self._rows)
 
 
+def attention(mesh: Mesh, section: ActorConfig | CriticConfig, rows: TrainBatch):
+    """What `models.forward` attends with on `mesh`."""
+    if rows.prompt_ids is not None:
+        return functools.partial(
+            models.shared_prompts,
+            prompt_ids=rows.prompt_ids,
+            response_mask=rows.response_mask,
+        )
+    return models.choose_attention(
+        mesh, section.dtype, rows.sequence_capacity, section.attention
+    )
+
+
 def layout(config: Config, mesh: Mesh, micro_batch_size: int | None) -> Layout:
     """The rows of a training step on `mesh`."""
     return Layout(
         pack_length=config.actor.pack_length,
         rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
         micro_batch_size=micro_batch_size,
+        share_prompts=config.actor.share_prompts,
         longest=config.data.max_prompt_length + config.rollout.max_response_length,
     )
 

@@ -41,6 +41,7 @@ _MAY_CHANGE = (
     "actor.mesh.",
     "actor.micro_batch_size",
     "actor.pack_length",
+    "actor.share_prompts",
     "actor.remat",
     "actor.attention",
     "actor.offload",

@@ -192,6 +192,29 @@ def test_rows_of_packing_come_in_parts_of_padding_at_the_end():
     assert batch.token_efficiency(rows, 1) == 17 / (3 * 8)
 
 
+def test_shared_prompts_by_hand():
+    rows = make(pack_length=10, share_prompts=True)
+    np.testing.assert_array_equal(rows.tokens[0, :7], [20, 21, 22, 23, 24, 25, 26])
+    np.testing.assert_array_equal(rows.tokens[1, :5], [10, 11, 12, 13, 14])
+    np.testing.assert_array_equal(rows.sequence_ids[0], [2] * 6 + [3] + [-1] * 3)
+    np.testing.assert_array_equal(rows.prompt_ids[0], [1] * 7 + [-1] * 3)
+    np.testing.assert_array_equal(rows.positions[0, :7], [0, 1, 2, 3, 4, 5, 3])
+    previous = batch.previous_tokens(rows)
+    np.testing.assert_array_equal(previous[0, 3:7], [2, 3, 4, 2])  # 22 is before 26
+    np.testing.assert_array_equal(previous[1, 2:5], [1, 1, 3])
+    # In rows of 6 the two responses to the second prompt need a copy each.
+    assert make(pack_length=6, share_prompts=True).tokens.shape == (3, 6)
+
+
+def test_shared_prompts_are_undone_by_another_layout():
+    everything = list(range(4))
+    again = batch.take(make(pack_length=10, share_prompts=True), everything)
+    assert sequences(again) == sequences(make())
+    twice = batch.take(make(pack_length=10, share_prompts=True), [3, 1, 1])
+    whole = sequences(make())
+    assert sequences(twice) == {0: whole[3], 1: whole[1], 2: whole[1]}
+
+
 def test_bucket_rounds_up_a_little_and_to_few_sizes():
     assert [batch.bucket(n, 16) for n in (1, 16, 17, 129, 257)] == [
         16,

@@ -145,6 +145,7 @@ def test_weights_and_moments_stay_split(tiny_model):
         {"micro_batch_size": 3, "remat": "full"},
         {"pack_length": 32, "remat": "dots", "unroll": "always"},
         {"remat": "offload"},
+        {"pack_length": 32, "share_prompts": True, "micro_batch_size": 2},
     ],
     ids=str,
 )
@@ -215,8 +216,10 @@ def test_each_rematerialisation_keeps_less(tiny_model):
 SEVERAL = {"ppo_mini_batch_size": 2, "ppo_epochs": 2}
 
 
-def test_mini_batches_are_the_same_in_any_layout(tiny_model):
-    got = step(tiny_model, pack_length=32, micro_batch_size=1, **SEVERAL)
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_mini_batches_are_the_same_in_any_layout(tiny_model, share_prompts):
+    layout = {"pack_length": 32, "share_prompts": share_prompts}
+    got = step(tiny_model, micro_batch_size=1, **layout, **SEVERAL)
     wanted = step(tiny_model, **SEVERAL)
     assert got[0].step == 4
     assert_same(got, wanted, rtol=1e-4)  # four updates

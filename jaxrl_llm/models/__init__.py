@@ -23,6 +23,7 @@ from jaxrl_llm.models.apply import (
     unstack,
 )
 from jaxrl_llm.models.architecture import Architecture, Rope
+from jaxrl_llm.models.attention import shared_prompts
 from jaxrl_llm.models.critic import abstract_critic, critic_axes, init_critic, values
 from jaxrl_llm.models.families import architecture
 from jaxrl_llm.models.flash import choose as choose_attention
@@ -58,6 +59,7 @@ __all__ = [
     "output_matrix",
     "prefill",
     "save",
+    "shared_prompts",
     "unstack",
     "values",
 ]
