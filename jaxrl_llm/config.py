@@ -407,8 +407,8 @@ def _misfits(config: Config):
         yield "actor.share_prompts needs actor.pack_length: tokens in a row"
     if actor.share_prompts and actor.policy_loss.loss_mode in ("clip_cov", "kl_cov"):
         yield (
-            f"actor.policy_loss.loss_mode is {actor.policy_loss.loss_mode}, which draws "
-            "tokens by whole sequences; actor.share_prompts takes them apart"
+            f"actor.policy_loss.loss_mode is {actor.policy_loss.loss_mode}, which "
+            "draws tokens by whole sequences; actor.share_prompts takes them apart"
         )
     buffer = config.reward.overlong_buffer
     if buffer and buffer.len > rollout.max_response_length:
