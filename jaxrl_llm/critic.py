@@ -102,7 +102,7 @@ class Critic:
             rows.sequence_ids,
             dtype=jnp.dtype(critic.dtype),
             remat=critic.remat,
-            attention=attention(self.mesh, critic, rows),
+            attention=attention(self.mesh, critic.dtype, critic.attention, rows),
             unroll=models.choose_unroll(self.mesh, critic.unroll),
         )
         return logprobs.before(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 from jaxrl_llm import batch as batches
 from jaxrl_llm import grpo, logprobs, models, optimizer
 from jaxrl_llm.batch import Completion, Layout, Prompt, TrainBatch
-from jaxrl_llm.config import ActorConfig, Config, CriticConfig
+from jaxrl_llm.config import Config
 from jaxrl_llm.config_algorithm import RolloutCorrectionConfig, uses_kl
 from jaxrl_llm.correction import Correction
 from jaxrl_llm.models import Architecture, WeightSource
@@ -212,7 +212,7 @@ class Learner:
             rows.sequence_ids,
             dtype=jnp.dtype(actor.dtype),
             remat=actor.remat,
-            attention=attention(self.mesh, actor, rows),
+            attention=attention(self.mesh, actor.dtype, actor.attention, rows),
             unroll=models.choose_unroll(self.mesh, actor.unroll),
         )
 
@@ -304,17 +304,15 @@ class Learner:
         return jax.device_put(batch, self._rows)
 
 
-def attention(mesh: Mesh, section: ActorConfig | CriticConfig, rows: TrainBatch):
-    """What `models.forward` attends with on `mesh`."""
+def attention(mesh: Mesh, dtype: str, implementation: str, rows: TrainBatch):
+    """What `models.forward` attends with on `mesh`: shared prompts or whole rows."""
     if rows.prompt_ids is not None:
         return functools.partial(
             models.shared_prompts,
             prompt_ids=rows.prompt_ids,
             response_mask=rows.response_mask,
         )
-    return models.choose_attention(
-        mesh, section.dtype, rows.sequence_capacity, section.attention
-    )
+    return models.choose_attention(mesh, dtype, rows.sequence_capacity, implementation)
 
 
 def layout(config: Config, mesh: Mesh, micro_batch_size: int | None) -> Layout:
