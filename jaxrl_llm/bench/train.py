@@ -40,6 +40,7 @@ def main(
     attention: tuple[Literal["auto", "xla"], ...] = ("auto",),
     unroll: Literal["auto", "never", "always"] = "auto",
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    mu_dtype: Literal["float32", "bfloat16"] = "float32",
     fsdp: int = 1,
     tensor: int = 1,
     steps: int = 5,
@@ -60,6 +61,7 @@ def main(
       attention: see `actor.attention`.
       unroll: see `actor.unroll`.
       dtype: of activations and matrix products.
+      mu_dtype: of AdamW's first moment.
       fsdp: devices that weights and rows are split over.
       tensor: devices that heads are split over.
       steps: timed updates after two that are not.
@@ -96,6 +98,7 @@ def main(
                     "attention": kind,
                     "unroll": unroll,
                     "dtype": dtype,
+                    "optim": {"mu_dtype": mu_dtype},
                     "mesh": {"fsdp": fsdp, "tensor": tensor},
                 },
                 "trainer": {"total_training_steps": 1000},
