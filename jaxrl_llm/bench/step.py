@@ -126,7 +126,9 @@ def _step(config: Config, learner: Learner, engine, state, timer, mean: int, ste
             id=p,
             content="",
             tokens=tuple(
-                rng.integers(0, learner.arch.vocab_size, config.data.max_prompt_length)
+                rng.integers(
+                    0, learner.arch.vocab_size, config.data.max_prompt_length
+                ).tolist()
             ),
             columns={"answer": "1"},
         )
