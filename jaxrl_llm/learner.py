@@ -46,6 +46,9 @@ class Learner:
         self.schedule = optimizer.schedule(actor.optim, steps, count)
         self._rows = NamedSharding(mesh, P(("data", "fsdp")))
         self._layout = layout(config, mesh, actor.micro_batch_size)
+        # Tokens whose logits exist at once, 4,096 a device: every chunk ends in a sum
+        # of the output matrix' gradient over devices.
+        self._chunk = 4096 * self._layout.rows_multiple
         self._update = jax.jit(
             functools.partial(
                 grpo.update,
@@ -189,6 +192,7 @@ class Learner:
             temperature=self.config.rollout.temperature,
             logit_softcap=self.arch.logit_softcap,
             entropy_gradient=self.config.actor.entropy_coeff != 0,
+            chunk=self._chunk,
         )
 
     def _sum_pi_squared(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
@@ -200,6 +204,7 @@ class Learner:
             previous=batches.previous_tokens(rows),
             temperature=self.config.rollout.temperature,
             logit_softcap=self.arch.logit_softcap,
+            chunk=self._chunk,
         )
 
     def _hidden(self, params: Any, rows: TrainBatch) -> Float[Array, "R T D"]:
