@@ -1,0 +1,28 @@
+"""python -m sharding.coordinator PORT NUM_PROCESSES GRACE_S: JAX's coordination service.
+
+A process of its own, started by process 0 (see `processes`), so that the others can
+still ask who is alive when that one is gone. Ends with process 0: at once if it was told
+"done" on its standard input, and otherwise after a while for the others to ask.
+"""
+
+import signal
+import sys
+import time
+
+from jaxlib import _jax
+
+
+def main(port: str, num_processes: str, grace_s: str) -> None:
+    """Serves until standard input ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the run, which saves
+        signal.signal(number, signal.SIG_IGN)
+    service = _jax.get_distributed_runtime_service(
+        f"[::]:{port}", int(num_processes), heartbeat_timeout=24 * 3600
+    )
+    if sys.stdin.read() != "done":
+        time.sleep(float(grace_s))
+    service.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
