@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -25,20 +26,26 @@ def main(command: Sequence[str]) -> int:
 
     def end_when_closed() -> None:
         sys.stdin.buffer.read()
-        _signal(process.pid, signal.SIGTERM)
+        process.terminate()  # it ends its own processes in order, given time
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_S)
         _signal(process.pid, signal.SIGKILL)
 
     threading.Thread(target=end_when_closed, daemon=True).start()
     status = process.wait()
+    end = time.monotonic() + GRACE_S
+    while _signal(process.pid, 0) and time.monotonic() < end:
+        time.sleep(0.1)
     _signal(process.pid, signal.SIGKILL)  # what the command left behind
     return status
 
 
-def _signal(group: int, number: int) -> None:
+def _signal(group: int, number: int) -> bool:
+    """Whether there was a process to get the signal."""
     with suppress(ProcessLookupError):
         os.killpg(group, number)
+        return True
+    return False
 
 
 if __name__ == "__main__":

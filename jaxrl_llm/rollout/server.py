@@ -231,7 +231,7 @@ class Process:
     def stop(self) -> None:
         """Ends the server and all its processes; waits until they are gone."""
         self._guard.stdin.close()
-        self._guard.wait(guard.GRACE_S + 20.0)
+        self._guard.wait(2 * guard.GRACE_S + 10.0)
 
     def last_words(self, lines: int = 12) -> str:
         """The end of its log."""

@@ -44,8 +44,9 @@ class _Replica:
     device: str | None = None
     starts: int = 0
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    scores: np.ndarray | None = None
-    """Of the probes with the last weights, [N, T]; None after a start."""
+    verified: tuple[np.ndarray, np.ndarray] | None = None
+    """The server's and the trainer's scores of the probes with the last weights that
+    arrived, [N, T] each; None after a start."""
 
 
 class VllmEngine:
@@ -77,9 +78,9 @@ class VllmEngine:
         self._waiting: list[tuple[Request, int]] = []
         self._probes: probe.Probes | None = None
         self._scores: np.ndarray | None = None
-        self._before: np.ndarray | None = None
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
         self._weights = self._current = self._shared_folder()
         self._replicas = self._attach() if config.rollout.vllm.urls else self._own()
         atexit.register(self.close)
@@ -108,7 +109,7 @@ class VllmEngine:
         self._version = version
         if first:
             self._probes = self._call(self._make_probes())
-        self._before, self._scores = self._scores, self._score(params)
+        self._scores = self._score(params)
         found = self._call(self._everywhere(self._verify))
         if before != self._current:
             shutil.rmtree(before, ignore_errors=True)
@@ -169,6 +170,8 @@ class VllmEngine:
             if replica.server:
                 self._call(replica.server.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
         shutil.rmtree(self._weights, ignore_errors=True)
 
     def _shared_folder(self) -> Path:
@@ -238,7 +241,7 @@ class VllmEngine:
             self._directory / f"vllm-{number}.log",
         )
         replica.starts += 1
-        replica.scores = None
+        replica.verified = None
         replica.server = Server(process.url, settings.request_timeout_s)
         await self._until_up(process, replica.server)
         await replica.server.check(self._max_len)
@@ -287,7 +290,7 @@ class VllmEngine:
             if settings.urls:
                 await self._wait_for(replica.server, error)
                 replica.starts += 1
-                replica.scores = None
+                replica.verified = None
                 await replica.server.reload(self._current)
             else:
                 await asyncio.to_thread(replica.process.stop)
@@ -354,9 +357,10 @@ class VllmEngine:
                 f"{what} they differ by {mean:.4f}, "
                 f"rollout.vllm.max_probe_diff is {most_allowed}"
             )
-        if replica.scores is not None:
+        if replica.verified:
+            before, wanted = replica.verified
             slope, error = probe.followed(
-                (server - replica.scores)[asked], (self._scores - self._before)[asked]
+                (server - before)[asked], (self._scores - wanted)[asked]
             )
             if abs(slope - 1) > 0.25 + 5 * error:
                 raise ServerError(
@@ -364,7 +368,7 @@ class VllmEngine:
                     f"last transfer (standard error {error:.2f})"
                 )
             found["rollout/probe_followed"] = slope
-        replica.scores = server
+        replica.verified = server, self._scores
         return found
 
     async def _answer(self, waiting: deque, found: queue.SimpleQueue) -> None:
