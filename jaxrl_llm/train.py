@@ -106,7 +106,13 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         score=functools.partial(score, shaped, **how),
         weights=tuple(function.weight for function in shaped),
         score_held_out=functools.partial(score, functions, **how),
-        engine=make_engine(config, source, meshes["rollout"], data),
+        engine=engine_of(
+            config,
+            source.arch,
+            source.tokenizer,
+            meshes["rollout"],
+            [prompt.tokens for prompt in data.train],
+        ),
         learner=Learner(config, source, meshes["actor"]),
         critic=Critic(config, source, meshes["critic"]) if has_critic(config) else None,
     )
@@ -126,19 +132,25 @@ def shaping(config: Config) -> list[RewardFunction]:
     return [RewardFunction(name="overlong_penalty", function=penalty)]
 
 
-def make_engine(
+def engine_of(
     config: Config,
-    source: models.Checkpoint,
+    arch: models.Architecture,
+    tokenizer: Any,
     on: jax.sharding.Mesh,
-    data: prompts.Datasets,
+    questions: Sequence[Sequence[int]],
 ) -> Engine:
-    """The generator that `rollout.engine` names."""
+    """The generator that `rollout.engine` names.
+
+    Args:
+      on: the mesh to generate on, if that is done in this process.
+      questions: tokens of the prompts; what servers hold is tried on some of them.
+    """
     rollout = config.rollout
     match rollout.engine:
         case "jax":
             return JaxEngine(
-                source.arch,
-                source.tokenizer,
+                arch,
+                tokenizer,
                 mesh=on,
                 dtype=jnp.dtype(rollout.dtype),
                 max_num_seqs=rollout.max_num_seqs,
@@ -147,12 +159,7 @@ def make_engine(
         case "vllm":
             from jaxrl_llm.rollout.vllm import VllmEngine  # needs the extra `vllm`
 
-            return VllmEngine(
-                config,
-                source.arch,
-                source.tokenizer,
-                [prompt.tokens for prompt in data.train],
-            )
+            return VllmEngine(config, arch, tokenizer, questions)
 
 
 def run(job: Job) -> "Result":
