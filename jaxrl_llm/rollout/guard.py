@@ -25,7 +25,8 @@ def main(command: Sequence[str]) -> int:
     )
 
     def end_when_closed() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1):  # not sys.stdin, whose lock an exit would wait for
+            pass
         process.terminate()  # it ends its own processes in order, given time
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_S)

@@ -60,7 +60,7 @@ class Server:
         self._client = httpx.AsyncClient(
             base_url=self.url,
             timeout=httpx.Timeout(timeout_s, connect=5.0),
-            limits=httpx.Limits(max_connections=None),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=1.0),
             trust_env=False,
         )
 
@@ -151,7 +151,7 @@ class Server:
                 "folder that trainer and server both see"
             ) from None
         cleared = await self.ask("POST", "/reset_prefix_cache")
-        if not cleared.get("success"):
+        if cleared and not cleared["success"]:  # the oldest versions answer nothing
             raise ServerError(
                 f"{self.url} did not reset its prefix cache ({cleared}), so it would "
                 "go on with keys and values of old weights"
@@ -167,11 +167,15 @@ class Server:
           ServerError: it refuses.
           Lost: it does not answer.
         """
-        start, wait = time.monotonic(), 0.05
+        start, wait, tries = time.monotonic(), 0.05, 0
         while True:
             try:
                 answer = await self._client.request(method, path, json=body)
             except httpx.TransportError as error:
+                tries += 1  # an idle connection that the server closed, or worse
+                broke = not isinstance(error, httpx.TimeoutException)
+                if broke and tries < 3 and await self.alive():
+                    continue
                 raise Lost(f"{self.url}: {type(error).__name__} {error}") from None
             if answer.status_code != 503:
                 break

@@ -111,8 +111,8 @@ class VllmEngine:
             self._probes = self._call(self._make_probes())
         self._scores = self._score(params)
         found = self._call(self._everywhere(self._verify))
-        if before != self._current:
-            shutil.rmtree(before, ignore_errors=True)
+        if not first and before != self._current:
+            shutil.rmtree(before)
         return {name: max(one[name] for one in found) for name in found[0]}
 
     def submit(self, requests: Sequence[Request]) -> None:
