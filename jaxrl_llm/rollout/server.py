@@ -44,7 +44,12 @@ class ServerError(OSError):
 
 
 class Lost(Exception):
-    """A server did not answer in time, or the connection broke."""
+    """A server did not answer in time, the connection broke, or it died of what it was
+    asked; its last words are then in `said`."""
+
+    def __init__(self, message: str, said: str = ""):
+        super().__init__(message)
+        self.said = said
 
 
 class Server:
@@ -145,7 +150,9 @@ class Server:
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
         try:
             await self.ask("POST", "/collective_rpc", call)
-        except ServerError as error:
+        except (ServerError, Lost) as error:
+            if isinstance(error, Lost) and not error.said:
+                raise
             raise ServerError(
                 f"{error}; can it read {directory}? rollout.vllm.weights_dir must be a "
                 "folder that trainer and server both see"
@@ -186,7 +193,8 @@ class Server:
         if answer.is_success:
             return answer.json() if answer.content else None
         if answer.is_server_error and not await self.alive():
-            raise Lost(f"{self.url}: {answer.status_code} {answer.text[:500]}")
+            said = answer.text[:500]
+            raise Lost(f"{self.url}: {answer.status_code} {said}", said)
         raise ServerError(f"{self.url}{path}: {answer.status_code} {answer.text[:500]}")
 
 
