@@ -98,6 +98,7 @@ def make_engine(
                 dtype=jnp.dtype(rollout.dtype),
                 max_num_seqs=rollout.max_num_seqs,
                 decode_chunk=rollout.decode_chunk,
+                checksum_freq=rollout.checksum_freq,
             )
 
 

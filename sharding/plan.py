@@ -61,6 +61,13 @@ class Route:
         """Elements that each device receives."""
         return _sizes((t.target, t.box) for t in self.moved)
 
+    @functools.cached_property
+    def cut(self) -> Mapping[int, int]:
+        """Elements that each device cuts out of what it holds in order to send them."""
+        return _sizes(
+            (t.source, t.box) for t in self.moved if t.box != self.held[t.source]
+        )
+
 
 def volume(box: Box) -> int:
     """Elements in a box."""
@@ -230,8 +237,7 @@ class Plan:
     def peak_extra_bytes(self, donate: bool = False) -> int:
         """On the fullest device, at the worst moment, bytes above the source's.
 
-        While a chunk runs there is room for what it sends and what it receives, besides
-        the target arrays that are done.
+        While a chunk runs it needs `working_bytes` besides the target arrays so far.
         """
         size = {d.id: 0 for d in self.devices}
         worst, last = 0, last_chunks(self)
@@ -259,9 +265,15 @@ class Plan:
 
 
 def working_bytes(chunk: Chunk) -> int:
-    """What a chunk's program needs on a device besides its arguments and results: a
-    buffer to send from and one to receive into."""
-    return sum(move.held_bytes + move.wanted_bytes for move in chunk)
+    """What a chunk's program needs on a device besides its arguments and results: room
+    for what it receives, and for what it sends that is not all of what it holds."""
+    needed: dict[int, int] = {}
+    for move in chunk:
+        for part in move.parts:
+            for of in (part.route.received, part.route.cut):
+                for device, count in of.items():
+                    needed[device] = needed.get(device, 0) + count * move.wire_bytes
+    return max(needed.values(), default=0)
 
 
 def missing(way: Route) -> dict[int, int]:
@@ -357,15 +369,15 @@ def _origin(
     join: Mapping[str, tuple[Sequence[str], int]],
 ) -> tuple[tuple[str, ...], int | None]:
     """The source arrays of the target array at `path`, and which layer of them."""
-    *parents, last = _name(path).split(".")
-    lasts = join[last][0] if last in join else (last,)
-    for drop in (None, *range(len(parents))):
-        if drop is not None and not parents[drop].isdecimal():
+    keys = _name(path).split(".")
+    for drop in (None, *range(len(keys))):
+        if drop is not None and not keys[drop].isdecimal():
             continue
-        rest = [key for i, key in enumerate(parents) if i != drop]
+        *rest, last = [key for i, key in enumerate(keys) if i != drop] or [""]
+        lasts = join[last][0] if last in join else (last,)
         names = tuple(".".join([*rest, key]) for key in lasts)
         if all(name in before for name in names):
-            return names, None if drop is None else int(parents[drop])
+            return names, None if drop is None else int(keys[drop])
     raise ValueError(
         f"target {_name(path)}: no such source array, and none that it could be a "
         f"layer of; the source has {sorted(before)}"

@@ -25,7 +25,7 @@ from jaxrl_llm.batch import Completion
 from jaxrl_llm.models import Architecture, Cache
 from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.sampling import Sampled, row_keys, sample
-from sharding import reshard, rules
+from sharding import checksum, plan, reshard, rules
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +81,8 @@ class JaxEngine:
       dtype: of weights, activations and cache.
       max_num_seqs: sequences decoded together.
       decode_chunk: tokens per dispatch.
+      checksum_freq: verify the weights at the first load and whenever their version is a
+        multiple of this; 0: never.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class JaxEngine:
         dtype: Any,
         max_num_seqs: int,
         decode_chunk: int,
+        checksum_freq: int = 100,
     ):
         self.arch, self.tokenizer = arch, tokenizer
         self.mesh, self._max_num_seqs, self._chunk = mesh, max_num_seqs, decode_chunk
@@ -102,16 +105,22 @@ class JaxEngine:
         self._param_shardings = rules.to_shardings(
             models.logical_axes(arch, stacked=False), mesh, rules.GENERATE
         )
-        self._to_generation = reshard.program(
-            functools.partial(models.unstack, dtype=dtype), self._param_shardings
-        )
+        self._checksum_freq = checksum_freq
         self._cache_sharding = NamedSharding(mesh, P("data", None, "tensor"))
         self._shape = {"arch": arch, "dtype": jnp.dtype(dtype)}
 
     def load(self, params: Any, version: int) -> None:
-        """Takes weights in the training layout. Completions will carry `version`."""
+        """Takes weights in the training layout. Completions will carry `version`.
+
+        Raises:
+          checksum.TransferError: it was verified, and other weights arrived.
+        """
+        freq, first = self._checksum_freq, self._version == -1
         self._params = None  # free the old copy before the new one is made
-        self._params = self._to_generation(params)
+        way = plan.plan(params, self.abstract_params())
+        self._params = reshard.reshard(params, way)
+        if freq and (first or version % freq == 0):
+            checksum.verify(self._params, way, checksum.expected(params, way))
         self._version = version
 
     def abstract_params(self) -> Any:
