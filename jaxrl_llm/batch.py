@@ -8,6 +8,7 @@ no caller ever shifts. Positions where `response_mask` is False hold 0, never ga
 
 import bisect
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -90,11 +91,36 @@ class TrainBatch:
     log-probabilities, not differentiated: ratio = exp(logprobs - sg(logprobs)), whose
     value is 1 and whose gradient is that of logprobs. Exact for the first update after
     generation, without another forward pass."""
+    values: Float[Array, "R T"] | None = None
+    """Of the state before the token, by the critic before the update; None without
+    one."""
+    returns: Float[Array, "R T"] | None = None
+    """What `values` should have been; None without a critic."""
     num_sequences: int = dataclasses.field(metadata={"static": True})
     """Sequence ids are below it. An id that no token has is a sequence without tokens,
     which counts nowhere."""
-    response_capacity: int = dataclasses.field(metadata={"static": True})
-    """No row has more response tokens than this; see `logprobs.of_tokens`."""
+    sequence_capacity: int = dataclasses.field(metadata={"static": True})
+    """No row holds more sequences, with padding at its end counted as one: what flash
+    attention must make room for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How sequences are laid out in rows."""
+
+    pack_length: int | None = None
+    """Tokens in a row, which several sequences share. One sequence per row if not
+    given; rows are then as long as the longest, rounded up to a `bucket`."""
+    rows_multiple: int = 1
+    """Devices that rows are split over: the number of rows is a multiple of it."""
+    micro_batch_size: int | None = None
+    """Rows that are computed together. Each such part gets rows of about the same cost
+    for all devices, and rows of padding come in parts of their own, which
+    `grpo.accumulate` skips."""
+    longest: int | None = None
+    """No sequence can be longer. With it and `micro_batch_size`, the number of packed
+    rows does not depend on how long the sequences are, so that an update is compiled
+    once; it is rounded up to a `bucket` without them."""
 
 
 def make_rows(
@@ -102,19 +128,14 @@ def make_rows(
     completions: Sequence[Sequence[Completion]],
     advantages: Float[np.ndarray, "P G"],
     *,
-    pack_length: int | None = None,
-    rows_multiple: int = 1,
+    layout: Layout = Layout(),
 ) -> TrainBatch:
     """Lays out prompts and their completions as NumPy rows.
 
-    Sequence p * G + g is response g to prompt p. Row lengths, row counts and the
-    capacity are rounded up to a `bucket`, so that a compiled update meets few shapes.
+    Sequence p * G + g is response g to prompt p.
 
     Args:
       completions: G of them for every prompt, by sample.
-      pack_length: tokens in a row, which several sequences share; one sequence per row
-        if not given.
-      rows_multiple: the number of rows is a multiple of it; rows of padding are added.
 
     Raises:
       ValueError: the arguments do not belong together, a prompt is empty, or a sequence
@@ -134,7 +155,7 @@ def make_rows(
         for g in range(G)
     ]
     one_row = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *sequences)
-    return _arrange(one_row, [range(P * G)], pack_length, rows_multiple)[0]
+    return _arrange(one_row, [range(P * G)], layout)[0]
 
 
 def mini_batches(
@@ -142,8 +163,7 @@ def mini_batches(
     num_prompts: int,
     group_size: int,
     *,
-    pack_length: int | None = None,
-    rows_multiple: int = 1,
+    layout: Layout = Layout(),
     seed: int | None = None,
 ) -> list[TrainBatch]:
     """Splits `batch` into parts of `num_prompts` prompts, all of the same shape.
@@ -153,7 +173,6 @@ def mini_batches(
 
     Args:
       batch: NumPy arrays. Sequence p * group_size + g is response g to prompt p.
-      pack_length: as in `make_rows`, as well as `rows_multiple`.
       seed: of a random order of the prompts; their own order if not given.
 
     Raises:
@@ -169,7 +188,20 @@ def mini_batches(
         groups = np.random.default_rng(seed).permutation(groups)
     starts = range(0, len(groups), num_prompts)
     parts = [groups[start : start + num_prompts].ravel().tolist() for start in starts]
-    return _arrange(batch, parts, pack_length, rows_multiple)
+    return _arrange(batch, parts, layout)
+
+
+def take(
+    batch: TrainBatch, sequences: Sequence[int], *, layout: Layout = Layout()
+) -> TrainBatch:
+    """The given sequences of `batch`, perhaps some of them several times.
+
+    Sequence i of the result is sequence `sequences[i]` of `batch`.
+
+    Args:
+      batch: NumPy arrays.
+    """
+    return _arrange(batch, [sequences], layout)[0]
 
 
 def pad_rows(batch: TrainBatch, num_rows: int) -> TrainBatch:
@@ -256,43 +288,47 @@ def _sequence(
         sampler_logprobs=logprobs[None].astype(np.float32),
         advantages=np.where(mask, advantage, 0.0)[None].astype(np.float32),
         num_sequences=num_sequences,
-        response_capacity=0,  # decided with the layout
+        sequence_capacity=0,  # decided with the layout
     )
 
 
 def _arrange(
-    batch: TrainBatch,
-    parts: Sequence[Sequence[int]],
-    pack_length: int | None,
-    rows_multiple: int,
+    batch: TrainBatch, parts: Sequence[Sequence[int]], layout: Layout
 ) -> list[TrainBatch]:
     """The sequences of each part in rows of their own; all parts have one shape."""
     flat_ids = batch.sequence_ids.ravel()
     order = np.argsort(flat_ids, kind="stable")
     bounds = np.searchsorted(flat_ids[order], np.arange(batch.num_sequences + 1))
     spans = [order[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-    responses = [int(batch.response_mask.ravel()[span].sum()) for span in spans]
 
-    # (part, its rows as indices into it)
-    layouts = [
-        (part, lay_out([len(spans[s]) for s in part], pack_length)) for part in parts
-    ]
-    num_rows = max(len(rows) for _, rows in layouts)
-    if pack_length is not None:  # how many rows it takes differs from step to step
-        num_rows = bucket(num_rows)
-    shape = (
-        -(-num_rows // rows_multiple) * rows_multiple,
-        pack_length or bucket(max(map(len, spans)), step=16),
-    )
-    most = max(sum(responses[p[i]] for i in row) for p, rows in layouts for row in rows)
+    def cost(part, row) -> int:  # of attention, relative to others of the same length
+        return sum(len(spans[part[i]]) ** 2 for i in row)
+
+    packed = layout.pack_length is not None
+    laid_out = []  # part, its rows as indices into it
+    for part in parts:
+        rows = lay_out([len(spans[s]) for s in part], layout.pack_length)
+        if packed:
+            rows.sort(key=lambda row, part=part: -cost(part, row))
+        laid_out.append((part, rows))
+    most = max(map(len, parts))
+    length = layout.pack_length or bucket(max(map(len, spans)), step=16)
+    num_rows = _num_rows(max(len(rows) for _, rows in laid_out), most, layout)
+    per_row = 1 + max(len(row) for _, rows in laid_out for row in rows)
     static = {
-        "num_sequences": max(map(len, parts)),
-        "response_capacity": min(bucket(max(most, 1), step=8), shape[1]),
+        "num_sequences": most,
+        "sequence_capacity": 1 << (per_row - 1).bit_length(),
     }
+    together = min(layout.micro_batch_size or num_rows, num_rows)
 
     def fill(part, rows) -> TrainBatch:
+        shape = num_rows, length
         source, ids = np.full(shape, -1), np.full(shape, -1, np.int32)
-        for r, row in enumerate(rows):
+        for i, row in enumerate(rows):
+            # Micro-batch m has the rows m, m + M, ...: see `grpo.accumulate`.
+            r = i
+            if packed:
+                r = i % together * (num_rows // together) + i // together
             taken = [spans[part[i]] for i in row]
             end = sum(map(len, taken))
             source[r, :end] = np.concatenate(taken)
@@ -302,4 +338,20 @@ def _arrange(
         )
         return dataclasses.replace(moved, sequence_ids=ids, **static)
 
-    return [fill(part, rows) for part, rows in layouts]
+    return [fill(part, rows) for part, rows in laid_out]
+
+
+def _num_rows(needed: int, num_sequences: int, layout: Layout) -> int:
+    """Rows of one part, of which `needed` are in use."""
+    multiple, together = layout.rows_multiple, layout.micro_batch_size
+    if layout.pack_length is not None:  # what is needed differs from step to step
+        if together and layout.longest:
+            needed = max(
+                needed,
+                -(-num_sequences // max(layout.pack_length // layout.longest, 1)),
+            )
+        else:
+            needed = bucket(needed)
+    if together and needed > together:
+        multiple = math.lcm(multiple, together)
+    return -(-needed // multiple) * multiple

@@ -206,6 +206,9 @@ class ActorConfig(_Section):
     """Weight of the entropy bonus."""
     use_kl_loss: bool = False
     """Keep the initial weights as reference, and add KL(policy || reference)."""
+    ref_refresh_steps: int | None = Field(None, gt=0)
+    """Every so many steps the policy becomes the new reference of the KL loss and of
+    algorithm.use_kl_in_reward; it stays the initial weights if not given."""
     kl_loss_coef: float = Field(0.001, ge=0)
     kl_loss_type: KlEstimator = "k3"
     """Estimator of the KL; k3 = low_var_kl, k2 = mse, k1 = kl. NAME+ has the value of
@@ -213,8 +216,58 @@ class ActorConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of activations and of the weights inside a matrix product. The master weights,
     the optimizer's moments, softmax and losses are float32."""
-    remat: Literal["none", "full"] = "full"
-    """full: keep only each layer's input for the backward pass."""
+    remat: Literal["none", "dots", "full", "offload"] = "full"
+    """What the backward pass of a layer computes again. none: nothing. dots: all but
+    matrix products and attention. full: everything. offload: as dots, with the
+    products kept in the host's memory meanwhile."""
+    attention: Literal["auto", "xla"] = "auto"
+    """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
+    which holds the scores of a whole row."""
+    mesh: TrainMeshConfig = TrainMeshConfig()
+
+
+class CriticOptimConfig(OptimConfig):
+    """The same, faster: a value head starts from nothing."""
+
+    lr: float = Field(1e-5, ge=0)
+
+
+class CriticModelConfig(_Section):
+    """Which weights the critic starts from; its value head starts at 0."""
+
+    path: str | None = None
+    """As `model.path`, with the same vocabulary; the policy's initial weights if not
+    given."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+
+class CriticConfig(_Section):
+    """The value model's update; only with algorithm.adv_estimator=gae."""
+
+    model: CriticModelConfig = CriticModelConfig()
+    optim: CriticOptimConfig = CriticOptimConfig()
+    ppo_mini_batch_size: int | None = Field(None, gt=0)
+    """Prompts per optimizer step; as actor.ppo_mini_batch_size if not given."""
+    ppo_epochs: int | None = Field(None, gt=0)
+    """Passes over each batch; as actor.ppo_epochs if not given."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Rows per forward and backward pass; as actor.micro_batch_size if not given.
+    Changes memory and speed, never the result."""
+    cliprange_value: float = Field(0.5, gt=0)
+    """An update moves a value at most so far from what it was, in units of reward."""
+    loss_agg_mode: Aggregation = "token-mean"
+    """How per-token losses become one number."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of activations and of the weights inside a matrix product. The master weights,
+    the optimizer's moments, the value head and losses are float32."""
+    remat: Literal["none", "dots", "full", "offload"] = "full"
+    """What the backward pass of a layer computes again. none: nothing. dots: all but
+    matrix products and attention. full: everything. offload: as dots, with the
+    products kept in the host's memory meanwhile."""
+    attention: Literal["auto", "xla"] = "auto"
+    """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
+    which holds the scores of a whole row."""
     mesh: TrainMeshConfig = TrainMeshConfig()
 
 
@@ -229,10 +282,22 @@ class RewardFunctionConfig(_Section):
     """Keyword arguments passed to the function."""
 
 
+class OverlongBufferConfig(_Section):
+    """A penalty that grows over the last tokens a response may have (DAPO)."""
+
+    len: int = Field(gt=0)
+    """Of the rollout.max_response_length tokens, the last so many cost."""
+    penalty_factor: float = Field(1.0, gt=0)
+    """What the longest response costs."""
+
+
 class RewardConfig(_Section):
     """What a response is worth: the weighted sum of the functions."""
 
     functions: tuple[RewardFunctionConfig, ...]
+    overlong_buffer: OverlongBufferConfig | None = None
+    """In training, takes a penalty off the reward of responses that are nearly too
+    long; off if not given."""
     timeout_s: float = Field(60.0, gt=0)
     """Longest time one function may take for one step."""
     on_error: Literal["raise", "zero"] = "raise"
@@ -261,6 +326,8 @@ class TrainerConfig(_Section):
     """How long, how often, and what is written."""
 
     total_training_steps: int = Field(gt=0)
+    critic_warmup: int = Field(0, ge=0)
+    """The first so many steps update only the critic; they count as steps."""
     test_freq: int = Field(0, ge=0)
     """Validate every so many steps; 0: only before and after."""
     val_before_train: bool = True
@@ -291,6 +358,7 @@ class Config(_Section):
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     actor: ActorConfig = ActorConfig()
+    critic: CriticConfig = CriticConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     reward: RewardConfig
     val: ValConfig = ValConfig()
@@ -320,6 +388,12 @@ def _misfits(config: Config):
             f"actor.pack_length is {actor.pack_length} but data.max_prompt_length + "
             f"rollout.max_response_length is {longest}; use at least {longest}"
         )
+    buffer = config.reward.overlong_buffer
+    if buffer and buffer.len > rollout.max_response_length:
+        yield (
+            f"reward.overlong_buffer.len is {buffer.len} but "
+            f"rollout.max_response_length is only {rollout.max_response_length}"
+        )
     if rollout.temperature == 0:
         yield "rollout.temperature is 0: every response of a group would be the same"
     steps, warmup = config.trainer.total_training_steps, actor.optim.lr_warmup_steps
@@ -328,8 +402,8 @@ def _misfits(config: Config):
             f"actor.optim.lr_warmup_steps is {warmup} but "
             f"trainer.total_training_steps is {steps}"
         )
-    for role, mesh in (("actor", actor.mesh), ("rollout", rollout.mesh)):
-        sizes = mesh.model_dump()
+    for role in ("actor", "critic", "rollout"):
+        sizes = getattr(config, role).mesh.model_dump()
         for axis, size in sizes.items():
             if size == 0:
                 yield f"{role}.mesh.{axis} is 0; use 1 for an axis that is not used"

@@ -46,14 +46,9 @@ _REJECTIONS = (
 )  # fmt: skip
 Bounds = tuple[float | None, float]
 
-# Why a run cannot have them.
-_NOT_YET = {
-    "gae": "needs a critic",
-    "remax": "needs a greedy response to every prompt as its baseline",
-    "optimal_token_baseline": "needs sum_pi_squared of every token",
-    "tir_optimal_token_baseline": "needs sum_pi_squared of every token",
-}
 _WITHOUT_GROUP = ("gae", "reinforce_plus_plus", "remax")
+_DISCOUNTING = ("gae", "reinforce_plus_plus")
+_NORMALIZING = ("grpo", "grpo_passk", "gdpo")
 
 
 class Section(BaseModel):
@@ -159,6 +154,38 @@ class RolloutCorrectionConfig(Section):
         return self
 
 
+class KlCtrlConfig(Section):
+    """The weight of the KL penalty in the reward."""
+
+    type: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive: changed after every step to keep the KL near `target_kl`."""
+    kl_coef: float = Field(0.001, ge=0)
+    """The weight; with adaptive, of the first step."""
+    target_kl: float = Field(0.1, gt=0)
+    """adaptive: KL per token, nats."""
+    horizon: float = Field(1e4, gt=0)
+    """adaptive: responses over which the weight changes by at most a fifth."""
+
+
+class FilterGroupsConfig(Section):
+    """DAPO's dynamic sampling: train only on groups whose responses differ in worth."""
+
+    metric: str = "reward"
+    """What must differ: the reward, or the score of the reward function of that
+    name."""
+    max_num_gen_batches: int = Field(10, ge=0)
+    """Batches to generate for one step before giving up; 0: no limit."""
+
+
+class PfPpoConfig(Section):
+    """gae: train on responses drawn again by their reward (PF-PPO)."""
+
+    reweight_method: Literal["pow", "max_min", "max_random"] = "pow"
+    """How likely a response is drawn; see `advantages.pf_ppo_weights`."""
+    weight_pow: float = Field(2.0, gt=0)
+    """pow: the exponent of |reward|."""
+
+
 class AlgorithmConfig(Section):
     """From rewards to advantages."""
 
@@ -168,7 +195,20 @@ class AlgorithmConfig(Section):
     """grpo, grpo_passk, gdpo: divide by the group's standard deviation (GRPO) or not
     (Dr. GRPO)."""
     gamma: float = Field(1.0, ge=0, le=1)
-    """reinforce_plus_plus: discount per token."""
+    """gae, reinforce_plus_plus: discount per token."""
+    lam: float = Field(1.0, ge=0, le=1)
+    """gae: 1 looks at the whole rest of the response (unbiased), 0 only at the next
+    value."""
+    use_kl_in_reward: bool = False
+    """Keep the initial weights as reference, and take kl_ctrl.kl_coef * KL off every
+    token's reward."""
+    kl_penalty: KlEstimator = "k1"
+    """use_kl_in_reward: estimator of the KL, as actor.kl_loss_type."""
+    kl_ctrl: KlCtrlConfig = KlCtrlConfig()
+    filter_groups: FilterGroupsConfig | None = None
+    """Off if not given."""
+    pf_ppo: PfPpoConfig | None = None
+    """Off if not given."""
     rollout_correction: RolloutCorrectionConfig | None = None
     """Off if not given."""
 
@@ -177,21 +217,40 @@ def misfits(config) -> Iterator[str]:
     """Combinations of a `Config`'s algorithm that make no run, with what would fit."""
     algorithm, actor, rollout = config.algorithm, config.actor, config.rollout
     estimator, mode = algorithm.adv_estimator, actor.policy_loss.loss_mode
-    if estimator in _NOT_YET:
-        able = sorted(set(Estimator.__args__) - _NOT_YET.keys())
-        yield (
-            f"algorithm.adv_estimator is {estimator}, which {_NOT_YET[estimator]}, and "
-            f"no run has that yet; use one of {', '.join(able)}"
-        )
-    elif rollout.n == 1 and estimator not in _WITHOUT_GROUP:
+    if rollout.n == 1 and estimator not in _WITHOUT_GROUP:
         yield (
             f"rollout.n is 1 but algorithm.adv_estimator={estimator} compares the "
-            "responses of a group; use at least 2, or reinforce_plus_plus"
+            f"responses of a group; use at least 2, or {', '.join(_WITHOUT_GROUP)}"
         )
-    if algorithm.gamma != 1 and estimator != "reinforce_plus_plus":
+    if algorithm.gamma != 1 and estimator not in _DISCOUNTING:
         yield (
             f"algorithm.gamma is {algorithm.gamma} but algorithm.adv_estimator="
-            f"{estimator} does not discount; use reinforce_plus_plus, or gamma 1"
+            f"{estimator} does not discount; use gamma 1, or one of "
+            f"{', '.join(_DISCOUNTING)}"
+        )
+    if not algorithm.norm_adv_by_std_in_grpo and estimator not in _NORMALIZING:
+        yield (
+            "algorithm.norm_adv_by_std_in_grpo is false, but algorithm.adv_estimator="
+            f"{estimator} does not divide by a deviation; use one of "
+            f"{', '.join(_NORMALIZING)}"
+        )
+    if algorithm.filter_groups and rollout.n == 1:
+        yield (
+            "algorithm.filter_groups is given but rollout.n is 1, and one response "
+            "alone never differs; use at least 2"
+        )
+    if estimator == "gdpo" and algorithm.use_kl_in_reward:
+        yield (
+            "algorithm.use_kl_in_reward has no meaning with algorithm.adv_estimator="
+            "gdpo, which reads each reward function by itself; set actor.use_kl_loss"
+        )
+    if algorithm.kl_ctrl != KlCtrlConfig() and not algorithm.use_kl_in_reward:
+        yield "algorithm.kl_ctrl needs algorithm.use_kl_in_reward: true"
+    refresh = actor.ref_refresh_steps
+    if refresh is not None and not uses_kl(config):
+        yield (
+            f"actor.ref_refresh_steps is {refresh}, but neither actor.use_kl_loss nor "
+            "algorithm.use_kl_in_reward keeps a reference"
         )
     if mode in ("sapo", "geo_mean") and actor.loss_agg_mode != "seq-mean-token-mean":
         yield (
@@ -209,6 +268,52 @@ def misfits(config) -> Iterator[str]:
             f"algorithm.rollout_correction.bypass_mode brings its own loss; set "
             f"actor.policy_loss.loss_mode=vanilla, got {mode}"
         )
+    if correction and correction.rollout_is and estimator.endswith("token_baseline"):
+        yield (
+            f"algorithm.adv_estimator={estimator} is not defined with importance "
+            "weights here; set algorithm.rollout_correction.rollout_is=null"
+        )
+    yield from _critic_misfits(config)
+
+
+def uses_kl(config) -> bool:
+    """Whether a reference policy is kept."""
+    return config.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+
+
+def _critic_misfits(config) -> Iterator[str]:
+    """The same, of what has a meaning only with a critic, or none with one."""
+    critic, algorithm, trainer = config.critic, config.algorithm, config.trainer
+    if algorithm.adv_estimator != "gae":
+        needs = f"needs algorithm.adv_estimator=gae, not {algorithm.adv_estimator}"
+        if critic != type(critic)():
+            yield f"critic: a critic {needs}"
+        if algorithm.lam != 1:
+            yield f"algorithm.lam is {algorithm.lam}, which {needs}"
+        if algorithm.pf_ppo:
+            yield f"algorithm.pf_ppo {needs}"
+        if trainer.critic_warmup:
+            yield f"trainer.critic_warmup is {trainer.critic_warmup}, which {needs}"
+        return
+    steps = trainer.total_training_steps
+    if trainer.critic_warmup >= steps:
+        yield (
+            f"trainer.critic_warmup is {trainer.critic_warmup}, but with "
+            f"trainer.total_training_steps {steps} the policy would never be updated"
+        )
+    mini, batch = critic.ppo_mini_batch_size, config.data.train_batch_size
+    if mini is not None and mini > batch:
+        yield (
+            f"critic.ppo_mini_batch_size is {mini} prompts but data.train_batch_size "
+            f"is only {batch}; use at most {batch}"
+        )
+    if critic.optim.lr_warmup_steps > steps:
+        yield (
+            f"critic.optim.lr_warmup_steps is {critic.optim.lr_warmup_steps} but "
+            f"trainer.total_training_steps is {steps}"
+        )
+    if critic.model.revision is not None and critic.model.path is None:
+        yield "critic.model.revision needs critic.model.path"
 
 
 def _split(given: float | str | None) -> list[str]:

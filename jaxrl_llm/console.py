@@ -232,6 +232,7 @@ def key_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("cut off", "response_length/clip_ratio"),
         ("entropy", "actor/entropy"),
         ("kl", "actor/ppo_kl"),
+        ("explained", "critic/vf_explained_var"),
         ("grad", "actor/grad_norm"),
         ("tok/s/dev", "perf/throughput"),
         ("s/step", "timing_s/step"),

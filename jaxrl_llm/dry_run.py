@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import models
+from jaxrl_llm.config_algorithm import uses_kl
 from jaxrl_llm.console import progress
 from jaxrl_llm.train import Job
 
@@ -48,7 +49,7 @@ def show(job: Job) -> None:
 
 def memory_per_device(job: Job) -> dict[str, int]:
     """Bytes on the fullest device."""
-    config, learner = job.config, job.learner
+    config, learner, critic = job.config, job.learner, job.critic
     state = learner.abstract_state()
     memory = {
         "weights": _bytes(state.params),
@@ -60,7 +61,18 @@ def memory_per_device(job: Job) -> dict[str, int]:
             config.data.max_prompt_length + config.rollout.max_response_length,
         ),
     }
-    if config.actor.use_kl_loss:
+    if critic:
+        judge = critic.abstract_state()
+        peak = critic.update_memory(learner.largest_rows()).temp_size_in_bytes
+        memory |= {
+            "critic's weights": _bytes(judge.params),
+            "critic's optimizer": _bytes(judge.opt_state),
+            # Actor and critic are updated one after the other.
+            "update (gradients, activations)": max(
+                peak, memory["update (gradients, activations)"]
+            ),
+        }
+    if uses_kl(config):
         size = jax.numpy.dtype(config.actor.dtype).itemsize
         memory["reference"] = memory["weights"] * size // 4
     return memory

@@ -151,6 +151,25 @@ def update(
         planned,
         settings.micro_batch_size,
     )
+    state, grad_norm, skipped = apply(state, grads, optimizer)
+    metrics = (
+        objective(batch, scored, planned, settings)
+        | mismatch(given, scored)
+        | (correct(batch, scored, settings).metrics if settings.correction else {})
+        | {"actor/grad_norm": grad_norm, "actor/update_skipped": skipped}
+    )
+    return state, metrics
+
+
+def apply(
+    state: TrainState, grads: Params, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, Float[Array, ""], Float[Array, ""]]:
+    """One optimizer step; if the gradient is not finite, none.
+
+    Returns:
+      The next state, the global norm of the gradient before clipping, and 1 if the step
+      was skipped, else 0.
+    """
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -159,16 +178,8 @@ def update(
         (optax.apply_updates(state.params, updates), opt_state),
         (state.params, state.opt_state),
     )
-    metrics = (
-        objective(batch, scored, planned, settings)
-        | mismatch(given, scored)
-        | (correct(batch, scored, settings).metrics if settings.correction else {})
-        | {
-            "actor/grad_norm": grad_norm,
-            "actor/update_skipped": 1.0 - finite.astype(jnp.float32),
-        }
-    )
-    return TrainState(params, opt_state, state.step + jnp.int32(1)), metrics
+    state = TrainState(params, opt_state, state.step + jnp.int32(1))
+    return state, grad_norm, 1.0 - finite.astype(jnp.float32)
 
 
 def looks_ahead(settings: Settings, batch: TrainBatch) -> bool:
@@ -404,23 +415,25 @@ def _old_logprobs(rows: TrainBatch, scored: Logprobs) -> Float[Array, "R T"]:
 
 
 def accumulate(
-    function: Callable[[Params, TrainBatch, Any], tuple[Any, Logprobs]],
+    function: Callable[[Params, TrainBatch, Any], tuple[Any, Any]],
     params: Params,
     batch: TrainBatch,
     beside: Any,
     micro_batch_size: int | None,
-) -> tuple[Any, Logprobs]:
+) -> tuple[Any, Any]:
     """Sums a function, such as a gradient, over micro-batches of rows, in float32.
 
     Micro-batch m of M has the rows m, m + M, m + 2 M, ... so that rows that are split
-    over devices stay split over all of them. Rows of padding fill up the last ones.
+    over devices stay split over all of them. Rows of padding fill up the last ones;
+    micro-batches of padding alone at the end are not computed.
 
     Args:
-      function: `(params, rows, their part of beside) -> (terms, Logprobs)`.
+      function: `(params, rows, their part of beside) -> (terms, per token)`, the latter
+        such as `Logprobs`: a tree of [R, T].
       beside: a tree of [R, T] arrays.
 
     Returns:
-      The sum of the terms, and the log-probabilities of all rows.
+      The sum of the terms, and what was found per token, of all rows.
     """
     num_rows = batch.tokens.shape[0]
     if micro_batch_size is None or micro_batch_size >= num_rows:
@@ -435,14 +448,23 @@ def accumulate(
     def join(x):
         return x.swapaxes(0, 1).reshape(micro_batch_size * count, -1)[:num_rows]
 
-    def add(total, micro_batch):
-        terms, scored = function(params, *micro_batch)
-        return jax.tree.map(jnp.add, total, terms), scored
-
     beside = jax.tree.map(lambda x: jnp.pad(x, extra), beside)
     micro_batches = jax.tree.map(split, (padded, beside))
-    first = jax.tree.map(lambda x: x[0], micro_batches)
-    terms, _ = jax.eval_shape(function, params, *first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), terms)
-    total, scored = jax.lax.scan(add, zeros, micro_batches)
+
+    def part(i):
+        return jax.tree.map(lambda x: x[i], micro_batches)
+
+    def add(i, found):
+        terms, scored = function(params, *part(i))
+        return (
+            jax.tree.map(jnp.add, found[0], terms),
+            jax.tree.map(lambda all, x: all.at[i].set(x), found[1], scored),
+        )
+
+    terms, scored = jax.eval_shape(function, params, *part(0))
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), terms)
+    scored = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), scored)
+    in_use = jnp.any(micro_batches[0].sequence_ids >= 0, axis=(1, 2))
+    last = jnp.max(jnp.where(in_use, jnp.arange(1, count + 1), 0))
+    total, scored = jax.lax.fori_loop(0, last, add, (total, scored))
     return total, jax.tree.map(join, scored)

@@ -131,7 +131,7 @@ def next_coef(
     num_sequences: int,
     *,
     target_kl: float,
-    horizon: int,
+    horizon: float | int,
 ) -> float | Float[Array, ""]:
     """The coefficient of `in_reward` for the next step.
 

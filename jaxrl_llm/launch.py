@@ -5,6 +5,7 @@
     jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE]
     jaxrl convert SOURCE DIRECTORY
     jaxrl report RUN_DIR
+    jaxrl bench NAME ...
 
 `jaxrl VERB --help` lists what a verb takes.
 """
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "generate": lambda rest: tyro.cli(generate, prog="jaxrl generate", args=rest),
         "convert": lambda rest: tyro.cli(convert, prog="jaxrl convert", args=rest),
         "report": lambda rest: tyro.cli(report, prog="jaxrl report", args=rest),
+        "bench": _bench,
     }
     if not given or given[0] in ("-h", "--help"):
         print(__doc__)
@@ -81,6 +83,12 @@ def _evaluate(rest: list[str]) -> None:
 
     config, _ = _config("evaluate", rest)
     train.evaluate_only(train.build(config))
+
+
+def _bench(rest: list[str]) -> None:
+    from jaxrl_llm import bench
+
+    bench.main(rest)
 
 
 def _config(

@@ -7,7 +7,7 @@ state, metrics = learner.update(state, learner.make_rows(...), seed)
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +20,11 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm import batch as batches
 from jaxrl_llm import grpo, logprobs, models, optimizer
-from jaxrl_llm.batch import Completion, Prompt, TrainBatch
+from jaxrl_llm.batch import Completion, Layout, Prompt, TrainBatch
 from jaxrl_llm.config import Config
-from jaxrl_llm.config_algorithm import RolloutCorrectionConfig
+from jaxrl_llm.config_algorithm import RolloutCorrectionConfig, uses_kl
 from jaxrl_llm.correction import Correction
-from jaxrl_llm.models import Architecture, Checkpoint
+from jaxrl_llm.models import Architecture, WeightSource
 from sharding import rules
 
 
@@ -32,25 +32,20 @@ class Learner:
     """Everything about the update but the state that it changes.
 
     Args:
-      source: of the weights to start from, which `use_kl_loss` keeps as the reference.
+      source: of the weights to start from, which a KL term keeps as the reference.
       mesh: axes "data", "fsdp" and "tensor"; rows are split over the first two.
     """
 
-    def __init__(self, config: Config, source: Checkpoint, mesh: Mesh):
+    def __init__(self, config: Config, source: WeightSource, mesh: Mesh):
         self.config, self.arch, self.mesh = config, source.arch, mesh
         self._source = source
-        actor = config.actor
-        self.optimizer = optimizer.make(
-            actor.optim, config.trainer.total_training_steps, updates_per_step(config)
-        )
-        self.schedule = optimizer.schedule(
-            actor.optim, config.trainer.total_training_steps, updates_per_step(config)
-        )
+        actor, trainer = config.actor, config.trainer
+        steps = trainer.total_training_steps - trainer.critic_warmup
+        count = updates_per_step(config)
+        self.optimizer = optimizer.make(actor.optim, steps, count)
+        self.schedule = optimizer.schedule(actor.optim, steps, count)
         self._rows = NamedSharding(mesh, P(("data", "fsdp")))
-        self._layout = {
-            "pack_length": actor.pack_length,
-            "rows_multiple": mesh.shape["data"] * mesh.shape["fsdp"],
-        }
+        self._layout = layout(config, mesh, actor.micro_batch_size)
         self._update = jax.jit(
             functools.partial(
                 grpo.update,
@@ -61,14 +56,22 @@ class Learner:
             donate_argnums=0,
             out_shardings=(self.state_shardings(), None),
         )
-        self._score = jax.jit(self._scored_in_micro_batches)
+        self._copy = jax.jit(
+            lambda params: jax.tree.map(
+                lambda x: jnp.copy(x.astype(actor.dtype)), params
+            ),
+            out_shardings=param_shardings(self.arch, mesh),
+        )
+        self._score = self._in_micro_batches(self.logprobs)
+        self._concentration = self._in_micro_batches(self._sum_pi_squared)
 
     @functools.cached_property
     def reference(self) -> Any:
         """The weights before training in the compute dtype, which is all that they are
-        multiplied in; None if no KL loss asks for them."""
-        actor = self.config.actor
-        return self.read_weights(actor.dtype) if actor.use_kl_loss else None
+        multiplied in; None if no KL term asks for them."""
+        if not uses_kl(self.config):
+            return None
+        return self.read_weights(self.config.actor.dtype)
 
     def read_weights(self, dtype: str) -> Any:
         """The weights before training, laid out for training."""
@@ -76,13 +79,22 @@ class Learner:
             dtype=jnp.dtype(dtype), shardings=param_shardings(self.arch, self.mesh)
         )
 
+    def as_reference(self, params: Any) -> Any:
+        """A copy of the weights in the compute dtype."""
+        return self._copy(params)
+
+    def abstract_reference(self) -> Any:
+        """Shapes, dtypes and shardings of `as_reference`."""
+        dtype = jnp.dtype(self.config.actor.dtype)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
+            self.abstract_state().params,
+        )
+
     def start(self) -> grpo.TrainState:
         """The state before the first update. Reads the weights."""
-        shardings = self.state_shardings()
         params = self.read_weights("float32")
-        make = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)
-        step = jax.device_put(jnp.int32(0), shardings.step)
-        return grpo.TrainState(params, make(params), step)
+        return first_state(params, self.optimizer, self.state_shardings())
 
     def make_rows(
         self,
@@ -91,10 +103,10 @@ class Learner:
         advantages: Float[np.ndarray, "P G"],
     ) -> TrainBatch:
         """The training batch of one step, on the host."""
-        return batches.make_rows(prompts, completions, advantages, **self._layout)
+        return batches.make_rows(prompts, completions, advantages, layout=self._layout)
 
-    def update_memory(self) -> Any:
-        """The compiler's memory analysis of the largest update that can occur."""
+    def largest_rows(self) -> TrainBatch:
+        """Rows in which every prompt and response is as long as it may be."""
         config = self.config
         size = config.data.max_prompt_length, config.rollout.max_response_length
         prompt = Prompt(id=0, content="", tokens=(0,) * size[0], columns={})
@@ -110,19 +122,25 @@ class Learner:
             text="",
         )
         P, G = config.data.train_batch_size, config.rollout.n
-        batch = self.make_rows(
+        return self.make_rows(
             [prompt] * P, [[completion] * G] * P, np.zeros((P, G), np.float32)
         )
-        if self.config.actor.use_kl_loss:
-            batch = dataclasses.replace(batch, ref_logprobs=batch.sampler_logprobs)
-        if needs_old_logprobs(config):
-            batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
+
+    def compile_update(self, batch: TrainBatch) -> jax.stages.Compiled:
+        """The update of the state with rows of these shapes, compiled."""
         rows = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows),
-            self._parts(batch, 0, 0)[0],
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows), batch
         )
-        compiled = self._update.lower(self.abstract_state(), rows).compile()
-        return compiled.memory_analysis()
+        return self._update.lower(self.abstract_state(), rows).compile()
+
+    def update_memory(self) -> Any:
+        """The compiler's memory analysis of the largest update that can occur."""
+        batch = self.largest_rows()
+        if uses_kl(self.config):
+            batch = dataclasses.replace(batch, ref_logprobs=batch.sampler_logprobs)
+        if needs_old_logprobs(self.config):
+            batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
+        return self.compile_update(self._parts(batch, 0, 0)[0]).memory_analysis()
 
     def update(
         self, state: grpo.TrainState, batch: TrainBatch, seed: int
@@ -130,18 +148,18 @@ class Learner:
         """All optimizer steps of one training step. Donates `state`.
 
         Args:
-          batch: of `make_rows`.
+          batch: of `make_rows`, or of `with_logprobs`, which is called if needed.
           seed: of the order of the prompts in each pass.
 
         Returns:
           The next state, and metrics averaged over the optimizer steps.
         """
         actor = self.config.actor
-        batch = self._with_logprobs(state.params, batch)
+        batch = self.with_logprobs(state.params, batch)
         collected = []
         for epoch in range(actor.ppo_epochs):
             for part in self._parts(batch, epoch, seed):
-                state, metrics = self._update(state, self._on_devices(part))
+                state, metrics = self._update(state, self.on_devices(part))
                 collected.append(metrics)
         means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(collected))
         means["actor/lr"] = float(self.schedule(int(state.step) - 1))
@@ -150,90 +168,188 @@ class Learner:
     def logprobs(self, params: Any, rows: TrainBatch) -> logprobs.Logprobs:
         """Log-probability and entropy of every response token, at the temperature it
         was sampled at."""
-        hidden = models.forward(
-            self.arch,
-            params,
-            rows.tokens,
-            rows.positions,
-            rows.sequence_ids,
-            dtype=jnp.dtype(self.config.actor.dtype),
-            remat=self.config.actor.remat,
-        )
         return logprobs.of_tokens(
-            hidden,
+            self._hidden(params, rows),
             models.output_matrix(params),
             rows.tokens,
             rows.positions,
             rows.response_mask,
             temperature=self.config.rollout.temperature,
             logit_softcap=self.arch.logit_softcap,
-            capacity=rows.response_capacity,
+            entropy_gradient=self.config.actor.entropy_coeff != 0,
+        )
+
+    def _sum_pi_squared(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
+        return logprobs.sum_pi_squared(
+            self._hidden(params, rows),
+            models.output_matrix(params),
+            rows.positions,
+            rows.response_mask,
+            temperature=self.config.rollout.temperature,
+            logit_softcap=self.arch.logit_softcap,
+        )
+
+    def _hidden(self, params: Any, rows: TrainBatch) -> Float[Array, "R T D"]:
+        actor = self.config.actor
+        return models.forward(
+            self.arch,
+            params,
+            rows.tokens,
+            rows.positions,
+            rows.sequence_ids,
+            dtype=jnp.dtype(actor.dtype),
+            remat=actor.remat,
+            attention=models.choose_attention(
+                self.mesh, actor.dtype, rows.sequence_capacity, actor.attention
+            ),
         )
 
     def state_shardings(self) -> grpo.TrainState:
-        """Moments lie where their parameters lie; scalars everywhere."""
-        everywhere = NamedSharding(self.mesh, P())
-        params = param_shardings(self.arch, self.mesh)
-        opt_state = optax.tree_map_params(
+        """Of every array of the state."""
+        return state_shardings(
+            models.abstract_params(self.arch),
+            param_shardings(self.arch, self.mesh),
             self.optimizer,
-            lambda _, sharding: sharding,
-            jax.eval_shape(self.optimizer.init, models.abstract_params(self.arch)),
-            params,
-            transform_non_params=lambda _: everywhere,
+            self.mesh,
         )
-        return grpo.TrainState(params, opt_state, everywhere)
 
     def abstract_state(self) -> grpo.TrainState:
         """Shapes, dtypes and shardings of the state."""
-        params = models.abstract_params(self.arch)
-        opt_state = jax.eval_shape(self.optimizer.init, params)
-        step = jax.ShapeDtypeStruct((), jnp.int32)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            grpo.TrainState(params, opt_state, step),
-            self.state_shardings(),
+        return abstract_state(
+            models.abstract_params(self.arch), self.optimizer, self.state_shardings()
         )
 
-    def _with_logprobs(self, params: Any, batch: TrainBatch) -> TrainBatch:
-        """Adds what the update needs of other policies: the reference, and, if there is
-        more than one update, the policy before the first."""
+    @property
+    def asks_other_policies(self) -> bool:
+        """Whether `with_logprobs` has something to add."""
+        return uses_kl(self.config) or needs_old_logprobs(self.config)
+
+    def with_logprobs(
+        self, params: Any, batch: TrainBatch, reference: Any = None
+    ) -> TrainBatch:
+        """Adds what is needed of other policies, if it is not there: the reference, and
+        the policy before the first update.
+
+        Args:
+          reference: weights of the reference policy; the initial ones if not given.
+        """
         found = {}
-        if self.reference is not None:
-            found["ref_logprobs"] = self._scored(self.reference, batch)
-        if needs_old_logprobs(self.config):
+        if uses_kl(self.config) and batch.ref_logprobs is None:
+            reference = self.reference if reference is None else reference
+            found["ref_logprobs"] = self._scored(reference, batch)
+        if needs_old_logprobs(self.config) and batch.old_logprobs is None:
             found["old_logprobs"] = self._scored(params, batch)
         return dataclasses.replace(batch, **found)
 
-    def _scored(self, params: Any, batch: TrainBatch) -> np.ndarray:
-        return np.asarray(self._score(params, self._on_devices(batch)))
+    def take(self, batch: TrainBatch, sequences: Sequence[int]) -> TrainBatch:
+        """Some sequences of a batch of `make_rows`, laid out anew."""
+        return batches.take(batch, sequences, layout=self._layout)
 
-    def _scored_in_micro_batches(self, params: Any, batch: TrainBatch) -> Array:
-        """Log-probabilities of all rows, as many at a time as in the update."""
-        _, scored = grpo.accumulate(
-            lambda params, rows, _: ((), self.logprobs(params, rows)),
-            params,
-            batch,
-            jnp.zeros(batch.tokens.shape),
-            self.config.actor.micro_batch_size,
-        )
-        return scored.logprobs
+    def sum_pi_squared(self, params: Any, batch: TrainBatch) -> np.ndarray:
+        """`logprobs.sum_pi_squared` of all response tokens, [R, T] on the host."""
+        return np.asarray(self._concentration(params, self.on_devices(batch)))
+
+    def _scored(self, params: Any, batch: TrainBatch) -> np.ndarray:
+        return np.asarray(self._score(params, self.on_devices(batch)).logprobs)
+
+    def _in_micro_batches(self, function: Callable) -> Callable:
+        """`function` of all rows, as many at a time as in the update; compiled."""
+
+        def whole(params, batch):
+            _, found = grpo.accumulate(
+                lambda params, rows, _: ((), function(params, rows)),
+                params,
+                batch,
+                (),
+                self.config.actor.micro_batch_size,
+            )
+            return found
+
+        return jax.jit(whole)
 
     def _parts(self, batch: TrainBatch, epoch: int, seed: int) -> list[TrainBatch]:
         mini = self.config.actor.ppo_mini_batch_size
-        if mini is None or mini >= self.config.data.train_batch_size:
-            return [batch]
-        order = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-        return batches.mini_batches(
-            batch, mini, self.config.rollout.n, seed=order, **self._layout
-        )
+        return split(self.config, batch, mini, (seed, epoch), layout=self._layout)
 
-    def _on_devices(self, batch: TrainBatch) -> TrainBatch:
+    def on_devices(self, batch: TrainBatch) -> TrainBatch:
+        """The rows of `make_rows`, split over the mesh."""
         return jax.device_put(batch, self._rows)
+
+
+def layout(config: Config, mesh: Mesh, micro_batch_size: int | None) -> Layout:
+    """The rows of a training step on `mesh`."""
+    return Layout(
+        pack_length=config.actor.pack_length,
+        rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
+        micro_batch_size=micro_batch_size,
+        longest=config.data.max_prompt_length + config.rollout.max_response_length,
+    )
+
+
+def split(
+    config: Config,
+    batch: TrainBatch,
+    num_prompts: int | None,
+    seed: tuple[int, int],
+    layout: Layout,
+) -> list[TrainBatch]:
+    """The mini-batches of one pass, in an order of the prompts drawn with `seed`.
+
+    Args:
+      num_prompts: in a mini-batch; the whole batch if not given.
+    """
+    if num_prompts is None or num_prompts >= config.data.train_batch_size:
+        return [batch]
+    order = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return batches.mini_batches(
+        batch, num_prompts, config.rollout.n, seed=order, layout=layout
+    )
 
 
 def param_shardings(arch: Architecture, mesh: Mesh) -> Any:
     """A sharding for every parameter of the training layout."""
     return rules.to_shardings(models.logical_axes(arch), mesh, rules.TRAIN)
+
+
+def state_shardings(
+    params: Any, shardings: Any, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> grpo.TrainState:
+    """Moments lie where their parameters lie; scalars everywhere.
+
+    Args:
+      params: shapes of the parameters.
+      shardings: of the parameters.
+    """
+    everywhere = NamedSharding(mesh, P())
+    opt_state = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, params),
+        shardings,
+        transform_non_params=lambda _: everywhere,
+    )
+    return grpo.TrainState(shardings, opt_state, everywhere)
+
+
+def abstract_state(
+    params: Any, optimizer: optax.GradientTransformation, shardings: grpo.TrainState
+) -> grpo.TrainState:
+    """Shapes, dtypes and shardings of a state, from the shapes of its parameters."""
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        grpo.TrainState(params, jax.eval_shape(optimizer.init, params), step),
+        shardings,
+    )
+
+
+def first_state(
+    params: Any, optimizer: optax.GradientTransformation, shardings: grpo.TrainState
+) -> grpo.TrainState:
+    """The state before the first update of `params`."""
+    make = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
+    step = jax.device_put(jnp.int32(0), shardings.step)
+    return grpo.TrainState(params, make(params), step)
 
 
 def update_settings(config: Config) -> grpo.Settings:
@@ -271,15 +387,18 @@ def _correction(section: RolloutCorrectionConfig | None) -> Correction | None:
 
 
 def needs_old_logprobs(config: Config) -> bool:
-    """Whether the trust region is centred on a policy that no update itself has: the
-    one before the first of several updates."""
-    correction = config.algorithm.rollout_correction
+    """Whether the policy before the first update must be asked: for a penalty or a
+    baseline, or because the trust region is centred on it in several updates."""
+    algorithm = config.algorithm
+    token_baseline = algorithm.adv_estimator.endswith("optimal_token_baseline")
+    if algorithm.use_kl_in_reward or token_baseline:
+        return True
+    correction = algorithm.rollout_correction
     bypass = correction is not None and correction.bypass_mode
     return updates_per_step(config) > 1 and not bypass
 
 
 def updates_per_step(config: Config) -> int:
-    """Optimizer steps per training step."""
-    prompts = config.data.train_batch_size
-    mini = config.actor.ppo_mini_batch_size or prompts
-    return config.actor.ppo_epochs * -(-prompts // mini)
+    """Optimizer steps of the policy per training step."""
+    actor, prompts = config.actor, config.data.train_batch_size
+    return actor.ppo_epochs * -(-prompts // (actor.ppo_mini_batch_size or prompts))

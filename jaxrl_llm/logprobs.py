@@ -6,6 +6,7 @@ the token at index t, and from here on index t of every array talks about token 
 Shapes: R = rows, T = tokens in a row, D = model, V = vocabulary.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -31,8 +32,8 @@ def of_tokens(
     *,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
-    capacity: int | None = None,
-    chunk: int = 2048,
+    entropy_gradient: bool = True,
+    chunk: int = 4096,
 ) -> Logprobs:
     """Log-probability and entropy of the tokens that `mask` asks for.
 
@@ -40,9 +41,10 @@ def of_tokens(
         logprobs[r, t] = logits[r, t, tokens[r, t]] - logsumexp(logits[r, t])
         entropy[r, t]  = logsumexp(logits[r, t]) - sum(softmax(logits) * logits)[r, t]
 
-    The product with the output matrix runs in the dtype of `hidden` and accumulates in
-    float32; everything after it is float32. The [R, T, V] logits never exist at once,
-    neither forward nor backward.
+    The products with the output matrix run in the dtype of `hidden` and accumulate in
+    float32; everything between them is float32. The [R, T, V] logits never exist at
+    once, neither forward nor backward, and only tokens that `mask` asks for cost
+    anything.
 
     Args:
       hidden: after the final norm.
@@ -50,58 +52,187 @@ def of_tokens(
         and gets 0.0, whatever `mask` says.
       mask: tokens to look at, usually the responses.
       logit_softcap: softcap(x) = cap * tanh(x / cap); None for the identity.
-      capacity: static; only so many tokens of each row are multiplied with the output
-        matrix. If a row asks for more, those are NaN. T if not given.
+      entropy_gradient: if False, the entropy is a constant to differentiation.
       chunk: logits exist for about so many tokens at a time, over all devices.
     """
+    size = min(max(1, chunk // tokens.shape[0]), tokens.shape[1])
+    matrix = output_matrix.astype(hidden.dtype)
     mask = mask & (positions > 0)
-    capacity = tokens.shape[1] if capacity is None else min(capacity, tokens.shape[1])
-    # Chosen row by row, so that rows stay on the devices they are split over.
-    chosen = jnp.argsort(~mask, axis=1, stable=True)[:, :capacity]
-    before = jnp.maximum(chosen - 1, 0)
-    scored = _in_chunks(
-        lambda h, t: _score(h, output_matrix, t, temperature, logit_softcap),
-        jnp.take_along_axis(hidden, before[..., None], axis=1),
-        jnp.take_along_axis(tokens, chosen, axis=1),
-        max(1, chunk // tokens.shape[0]),
-    )
+    how = _How(temperature, logit_softcap, entropy_gradient, size)
+    return Logprobs(*_score(hidden, matrix, tokens, mask, how))
+
+
+def before(
+    x: Float[Array, "R T"], positions: Int[Array, "R T"], mask: Bool[Array, "R T"]
+) -> Float[Array, "R T"]:
+    """x[r, t - 1]: what was known before token t, such as the value of that state.
+
+    0.0 where `mask` is False and where nothing comes before (position 0).
+    """
+    return jnp.where(mask & (positions > 0), jnp.roll(x, 1, axis=1), 0.0)
+
+
+def sum_pi_squared(
+    hidden: Float[Array, "R T D"],
+    output_matrix: Float[Array, "V D"],
+    positions: Int[Array, "R T"],
+    mask: Bool[Array, "R T"],
+    *,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk: int = 4096,
+) -> Float[Array, "R T"]:
+    """How sure the policy was before each token: 1 if it knew, 1 / V if it had no idea.
+
+        sum over v of p[v]^2 = exp(logsumexp(2 * logits) - 2 * logsumexp(logits))
+
+    0.0 where `mask` is False. Arguments as in `of_tokens`; not for differentiation.
+    """
+    size = min(max(1, chunk // mask.shape[0]), mask.shape[1])
+    matrix = output_matrix.astype(hidden.dtype)
+    mask = mask & (positions > 0)
+    how = _How(temperature, logit_softcap, False, size)
+    chosen = _choose(hidden, mask, size)
+
+    def of_chunk(i, found):
+        logits = _logits(_columns(chosen.hidden, i, size), matrix, how)
+        whole = jax.nn.logsumexp(logits, axis=-1)
+        sure = jnp.exp(jax.nn.logsumexp(2.0 * logits, axis=-1) - 2.0 * whole)
+        return _put(found, sure, i, size)
+
+    found = jnp.zeros(chosen.order.shape)
+    found = jax.lax.fori_loop(0, chosen.chunks, of_chunk, found)
+    return _back(found, chosen, mask)
+
+
+class _How(NamedTuple):
+    """Static settings of `_score`."""
+
+    temperature: float
+    logit_softcap: float | None
+    entropy_gradient: bool
+    size: int
+
+
+class _Chosen(NamedTuple):
+    """The tokens that are asked for, first in each row: n columns, whole chunks.
+
+    Chosen row by row, so that rows stay on the devices they are split over.
+    """
+
+    hidden: Float[Array, "R n D"]
+    """What was known before each."""
+    order: Int[Array, "R n"]
+    """Where each stands in its row."""
+    rank: Int[Array, "R T"]
+    """Its column here, of every token that is asked for."""
+    chunks: Int[Array, ""]
+    """How many chunks have any, in any row."""
+
+
+def _choose(hidden, mask, size: int) -> _Chosen:
+    T = mask.shape[1]
     rank = jnp.cumsum(mask, axis=1) - 1
-    return Logprobs(
-        *(
-            jnp.where(mask, jnp.take_along_axis(x, rank, axis=1, mode="fill"), 0.0)
-            for x in scored
-        )
-    )
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    order = jnp.pad(order, ((0, 0), (0, -T % size)))
+    known = jnp.take_along_axis(hidden, jnp.maximum(order - 1, 0)[..., None], axis=1)
+    most = jnp.max(rank[:, -1]) + 1
+    return _Chosen(known, order, rank, -(-most // size))
 
 
-def _score(hidden, output_matrix, tokens, temperature, logit_softcap) -> Logprobs:
+def _back(x: Float[Array, "R n"], chosen: _Chosen, mask) -> Float[Array, "R T"]:
+    """What was found of the chosen tokens to where they stand; 0.0 elsewhere."""
+    found = jnp.take_along_axis(x, jnp.maximum(chosen.rank, 0), axis=1)
+    return jnp.where(mask, found, 0.0)
+
+
+def _columns(x: Array, i, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
+
+
+def _put(into: Array, x: Array, i, size: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(into, x, i * size, axis=1)
+
+
+def _logits(hidden, matrix, how: _How) -> Float[Array, "R t V"]:
     logits = jnp.einsum(
-        "rtd,vd->rtv",
-        hidden,
-        output_matrix.astype(hidden.dtype),
-        preferred_element_type=jnp.float32,
+        "rtd,vd->rtv", hidden, matrix, preferred_element_type=jnp.float32
     )
-    if logit_softcap is not None:
-        logits = logit_softcap * jnp.tanh(logits / logit_softcap)
-    logits = logits / temperature
-    total = jax.nn.logsumexp(logits, axis=-1)
-    own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    mean = jnp.sum(jnp.exp(logits - total[..., None]) * logits, axis=-1)
-    return Logprobs(own - total, total - mean)
+    if how.logit_softcap is not None:
+        logits = how.logit_softcap * jnp.tanh(logits / how.logit_softcap)
+    return logits / how.temperature
 
 
-def _in_chunks(score, hidden, tokens, size: int) -> Logprobs:
-    """`score` on `size` columns at a time; backward, one chunk is computed again."""
-    R, T = tokens.shape
-    if T <= size:
-        return score(hidden, tokens)
-    count = -(-T // size)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _score(hidden, matrix, tokens, mask, how: _How):
+    return _score_forward(hidden, matrix, tokens, mask, how)[0]
 
-    def split(x):
-        pad = [(0, 0), (0, count * size - T)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.pad(x, pad).reshape(R, count, size, *x.shape[2:]).swapaxes(0, 1)
 
-    scored = jax.lax.map(
-        jax.checkpoint(lambda part: score(*part)), (split(hidden), split(tokens))
+def _score_forward(hidden, matrix, tokens, mask, how: _How):
+    chosen = _choose(hidden, mask, how.size)
+    tokens = jnp.take_along_axis(tokens, chosen.order, axis=1)
+
+    def of_chunk(i, found):
+        logits = _logits(_columns(chosen.hidden, i, how.size), matrix, how)
+        own = _columns(tokens, i, how.size)[..., None]
+        own = jnp.take_along_axis(logits, own, axis=-1)[..., 0]
+        most = jnp.max(logits, axis=-1)
+        weights = jnp.exp(logits - most[..., None])
+        norm = jnp.sum(weights, axis=-1)
+        mean = jnp.sum(weights * logits, axis=-1) / norm
+        new = (own, most + jnp.log(norm), mean)
+        return tuple(
+            _put(into, x, i, how.size) for into, x in zip(found, new, strict=True)
+        )
+
+    zeros = (jnp.zeros(tokens.shape),) * 3
+    own, total, mean = jax.lax.fori_loop(0, chosen.chunks, of_chunk, zeros)
+    scored = _back(own - total, chosen, mask), _back(total - mean, chosen, mask)
+    return scored, (hidden, matrix, tokens, mask, total, mean)
+
+
+def _score_backward(how: _How, kept, cotangents):
+    """With p = softmax(logits), g and e the cotangents of logprobs and entropy:
+
+    d logits[v] = g * [v = token] - p[v] * (g + e * (logits[v] - sum(p * logits)))
+    """
+    hidden, matrix, tokens, mask, total, mean = kept
+    chosen = _choose(hidden, mask, how.size)
+    there = jnp.arange(tokens.shape[1])[None] <= chosen.rank[:, -1:]
+    of_logprob, of_entropy = (
+        jnp.where(there, jnp.take_along_axis(x, chosen.order, axis=1), 0.0)
+        for x in cotangents
     )
-    return Logprobs(*(x.swapaxes(0, 1).reshape(R, count * size)[:, :T] for x in scored))
+
+    def of_chunk(i, grads):
+        known = _columns(chosen.hidden, i, how.size)
+        own, g, e, log_norm, expected = (
+            _columns(x, i, how.size)[..., None]
+            for x in (tokens, of_logprob, of_entropy, total, mean)
+        )
+        logits = _logits(known, matrix, how)
+        p = jnp.exp(logits - log_norm)
+        is_own = jnp.arange(logits.shape[-1])[None, None] == own
+        pull = g + e * (logits - expected) if how.entropy_gradient else g
+        d_logits = (jnp.where(is_own, g, 0.0) - p * pull) / how.temperature
+        if how.logit_softcap is not None:
+            capped = logits * (how.temperature / how.logit_softcap)
+            d_logits = d_logits * (1.0 - capped**2)
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = jnp.einsum("rtv,vd->rtd", d_logits, matrix)
+        d_matrix = jnp.einsum(
+            "rtv,rtd->vd", d_logits, known, preferred_element_type=jnp.float32
+        )
+        return _put(grads[0], d_hidden, i, how.size), grads[1] + d_matrix
+
+    zeros = jnp.zeros_like(chosen.hidden), jnp.zeros(matrix.shape, jnp.float32)
+    d_known, d_matrix = jax.lax.fori_loop(0, chosen.chunks, of_chunk, zeros)
+    # Back to where the tokens stand, and from there to what was known before them.
+    rank = jnp.roll(jnp.maximum(chosen.rank, 0), -1, axis=1)
+    d_hidden = jnp.take_along_axis(d_known, rank[..., None], axis=1)
+    asked = jnp.roll(mask, -1, axis=1)[..., None]  # position 0 never is
+    d_hidden = jnp.where(asked, d_hidden, jnp.zeros((), hidden.dtype))
+    return d_hidden, d_matrix.astype(matrix.dtype), None, None
+
+
+_score.defvjp(_score_forward, _score_backward)

@@ -184,3 +184,20 @@ def sequence_mean(
     Source: Shao et al. 2024, eq. 3 (arXiv:2402.03300).
     """
     return weighted_sum(x, sequence_weights(mask, sequence_ids, num_sequences))
+
+
+def explained_variance(
+    predictions: Float[Array, "R T"],
+    targets: Float[Array, "R T"],
+    mask: Bool[Array, "R T"],
+) -> Float[Array, ""]:
+    """1 - variance(targets - predictions) / (variance(targets) + 1e-5).
+
+    1 for perfect predictions, 0 for any constant, negative for worse than that. The
+    constant, which is veRL's, keeps it finite where all targets are equal.
+    """
+
+    def variance(x):
+        return token_mean((x - token_mean(x, mask)) ** 2, mask)
+
+    return 1.0 - variance(targets - predictions) / (variance(targets) + 1e-5)

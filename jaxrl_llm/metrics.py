@@ -333,8 +333,8 @@ def train_flops(
           + 6 * sum_of_squared_lengths * head_dim * heads * layers
 
     Args:
-      num_params_matmul: weights of matrix products. veRL counts both the embedding and
-        the output matrix, tied or not.
+      num_params_matmul: weights of matrix products. veRL counts an embedding, which is
+        only looked up, as well.
       sum_of_squared_lengths: over the sequences of the batch, tokens squared. Only the
         causal half of the attention scores counts.
 

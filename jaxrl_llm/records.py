@@ -1,7 +1,7 @@
 """What a run leaves behind and goes on from, and what it shows meanwhile."""
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,18 @@ from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.console import LiveView, progress
-from jaxrl_llm.grpo import TrainState
-from jaxrl_llm.learner import Learner
 from jaxrl_llm.metrics import MetricsWriter, Timer
+from jaxrl_llm.ppo import TrainState
 from jaxrl_llm.prompts import Datasets, PromptBatches
 from jaxrl_llm.rewards import Scores
 
 _PHASES = {
     "gen": "generating",
     "reward": "scoring",
+    "old_log_prob": "asking the policy and its reference",
+    "values": "asking the critic",
     "adv": "estimating advantages",
+    "update_critic": "updating the critic",
     "update_actor": "updating",
     "update_weights": "loading weights",
     "testing": "validating",
@@ -40,6 +42,9 @@ _MAY_CHANGE = (
     "actor.micro_batch_size",
     "actor.pack_length",
     "actor.remat",
+    "critic.mesh.",
+    "critic.micro_batch_size",
+    "critic.remat",
     "rollout.mesh.",
     "rollout.max_num_seqs",
     "rollout.decode_chunk",
@@ -84,10 +89,17 @@ class Records:
     def __exit__(self, *_: object) -> None:
         self._exit.close()
 
-    def open(self, learner: Learner) -> tuple[TrainState, int]:
-        """The state to go on from and the step it is at; 0 for a fresh start."""
+    def open(
+        self, like: TrainState, start: Callable[[], TrainState]
+    ) -> tuple[TrainState, int]:
+        """The state to go on from and the step it is at; 0 for a fresh start.
+
+        Args:
+          like: shapes, dtypes and shardings of the state.
+          start: makes the state of a fresh start.
+        """
         trainer = self.config.trainer
-        found = self._checkpoints.restore(learner.abstract_state())
+        found = self._checkpoints.restore(like)
         step = self._step = found.step if found else 0
         if found:
             state = found.state
@@ -95,7 +107,7 @@ class Records:
             Console().print(f"going on from step {step} in {self.directory}")
         else:
             with progress("reading the weights"):
-                state = learner.start()
+                state = start()
         self._writer.rewind(step if found else -1)  # only now that nothing is refused
         self._view = self._exit.enter_context(
             LiveView(
@@ -167,18 +179,22 @@ class Records:
         tokens = int(self._lengths.sum())
         generated = self._batch["response_length/mean"] * len(self._lengths)
         flops = self.config.actor.ppo_epochs * metrics.train_flops(
-            models.num_params(arch),
+            models.num_matmul_params(arch),
             tokens,
             int((self._lengths**2).sum()),
             arch.num_layers,
             arch.num_heads,
             arch.head_dim,
         )
-        update = timing["timing_s/update_actor"]
-        return {
+        speed = {
             **metrics.throughput(tokens, timing["timing_s/step"], count),
-            **metrics.mfu(flops, update, jax.devices()[0].device_kind, count),
             "perf/rollout_tokens_per_s": generated / timing["timing_s/gen"],
+        }
+        update = timing.get("timing_s/update_actor")
+        if update is None:  # the critic warms up
+            return speed
+        return speed | {
+            **metrics.mfu(flops, update, jax.devices()[0].device_kind, count),
             "perf/update_tokens_per_s": tokens / update,
         }
 
@@ -202,10 +218,7 @@ class Records:
             self._checkpoints.save(
                 step,
                 state,
-                {
-                    "prompts": self.prompt_batches.state(),
-                    "kl_loss_coef": self.config.actor.kl_loss_coef,
-                },
+                {"prompts": self.prompt_batches.state()},
                 score,
             )
 
@@ -230,7 +243,7 @@ class Records:
         directory = self.directory / "huggingface"
         fresh = self.directory / "huggingface.new"
         shutil.rmtree(fresh, ignore_errors=True)
-        models.save(fresh, self.source.arch, state.params, self.source.tokenizer)
+        models.save(fresh, self.source.arch, state.actor.params, self.source.tokenizer)
         shutil.rmtree(directory, ignore_errors=True)
         fresh.rename(directory)
 

@@ -6,6 +6,7 @@ generation.
     result.plot()
 """
 
+import dataclasses
 import functools
 import json
 import signal
@@ -19,20 +20,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
+from jaxrl_llm import (
+    advantages,
+    estimate,
+    evaluate,
+    kl,
+    loggers,
+    metrics,
+    models,
+    ppo,
+    prompts,
+    report,
+)
 from jaxrl_llm import config as configs
-from jaxrl_llm import estimate, evaluate, loggers, metrics, models, prompts, report
-from jaxrl_llm.batch import Completion, Prompt
+from jaxrl_llm.batch import TrainBatch
+from jaxrl_llm.collect import ORDER, RESAMPLE, VALIDATION, Groups, Score, collect, seed
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.console import before_after, whereabouts
+from jaxrl_llm.critic import Critic
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.records import Records
-from jaxrl_llm.rewards import RewardFunction, Scores, resolve, score
+from jaxrl_llm.rewards import RewardFunction, resolve, score
+from jaxrl_llm.rewards.functions import overlong_penalty
 from jaxrl_llm.rollout.decode import JaxEngine
-from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
+from jaxrl_llm.rollout.engine import Engine
 from sharding import mesh
-
-_ROLLOUT, _VALIDATION, _ORDER = range(3)  # independent streams of random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +56,16 @@ class Job:
     config: Config
     source: models.Checkpoint
     data: prompts.Datasets
-    score: Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], Scores]
+    score: Score
+    """What responses to train on are worth."""
+    weights: tuple[float, ...]
+    """Of the reward functions of `score`."""
+    score_held_out: Score
+    """The same without what only shapes training (`reward.overlong_buffer`)."""
     engine: Engine
     learner: Learner
+    critic: Critic | None
+    """None for estimators without one."""
 
 
 def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Job:
@@ -58,11 +79,17 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     """
     for name in config.trainer.loggers:
         loggers.find(name)
-    train_mesh, rollout_mesh = make_meshes(config)
+    meshes = make_meshes(config)
     functions = resolve(config.reward) if rewards is None else rewards
     names = [function.name for function in functions]
     if len(set(names)) != len(names):
         raise ConfigError(f"reward functions need different names, got {names}")
+    wanted = config.algorithm.filter_groups
+    if wanted and wanted.metric not in ("reward", *names):
+        raise ConfigError(
+            f"algorithm.filter_groups.metric is {wanted.metric}; use reward or one of "
+            f"the reward functions {', '.join(names)}"
+        )
     source = models.open(
         config.model.path,
         revision=config.model.revision,
@@ -70,19 +97,33 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     )
     check_lengths(config, source.arch)
     data = prompts.load(config.data, source.tokenizer)
+    shaped = [*functions, *shaping(config)]
+    how = {"timeout_s": config.reward.timeout_s, "on_error": config.reward.on_error}
     return Job(
         config=config,
         source=source,
         data=data,
-        score=functools.partial(
-            score,
-            functions,
-            timeout_s=config.reward.timeout_s,
-            on_error=config.reward.on_error,
-        ),
-        engine=make_engine(config.rollout, source, rollout_mesh),
-        learner=Learner(config, source, train_mesh),
+        score=functools.partial(score, shaped, **how),
+        weights=tuple(function.weight for function in shaped),
+        score_held_out=functools.partial(score, functions, **how),
+        engine=make_engine(config.rollout, source, meshes["rollout"]),
+        learner=Learner(config, source, meshes["actor"]),
+        critic=Critic(config, source, meshes["critic"]) if has_critic(config) else None,
     )
+
+
+def shaping(config: Config) -> list[RewardFunction]:
+    """Terms of the reward that only training has."""
+    buffer = config.reward.overlong_buffer
+    if buffer is None:
+        return []
+    penalty = functools.partial(
+        overlong_penalty,
+        max_length=config.rollout.max_response_length,
+        buffer=buffer.len,
+        factor=buffer.penalty_factor,
+    )
+    return [RewardFunction(name="overlong_penalty", function=penalty)]
 
 
 def make_engine(
@@ -108,27 +149,20 @@ def run(job: Job) -> "Result":
     Raises:
       RewardError: a reward function failed and `reward.on_error` is "raise".
     """
-    config, learner, engine = job.config, job.learner, job.engine
+    config, engine = job.config, job.engine
     with Records(config, job.source, job.data) as records, _asked_to_stop() as stopping:
-        state, first_step = records.open(learner)
-        engine.load(state.params, first_step)
+        state, first_step = records.open(abstract_state(job), lambda: start(job))
+        engine.load(state.actor.params, first_step)
         if first_step == 0:
             records.write(0, {}, validate(job, records, 0))
         for step in range(first_step + 1, config.trainer.total_training_steps + 1):
-            with records.phase("gen"):
-                asked = next(records.prompt_batches)
-                rollouts = generate(engine, requests(config, asked, step))
-            with records.phase("reward"):
-                scores = job.score(asked, rollouts)
-            with records.phase("adv"):
-                rows, advantage = estimate.make_rows(learner, asked, rollouts, scores)
-            with records.phase("update_actor"):
-                state, learned = learner.update(state, rows, seed(config, _ORDER, step))
+            groups = collect(config, engine, job.score, records, step)
+            state, rows, credited = assign_credit(job, records, state, groups, step)
+            state, learned = update(job, records, state, rows, step)
             with records.phase("update_weights"):
-                engine.load(state.params, step)
+                engine.load(state.actor.params, step)
             validation = validate(job, records, step)
-            records.rollouts(step, asked, rollouts, scores, advantage)
-            records.write(step, learned, validation)
+            records.write(step, credited | learned, validation)
             stop = stopping()
             records.save(step, state, validation, stop)
             if stop:
@@ -137,55 +171,148 @@ def run(job: Job) -> "Result":
     return _shown(Result(Path(config.output_dir)), config)
 
 
-def requests(config: Config, asked: Sequence[Prompt], step: int) -> list[Request]:
-    """What is asked of the engine in one training step."""
-    return [
-        Request(
-            prompt_id=prompt.id,
-            tokens=prompt.tokens,
-            num_samples=config.rollout.n,
-            seed=seed(config, _ROLLOUT, step),
-            sampling=sampling(config, config.rollout),
+def start(job: Job) -> ppo.TrainState:
+    """The state before the first step. Reads the weights."""
+    config, actor = job.config, job.learner.start()
+    coef, reference = None, None
+    if config.algorithm.use_kl_in_reward:
+        coef = jnp.float32(config.algorithm.kl_ctrl.kl_coef)
+        coef = jax.device_put(coef, actor.step.sharding)
+    if config.actor.ref_refresh_steps:
+        reference = job.learner.read_weights(config.actor.dtype)
+    critic = job.critic and job.critic.start()
+    return ppo.TrainState(actor, critic, coef, reference)
+
+
+def abstract_state(job: Job) -> ppo.TrainState:
+    """Shapes, dtypes and shardings of the state."""
+    config, actor = job.config, job.learner.abstract_state()
+    coef, reference = None, None
+    if config.algorithm.use_kl_in_reward:
+        coef = jax.ShapeDtypeStruct((), jnp.float32, sharding=actor.step.sharding)
+    if config.actor.ref_refresh_steps:
+        reference = job.learner.abstract_reference()
+    critic = job.critic and job.critic.abstract_state()
+    return ppo.TrainState(actor, critic, coef, reference)
+
+
+def assign_credit(
+    job: Job, records: Records, state: ppo.TrainState, groups: Groups, step: int
+) -> tuple[ppo.TrainState, TrainBatch, dict[str, float]]:
+    """The training batch of a step with its advantages, and metrics of them.
+
+    The state is the same but for the weight of the KL penalty, if that is adaptive.
+    """
+    config, learner, scores = job.config, job.learner, groups.scores
+    algorithm, params = config.algorithm, state.actor.params
+    unknown = np.zeros_like(scores.total)
+    rows = learner.make_rows(groups.asked, groups.rollouts, unknown)
+    values = squares = None
+    if learner.asks_other_policies:
+        with records.phase("old_log_prob"):
+            rows = learner.with_logprobs(params, rows, state.reference)
+    if algorithm.adv_estimator.endswith("optimal_token_baseline"):
+        with records.phase("old_log_prob"):
+            squares = learner.sum_pi_squared(params, rows)
+    if job.critic:
+        with records.phase("values"):
+            values = job.critic.judge(state.critic.params, rows)
+    with records.phase("adv"):
+        judged = estimate.Judged(
+            rewards=scores.total,
+            by_function=np.nan_to_num(np.stack([*scores.by_function.values()])),
+            weights=np.array(job.weights, np.float32),
+            baselines=groups.baselines,
+            values=values,
+            sum_pi_squared=squares,
+            kl_coef=jax.device_get(state.kl_coef),
         )
-        for prompt in asked
-    ]
+        rows, found = jax.device_get(
+            estimate.advantages_of(rows, judged, algorithm=algorithm)
+        )
+        means = per_response(rows, scores.total.shape)
+        records.rollouts(step, groups.asked, groups.rollouts, scores, means)
+        if algorithm.pf_ppo:
+            rows = draw_again(job, rows, scores.total, step)
+    if state.kl_coef is not None:
+        coef = kl.next_coef(
+            algorithm.kl_ctrl.type,
+            state.kl_coef,
+            float(found["actor/reward_kl_penalty"]),
+            scores.total.size,
+            target_kl=algorithm.kl_ctrl.target_kl,
+            horizon=algorithm.kl_ctrl.horizon,
+        )
+        state = dataclasses.replace(state, kl_coef=coef)
+    credited = {name: float(value) for name, value in found.items()}
+    if algorithm.filter_groups:
+        credited["training/groups_generated"] = float(groups.num_generated)
+    return state, rows, credited
 
 
-def sampling(config: Config, section: configs.SamplingConfig) -> Sampling:
-    """How `section` (rollout or val) wants tokens drawn, with rollout's limits."""
-    return Sampling(
-        max_tokens=config.rollout.max_response_length,
-        temperature=section.temperature,
-        top_k=section.top_k,
-        top_p=section.top_p,
-        min_p=section.min_p,
-        stop=config.rollout.stop,
-        stop_token_ids=config.rollout.stop_token_ids,
+def draw_again(
+    job: Job, rows: TrainBatch, rewards: Float[np.ndarray, "P G"], step: int
+) -> TrainBatch:
+    """As many responses as before, drawn with PF-PPO's weights."""
+    how = job.config.algorithm.pf_ppo
+    weights = advantages.pf_ppo_weights(
+        jnp.asarray(rewards.ravel()), how.reweight_method, weight_pow=how.weight_pow
     )
+    key = jax.random.key(seed(job.config, RESAMPLE, step))
+    return job.learner.take(rows, advantages.resample(key, weights).tolist())
 
 
-def seed(config: Config, stream: int, step: int) -> int:
-    """A 32-bit seed for one purpose in one step; nothing random has other state."""
-    return int(np.random.SeedSequence([config.seed, stream, step]).generate_state(1)[0])
+def update(
+    job: Job, records: Records, state: ppo.TrainState, rows: TrainBatch, step: int
+) -> tuple[ppo.TrainState, dict[str, float]]:
+    """Everything that learns, learns: the critic, then, once that has warmed up, the
+    policy."""
+    config, order, learned = job.config, seed(job.config, ORDER, step), {}
+    if job.critic:
+        with records.phase("update_critic"):
+            critic, learned = job.critic.update(state.critic, rows, order)
+        state = dataclasses.replace(state, critic=critic)
+    if step > config.trainer.critic_warmup:
+        with records.phase("update_actor"):
+            actor, of_actor = job.learner.update(state.actor, rows, order)
+        state, learned = dataclasses.replace(state, actor=actor), learned | of_actor
+    refresh = config.actor.ref_refresh_steps
+    if refresh and step % refresh == 0:
+        reference = job.learner.as_reference(state.actor.params)
+        state = dataclasses.replace(state, reference=reference)
+    return state, learned
 
 
-def make_meshes(config: Config) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh]:
-    """The training and the generation mesh, both over all devices.
+def per_response(rows: TrainBatch, shape: tuple[int, int]) -> np.ndarray:
+    """The mean advantage of the tokens of every response, float32 [P, G]."""
+    ids = rows.sequence_ids[rows.response_mask]
+    total = np.bincount(ids, rows.advantages[rows.response_mask], rows.num_sequences)
+    count = np.maximum(np.bincount(ids, minlength=rows.num_sequences), 1)
+    return (total / count).reshape(shape).astype(np.float32)
+
+
+def has_critic(config: Config) -> bool:
+    """Whether the estimator needs values."""
+    return config.algorithm.adv_estimator == "gae"
+
+
+def make_meshes(config: Config) -> dict[str, jax.sharding.Mesh]:
+    """The mesh of each role (actor, critic, rollout), each over all devices.
 
     Raises:
       ConfigError: a mesh does not fit the devices.
     """
-    return (
-        _make_mesh("actor.mesh", config.actor.mesh.model_dump()),
-        _make_mesh("rollout.mesh", config.rollout.mesh.model_dump()),
-    )
-
-
-def _make_mesh(name: str, axes: Mapping[str, int]) -> jax.sharding.Mesh:
-    try:
-        return mesh.make(mesh.fill(axes, jax.device_count()))
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}") from None
+    made = {}
+    for role, sizes in {
+        "actor": config.actor.mesh.model_dump(),
+        "critic": config.critic.mesh.model_dump(),
+        "rollout": config.rollout.mesh.model_dump(),
+    }.items():
+        try:
+            made[role] = mesh.make(mesh.fill(sizes, jax.device_count()))
+        except ValueError as error:
+            raise ConfigError(f"{role}.mesh: {error}") from None
+    return made
 
 
 def check_lengths(config: Config, arch: models.Architecture) -> None:
@@ -236,10 +363,10 @@ def _answer_held_out(job: Job, step: int) -> evaluate.Validation:
     return evaluate.validate(
         job.engine,
         job.data.val,
-        job.score,
+        job.score_held_out,
         config=job.config.val,
         rollout=job.config.rollout,
-        seed=seed(job.config, _VALIDATION, 0),
+        seed=seed(job.config, VALIDATION, 0),
         step=step,
     )
 

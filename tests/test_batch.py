@@ -34,7 +34,8 @@ ADVANTAGES = np.array([[1.0, -1.0], [0.5, -0.5]], np.float32)
 
 
 def make(**how):
-    return batch.make_rows(PROMPTS, COMPLETIONS, ADVANTAGES, **how)
+    layout = batch.Layout(**how)
+    return batch.make_rows(PROMPTS, COMPLETIONS, ADVANTAGES, layout=layout)
 
 
 def sequences(rows):
@@ -92,19 +93,24 @@ def test_padding_holds_zeros():
 
 
 @pytest.mark.parametrize("pack_length", [None, 8, 100])
-def test_no_row_has_more_response_tokens_than_the_capacity(pack_length):
+def test_no_row_has_more_sequences_than_the_capacity(pack_length):
     rows = make(pack_length=pack_length)
-    assert rows.response_mask.sum(axis=1).max() <= rows.response_capacity
-    assert rows.response_capacity <= rows.tokens.shape[1]
+    held = [len(set(row)) for row in rows.sequence_ids.tolist()]
+    assert max(held) <= rows.sequence_capacity <= 2 * (max(held) + 1)
 
 
 @pytest.mark.parametrize("pack_length", [None, 8])
 def test_mini_batches_share_a_shape_and_lose_nothing(pack_length):
     three = PROMPTS + [prompt(5, 30)]
     completions = COMPLETIONS + [[completion(5, g, [31], [-1.0]) for g in range(2)]]
-    rows = batch.make_rows(three, completions, np.ones((3, 2)), pack_length=pack_length)
+    rows = batch.make_rows(
+        three,
+        completions,
+        np.ones((3, 2)),
+        layout=batch.Layout(pack_length=pack_length),
+    )
     rows = dataclasses.replace(rows, old_logprobs=rows.sampler_logprobs * 2)
-    parts = batch.mini_batches(rows, 2, 2, pack_length=pack_length)
+    parts = batch.mini_batches(rows, 2, 2, layout=batch.Layout(pack_length=pack_length))
     assert len(parts) == 2 and len({jax.tree.structure(part) for part in parts}) == 1
     assert len({part.tokens.shape for part in parts}) == 1
     whole = sequences(rows)
@@ -115,7 +121,9 @@ def test_mini_batches_share_a_shape_and_lose_nothing(pack_length):
 
 
 def test_one_mini_batch_is_the_batch():
-    (part,) = batch.mini_batches(make(pack_length=8), 2, 2, pack_length=8)
+    (part,) = batch.mini_batches(
+        make(pack_length=8), 2, 2, layout=batch.Layout(pack_length=8)
+    )
     expected = make(pack_length=8)
     assert jax.tree.structure(part) == jax.tree.structure(expected)
     for got, wanted in zip(*map(jax.tree.leaves, (part, expected)), strict=True):
@@ -175,7 +183,10 @@ def test_bucket_rounds_up_a_little_and_to_few_sizes():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"pack_length": 5}, "sequence 2 has 6 tokens, more than pack_length 5"),
+        (
+            {"layout": batch.Layout(pack_length=5)},
+            "sequence 2 has 6 tokens, more than pack_length 5",
+        ),
         ({"advantages": ADVANTAGES[:1]}, "advantages are 1 x 2, but there are 2"),
         ({"completions": COMPLETIONS[::-1]}, "a completion of prompt 3 stands with"),
         ({"prompts": [prompt(7), PROMPTS[1]]}, "prompt 7 has no tokens"),

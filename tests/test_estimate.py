@@ -1,15 +1,16 @@
 """Which estimator a configuration gets, from rewards to rows."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_learner import EIGHT, P, make_config, make_rollouts
+from test_learner import EIGHT, make_config, make_rollouts
 
-from jaxrl_llm import estimate, models
-from jaxrl_llm.config import ConfigError
+from jaxrl_llm import estimate, masked, models
 from jaxrl_llm.config_algorithm import AlgorithmConfig
 from jaxrl_llm.learner import Learner
-from jaxrl_llm.rewards import Scores
 from sharding import mesh
 
 PROMPTS, COMPLETIONS = make_rollouts()
@@ -17,17 +18,32 @@ LENGTHS = np.array([[5, 2], [7, 3], [1, 8], [4, 4]])
 REWARDS = np.array([[1, 0], [0.5, 2], [0, 0], [1, 3]], np.float32)
 
 
-def made(path, pack_length=None, **algorithm):
+def made(path, pack_length=None, old=None, ref=None, kl_coef=None, **algorithm):
     """(rows, mean advantage of each response)."""
     config = make_config(path, pack_length=pack_length)
-    config = config.model_copy(update={"algorithm": AlgorithmConfig(**algorithm)})
     on = mesh.make(
         dict(zip(("data", "fsdp", "tensor"), EIGHT, strict=True)), jax.devices()
     )
     learner = Learner(config, models.open(path), on)
-    unjudged = np.where(np.arange(P)[:, None] == 2, np.nan, REWARDS)
-    scores = Scores(total=REWARDS, by_function={"exact": unjudged}, errors={})
-    return estimate.make_rows(learner, PROMPTS, COMPLETIONS, scores)
+    rows = learner.make_rows(PROMPTS, COMPLETIONS, np.zeros_like(REWARDS))
+    if kl_coef is not None:
+        filled = [np.where(rows.response_mask, np.float32(x), 0.0) for x in (old, ref)]
+        rows = dataclasses.replace(rows, old_logprobs=filled[0], ref_logprobs=filled[1])
+    judged = estimate.Judged(
+        rewards=REWARDS,
+        by_function=REWARDS[None],
+        weights=np.ones(1, np.float32),
+        baselines=np.array([1, 2, 3, 4], np.float32),
+        kl_coef=kl_coef,
+    )
+    rows, found = jax.device_get(
+        estimate.advantages_of(rows, judged, algorithm=AlgorithmConfig(**algorithm))
+    )
+    means = masked.sequence_means(
+        *map(jnp.asarray, (rows.advantages, rows.response_mask, rows.sequence_ids)),
+        rows.num_sequences,
+    )
+    return rows, np.asarray(means).reshape(REWARDS.shape), found
 
 
 def centred():
@@ -55,6 +71,7 @@ EXPECTED = {
         / LENGTHS.sum(axis=1, keepdims=True)
     ),
     "gpg": lambda: centred() * 8 / 5,
+    "remax": lambda: REWARDS - np.array([[1], [2], [3], [4]]),
     "reinforce_plus_plus": lambda: whitened(REWARDS),
     "reinforce_plus_plus_baseline": lambda: whitened(centred()),
 }
@@ -62,7 +79,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("estimator", EXPECTED)
 def test_every_estimator_by_name(tiny_model, estimator):
-    rows, means = made(tiny_model, adv_estimator=estimator)
+    rows, means, _ = made(tiny_model, adv_estimator=estimator)
     np.testing.assert_allclose(means, EXPECTED[estimator](), rtol=1e-5, atol=1e-6)
     assert rows.advantages.shape == rows.tokens.shape
     for s, expected in enumerate(means.ravel()):
@@ -76,7 +93,7 @@ def test_every_estimator_by_name(tiny_model, estimator):
 
 @pytest.mark.parametrize("pack_length", [None, 40])
 def test_reinforce_plus_plus_discounts_per_token(tiny_model, pack_length):
-    rows, means = made(
+    rows, means, _ = made(
         tiny_model, pack_length, adv_estimator="reinforce_plus_plus", gamma=0.5
     )
     returns = [
@@ -91,7 +108,30 @@ def test_reinforce_plus_plus_discounts_per_token(tiny_model, pack_length):
         np.testing.assert_allclose(means.ravel()[s], expected.mean(), rtol=1e-4)
 
 
-def test_what_a_run_does_not_have_is_not_estimated(tiny_model):
-    # The configuration refuses it first.
-    with pytest.raises(ConfigError, match="gae needs more than this"):
-        made(tiny_model, adv_estimator="gae")
+@pytest.mark.parametrize("estimator", ["grpo", "rloo", "reinforce_plus_plus"])
+def test_kl_in_the_reward_is_taken_off_every_token(tiny_model, estimator):
+    # log-probability - reference is 1 nat at each token.
+    rows, means, found = made(
+        tiny_model,
+        old=-1.0,
+        ref=-2.0,
+        kl_coef=np.float32(0.1),
+        adv_estimator=estimator,
+        use_kl_in_reward=True,
+    )
+    assert found["actor/reward_kl_penalty"] == pytest.approx(1.0)
+    totals = REWARDS - 0.1 * LENGTHS
+    centred = totals - totals.mean(axis=1, keepdims=True)
+    if estimator == "rloo":
+        expected = 2 * centred
+    elif estimator == "grpo":
+        expected = centred / (totals.std(axis=1, ddof=1, keepdims=True) + 1e-6)
+    else:  # what is still to come, from each token on
+        togo = [
+            reward - 0.1 * np.arange(length, 0, -1)
+            for reward, length in zip(REWARDS.ravel(), LENGTHS.ravel(), strict=True)
+        ]
+        every = np.concatenate(togo)
+        scaled = [(x - every.mean()).mean() / every.std(ddof=1) for x in togo]
+        expected = np.reshape(scaled, REWARDS.shape)
+    np.testing.assert_allclose(means, expected, rtol=1e-4, atol=1e-5)

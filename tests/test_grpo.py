@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm import grpo, logprobs
-from jaxrl_llm.batch import Completion, Prompt, make_rows
+from jaxrl_llm.batch import Completion, Layout, Prompt, make_rows
 from sharding import mesh
 
 VOCAB, WIDTH = 7, 4
@@ -56,7 +56,6 @@ def logprob_fn(params, rows):
         rows.tokens,
         rows.positions,
         rows.response_mask,
-        capacity=rows.response_capacity,
     )
 
 
@@ -76,7 +75,7 @@ def make_batch(order=(0, 1, 2), off_policy=True, **how):
         [PROMPTS[p] for p in order],
         [COMPLETIONS[p] for p in order],
         ADVANTAGES[list(order)],
-        **how,
+        layout=Layout(**how),
     )
     batch = jax.device_put(batch)
     if not off_policy:

@@ -40,18 +40,16 @@ def naive(hidden, output_matrix, tokens, *, temperature=1.0, softcap=None):
 
 
 @pytest.mark.parametrize(
-    "capacity, chunk, temperature, softcap",
+    "chunk, temperature, softcap",
     [
-        (None, 1000, 1.0, None),  # everything at once
-        (7, 1000, 0.7, 2.0),
-        (None, 1, 0.7, 2.0),  # one token of every row at a time
-        (7, 6, 1.0, None),  # two at a time: 7 do not divide
-        (9, 9, 1.0, 2.0),  # three at a time
+        (1000, 1.0, None),  # everything at once
+        (1000, 0.7, 2.0),
+        (1, 0.7, 2.0),  # one token of every row at a time
+        (6, 1.0, None),  # two at a time
+        (9, 1.0, 2.0),  # three at a time: ten do not divide
     ],
 )
-def test_equals_the_naive_log_softmax_and_its_gradient(
-    capacity, chunk, temperature, softcap
-):
+def test_equals_the_naive_log_softmax_and_its_gradient(chunk, temperature, softcap):
     hidden, output_matrix, tokens = make()
 
     def loss(score):
@@ -68,7 +66,6 @@ def test_equals_the_naive_log_softmax_and_its_gradient(
         mask=MASK,
         temperature=temperature,
         logit_softcap=softcap,
-        capacity=capacity,
         chunk=chunk,
     )
     theirs = functools.partial(
@@ -120,28 +117,61 @@ def test_nothing_depends_on_tokens_that_are_not_asked_for():
     np.testing.assert_array_equal(got.logprobs, expected.logprobs)
 
 
-def test_more_tokens_than_capacity_are_nan_and_not_a_wrong_number():
-    with jax.debug_nans(False):
-        got = logprobs.of_tokens(*make(), POSITIONS, MASK, capacity=5).logprobs
-        got = np.asarray(got)
-    enough = logprobs.of_tokens(*make(), POSITIONS, MASK).logprobs
-    np.testing.assert_array_equal(np.isnan(got[0]), [0] * 8 + [1] * 2)
-    np.testing.assert_allclose(got[0, :8], enough[0, :8], rtol=1e-6)
-    np.testing.assert_allclose(got[1:], enough[1:], rtol=1e-6)
-
-
-def test_the_whole_of_the_logits_never_exists():
+def test_a_constant_entropy_has_its_value_and_no_gradient():
     hidden, output_matrix, tokens = make()
 
-    def loss(hidden, output_matrix):
-        scored = logprobs.of_tokens(
-            hidden, output_matrix, tokens, POSITIONS, MASK, chunk=2 * R
-        )
-        return scored.logprobs.sum() + scored.entropy.sum()
+    def entropy(hidden, gradient):
+        return logprobs.of_tokens(
+            hidden, output_matrix, tokens, POSITIONS, MASK, entropy_gradient=gradient
+        ).entropy.sum()
 
-    program = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, output_matrix))
-    assert f"[{R},2,{V}]" in program
-    assert f"[{R},{T},{V}]" not in program and f"[5,{R},2,{V}]" not in program
+    assert entropy(hidden, False) == entropy(hidden, True) > 0
+    assert jnp.all(jax.grad(entropy)(hidden, False) == 0)
+    assert jnp.any(jax.grad(entropy)(hidden, True) != 0)
+
+
+def test_tokens_that_are_not_asked_for_cost_no_chunk():
+    # 16 of 64 columns are asked for, four at a time: four trips around either loop.
+    trips = []
+    hidden, output_matrix = jnp.ones((1, 64, D)), jnp.ones((V, D))
+    place = jnp.arange(64)[None]
+
+    def scored(mask):
+        with jax.disable_jit():
+            logprobs.of_tokens(hidden, output_matrix, place % V, place, mask, chunk=4)
+
+    einsum = jnp.einsum
+
+    def counting(*args, **kwargs):
+        trips.append(args[0])
+        return einsum(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logprobs.jnp, "einsum", counting)
+        scored(place >= 48)
+    assert len(trips) == 4
+
+
+def test_the_peak_memory_does_not_grow_with_tokens_times_vocabulary():
+    width, vocabulary = 8, 4096
+
+    def temporary_bytes(length):
+        def loss(hidden, output_matrix):
+            place = jnp.arange(length)[None]
+            scored = logprobs.of_tokens(
+                hidden, output_matrix, place, place, place > 0, chunk=64
+            )
+            return scored.logprobs.sum() + scored.entropy.sum()
+
+        shapes = [(1, length, width), (vocabulary, width)]
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(
+            *[jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        )
+        return compiled.compile().memory_analysis().temp_size_in_bytes
+
+    more = temporary_bytes(4096) - temporary_bytes(512)
+    # A few arrays of hidden states and scalars per token; one logit each is 58 MB.
+    assert more < 10 * (4096 - 512) * width * 4
 
 
 def test_bfloat16_hidden_states_accumulate_in_float32():
@@ -153,3 +183,29 @@ def test_bfloat16_hidden_states_accumulate_in_float32():
     expected, _ = naive(*[x.astype(jnp.float32) for x in rounded], tokens)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "chunk, temperature, softcap", [(1000, 1.0, None), (6, 0.7, 2.0)]
+)
+def test_sum_pi_squared_is_the_sum_of_the_squares_of_the_softmax(
+    chunk, temperature, softcap
+):
+    hidden, output_matrix, _ = make()
+    logits = np.asarray(hidden @ output_matrix.T, np.float64)
+    if softcap:
+        logits = softcap * np.tanh(logits / softcap)
+    p = np.exp(logits / temperature)
+    p /= p.sum(axis=2, keepdims=True)
+    expected = np.roll((p**2).sum(axis=2), 1, axis=1)
+    expected = np.where(MASK & (POSITIONS > 0), expected, 0.0)
+    got = logprobs.sum_pi_squared(
+        hidden,
+        output_matrix,
+        POSITIONS,
+        MASK,
+        temperature=temperature,
+        logit_softcap=softcap,
+        chunk=chunk,
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-5)

@@ -75,3 +75,17 @@ def test_the_quickstart_trains_a_model(tiny_model, tmp_path):
     assert (run / "report.html").exists() and (run / "huggingface").is_dir()
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+
+
+def test_the_losses_by_hand_are_as_they_say(tmp_path):
+    # What they claim, they assert.
+    notebook = nbformat.read(NOTEBOOKS / "02_losses_by_hand.ipynb", as_version=4)
+    NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()
+    assert len(outputs(notebook, "image/png")) == 3
+    found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in found if output.get("name") == "stderr"]

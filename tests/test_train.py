@@ -157,9 +157,9 @@ def final_params(result):
     """The weights of the newest checkpoint, as they are."""
     job = train.build(configs.load(result.directory / "config.yaml"))
     with Checkpoints(result.directory / "checkpoints", 9) as checkpoints:
-        step, state, _ = checkpoints.restore(job.learner.abstract_state())
-    assert step == state.step == STEPS
-    return jax.device_get(state.params)
+        step, state, _ = checkpoints.restore(train.abstract_state(job))
+    assert step == state.actor.step == STEPS
+    return jax.device_get(state.actor.params)
 
 
 def test_the_trained_weights_load_again(finished, tiny_model):

@@ -140,7 +140,7 @@ def batch_of(inputs):
         advantages=inputs["advantages"],
         old_logprobs=inputs["old_log_prob"],
         num_sequences=len(mask),
-        response_capacity=mask.shape[1],
+        sequence_capacity=2,
     )
 
 

@@ -15,33 +15,45 @@ from jaxrl_llm.models.apply import (
     init,
     logical_axes,
     logits,
+    num_matmul_params,
     num_params,
     output_matrix,
     prefill,
     unstack,
 )
 from jaxrl_llm.models.architecture import Architecture, Rope
+from jaxrl_llm.models.critic import abstract_critic, critic_axes, init_critic, values
 from jaxrl_llm.models.families import architecture
+from jaxrl_llm.models.flash import choose as choose_attention
 from jaxrl_llm.models.huggingface import Checkpoint, Model, load, open, save
+from jaxrl_llm.models.weights import RandomWeights, WeightSource
 
 __all__ = [
     "Architecture",
     "Cache",
     "Checkpoint",
     "Model",
+    "RandomWeights",
     "Rope",
+    "WeightSource",
+    "abstract_critic",
     "abstract_params",
     "architecture",
+    "choose_attention",
+    "critic_axes",
     "decode",
     "forward",
     "init",
+    "init_critic",
     "load",
     "logical_axes",
     "logits",
+    "num_matmul_params",
     "num_params",
     "open",
     "output_matrix",
     "prefill",
     "save",
     "unstack",
+    "values",
 ]

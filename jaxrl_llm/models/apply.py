@@ -15,10 +15,20 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrl_llm.models.architecture import Architecture
-from jaxrl_llm.models.attention import attend, cached_mask, packed_mask
+from jaxrl_llm.models.attention import (
+    PackedAttention,
+    attend,
+    cached_mask,
+    packed,
+    packed_mask,
+)
 from jaxrl_llm.models.decoder import Decoder, Init, RotaryTable
 
 Params = Any
+Remat = Literal["none", "dots", "full", "offload"]
+"""What the backward pass of a layer computes again. none: nothing. dots: all but matrix
+products and attention. full: everything. offload: as dots, with what is kept in the
+host's memory meanwhile."""
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +80,13 @@ def num_params(arch: Architecture) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(arch)))
 
 
+def num_matmul_params(arch: Architecture) -> int:
+    """Of them, those that a token is multiplied with: all but an embedding that is not
+    also the output matrix. Norms and biases, a few thousand, are counted too."""
+    looked_up = 0 if arch.tie_embeddings else arch.vocab_size * arch.hidden_size
+    return num_params(arch) - looked_up
+
+
 def unstack(params: Params, dtype) -> Params:
     """Stacked to unstacked, cast to `dtype`."""
     params = jax.tree.map(lambda x: x.astype(dtype), params)
@@ -106,7 +123,8 @@ def forward(
     sequence_ids: Int[Array, "R T"],
     *,
     dtype,
-    remat: Literal["none", "full"] = "none",
+    remat: Remat = "none",
+    attention: PackedAttention = packed,
 ) -> Float[Array, "R T D"]:
     """Final hidden states (after the last norm) of packed rows.
 
@@ -115,34 +133,49 @@ def forward(
       positions: of each token within its sequence, from 0.
       sequence_ids: tokens see only their own sequence; padding has an id of its own.
       dtype: of activations, and of weights inside matrix products.
-      remat: "full" keeps only each layer's input for the backward pass.
+      remat: what the backward pass computes again, see `Remat`.
+      attention: see `flash.choose`.
     """
     model = _model(arch, params, stacked=True)
     tables = model.rotary_tables(positions)
     graphdef, stacked = nnx.split(model.layers)
+    scale = arch.head_dim**-0.5 if arch.query_scale is None else arch.query_scale
+    windows = sorted(set(arch.window_of_layer), key=str)
 
-    def layer(x, state, rope_index, window):
-        mask = packed_mask(sequence_ids, positions, window)
-        x, _ = nnx.merge(graphdef, state)(
-            x,
-            _pick(tables, rope_index),
-            lambda q, k, v: (_attend(arch, q, k, v, mask), None),
-        )
+    def looking_back(window):
+        def attend_rows(q, k, v):
+            return attention(
+                q,
+                k,
+                v,
+                sequence_ids,
+                positions,
+                window=window,
+                scale=scale,
+                softcap=arch.attention_softcap,
+            )
+
+        return attend_rows
+
+    def layer(x, state, rope_index, window_index):
+        def attend_rows(q, k, v):
+            kinds = [looking_back(window) for window in windows]
+            if len(kinds) == 1:
+                return kinds[0](q, k, v), None
+            return jax.lax.switch(window_index, kinds, q, k, v), None
+
+        x, _ = nnx.merge(graphdef, state)(x, _pick(tables, rope_index), attend_rows)
         return x
 
-    if remat == "full":
-        layer = jax.checkpoint(layer)
-
-    uniform = len(set(arch.window_of_layer)) == 1
-    far = arch.max_positions + tokens.shape[1]
-    windows = jnp.array([w or far for w in arch.window_of_layer], jnp.int32)
-    kinds = jnp.array(arch.rope_of_layer, jnp.int32)
+    if remat != "none":
+        layer = jax.checkpoint(layer, policy=_POLICIES[remat])
 
     def body(x, scanned):
-        state, kind, window = scanned
-        return layer(x, state, kind, arch.window_of_layer[0] if uniform else window), ()
+        return layer(x, *scanned), ()
 
-    x, _ = jax.lax.scan(body, model.embed(tokens, dtype), (stacked, kinds, windows))
+    ropes = jnp.array(arch.rope_of_layer, jnp.int32)
+    kinds = jnp.array([windows.index(w) for w in arch.window_of_layer], jnp.int32)
+    x, _ = jax.lax.scan(body, model.embed(tokens, dtype), (stacked, ropes, kinds))
     return model.norm(x)
 
 
@@ -214,6 +247,27 @@ def decode(
         keys.append(k)
         values.append(v)
     return model.norm(x[:, 0]), Cache(tuple(keys), tuple(values))
+
+
+def _is_dot(primitive, *_, **params) -> bool:
+    """Whether `dots` keeps the result: a product with weights, or flash attention."""
+    if primitive.name == "dot_general":
+        _, (batch, _) = params["dimension_numbers"]
+        return not batch
+    return "attention" in f"{primitive.name} {params.get('name')}"
+
+
+def _to_host(primitive, *inputs, **params):
+    """`_is_dot`, with the products in the host's memory."""
+    if primitive.name == "dot_general":
+        return _OFFLOAD_DOTS(primitive, *inputs, **params)
+    return _is_dot(primitive, *inputs, **params)
+
+
+_OFFLOAD_DOTS = jax.checkpoint_policies.offload_dot_with_no_batch_dims(
+    "device", "pinned_host"
+)
+_POLICIES = {"dots": _is_dot, "full": None, "offload": _to_host}
 
 
 def _attend(arch: Architecture, q, k, v, mask):

@@ -4,11 +4,15 @@ B = rows, T = query tokens, S = key tokens, N = query heads, K = key/value heads
 serves N / K query heads), H = head size. Scores and softmax are float32.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 Window = int | Int[Array, ""] | None
+PackedAttention = Callable[..., Float[Array, "R T N H"]]
+"""`packed`, or something of the same arguments and result."""
 
 
 def attend(
@@ -33,6 +37,28 @@ def attend(
     scores = jnp.where(mask[:, None, None], scores, -1e30)
     probs = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", probs, v).reshape(B, T, N, H)
+
+
+def packed(
+    q: Float[Array, "R T N H"],
+    k: Float[Array, "R T K H"],
+    v: Float[Array, "R T K H"],
+    sequence_ids: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    *,
+    window: Window,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "R T N H"]:
+    """`attend` within the sequences of packed rows: what every faster one must equal.
+
+    Args:
+      sequence_ids: padding has an id of its own.
+      positions: of each token in its sequence, from 0.
+      window: how many tokens back, itself included, a token sees; None: all.
+    """
+    mask = packed_mask(sequence_ids, positions, window)
+    return attend(q, k, v, mask, scale=scale, softcap=softcap)
 
 
 def packed_mask(

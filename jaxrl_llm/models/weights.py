@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.models.apply import Params, abstract_params
+from jaxrl_llm.models.apply import Params, abstract_params, init
 from jaxrl_llm.models.architecture import Architecture
 from sharding import rules
 
@@ -34,6 +34,31 @@ class Tensors(Protocol):
     def where(self, name: str) -> str:
         """The file that holds a tensor, or should."""
         ...
+
+
+@runtime_checkable
+class WeightSource(Protocol):
+    """A model whose weights have not been read or made yet."""
+
+    arch: Architecture
+
+    def load(self, *, dtype: Any = jnp.float32, shardings: Any = None) -> Params:
+        """The weights, stacked, every device only what it will hold."""
+        ...
+
+
+class RandomWeights(NamedTuple):
+    """A model that has learned nothing, for measurements."""
+
+    arch: Architecture
+
+    def load(self, *, dtype: Any = jnp.float32, shardings: Any = None) -> Params:
+        """Weights of `init`, always the same."""
+        make = jax.jit(
+            lambda: init(self.arch, jax.random.key(0), dtype=dtype),
+            out_shardings=shardings,
+        )
+        return make()
 
 
 class Stored(NamedTuple):

@@ -210,6 +210,19 @@ def _golds(answer: Sequence) -> list[str]:
     return [str(gold) for gold in answer]
 
 
+def overlong_penalty(
+    completion_ids: list[list[int]], *, max_length: int, buffer: int, factor: float
+) -> list[float]:
+    """0 up to max_length - buffer tokens, from there down to -factor at max_length.
+
+        min(0, factor * (max_length - buffer - length) / buffer)
+
+    Source: Yu et al. 2025, eq. 13 (arXiv:2503.14476).
+    """
+    start = max_length - buffer
+    return [min(0.0, factor * (start - len(ids)) / buffer) for ids in completion_ids]
+
+
 BUILTIN: dict[str, Callable[..., list[float]]] = {
     function.__name__: function
     for function in (exact, numeric, gsm8k, math, reasoning_gym)

@@ -54,6 +54,27 @@ class Scores:
     errors: dict[str, int]
     """Per function, how many responses scored 0 because it failed on them."""
 
+    def take(self, prompts: Sequence[int]) -> "Scores":
+        """Of the given prompts only. `errors` still counts all of them."""
+        picked = np.asarray(prompts, np.intp)
+        by_function = {name: x[picked] for name, x in self.by_function.items()}
+        return Scores(
+            total=self.total[picked], by_function=by_function, errors=self.errors
+        )
+
+
+def join(parts: Sequence[Scores]) -> Scores:
+    """Scores by the same functions of one batch of prompts after the other."""
+    names = parts[0].by_function
+    return Scores(
+        total=np.concatenate([part.total for part in parts]),
+        by_function={
+            name: np.concatenate([part.by_function[name] for part in parts])
+            for name in names
+        },
+        errors={name: sum(part.errors[name] for part in parts) for name in names},
+    )
+
 
 class RewardError(ValueError):
     """A reward function failed; the message names it, the cause and one response."""

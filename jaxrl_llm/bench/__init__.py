@@ -1,0 +1,30 @@
+"""Measurements, one module each: `jaxrl bench NAME` calls `jaxrl_llm.bench.NAME.main`.
+
+A measurement times the programs that a run uses, on shapes given by name and random
+weights, after warm-up, and prints one table and one line of JSON per variant.
+"""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+_NAMES = sorted(
+    path.stem
+    for path in Path(__file__).parent.glob("*.py")
+    if path.stem not in ("__init__", "shapes")
+)
+
+
+def main(rest: Sequence[str]) -> None:
+    """Runs the measurement that the first argument names with the others.
+
+    Raises:
+      ValueError: no such measurement.
+    """
+    if not rest or rest[0] not in _NAMES:
+        given = repr(rest[0]) if rest else "nothing"
+        raise ValueError(f"jaxrl bench takes one of {', '.join(_NAMES)}; got {given}")
+    measurement = importlib.import_module(f"{__name__}.{rest[0]}")
+    tyro.cli(measurement.main, prog=f"jaxrl bench {rest[0]}", args=list(rest[1:]))

@@ -1,0 +1,206 @@
+"""`jaxrl bench train`: the GRPO update of a run, on random weights of a real shape.
+
+MFU counts the operations of `metrics.train_flops` on real tokens only, over the peak of
+the device's data sheet: neither padding nor what is computed again counts.
+"""
+
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxrl_llm import config as configs
+from jaxrl_llm import metrics, models, profile
+from jaxrl_llm.batch import Completion, Prompt, TrainBatch
+from jaxrl_llm.bench import shapes
+from jaxrl_llm.config import Config
+from jaxrl_llm.learner import Learner
+from sharding import mesh
+
+Remat = Literal["none", "dots", "full", "offload"]
+_GROUP = 8
+
+
+def main(
+    model: str = "qwen2.5-1.5b",
+    sequences: int = 32,
+    length: int = 1024,
+    mean: int | None = None,
+    prompt_length: int = 1,
+    pack_length: int | None = None,
+    micro_batch_size: tuple[int, ...] = (8,),
+    remat: tuple[Remat, ...] = ("dots",),
+    attention: tuple[Literal["auto", "xla"], ...] = ("auto",),
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    fsdp: int = -1,
+    tensor: int = 1,
+    steps: int = 5,
+    profiled: bool = False,
+) -> None:
+    """Times the update: forward, backward, AdamW. One line per variant.
+
+    Args:
+      model: a name of `bench.shapes`, or a config.json.
+      sequences: in a mini-batch; a multiple of 8.
+      length: tokens of a sequence, prompt and response.
+      mean: draw lengths from a lognormal of this mean instead (sigma 0.8), at most
+        `length`.
+      prompt_length: of these, tokens that are not trained on.
+      pack_length: tokens in a row; one sequence per row if not given.
+      micro_batch_size: rows per forward and backward pass.
+      remat: what the backward pass computes again.
+      attention: see `actor.attention`.
+      dtype: of activations and matrix products.
+      fsdp: devices that weights and rows are split over.
+      tensor: devices that heads are split over.
+      steps: timed updates after two that are not.
+      profiled: print where the device's time goes in one update.
+    """
+    if sequences % _GROUP:
+        raise ValueError(f"sequences must be a multiple of {_GROUP}, got {sequences}")
+    arch = shapes.find(model)
+    lengths = _lengths(sequences, length, mean, prompt_length)
+    table = Table(
+        "micro-batch", "remat", "attention", "ms", "tok/s", "MFU", "real tokens",
+        "peak GiB", "compile s", title=f"{model}, {len(lengths)} sequences",
+    )  # fmt: skip
+    console, profiles = Console(), []
+    for size, kept, kind in itertools.product(micro_batch_size, remat, attention):
+        config = configs.parse(
+            {
+                "output_dir": "unused",
+                "model": {"path": model},
+                "data": {
+                    "train": {"path": "unused.jsonl"},
+                    "train_batch_size": sequences // _GROUP,
+                    "max_prompt_length": prompt_length,
+                },
+                "reward": {"functions": [{"name": "exact"}]},
+                "rollout": {
+                    "n": _GROUP,
+                    "max_response_length": length - prompt_length,
+                },
+                "actor": {
+                    "micro_batch_size": size,
+                    "pack_length": pack_length,
+                    "remat": kept,
+                    "attention": kind,
+                    "dtype": dtype,
+                    "mesh": {"fsdp": fsdp, "tensor": tensor},
+                },
+                "trainer": {"total_training_steps": 1000},
+            },
+            "jaxrl bench train",
+        )
+        result, trace = _measure(
+            config, models.RandomWeights(arch), lengths, steps, profiled
+        )
+        table.add_row(
+            str(size), kept, kind,
+            f"{1e3 * result['seconds']:.1f}", f"{result['tokens_per_second']:,.0f}",
+            f"{100 * result['mfu']:.1f} %" if "mfu" in result else "",
+            f"{100 * result['token_efficiency']:.1f} %",
+            f"{result['peak_bytes'] / 2**30:.1f}", f"{result['compile_seconds']:.0f}",
+        )  # fmt: skip
+        variant = {"micro_batch_size": size, "remat": kept, "attention": kind}
+        print(json.dumps({"model": model, **variant, **result}), flush=True)
+        profiles += [trace] if trace else []
+    console.print(table, *profiles)
+
+
+def _measure(
+    config: Config,
+    source: models.WeightSource,
+    lengths: Sequence[int],
+    steps: int,
+    profiled: bool,
+) -> tuple[dict[str, float], Table | None]:
+    sizes = config.actor.mesh.model_dump()
+    learner = Learner(config, source, mesh.make(sizes))
+    batch = _batch(learner, lengths, config)
+    start = time.perf_counter()
+    compiled = learner.compile_update(batch)
+    compile_seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    rows, state, seconds, trace = learner.on_devices(batch), learner.start(), [], None
+    for _ in range(steps + 2):
+        start = time.perf_counter()
+        state, found = compiled(state, rows)
+        jax.block_until_ready((state, found))
+        seconds.append(time.perf_counter() - start)
+    if profiled:
+        with profile.recorded() as recording:
+            state, found = compiled(state, rows)
+            jax.block_until_ready((state, found))
+        trace = profile.table(recording)
+    median = float(np.median(seconds[2:]))
+    tokens, arch, devices = sum(lengths), source.arch, learner.mesh.devices
+    flops = metrics.train_flops(
+        models.num_matmul_params(arch),
+        tokens,
+        sum(n * n for n in lengths),
+        arch.num_layers,
+        arch.num_heads,
+        arch.head_dim,
+    )
+    used = (batch.sequence_ids >= 0).any(axis=1).sum() * batch.tokens.shape[1]
+    share = metrics.mfu(flops, median, devices.flat[0].device_kind, devices.size)
+    return {
+        "seconds": median,
+        "tokens_per_second": tokens / median,
+        **({"mfu": share["perf/mfu/actor"]} if share else {}),
+        "token_efficiency": tokens / float(used),
+        "peak_bytes": memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        "compile_seconds": compile_seconds,
+        "loss": float(found["actor/loss"]),
+    }, trace
+
+
+def _lengths(count: int, longest: int, mean: int | None, shortest: int) -> list[int]:
+    if mean is None:
+        return [longest] * count
+    sigma = 0.8
+    drawn = np.random.default_rng(0).lognormal(
+        np.log(mean) - sigma**2 / 2, sigma, size=count
+    )
+    return np.clip(drawn, shortest + 1, longest).astype(int).tolist()
+
+
+def _batch(learner: Learner, lengths: Sequence[int], config: Config) -> TrainBatch:
+    """Random tokens as responses to random prompts."""
+    rng = np.random.default_rng(0)
+    size, vocabulary = config.data.max_prompt_length, learner.arch.vocab_size
+    prompts = [
+        Prompt(
+            id=p,
+            content="",
+            tokens=tuple(rng.integers(0, vocabulary, size).tolist()),
+            columns={},
+        )
+        for p in range(len(lengths) // _GROUP)
+    ]
+    completions = [
+        Completion(
+            prompt_id=i // _GROUP,
+            sample=i % _GROUP,
+            tokens=rng.integers(0, vocabulary, n - size).astype(np.int32),
+            logprobs=np.full(n - size, -np.log(vocabulary), np.float32),
+            raw_logprobs=np.full(n - size, -np.log(vocabulary), np.float32),
+            finish_reason="length",
+            weight_version=0,
+            text="",
+        )
+        for i, n in enumerate(lengths)
+    ]
+    groups = [completions[i : i + _GROUP] for i in range(0, len(lengths), _GROUP)]
+    advantages = rng.normal(size=(len(prompts), _GROUP)).astype(np.float32)
+    return learner.make_rows(prompts, groups, advantages)

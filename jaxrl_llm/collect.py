@@ -1,0 +1,154 @@
+"""The responses that one step trains on: generated, scored, filtered."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float32
+
+from jaxrl_llm.batch import Completion, Prompt
+from jaxrl_llm.config import Config, SamplingConfig
+from jaxrl_llm.records import Records
+from jaxrl_llm.rewards import Scores
+from jaxrl_llm.rewards.scoring import join
+from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
+
+ROLLOUT, VALIDATION, ORDER, RESAMPLE = range(4)  # independent streams of random numbers
+
+Score = Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], Scores]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """P prompts, G responses to each, and what they are worth."""
+
+    asked: Sequence[Prompt]
+    rollouts: Sequence[Sequence[Completion]]
+    scores: Scores
+    baselines: Float32[np.ndarray, " P"] | None = None
+    """The reward of a greedy response to each prompt, if the estimator compares with
+    it."""
+    num_generated: int
+    """Groups that were generated; P of them are trained on."""
+
+
+def collect(
+    config: Config, engine: Engine, score: Score, records: Records, step: int
+) -> Groups:
+    """The groups of one step.
+
+    With `algorithm.filter_groups` (dynamic sampling), batches are generated until there
+    are enough groups whose responses differ in worth; what is more than enough is not
+    trained on.
+
+    Raises:
+      ValueError: `max_num_gen_batches` were not enough.
+
+    Source: Yu et al. 2025, section 3.2 (arXiv:2503.14476).
+    """
+    wanted, how = config.data.train_batch_size, config.algorithm.filter_groups
+    parts: list[Groups] = []
+    for attempt in itertools.count():
+        with records.phase("gen"):
+            asked = next(records.prompt_batches)
+            rollouts = generate(engine, requests(config, asked, step, attempt))
+        with records.phase("reward"):
+            scores = score(asked, rollouts)
+        made = Groups(
+            asked=asked, rollouts=rollouts, scores=scores, num_generated=len(asked)
+        )
+        parts.append(_take(made, differing(scores, how.metric)) if how else made)
+        found = sum(len(part.asked) for part in parts)
+        if how is None or found >= wanted:
+            break
+        if attempt + 1 == how.max_num_gen_batches:
+            raise ValueError(
+                f"step {step}: in {attempt + 1} batches of {len(asked)} prompts only "
+                f"{found} groups have responses that differ in {how.metric}, "
+                f"{wanted} are needed; raise algorithm.filter_groups."
+                "max_num_gen_batches (0: no limit) or rollout.n, or give questions "
+                "that are neither always nor never answered well"
+            )
+    groups = _take(_join(parts), range(wanted)) if how else parts[0]
+    if config.algorithm.adv_estimator != "remax":
+        return groups
+    with records.phase("gen"):
+        greedy = generate(engine, greedily(requests(config, groups.asked, step)))
+    with records.phase("reward"):
+        return replace(groups, baselines=score(groups.asked, greedy).total[:, 0])
+
+
+def differing(scores: Scores, metric: str) -> list[int]:
+    """Prompts whose responses do not all have the same worth.
+
+    Args:
+      metric: "reward", or the name of a reward function.
+    """
+    values = scores.total if metric == "reward" else scores.by_function[metric]
+    return np.flatnonzero(np.ptp(np.nan_to_num(values), axis=1)).tolist()
+
+
+def requests(
+    config: Config, asked: Sequence[Prompt], step: int, attempt: int = 0
+) -> list[Request]:
+    """What is asked of the engine in one training step.
+
+    Args:
+      attempt: a prompt that comes back within the step gets other responses.
+    """
+    return [
+        Request(
+            prompt_id=prompt.id,
+            tokens=prompt.tokens,
+            num_samples=config.rollout.n,
+            seed=seed(config, ROLLOUT, step, attempt),
+            sampling=sampling(config, config.rollout),
+        )
+        for prompt in asked
+    ]
+
+
+def greedily(requests: Sequence[Request]) -> list[Request]:
+    """The same prompts, answered once each with the likeliest tokens."""
+    return [
+        replace(r, num_samples=1, sampling=replace(r.sampling, temperature=0.0))
+        for r in requests
+    ]
+
+
+def sampling(config: Config, section: SamplingConfig) -> Sampling:
+    """How `section` (rollout or val) wants tokens drawn, with rollout's limits."""
+    return Sampling(
+        max_tokens=config.rollout.max_response_length,
+        temperature=section.temperature,
+        top_k=section.top_k,
+        top_p=section.top_p,
+        min_p=section.min_p,
+        stop=config.rollout.stop,
+        stop_token_ids=config.rollout.stop_token_ids,
+    )
+
+
+def seed(config: Config, stream: int, step: int, attempt: int = 0) -> int:
+    """A 32-bit seed for one purpose in one step; nothing random has other state."""
+    words = [config.seed, stream, step, attempt]
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def _take(groups: Groups, prompts: Sequence[int]) -> Groups:
+    return replace(
+        groups,
+        asked=[groups.asked[p] for p in prompts],
+        rollouts=[groups.rollouts[p] for p in prompts],
+        scores=groups.scores.take(prompts),
+    )
+
+
+def _join(parts: Sequence[Groups]) -> Groups:
+    return Groups(
+        asked=[prompt for part in parts for prompt in part.asked],
+        rollouts=[group for part in parts for group in part.rollouts],
+        scores=join([part.scores for part in parts]),
+        num_generated=sum(part.num_generated for part in parts),
+    )

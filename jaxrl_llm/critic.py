@@ -1,0 +1,206 @@
+"""The critic of a run: sharded state of the value model, its values and its update.
+
+critic = Critic(config, source, mesh)
+state = critic.start()
+values = critic.judge(state.params, rows)
+state, metrics = critic.update(state, rows with values and returns, seed)
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from jaxrl_llm import grpo, logprobs, models, optimizer, ppo
+from jaxrl_llm.batch import TrainBatch, pad_rows
+from jaxrl_llm.config import Config, ConfigError
+from jaxrl_llm.learner import (
+    abstract_state,
+    first_state,
+    layout,
+    split,
+    state_shardings,
+)
+from jaxrl_llm.models import Checkpoint
+from sharding import rules
+
+
+class Critic:
+    """Everything about the value model but the state that changes.
+
+    Args:
+      source: of the policy's initial weights, where the critic starts too unless
+        `critic.model.path` says otherwise.
+      mesh: axes "data", "fsdp" and "tensor"; rows are split over the first two.
+
+    Raises:
+      ConfigError: the critic's model does not fit the policy's.
+      ValueError: there is no such model.
+    """
+
+    def __init__(self, config: Config, source: Checkpoint, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self._source = _open(config, source)
+        self.arch = self._source.arch
+        critic, total_steps = config.critic, config.trainer.total_training_steps
+        self._mini_batch = (
+            critic.ppo_mini_batch_size or config.actor.ppo_mini_batch_size
+        )
+        self._epochs = critic.ppo_epochs or config.actor.ppo_epochs
+        prompts = config.data.train_batch_size
+        count = self._epochs * -(-prompts // (self._mini_batch or prompts))
+        self.optimizer = optimizer.make(critic.optim, total_steps, count)
+        self.schedule = optimizer.schedule(critic.optim, total_steps, count)
+        self._rows = NamedSharding(mesh, P(("data", "fsdp")))
+        micro_batch_size = critic.micro_batch_size or config.actor.micro_batch_size
+        self._layout = layout(config, mesh, micro_batch_size)
+        settings = ppo.CriticSettings(
+            cliprange_value=critic.cliprange_value,
+            loss_agg_mode=critic.loss_agg_mode,
+            micro_batch_size=micro_batch_size,
+        )
+        self._update = jax.jit(
+            functools.partial(
+                ppo.update_critic,
+                value_fn=self.values,
+                optimizer=self.optimizer,
+                settings=settings,
+            ),
+            donate_argnums=0,
+            out_shardings=(self.state_shardings(), None),
+        )
+        self._judge = jax.jit(self._values_in_micro_batches)
+
+    def start(self) -> grpo.TrainState:
+        """The state before the first update. Reads the weights."""
+        axes = models.logical_axes(self.arch)
+        decoder = self._source.load(
+            dtype=jnp.float32,
+            shardings=rules.to_shardings(axes, self.mesh, rules.TRAIN),
+        )
+        shardings = self.state_shardings()
+        params = jax.device_put(
+            models.init_critic(self.arch, decoder), shardings.params
+        )
+        return first_state(params, self.optimizer, shardings)
+
+    def values(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
+        """The value of the state before every response token, 0 elsewhere."""
+        critic = self.config.critic
+        after = models.values(
+            self.arch,
+            params,
+            rows.tokens,
+            rows.positions,
+            rows.sequence_ids,
+            dtype=jnp.dtype(critic.dtype),
+            remat=critic.remat,
+            attention=models.choose_attention(
+                self.mesh, critic.dtype, rows.sequence_capacity, critic.attention
+            ),
+        )
+        return logprobs.before(after, rows.positions, rows.response_mask)
+
+    def judge(self, params: Any, batch: TrainBatch) -> Float[np.ndarray, "R T"]:
+        """`values` of all rows, on the host.
+
+        Args:
+          batch: of `Learner.make_rows`, on the host.
+        """
+        found = self._judge(params, self._on_devices(batch))
+        return np.asarray(found)[: batch.tokens.shape[0]]
+
+    def update(
+        self, state: grpo.TrainState, batch: TrainBatch, seed: int
+    ) -> tuple[grpo.TrainState, dict[str, float]]:
+        """All optimizer steps of one training step. Donates `state`.
+
+        Args:
+          batch: with values and returns, such as of `ppo.credit`; on the host.
+          seed: of the order of the prompts in each pass.
+
+        Returns:
+          The next state, and metrics averaged over the optimizer steps.
+        """
+        collected = []
+        for epoch in range(self._epochs):
+            for part in self._parts(batch, epoch, seed):
+                state, metrics = self._update(state, self._on_devices(part))
+                collected.append(metrics)
+        means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(collected))
+        means["critic/lr"] = float(self.schedule(int(state.step) - 1))
+        return jax.block_until_ready(state), means
+
+    def update_memory(self, batch: TrainBatch) -> Any:
+        """The compiler's memory analysis of an update with (a part of) `batch`."""
+        known = dict.fromkeys(("values", "returns"), batch.sampler_logprobs)
+        part = self._parts(dataclasses.replace(batch, **known), 0, 0)[0]
+        rows = jax.eval_shape(lambda: pad_rows(part, self._padded(part)))
+        rows = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows), rows
+        )
+        compiled = self._update.lower(self.abstract_state(), rows).compile()
+        return compiled.memory_analysis()
+
+    def state_shardings(self) -> grpo.TrainState:
+        """Of every array of the state."""
+        axes = models.critic_axes(self.arch)
+        return state_shardings(
+            models.abstract_critic(self.arch),
+            rules.to_shardings(axes, self.mesh, rules.TRAIN),
+            self.optimizer,
+            self.mesh,
+        )
+
+    def abstract_state(self) -> grpo.TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        params = models.abstract_critic(self.arch)
+        return abstract_state(params, self.optimizer, self.state_shardings())
+
+    def _values_in_micro_batches(self, params, batch: TrainBatch):
+        _, values = grpo.accumulate(
+            lambda params, rows, _: ((), self.values(params, rows)),
+            params,
+            batch,
+            (),
+            self._layout.micro_batch_size,
+        )
+        return values
+
+    def _parts(self, batch: TrainBatch, epoch: int, seed: int) -> list[TrainBatch]:
+        return split(self.config, batch, self._mini_batch, (seed, epoch), self._layout)
+
+    def _padded(self, batch: TrainBatch) -> int:
+        """Rows that can be split over this mesh, which need not be the policy's."""
+        multiple = self._layout.rows_multiple
+        return -(-batch.tokens.shape[0] // multiple) * multiple
+
+    def _on_devices(self, batch: TrainBatch) -> TrainBatch:
+        return jax.device_put(pad_rows(batch, self._padded(batch)), self._rows)
+
+
+def _open(config: Config, source: Checkpoint) -> Checkpoint:
+    """The checkpoint the critic starts from."""
+    model = config.critic.model
+    if model.path is None:
+        return source
+    found = models.open(model.path, revision=model.revision, tokenizer=source.tokenizer)
+    wanted, longest = source.arch.vocab_size, found.arch.max_positions
+    if found.arch.vocab_size != wanted:
+        raise ConfigError(
+            f"critic.model.path {model.path} has {found.arch.vocab_size} tokens in its "
+            f"vocabulary, the policy {wanted}; they must read the same tokens"
+        )
+    needed = config.data.max_prompt_length + config.rollout.max_response_length
+    if needed > longest:
+        raise ConfigError(
+            f"critic.model.path {model.path} has {longest} positions, but "
+            f"data.max_prompt_length + rollout.max_response_length is {needed}"
+        )
+    return found

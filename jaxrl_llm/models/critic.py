@@ -1,0 +1,94 @@
+"""The value model: a decoder without output matrix, and one number per token.
+
+`params` is a nested dict: "decoder", stacked as in `apply`, "weight" [D] and "bias" [].
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.models.apply import Params, Remat, forward
+from jaxrl_llm.models.architecture import Architecture
+from jaxrl_llm.models.attention import PackedAttention, packed
+from jaxrl_llm.models.decoder import Decoder, Init
+
+
+class Critic(nnx.Module):
+    """Final hidden state -> value, which starts at 0 for every state."""
+
+    def __init__(self, arch: Architecture, init: Init):
+        self.decoder = Decoder(_headless(arch), init, stacked=True)
+        self.weight = init((arch.hidden_size,), ("embed",), 0.0)
+        self.bias = init((), (), 0.0)
+
+
+def init_critic(arch: Architecture, params: Params) -> Params:
+    """A critic that starts as a language model with the head at 0: it predicts 0.
+
+    Args:
+      params: of a decoder of `arch`, stacked. The critic shares its arrays; the output
+        matrix is left out.
+    """
+    return {
+        "decoder": {name: x for name, x in params.items() if name != "output"},
+        "weight": jnp.zeros(arch.hidden_size, params["embedding"].dtype),
+        "bias": jnp.zeros((), params["embedding"].dtype),
+    }
+
+
+def abstract_critic(arch: Architecture, *, dtype=jnp.float32) -> Params:
+    """Shapes and dtypes of `init_critic`, without computing anything."""
+    return nnx.to_pure_dict(_state(arch, dtype))
+
+
+def critic_axes(arch: Architecture) -> Params:
+    """A tuple of axis names for every parameter, in a tree of the same structure."""
+    return nnx.to_pure_dict(
+        jax.tree.map(
+            lambda variable: variable.get_metadata("axes"),
+            _state(arch, jnp.float32),
+            is_leaf=lambda x: isinstance(x, nnx.Variable),
+        )
+    )
+
+
+def values(
+    arch: Architecture,
+    params: Params,
+    tokens: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    sequence_ids: Int[Array, "R T"],
+    *,
+    dtype,
+    remat: Remat = "none",
+    attention: PackedAttention = packed,
+) -> Float[Array, "R T"]:
+    """The value of the state after each token of packed rows, float32.
+
+        values = hidden @ weight + bias
+
+    Arguments as in `forward`.
+    """
+    hidden = forward(
+        _headless(arch),
+        params["decoder"],
+        tokens,
+        positions,
+        sequence_ids,
+        dtype=dtype,
+        remat=remat,
+        attention=attention,
+    )
+    weight = params["weight"].astype(jnp.float32)
+    return jnp.einsum("rtd,d->rt", hidden.astype(jnp.float32), weight) + params["bias"]
+
+
+def _headless(arch: Architecture) -> Architecture:
+    return dataclasses.replace(arch, tie_embeddings=True)
+
+
+def _state(arch: Architecture, dtype):
+    return nnx.state(nnx.eval_shape(lambda: Critic(arch, Init(nnx.Rngs(0), dtype))))

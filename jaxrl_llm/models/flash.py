@@ -1,0 +1,177 @@
+"""Attention over packed rows in memory linear in their length, chosen by platform.
+
+    GPU   cuDNN's flash attention in its packed layout, bfloat16
+    TPU   splash attention, a Pallas kernel
+    else  the reference in plain XLA, which holds the scores of a whole row
+
+Shapes as in `attention`; a row of T tokens holds whole sequences one after the other.
+"""
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.models import attention
+from jaxrl_llm.models.attention import PackedAttention, Window
+
+
+def choose(
+    mesh: Mesh, dtype: Any, max_sequences: int, wanted: Literal["auto", "xla"] = "auto"
+) -> PackedAttention:
+    """The fastest attention of the devices of `mesh`, or the reference if wanted.
+
+    Args:
+      dtype: of queries, keys and values. cuDNN has no float32.
+      max_sequences: no row holds more; padding at its end counts as one.
+    """
+    if wanted == "xla":
+        return attention.packed
+    match mesh.devices.flat[0].platform:
+        case "gpu" | "cuda" if jnp.dtype(dtype).itemsize == 2:
+            return functools.partial(cudnn, max_sequences=max_sequences)
+        case "tpu":
+            return functools.partial(splash, mesh=mesh)
+        case _:
+            return attention.packed
+
+
+def cudnn(
+    q: Float[Array, "R T N H"],
+    k: Float[Array, "R T K H"],
+    v: Float[Array, "R T K H"],
+    sequence_ids: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    *,
+    window: Window,
+    scale: float,
+    softcap: float | None = None,
+    max_sequences: int,
+) -> Float[Array, "R T N H"]:
+    """`attention.packed` by cuDNN. A score cap, which it lacks, goes to the reference.
+
+    Args:
+      window: static.
+      max_sequences: no row holds more; padding at its end counts as one.
+    """
+    # The packed layout has no public name in JAX.
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    if softcap is not None:
+        return attention.packed(
+            q, k, v, sequence_ids, positions,
+            window=window, scale=scale, softcap=softcap,
+        )  # fmt: skip
+    starts, lengths = _segments(sequence_ids, max_sequences)
+    offsets = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
+    return fused.dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=lengths,
+        kv_seqlen=lengths,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        scale=scale,
+        mask_type=fused.MaskType.PADDING_CAUSAL,
+        sliding_window_length=window,
+    )
+
+
+def splash(
+    q: Float[Array, "R T N H"],
+    k: Float[Array, "R T K H"],
+    v: Float[Array, "R T K H"],
+    sequence_ids: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    *,
+    window: Window,
+    scale: float,
+    softcap: float | None = None,
+    mesh: Mesh,
+    interpret: bool = False,
+) -> Float[Array, "R T N H"]:
+    """`attention.packed` by splash attention, each device on its own rows and heads.
+
+    Args:
+      window: static.
+      mesh: rows are split over "data" and "fsdp", heads over "tensor".
+      interpret: run the kernel without a TPU, slowly.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    T, N = q.shape[1:3]
+    tensor = mesh.shape.get("tensor", 1)
+    padded = -(-T // _BLOCK) * _BLOCK
+    block = next(b for b in (1024, 512, 256, _BLOCK) if padded % b == 0)
+    if window is None:
+        mask = kernels.CausalMask((padded, padded))
+    else:
+        mask = kernels.LocalMask((padded, padded), (window - 1, 0), 0)
+    kernel = kernels.make_splash_mha(
+        kernels.MultiHeadMask([mask] * (N // tensor)),
+        block_sizes=kernels.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            use_fused_bwd_kernel=True,
+        ),
+        attn_logits_soft_cap=softcap,
+        residual_checkpoint_name="attention",
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+
+    def local(q, k, v, ids):
+        def row(q, k, v, ids):
+            return kernel(q, k, v, kernels.SegmentIds(ids, ids))
+
+        q, k, v = (_lengthen(x, padded, 0).swapaxes(1, 2) for x in (q, k, v))
+        out = jax.vmap(row)(q, k, v, _lengthen(ids, padded, -2))
+        return out.swapaxes(1, 2)[:, :T]
+
+    rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
+    heads = P(rows, None, "tensor" if "tensor" in mesh.shape else None)
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(heads, heads, heads, P(rows)),
+        out_specs=heads,
+        check_vma=False,
+    )(q * jnp.asarray(scale, q.dtype), k, v, sequence_ids)
+
+
+_BLOCK = 128
+"""Rows are padded to a multiple of it, the width of a TPU's vector register."""
+
+
+def _lengthen(x: Array, length: int, value: int) -> Array:
+    pad = [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, pad, constant_values=value)
+
+
+def _segments(
+    sequence_ids: Int[Array, "R T"], most: int
+) -> tuple[Int[Array, "R S"], Int[Array, "R S"]]:
+    """Where each sequence of a row starts, and how long it is; -1 past the last.
+
+    Padding, which has an id of its own, is a sequence too: kernels leave the output of
+    tokens outside of every sequence undefined.
+    """
+    T = sequence_ids.shape[1]
+    before = jnp.pad(sequence_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-2)
+    first = sequence_ids != before
+
+    def of_row(first):
+        return jnp.nonzero(first, size=most, fill_value=T)[0].astype(jnp.int32)
+
+    starts = jax.vmap(of_row)(first)
+    ends = jnp.pad(starts[:, 1:], ((0, 0), (0, 1)), constant_values=T)
+    there = starts < T
+    return jnp.where(there, starts, -1), jnp.where(there, ends - starts, -1)

@@ -1,0 +1,237 @@
+"""Which responses a step trains on, and what it takes off their reward."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_critic import make_config, newest
+
+from jaxrl_llm import collect, metrics, train
+from jaxrl_llm.config import ConfigError
+from jaxrl_llm.rewards import RewardFunction, Scores
+from jaxrl_llm.rewards.functions import overlong_penalty
+from jaxrl_llm.rewards.scoring import join
+from jaxrl_llm.rollout.engine import generate
+
+GRPO = {
+    "algorithm.adv_estimator": "grpo",
+    "critic.optim.lr": 1e-5,
+    "critic.dtype": "bfloat16",
+    "critic.remat": "full",
+    "critic.mesh": {},
+}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def mean_id(completion_ids, **columns):
+    return [float(np.mean(ids)) / 256 for ids in completion_ids]
+
+
+def of_odd_prompts(prompts, completion_ids, **columns):
+    """Prompts are "0 says", "1 says" ...; all responses to an even one are worth 1."""
+    odd = [int(prompt.split()[0]) % 2 for prompt in prompts]
+    scores = mean_id(completion_ids)
+    return [x if o else 1.0 for x, o in zip(scores, odd, strict=True)]
+
+
+def run(config, reward):
+    job = train.build(config, [RewardFunction(name="given", function=reward)])
+    train.run(job)
+    return job, metrics.read(config.output_dir)
+
+
+def responses(config, step, split="train"):
+    return train.Result(Path(config.output_dir)).completions(step, split)
+
+
+def test_only_groups_that_differ_are_trained_on(weights, tmp_path):
+    changed = GRPO | {
+        "data.train_batch_size": 4,
+        "algorithm.filter_groups": {},
+        "trainer.save_freq": 1,
+    }
+    config = make_config(weights, tmp_path, **changed)
+    job, lines = run(config, of_odd_prompts)
+    for line in lines[1:]:
+        asked = [r["prompt"] for r in responses(config, line["step"])]
+        assert len(asked) == 4 * 2
+        assert all(int(prompt.split()[0]) % 2 for prompt in asked)
+        assert line["training/groups_generated"] >= 8
+        assert line["training/groups_all_equal"] == 0
+
+    # Where the data stands after a step with several batches is part of the run.
+    parts = tmp_path / "resumed"
+    shutil.copytree(config.output_dir, parts)
+    for step in ("2", "3"):
+        shutil.rmtree(parts / "checkpoints" / step, ignore_errors=True)
+    again = config.model_copy(update={"output_dir": str(parts)})
+    run(again, of_odd_prompts)
+    like = train.abstract_state(job)
+    for x, y in zip(
+        *(jax.tree.leaves(newest(d, like)) for d in (tmp_path / "run", parts)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_task_without_differences_gives_up_after_the_bound(weights, tmp_path):
+    changed = GRPO | {"algorithm.filter_groups": {"max_num_gen_batches": 2}}
+    config = make_config(weights, tmp_path, **changed)
+    with pytest.raises(
+        ValueError,
+        match="in 2 batches of 8 prompts only 0 groups .* differ in reward, 8 are "
+        "needed; raise algorithm.filter_groups.max_num_gen_batches",
+    ):
+        run(config, lambda completion_ids: [1.0] * len(completion_ids))
+
+
+def test_what_must_differ_is_a_reward_function_of_the_run(weights, tmp_path):
+    changed = GRPO | {"algorithm.filter_groups": {"metric": "acc"}}
+    config = make_config(weights, tmp_path, **changed)
+    with pytest.raises(ConfigError, match="acc; use reward or one of .*given"):
+        run(config, mean_id)
+
+
+def test_differing_groups_by_hand():
+    total = np.array([[1, 1], [0, 1], [2, 2]], np.float32)
+    exact = np.array([[0, 1], [1, 1], [np.nan, np.nan]], np.float32)
+    scores = Scores(total=total, by_function={"exact": exact}, errors={"exact": 1})
+    assert collect.differing(scores, "reward") == [1]
+    assert collect.differing(scores, "exact") == [0]
+    both = join([scores.take([1]), scores.take([2, 0])])
+    np.testing.assert_array_equal(both.total, [[0, 1], [2, 2], [1, 1]])
+    np.testing.assert_array_equal(both.by_function["exact"][0], [1, 1])
+    assert both.errors == {"exact": 2}
+
+
+def test_a_prompt_that_comes_back_gets_other_responses(weights, tmp_path):
+    config = make_config(weights, tmp_path, **GRPO)
+    job = train.build(config, [RewardFunction(name="given", function=mean_id)])
+    job.engine.load(job.learner.read_weights("float32"), 0)
+    asked = job.data.train[:1]
+    first, again, other = (
+        generate(job.engine, collect.requests(config, asked, 1, attempt))[0][0].tokens
+        for attempt in (0, 0, 1)
+    )
+    assert first.tolist() == again.tolist() != other.tolist()
+
+
+def test_remax_compares_with_the_greedy_response(weights, tmp_path):
+    changed = GRPO | {
+        "algorithm.adv_estimator": "remax",
+        "rollout.n": 1,
+        "actor.optim.lr": 0.0,
+    }
+    config = make_config(weights, tmp_path, **changed)
+    job, _ = run(config, mean_id)
+    records = responses(config, 2)
+    by_id = {prompt.id: prompt for prompt in job.data.train}
+    asked = [by_id[r["prompt_id"]] for r in records]
+    requests = collect.greedily(collect.requests(config, asked, 2))
+    greedy = [group[0].tokens for group in generate(job.engine, requests)]
+    for record, tokens in zip(records, greedy, strict=True):
+        expected = mean_id([record["tokens"]])[0] - mean_id([tokens])[0]
+        assert record["advantage"] == pytest.approx(expected, abs=1e-6)
+    assert any(r["tokens"] != t.tolist() for r, t in zip(records, greedy, strict=True))
+
+
+def test_the_overlong_penalty_by_hand():
+    ids = [[0] * n for n in (1, 6, 7, 8, 10)]
+    found = overlong_penalty(ids, max_length=10, buffer=4, factor=2.0)
+    np.testing.assert_allclose(found, [0, 0, -0.5, -1.0, -2.0])
+
+
+def test_long_responses_cost_in_training_only(weights, tmp_path):
+    changed = GRPO | {
+        "reward.overlong_buffer": {"len": 4, "penalty_factor": 0.5},
+        "data.val.path": str(tmp_path / "questions.jsonl"),
+        "data.val.size": 1,
+        "trainer.total_training_steps": 1,
+    }
+    config = make_config(weights, tmp_path, **changed)
+    run(config, mean_id)
+    records = responses(config, 1)
+    assert {r["num_tokens"] for r in records} & {3, 4, 5, 6}
+    for r in records:
+        penalty = 0.5 * min(0, (2 - r["num_tokens"]) / 4)
+        assert r["reward"] == pytest.approx(mean_id([r["tokens"]])[0] + penalty)
+        assert r["scores"]["overlong_penalty"] == pytest.approx(penalty)
+    for r in responses(config, 1, "val"):
+        assert r["reward"] == pytest.approx(mean_id([r["tokens"]])[0])
+
+
+def test_a_refreshed_reference_is_the_policy_and_survives_a_restart(weights, tmp_path):
+    changed = GRPO | {
+        "actor.use_kl_loss": True,
+        "actor.ref_refresh_steps": 2,
+        "data.train_batch_size": 4,
+        "trainer.total_training_steps": 4,
+        "trainer.save_freq": 1,
+        "trainer.max_ckpt_to_keep": 9,
+    }
+    config = make_config(weights, tmp_path, **changed)
+    job, lines = run(config, mean_id)
+    kl = {line["step"]: line["actor/kl_loss"] for line in lines if line["step"]}
+    assert kl[1] == kl[3] == 0 and kl[2] > 1e-4 and kl[4] > 1e-4
+
+    parts = tmp_path / "resumed"
+    shutil.copytree(config.output_dir, parts)
+    shutil.rmtree(parts / "checkpoints" / "4")
+    run(config.model_copy(update={"output_dir": str(parts)}), mean_id)
+    like = train.abstract_state(job)
+    for x, y in zip(
+        *(jax.tree.leaves(newest(d, like)) for d in (tmp_path / "run", parts)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    "estimator", ["optimal_token_baseline", "tir_optimal_token_baseline"]
+)
+def test_a_token_baseline_gets_what_it_needs(weights, tmp_path, estimator):
+    changed = GRPO | {
+        "algorithm.adv_estimator": estimator,
+        "trainer.total_training_steps": 1,
+    }
+    config = make_config(weights, tmp_path, **changed)
+    _, lines = run(config, mean_id)
+    assert np.isfinite(lines[1]["actor/pg_loss"]) and lines[1]["actor/grad_norm"] > 0
+
+
+def test_pf_ppo_trains_on_the_best_and_the_worst_only(weights, tmp_path):
+    config = make_config(
+        weights,
+        tmp_path,
+        **{
+            "algorithm.pf_ppo": {"reweight_method": "max_min"},
+            "trainer.total_training_steps": 1,
+        },
+    )
+    job = train.build(config, [RewardFunction(name="given", function=mean_id)])
+    rewards = np.array([[0.5, 0.1], [0.2, 0.9]], np.float32)
+    rows, _ = two_groups(job)
+    drawn = train.draw_again(job, rows, rewards, 1)
+    assert drawn.num_sequences == rows.num_sequences == 4
+    best_and_worst = {tuple(tokens_of(rows, s)) for s in (1, 2 + 1)}
+    assert {tuple(tokens_of(drawn, s)) for s in range(4)} <= best_and_worst
+    train.run(job)
+
+
+def two_groups(job):
+    job.engine.load(job.learner.read_weights("float32"), 0)
+    asked = job.data.train[:2]
+    rollouts = generate(job.engine, collect.requests(job.config, asked, 1))
+    zeros = np.zeros((2, 2), np.float32)
+    return job.learner.make_rows(asked, rollouts, zeros), rollouts
+
+
+def tokens_of(rows, sequence):
+    return rows.tokens[rows.sequence_ids == sequence].tolist()
