@@ -8,6 +8,7 @@ no caller ever shifts. Positions where `response_mask` is False hold 0, never ga
 
 import bisect
 import dataclasses
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,14 +68,15 @@ class Completion:
 class TrainBatch:
     """Sequences (prompt, then response) in rows, scored and ready for an update.
 
-    A row holds one or more whole sequences one after the other, then padding. NumPy
-    arrays on the host, JAX arrays on devices.
+    A row holds one or more whole sequences one after the other, then padding. With
+    shared prompts it holds a prompt once, then several responses to it, each of which
+    goes on from the prompt. NumPy arrays on the host, JAX arrays on devices.
     """
 
     tokens: Int[Array, "R T"]
     sequence_ids: Int[Array, "R T"]
     """Which sequence of the batch a token belongs to, 0 .. num_sequences - 1; -1 on
-    padding."""
+    padding. A shared prompt belongs to the first response behind it."""
     positions: Int[Array, "R T"]
     """Index of a token within its sequence, from 0."""
     response_mask: Bool[Array, "R T"]
@@ -96,6 +98,9 @@ class TrainBatch:
     one."""
     returns: Float[Array, "R T"] | None = None
     """What `values` should have been; None without a critic."""
+    prompt_ids: Int[Array, "R T"] | None = None
+    """Which copy of a prompt a token belongs to or goes on from; -1 on padding. None:
+    every sequence has its own prompt."""
     num_sequences: int = dataclasses.field(metadata={"static": True})
     """Sequence ids are below it. An id that no token has is a sequence without tokens,
     which counts nowhere."""
@@ -117,6 +122,9 @@ class Layout:
     """Rows that are computed together. Each such part gets rows of about the same cost
     for all devices, and rows of padding come in parts of their own, which
     `grpo.accumulate` skips."""
+    share_prompts: bool = False
+    """The responses to a prompt share one copy of it, as many as fit a row. Needs
+    `pack_length`, and attention that knows of it: `attention.shared_prompts`."""
     longest: int | None = None
     """No sequence can be longer. With it and `micro_batch_size`, the number of packed
     rows does not depend on how long the sequences are, so that an update is compiled
@@ -204,6 +212,17 @@ def take(
     return _arrange(batch, [sequences], layout)[0]
 
 
+def token_efficiency(batch: TrainBatch, micro_batch_size: int | None) -> float:
+    """Real tokens over those that `grpo.accumulate` computes, padding included."""
+    num_rows, length = batch.tokens.shape
+    together = min(micro_batch_size or num_rows, num_rows)
+    count = -(-num_rows // together)
+    in_use = (batch.sequence_ids >= 0).any(axis=1)
+    in_use = np.pad(in_use, (0, count * together - num_rows))
+    last = in_use.reshape(together, count).any(axis=0).nonzero()[0].max() + 1
+    return float((batch.sequence_ids >= 0).sum() / (last * together * length))
+
+
 def pad_rows(batch: TrainBatch, num_rows: int) -> TrainBatch:
     """`batch` with rows of padding added up to `num_rows`; JAX arrays."""
     extra = ((0, num_rows - batch.tokens.shape[0]), (0, 0))
@@ -213,9 +232,12 @@ def pad_rows(batch: TrainBatch, num_rows: int) -> TrainBatch:
 
 
 def lay_out(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
-    """Which sequences share a row: best-fit decreasing, or one each without a length.
+    """Which sequences share a row: in few rows, of about as many tokens each.
 
-    The longest sequence goes first, each into the fullest row that has room for it.
+    At most 3 % more rows than best-fit decreasing needs (the longest goes first, each
+    into the fullest row that has room). Where they can be, they are balanced (the
+    longest goes first, each into the emptiest row). One sequence per row without a
+    length.
 
     Returns:
       Indices into `lengths`, row by row.
@@ -223,18 +245,31 @@ def lay_out(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
     Raises:
       ValueError: a sequence is longer than a row.
 
-    Source: Johnson et al. 1974 (doi:10.1137/0203025).
+    Source: Johnson et al. 1974 (doi:10.1137/0203025), best fit; Graham 1969
+    (doi:10.1137/0117039), balance.
     """
     if row_length is None:
         return [[i] for i in range(len(lengths))]
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if lengths and lengths[order[0]] > row_length:
+        raise ValueError(
+            f"sequence {order[0]} has {lengths[order[0]]} tokens, more than "
+            f"pack_length {row_length}"
+        )
+    fitting = _best_fit(lengths, order, row_length)
+    most = len(fitting) + len(fitting) // 32
+    for num_rows in range(-(-sum(lengths) // row_length), most + 1):
+        if rows := _balanced(lengths, order, num_rows, row_length):
+            return rows
+    return fitting
+
+
+def _best_fit(
+    lengths: Sequence[int], order: Sequence[int], row_length: int
+) -> list[list[int]]:
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens that still fit, row), sorted
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[i] > row_length:
-            raise ValueError(
-                f"sequence {i} has {lengths[i]} tokens, more than pack_length "
-                f"{row_length}"
-            )
+    for i in order:
         fit = bisect.bisect_left(rooms, (lengths[i], 0))
         if fit == len(rooms):
             rows.append([])
@@ -242,6 +277,20 @@ def lay_out(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
         room, row = rooms.pop(fit)
         rows[row].append(i)
         bisect.insort(rooms, (room - lengths[i], row))
+    return rows
+
+
+def _balanced(
+    lengths: Sequence[int], order: Sequence[int], num_rows: int, row_length: int
+) -> list[list[int]] | None:
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    emptiest = [(0, r) for r in range(num_rows)]  # (tokens, row), a heap
+    for i in order:
+        used, r = emptiest[0]
+        if used + lengths[i] > row_length:
+            return None
+        heapq.heapreplace(emptiest, (used + lengths[i], r))
+        rows[r].append(i)
     return rows
 
 
@@ -292,53 +341,142 @@ def _sequence(
     )
 
 
+def previous_tokens(batch: TrainBatch) -> Int[Array, "R T"] | None:
+    """Where in its row the token before each response token stands, if that is not
+    always to its left: before the first token of a response is the end of its prompt.
+    """
+    if batch.prompt_ids is None:
+        return None
+    place = jnp.broadcast_to(
+        jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape
+    )
+    is_prompt = ~batch.response_mask & (batch.sequence_ids >= 0)
+    end_of_prompt = jax.lax.cummax(jnp.where(is_prompt, place, 0), axis=1)
+    left = jnp.maximum(place - 1, 0)
+
+    def of_left(x):
+        return jnp.take_along_axis(x, left, axis=1)
+
+    goes_on = of_left(batch.response_mask) & (
+        of_left(batch.sequence_ids) == batch.sequence_ids
+    )
+    return jnp.where(goes_on, left, end_of_prompt)
+
+
 def _arrange(
     batch: TrainBatch, parts: Sequence[Sequence[int]], layout: Layout
 ) -> list[TrainBatch]:
     """The sequences of each part in rows of their own; all parts have one shape."""
-    flat_ids = batch.sequence_ids.ravel()
-    order = np.argsort(flat_ids, kind="stable")
-    bounds = np.searchsorted(flat_ids[order], np.arange(batch.num_sequences + 1))
-    spans = [order[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-
-    def cost(part, row) -> int:  # of attention, relative to others of the same length
-        return sum(len(spans[part[i]]) ** 2 for i in row)
-
-    packed = layout.pack_length is not None
-    laid_out = []  # part, its rows as indices into it
-    for part in parts:
-        rows = lay_out([len(spans[s]) for s in part], layout.pack_length)
-        if packed:
-            rows.sort(key=lambda row, part=part: -cost(part, row))
-        laid_out.append((part, rows))
+    laid_out = [_rows(batch, part, layout) for part in parts]
     most = max(map(len, parts))
-    length = layout.pack_length or bucket(max(map(len, spans)), step=16)
-    num_rows = _num_rows(max(len(rows) for _, rows in laid_out), most, layout)
-    per_row = 1 + max(len(row) for _, rows in laid_out for row in rows)
+    longest = max(len(span) for rows in laid_out for row in rows for _, _, span in row)
+    length = layout.pack_length or bucket(longest, step=16)
+    num_rows = _num_rows(max(map(len, laid_out)), most, layout)
+    per_row = 1 + max(len(row) for rows in laid_out for row in rows)
     static = {
         "num_sequences": most,
-        "sequence_capacity": 1 << (per_row - 1).bit_length(),
+        "sequence_capacity": bucket(per_row, step=2),
     }
     together = min(layout.micro_batch_size or num_rows, num_rows)
 
-    def fill(part, rows) -> TrainBatch:
+    def fill(rows: list["_Row"]) -> TrainBatch:
         shape = num_rows, length
         source, ids = np.full(shape, -1), np.full(shape, -1, np.int32)
+        copies = np.full(shape, -1, np.int32)
         for i, row in enumerate(rows):
             # Micro-batch m has the rows m, m + M, ...: see `grpo.accumulate`.
             r = i
-            if packed:
+            if layout.pack_length is not None:
                 r = i % together * (num_rows // together) + i // together
-            taken = [spans[part[i]] for i in row]
-            end = sum(map(len, taken))
-            source[r, :end] = np.concatenate(taken)
-            ids[r, :end] = np.repeat(row, [len(span) for span in taken])
+            sizes = [len(span) for _, _, span in row]
+            source[r, : sum(sizes)] = np.concatenate([span for _, _, span in row])
+            ids[r, : sum(sizes)] = np.repeat([i for i, _, _ in row], sizes)
+            copies[r, : sum(sizes)] = np.repeat([copy for _, copy, _ in row], sizes)
         moved = jax.tree.map(
-            lambda x: np.where(source < 0, x.dtype.type(0), x.ravel()[source]), batch
+            lambda x: np.where(source < 0, x.dtype.type(0), x.ravel()[source]),
+            dataclasses.replace(batch, prompt_ids=None),
         )
-        return dataclasses.replace(moved, sequence_ids=ids, **static)
+        return dataclasses.replace(
+            moved,
+            sequence_ids=ids,
+            prompt_ids=copies if layout.share_prompts else None,
+            **static,
+        )
 
-    return [fill(part, rows) for part, rows in laid_out]
+    return [fill(rows) for rows in laid_out]
+
+
+# Index in its part, copy of its prompt, and which tokens of the batch to take.
+_Row = list[tuple[int, int, np.ndarray]]
+
+
+def _rows(batch: TrainBatch, part: Sequence[int], layout: Layout) -> list[_Row]:
+    """The rows of the sequences `part`; packed ones by falling cost of attention."""
+    prompts, responses = _spans(batch)
+    if not layout.share_prompts:
+        units = [[i] for i in range(len(part))]
+    else:
+        tokens = batch.tokens.ravel()
+        units = _sharing(
+            [tokens[prompts[s]].tolist() for s in part],
+            [len(responses[s]) for s in part],
+            layout.pack_length,
+        )
+
+    def pieces(copy: int) -> _Row:
+        first, *others = units[copy]
+        whole = np.concatenate([prompts[part[first]], responses[part[first]]])
+        rest = [(i, copy, responses[part[i]]) for i in others]
+        return [(first, copy, whole), *rest]
+
+    held = [pieces(copy) for copy in range(len(units))]
+    sizes = [sum(len(span) for _, _, span in pieces) for pieces in held]
+    rows = lay_out(sizes, layout.pack_length)
+    if layout.pack_length is not None:
+        rows.sort(key=lambda row: -sum(sizes[copy] ** 2 for copy in row))
+    return [[piece for copy in row for piece in held[copy]] for row in rows]
+
+
+def _spans(batch: TrainBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """For each sequence, where its prompt and where its response stand in the batch."""
+    ids, response = batch.sequence_ids.ravel(), batch.response_mask.ravel()
+
+    def by_id(chosen: np.ndarray) -> list[np.ndarray]:
+        order = np.flatnonzero(chosen)
+        order = order[np.argsort(ids[order], kind="stable")]
+        bounds = np.searchsorted(ids[order], np.arange(batch.num_sequences + 1))
+        return [order[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+
+    prompts, responses = by_id(~response & (ids >= 0)), by_id(response)
+    if batch.prompt_ids is not None:
+        copies = batch.prompt_ids.ravel()
+        held = {copies[prompt[0]]: prompt for prompt in prompts if len(prompt)}
+        prompts = [
+            held[copies[response[0]]] if len(response) else response
+            for response in responses
+        ]
+    return prompts, responses
+
+
+def _sharing(
+    prompts: Sequence[list[int]], sizes: Sequence[int], row_length: int
+) -> list[list[int]]:
+    """Which responses stand behind one copy of their prompt: neighbours with the same
+    prompt, as many as a row has room for.
+
+    Args:
+      prompts: their tokens.
+      sizes: tokens of each response.
+    """
+    units: list[list[int]] = []
+    room = 0
+    for i, (prompt, size) in enumerate(zip(prompts, sizes, strict=True)):
+        if i == 0 or size > room or prompt != prompts[i - 1]:
+            units.append([])
+            room = row_length - len(prompt)
+        units[-1].append(i)
+        room -= size
+    return units
 
 
 def _num_rows(needed: int, num_sequences: int, layout: Layout) -> int:

@@ -157,6 +157,8 @@ class OptimConfig(_Section):
     weight_decay: float = Field(0.01, ge=0)
     clip_grad: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm."""
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the first moment. The second needs float32: it changes by a thousandth."""
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
     """After warm-up."""
     lr_warmup_steps: int = Field(0, ge=0)
@@ -185,6 +187,10 @@ class ActorConfig(_Section):
     pack_length: int | None = Field(None, gt=0)
     """Pack sequences into rows of this many tokens; one sequence per row if not
     given."""
+    share_prompts: bool = False
+    """Packed rows hold a prompt once for several responses to it: less to compute where
+    prompts are long beside responses. Attention is then the reference's, so rows of a
+    few thousand tokens at most."""
     policy_loss: PolicyLossConfig = PolicyLossConfig()
     clip_ratio_low: float = Field(0.2, ge=0, le=1)
     clip_ratio_high: float = Field(0.2, ge=0)
@@ -220,9 +226,15 @@ class ActorConfig(_Section):
     """What the backward pass of a layer computes again. none: nothing. dots: all but
     matrix products and attention. full: everything. offload: as dots, with the
     products kept in the host's memory meanwhile."""
+    offload: tuple[Literal["optimizer", "reference"], ...] = ()
+    """What waits in the host's memory while it is not in use: the optimizer's moments
+    during generation, the reference's weights outside of its own pass."""
     attention: Literal["auto", "xla"] = "auto"
     """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
     which holds the scores of a whole row."""
+    unroll: Literal["auto", "never", "always"] = "auto"
+    """Compile every layer by itself rather than one loop over them: no copies into and
+    out of the loop, but a compile time that grows with depth. auto: on a GPU."""
     mesh: TrainMeshConfig = TrainMeshConfig()
 
 
@@ -268,6 +280,9 @@ class CriticConfig(_Section):
     attention: Literal["auto", "xla"] = "auto"
     """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
     which holds the scores of a whole row."""
+    unroll: Literal["auto", "never", "always"] = "auto"
+    """Compile every layer by itself rather than one loop over them: no copies into and
+    out of the loop, but a compile time that grows with depth. auto: on a GPU."""
     mesh: TrainMeshConfig = TrainMeshConfig()
 
 
@@ -337,6 +352,9 @@ class TrainerConfig(_Section):
     """The newest so many, and the best by validation besides."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in output_dir, if there is one."""
+    profile: str | None = Field(None, pattern=r"^[1-9]\d*:[1-9]\d*$")
+    """FIRST:LAST, such as 3:5: write a trace of these steps, both included, to
+    output_dir/profile, for xprof and Perfetto."""
     save_hf: bool = True
     """Write the final weights as a Hugging Face directory, output_dir/huggingface."""
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
@@ -388,6 +406,13 @@ def _misfits(config: Config):
             f"actor.pack_length is {actor.pack_length} but data.max_prompt_length + "
             f"rollout.max_response_length is {longest}; use at least {longest}"
         )
+    if actor.share_prompts and actor.pack_length is None:
+        yield "actor.share_prompts needs actor.pack_length: tokens in a row"
+    if actor.share_prompts and actor.policy_loss.loss_mode in ("clip_cov", "kl_cov"):
+        yield (
+            f"actor.policy_loss.loss_mode is {actor.policy_loss.loss_mode}, which "
+            "draws tokens by whole sequences; actor.share_prompts takes them apart"
+        )
     buffer = config.reward.overlong_buffer
     if buffer and buffer.len > rollout.max_response_length:
         yield (
@@ -396,6 +421,9 @@ def _misfits(config: Config):
         )
     if rollout.temperature == 0:
         yield "rollout.temperature is 0: every response of a group would be the same"
+    first, _, last = (config.trainer.profile or "1:1").partition(":")
+    if int(first) > int(last):
+        yield f"trainer.profile is {first}:{last}, which is no step"
     steps, warmup = config.trainer.total_training_steps, actor.optim.lr_warmup_steps
     if warmup > steps:
         yield (

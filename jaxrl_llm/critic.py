@@ -18,10 +18,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxrl_llm import grpo, logprobs, models, optimizer, ppo
-from jaxrl_llm.batch import TrainBatch, pad_rows
+from jaxrl_llm.batch import TrainBatch, pad_rows, previous_tokens
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.learner import (
     abstract_state,
+    attention,
     first_state,
     layout,
     split,
@@ -101,11 +102,12 @@ class Critic:
             rows.sequence_ids,
             dtype=jnp.dtype(critic.dtype),
             remat=critic.remat,
-            attention=models.choose_attention(
-                self.mesh, critic.dtype, rows.sequence_capacity, critic.attention
-            ),
+            attention=attention(self.mesh, critic.dtype, critic.attention, rows),
+            unroll=models.choose_unroll(self.mesh, critic.unroll),
         )
-        return logprobs.before(after, rows.positions, rows.response_mask)
+        return logprobs.before(
+            after, rows.positions, rows.response_mask, previous_tokens(rows)
+        )
 
     def judge(self, params: Any, batch: TrainBatch) -> Float[np.ndarray, "R T"]:
         """`values` of all rows, on the host.

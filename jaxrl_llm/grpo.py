@@ -97,6 +97,7 @@ def update(
     logprob_fn: LogprobFn,
     optimizer: optax.GradientTransformation,
     settings: Settings,
+    prepare: Callable[[Params], Params] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on one mini-batch.
 
@@ -110,6 +111,9 @@ def update(
         some of the rows of `batch`.
       optimizer: any optax transformation.
       settings: static.
+      prepare: makes what `logprob_fn` gets of the parameters, once for all
+        micro-batches, such as a copy in the dtype of matrix products. Its own gradient
+        is taken to be the identity.
 
     Returns:
       The next state, and scalars: `objective`'s, `mismatch`'s, those of
@@ -127,13 +131,14 @@ def update(
     if settings.loss_mode == "dro" and not settings.dro_beta:
         raise ValueError(f"loss_mode dro needs dro_beta > 0, got {settings.dro_beta}")
     given = batch
+    params = state.params if prepare is None else prepare(state.params)
     if settings.correction is not None and settings.correction.bypass_mode:
         batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
     first = None
     if looks_ahead(settings, batch):
         _, first = accumulate(
             lambda params, rows, _: ((), logprob_fn(params, rows)),
-            state.params,
+            params,
             batch,
             (),
             settings.micro_batch_size,
@@ -144,14 +149,16 @@ def update(
         scored = logprob_fn(params, rows)
         return objective(rows, scored, planned, settings)["actor/loss"], scored
 
-    grads, scored = accumulate(
-        jax.grad(loss_fn, has_aux=True),
-        state.params,
-        batch,
-        planned,
-        settings.micro_batch_size,
-    )
-    state, grad_norm, skipped = apply(state, grads, optimizer)
+    with jax.named_scope("gradient"):
+        grads, scored = accumulate(
+            jax.grad(loss_fn, has_aux=True),
+            params,
+            batch,
+            planned,
+            settings.micro_batch_size,
+        )
+    with jax.named_scope("optimizer"):
+        state, grad_norm, skipped = apply(state, grads, optimizer)
     metrics = (
         objective(batch, scored, planned, settings)
         | mismatch(given, scored)
@@ -437,7 +444,8 @@ def accumulate(
     """
     num_rows = batch.tokens.shape[0]
     if micro_batch_size is None or micro_batch_size >= num_rows:
-        return function(params, batch, beside)
+        terms, scored = function(params, batch, beside)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), terms), scored
     count = -(-num_rows // micro_batch_size)
     padded = pad_rows(batch, count * micro_batch_size)
     extra = ((0, count * micro_batch_size - num_rows), (0, 0))

@@ -1,6 +1,7 @@
 """The command line.
 
-    jaxrl train CONFIG.yaml [--dry-run] [--resume auto|never] [--section.key VALUE ...]
+    jaxrl train CONFIG.yaml [--dry-run] [--resume auto|never] [--profile FIRST:LAST]
+                            [--section.key VALUE ...]
     jaxrl evaluate CONFIG.yaml [--section.key VALUE ...]
     jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE]
     jaxrl convert SOURCE DIRECTORY
@@ -108,7 +109,7 @@ def _config(
         raise ConfigError(f"jaxrl {verb} needs a configuration file, such as configs/*")
     found = {argument for argument in rest if argument in flags}
     overrides = [
-        re.sub(r"^--resume(?==|$)", "--trainer.resume", argument)
+        re.sub(r"^--(resume|profile)(?==|$)", r"--trainer.\1", argument)
         for argument in rest[1:]
         if argument not in found
     ]

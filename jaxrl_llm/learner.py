@@ -46,12 +46,18 @@ class Learner:
         self.schedule = optimizer.schedule(actor.optim, steps, count)
         self._rows = NamedSharding(mesh, P(("data", "fsdp")))
         self._layout = layout(config, mesh, actor.micro_batch_size)
+        # Tokens whose logits exist at once, 4,096 a device: every chunk ends in a sum
+        # of the output matrix' gradient over devices.
+        self._chunk = 4096 * self._layout.rows_multiple
         self._update = jax.jit(
             functools.partial(
                 grpo.update,
                 logprob_fn=self.logprobs,
                 optimizer=self.optimizer,
                 settings=update_settings(config),
+                prepare=lambda params: models.for_products(
+                    self.arch, params, actor.dtype
+                ),
             ),
             donate_argnums=0,
             out_shardings=(self.state_shardings(), None),
@@ -71,7 +77,7 @@ class Learner:
         multiplied in; None if no KL term asks for them."""
         if not uses_kl(self.config):
             return None
-        return self.read_weights(self.config.actor.dtype)
+        return self._put_away("reference", self.read_weights(self.config.actor.dtype))
 
     def read_weights(self, dtype: str) -> Any:
         """The weights before training, laid out for training."""
@@ -81,7 +87,7 @@ class Learner:
 
     def as_reference(self, params: Any) -> Any:
         """A copy of the weights in the compute dtype."""
-        return self._copy(params)
+        return self._put_away("reference", self._copy(params))
 
     def abstract_reference(self) -> Any:
         """Shapes, dtypes and shardings of `as_reference`."""
@@ -156,13 +162,21 @@ class Learner:
         """
         actor = self.config.actor
         batch = self.with_logprobs(state.params, batch)
-        collected = []
+        opt_state = self._bring("optimizer", state.opt_state)
+        state = dataclasses.replace(state, opt_state=opt_state)
+        collected, efficiencies = [], []
         for epoch in range(actor.ppo_epochs):
             for part in self._parts(batch, epoch, seed):
+                efficiencies.append(
+                    batches.token_efficiency(part, actor.micro_batch_size)
+                )
                 state, metrics = self._update(state, self.on_devices(part))
                 collected.append(metrics)
         means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(collected))
         means["actor/lr"] = float(self.schedule(int(state.step) - 1))
+        means["perf/token_efficiency"] = float(np.mean(efficiencies))
+        opt_state = self._put_away("optimizer", state.opt_state)
+        state = dataclasses.replace(state, opt_state=opt_state)
         return jax.block_until_ready(state), means
 
     def logprobs(self, params: Any, rows: TrainBatch) -> logprobs.Logprobs:
@@ -174,9 +188,11 @@ class Learner:
             rows.tokens,
             rows.positions,
             rows.response_mask,
+            previous=batches.previous_tokens(rows),
             temperature=self.config.rollout.temperature,
             logit_softcap=self.arch.logit_softcap,
             entropy_gradient=self.config.actor.entropy_coeff != 0,
+            chunk=self._chunk,
         )
 
     def _sum_pi_squared(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
@@ -185,8 +201,10 @@ class Learner:
             models.output_matrix(params),
             rows.positions,
             rows.response_mask,
+            previous=batches.previous_tokens(rows),
             temperature=self.config.rollout.temperature,
             logit_softcap=self.arch.logit_softcap,
+            chunk=self._chunk,
         )
 
     def _hidden(self, params: Any, rows: TrainBatch) -> Float[Array, "R T D"]:
@@ -199,9 +217,8 @@ class Learner:
             rows.sequence_ids,
             dtype=jnp.dtype(actor.dtype),
             remat=actor.remat,
-            attention=models.choose_attention(
-                self.mesh, actor.dtype, rows.sequence_capacity, actor.attention
-            ),
+            attention=attention(self.mesh, actor.dtype, actor.attention, rows),
+            unroll=models.choose_unroll(self.mesh, actor.unroll),
         )
 
     def state_shardings(self) -> grpo.TrainState:
@@ -236,6 +253,7 @@ class Learner:
         found = {}
         if uses_kl(self.config) and batch.ref_logprobs is None:
             reference = self.reference if reference is None else reference
+            reference = self._bring("reference", reference)
             found["ref_logprobs"] = self._scored(reference, batch)
         if needs_old_logprobs(self.config) and batch.old_logprobs is None:
             found["old_logprobs"] = self._scored(params, batch)
@@ -248,6 +266,21 @@ class Learner:
     def sum_pi_squared(self, params: Any, batch: TrainBatch) -> np.ndarray:
         """`logprobs.sum_pi_squared` of all response tokens, [R, T] on the host."""
         return np.asarray(self._concentration(params, self.on_devices(batch)))
+
+    def _put_away(self, what: str, tree: Any) -> Any:
+        """To the host's memory, if `actor.offload` says so."""
+        return self._moved(what, tree, "pinned_host")
+
+    def _bring(self, what: str, tree: Any) -> Any:
+        """Back to the devices."""
+        return self._moved(what, tree, "device")
+
+    def _moved(self, what: str, tree: Any, memory: str) -> Any:
+        if what not in self.config.actor.offload:
+            return tree
+        return jax.tree.map(
+            lambda x: jax.device_put(x, x.sharding.with_memory_kind(memory)), tree
+        )
 
     def _scored(self, params: Any, batch: TrainBatch) -> np.ndarray:
         return np.asarray(self._score(params, self.on_devices(batch)).logprobs)
@@ -276,12 +309,24 @@ class Learner:
         return jax.device_put(batch, self._rows)
 
 
+def attention(mesh: Mesh, dtype: str, implementation: str, rows: TrainBatch):
+    """What `models.forward` attends with on `mesh`: shared prompts or whole rows."""
+    if rows.prompt_ids is not None:
+        return functools.partial(
+            models.shared_prompts,
+            prompt_ids=rows.prompt_ids,
+            response_mask=rows.response_mask,
+        )
+    return models.choose_attention(mesh, dtype, rows.sequence_capacity, implementation)
+
+
 def layout(config: Config, mesh: Mesh, micro_batch_size: int | None) -> Layout:
     """The rows of a training step on `mesh`."""
     return Layout(
         pack_length=config.actor.pack_length,
         rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
         micro_batch_size=micro_batch_size,
+        share_prompts=config.actor.share_prompts,
         longest=config.data.max_prompt_length + config.rollout.max_response_length,
     )
 

@@ -30,6 +30,7 @@ def of_tokens(
     positions: Int[Array, "R T"],
     mask: Bool[Array, "R T"],
     *,
+    previous: Int[Array, "R T"] | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     entropy_gradient: bool = True,
@@ -51,25 +52,36 @@ def of_tokens(
       positions: of each token in its sequence. One at position 0 has nothing before it
         and gets 0.0, whatever `mask` says.
       mask: tokens to look at, usually the responses.
+      previous: where in its row the token before each stands; to its left if not given.
       logit_softcap: softcap(x) = cap * tanh(x / cap); None for the identity.
       entropy_gradient: if False, the entropy is a constant to differentiation.
       chunk: logits exist for about so many tokens at a time, over all devices.
     """
     size = min(max(1, chunk // tokens.shape[0]), tokens.shape[1])
-    matrix = output_matrix.astype(hidden.dtype)
     mask = mask & (positions > 0)
     how = _How(temperature, logit_softcap, entropy_gradient, size)
-    return Logprobs(*_score(hidden, matrix, tokens, mask, how))
+    with jax.named_scope("logprobs"):
+        return Logprobs(*_score(hidden, output_matrix, tokens, mask, previous, how))
 
 
 def before(
-    x: Float[Array, "R T"], positions: Int[Array, "R T"], mask: Bool[Array, "R T"]
+    x: Float[Array, "R T"],
+    positions: Int[Array, "R T"],
+    mask: Bool[Array, "R T"],
+    previous: Int[Array, "R T"] | None = None,
 ) -> Float[Array, "R T"]:
     """x[r, t - 1]: what was known before token t, such as the value of that state.
 
     0.0 where `mask` is False and where nothing comes before (position 0).
+
+    Args:
+      previous: where in its row the token before each stands; to its left if not given.
     """
-    return jnp.where(mask & (positions > 0), jnp.roll(x, 1, axis=1), 0.0)
+    if previous is None:
+        shifted = jnp.roll(x, 1, axis=1)
+    else:
+        shifted = jnp.take_along_axis(x, previous, axis=1)
+    return jnp.where(mask & (positions > 0), shifted, 0.0)
 
 
 def sum_pi_squared(
@@ -78,6 +90,7 @@ def sum_pi_squared(
     positions: Int[Array, "R T"],
     mask: Bool[Array, "R T"],
     *,
+    previous: Int[Array, "R T"] | None = None,
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     chunk: int = 4096,
@@ -92,7 +105,7 @@ def sum_pi_squared(
     matrix = output_matrix.astype(hidden.dtype)
     mask = mask & (positions > 0)
     how = _How(temperature, logit_softcap, False, size)
-    chosen = _choose(hidden, mask, size)
+    chosen = _choose(hidden, mask, previous, size)
 
     def of_chunk(i, found):
         logits = _logits(_columns(chosen.hidden, i, size), matrix, how)
@@ -124,20 +137,26 @@ class _Chosen(NamedTuple):
     """What was known before each."""
     order: Int[Array, "R n"]
     """Where each stands in its row."""
+    previous: Int[Array, "R n"]
+    """Where the token before it stands."""
     rank: Int[Array, "R T"]
     """Its column here, of every token that is asked for."""
     chunks: Int[Array, ""]
     """How many chunks have any, in any row."""
 
 
-def _choose(hidden, mask, size: int) -> _Chosen:
+def _choose(hidden, mask, previous, size: int) -> _Chosen:
     T = mask.shape[1]
     rank = jnp.cumsum(mask, axis=1) - 1
     order = jnp.argsort(~mask, axis=1, stable=True)
     order = jnp.pad(order, ((0, 0), (0, -T % size)))
-    known = jnp.take_along_axis(hidden, jnp.maximum(order - 1, 0)[..., None], axis=1)
+    if previous is None:
+        left = jnp.maximum(order - 1, 0)
+    else:
+        left = jnp.take_along_axis(previous, order, axis=1)
+    known = jnp.take_along_axis(hidden, left[..., None], axis=1)
     most = jnp.max(rank[:, -1]) + 1
-    return _Chosen(known, order, rank, -(-most // size))
+    return _Chosen(known, order, left, rank, -(-most // size))
 
 
 def _back(x: Float[Array, "R n"], chosen: _Chosen, mask) -> Float[Array, "R T"]:
@@ -163,13 +182,14 @@ def _logits(hidden, matrix, how: _How) -> Float[Array, "R t V"]:
     return logits / how.temperature
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _score(hidden, matrix, tokens, mask, how: _How):
-    return _score_forward(hidden, matrix, tokens, mask, how)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _score(hidden, output_matrix, tokens, mask, previous, how: _How):
+    return _score_forward(hidden, output_matrix, tokens, mask, previous, how)[0]
 
 
-def _score_forward(hidden, matrix, tokens, mask, how: _How):
-    chosen = _choose(hidden, mask, how.size)
+def _score_forward(hidden, output_matrix, tokens, mask, previous, how: _How):
+    matrix = output_matrix.astype(hidden.dtype)
+    chosen = _choose(hidden, mask, previous, how.size)
     tokens = jnp.take_along_axis(tokens, chosen.order, axis=1)
 
     def of_chunk(i, found):
@@ -188,7 +208,7 @@ def _score_forward(hidden, matrix, tokens, mask, how: _How):
     zeros = (jnp.zeros(tokens.shape),) * 3
     own, total, mean = jax.lax.fori_loop(0, chosen.chunks, of_chunk, zeros)
     scored = _back(own - total, chosen, mask), _back(total - mean, chosen, mask)
-    return scored, (hidden, matrix, tokens, mask, total, mean)
+    return scored, (hidden, output_matrix, tokens, mask, previous, total, mean)
 
 
 def _score_backward(how: _How, kept, cotangents):
@@ -196,8 +216,9 @@ def _score_backward(how: _How, kept, cotangents):
 
     d logits[v] = g * [v = token] - p[v] * (g + e * (logits[v] - sum(p * logits)))
     """
-    hidden, matrix, tokens, mask, total, mean = kept
-    chosen = _choose(hidden, mask, how.size)
+    hidden, output_matrix, tokens, mask, previous, total, mean = kept
+    matrix = output_matrix.astype(hidden.dtype)
+    chosen = _choose(hidden, mask, previous, how.size)
     there = jnp.arange(tokens.shape[1])[None] <= chosen.rank[:, -1:]
     of_logprob, of_entropy = (
         jnp.where(there, jnp.take_along_axis(x, chosen.order, axis=1), 0.0)
@@ -227,12 +248,18 @@ def _score_backward(how: _How, kept, cotangents):
 
     zeros = jnp.zeros_like(chosen.hidden), jnp.zeros(matrix.shape, jnp.float32)
     d_known, d_matrix = jax.lax.fori_loop(0, chosen.chunks, of_chunk, zeros)
-    # Back to where the tokens stand, and from there to what was known before them.
-    rank = jnp.roll(jnp.maximum(chosen.rank, 0), -1, axis=1)
-    d_hidden = jnp.take_along_axis(d_known, rank[..., None], axis=1)
-    asked = jnp.roll(mask, -1, axis=1)[..., None]  # position 0 never is
-    d_hidden = jnp.where(asked, d_hidden, jnp.zeros((), hidden.dtype))
-    return d_hidden, d_matrix.astype(matrix.dtype), None, None
+    if previous is None:  # what was known before a token serves only that token
+        rank = jnp.roll(jnp.maximum(chosen.rank, 0), -1, axis=1)
+        d_hidden = jnp.take_along_axis(d_known, rank[..., None], axis=1)
+        asked = jnp.roll(mask, -1, axis=1)[..., None]  # position 0 never is
+        d_hidden = jnp.where(asked, d_hidden, jnp.zeros((), hidden.dtype))
+    else:
+        rows = jnp.arange(hidden.shape[0])[:, None]
+        d_known = jnp.where(there[..., None], d_known, 0.0)
+        d_hidden = jnp.zeros(hidden.shape, jnp.float32)
+        d_hidden = d_hidden.at[rows, chosen.previous].add(d_known.astype(jnp.float32))
+        d_hidden = d_hidden.astype(hidden.dtype)
+    return d_hidden, d_matrix.astype(output_matrix.dtype), None, None, None
 
 
 _score.defvjp(_score_forward, _score_backward)

@@ -16,7 +16,9 @@ import math
 import os
 import platform
 import re
+import resource
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -317,6 +319,22 @@ def throughput(num_tokens: int, seconds: float, num_devices: int) -> dict[str, f
         "perf/time_per_step": seconds,
         "perf/throughput": num_tokens / seconds / num_devices,
     }
+
+
+def memory() -> dict[str, float]:
+    """The most memory in use so far, in GiB: of this process on the host, and of the
+    device that used most, where devices count it (a CPU does not)."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    host *= 1 if sys.platform == "darwin" else 1024
+    found = {"perf/max_cpu_memory_gb": host / 2**30}
+    peaks = [
+        statistics["peak_bytes_in_use"]
+        for device in jax.local_devices()
+        if (statistics := device.memory_stats())
+    ]
+    if peaks:
+        found["perf/max_memory_allocated_gb"] = max(peaks) / 2**30
+    return found
 
 
 def train_flops(

@@ -27,6 +27,7 @@ def make(
             b2=b2,
             eps=optim.eps,
             weight_decay=optim.weight_decay,
+            mu_dtype=optim.mu_dtype,
         ),
     )
 

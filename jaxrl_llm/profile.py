@@ -57,6 +57,9 @@ def table(trace: Path, most: int = 30) -> Table:
     whole = sum(seconds for seconds, _ in kernels.values())
     for name, (seconds, count) in list(kernels.items())[:most]:
         shown.add_row(
-            f"{1e3 * seconds:.2f}", f"{100 * seconds / whole:.1f} %", str(count), name
+            f"{1e3 * seconds:.2f}",
+            f"{100 * seconds / whole:.1f} %",
+            str(count),
+            name[:70],
         )
     return shown

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from jaxrl_llm import evaluate, metrics, models, report
+from jaxrl_llm import evaluate, metrics, models, profile, report
 from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import Config, ConfigError
@@ -41,10 +41,16 @@ _MAY_CHANGE = (
     "actor.mesh.",
     "actor.micro_batch_size",
     "actor.pack_length",
+    "actor.share_prompts",
     "actor.remat",
+    "actor.attention",
+    "actor.offload",
+    "actor.unroll",
     "critic.mesh.",
     "critic.micro_batch_size",
     "critic.remat",
+    "critic.attention",
+    "critic.unroll",
     "rollout.mesh.",
     "rollout.max_num_seqs",
     "rollout.decode_chunk",
@@ -78,6 +84,7 @@ class Records:
         self._checkpoints = self._exit.enter_context(
             Checkpoints(self.directory / "checkpoints", trainer.max_ckpt_to_keep)
         )
+        self._profiler = self._exit.enter_context(ExitStack())
         self._step = 0
         self._timer = Timer()
         self._shown: list[dict[str, Any]] = []
@@ -116,11 +123,21 @@ class Records:
         )
         return state, step
 
+    def begin(self, step: int) -> None:
+        """A step begins: the profiler starts before the first step to look at, and
+        stops after the last."""
+        first, _, last = (self.config.trainer.profile or "0:0").partition(":")
+        if step == int(first):
+            directory = self.directory / "profile"
+            self._profiler.enter_context(profile.recorded(directory))
+        elif step == int(last) + 1:
+            self._profiler.close()
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Shows and times a phase of the step."""
+        """Shows and times a phase of the step; profiles show it by its name."""
         self._view.phase(_PHASES[name])
-        with self._timer(name):
+        with self._timer(name), jax.profiler.TraceAnnotation(name):
             yield
 
     def validation_due(self, step: int) -> bool:
@@ -188,6 +205,7 @@ class Records:
         )
         speed = {
             **metrics.throughput(tokens, timing["timing_s/step"], count),
+            **metrics.memory(),
             "perf/rollout_tokens_per_s": generated / timing["timing_s/gen"],
         }
         update = timing.get("timing_s/update_actor")

@@ -156,6 +156,7 @@ def run(job: Job) -> "Result":
         if first_step == 0:
             records.write(0, {}, validate(job, records, 0))
         for step in range(first_step + 1, config.trainer.total_training_steps + 1):
+            records.begin(step)
             groups = collect(config, engine, job.score, records, step)
             state, rows, credited = assign_credit(job, records, state, groups, step)
             state, learned = update(job, records, state, rows, step)

@@ -66,15 +66,16 @@ def test_one_sequence_per_row_by_hand():
 
 
 def test_packed_rows_by_hand():
-    # Lengths 3 4 6 4 in rows of 8: 6, then 4 + 4, then 3.
+    # Lengths 3 4 6 4 need 3 rows of 8: 6, 4 and 4 open them, 3 joins the first 4. Then
+    # by cost: 36, 16 + 9, 16.
     rows = make(pack_length=8)
     assert rows.tokens.shape == (3, 8)
     np.testing.assert_array_equal(
         rows.sequence_ids,
-        [[2] * 6 + [-1] * 2, [1] * 4 + [3] * 4, [0] * 3 + [-1] * 5],
+        [[2] * 6 + [-1] * 2, [1] * 4 + [0] * 3 + [-1], [3] * 4 + [-1] * 4],
     )
-    np.testing.assert_array_equal(rows.tokens[1], [10, 11, 13, 14, 20, 21, 22, 26])
-    np.testing.assert_array_equal(rows.positions[1], [0, 1, 2, 3, 0, 1, 2, 3])
+    np.testing.assert_array_equal(rows.tokens[1], [10, 11, 13, 14, 10, 11, 12, 0])
+    np.testing.assert_array_equal(rows.positions[1], [0, 1, 2, 3, 0, 1, 2, 0])
 
 
 def test_packing_changes_where_sequences_lie_and_nothing_else():
@@ -149,14 +150,27 @@ def test_pad_rows_adds_padding():
 
 
 def test_lay_out_by_hand():
-    # 7 opens row 0, 5 row 1; 4 fits only row 1 (5 + 4); 3 only row 0 (7 + 3); 2 is new.
-    assert batch.lay_out([2, 3, 4, 5, 7], 10) == [[4, 1], [3, 2], [0]]
+    # 21 tokens need 3 rows of 10: 7, 5 and 4 open them; 3 joins the 4, 2 the 5.
+    assert batch.lay_out([2, 3, 4, 5, 7], 10) == [[4], [3, 0], [2, 1]]
     assert batch.lay_out([2, 3], None) == [[0], [1]]
 
 
-def test_lay_out_prefers_the_fullest_row():
-    # 6 and 5 open rows with 4 and 5 left; 4 fits both and goes to the fuller one.
-    assert batch.lay_out([6, 5, 4], 10) == [[0, 2], [1]]
+def test_lay_out_takes_a_row_more_if_the_fewest_do_not_do():
+    # 18 tokens would fit 2 rows of 10 by their sum, but 6 + 6 do not fit together.
+    assert batch.lay_out([6, 6, 6], 10) == [[0], [1], [2]]
+
+
+def test_lay_out_prefers_few_rows_to_even_ones():
+    # Evenly, 6 and 5 are in rows of their own, then 4 with 5, and 5 fits nowhere.
+    assert batch.lay_out([6, 5, 4, 5], 10) == [[0, 2], [1, 3]]
+
+
+def test_rows_of_a_lognormal_mix_are_full_and_none_holds_very_many_sequences():
+    drawn = np.random.default_rng(0).lognormal(np.log(1500) - 0.32, 0.8, 512)
+    lengths = np.clip(drawn, 2, 16384).astype(int).tolist()
+    rows = batch.lay_out(lengths, 16384)
+    assert sum(lengths) > 0.95 * 16384 * len(rows)
+    assert max(map(len, rows)) < 1.5 * len(lengths) / len(rows)
 
 
 def test_lay_out_fits_and_keeps_every_sequence():
@@ -164,6 +178,41 @@ def test_lay_out_fits_and_keeps_every_sequence():
     rows = batch.lay_out(lengths, 64)
     assert sorted(i for row in rows for i in row) == list(range(300))
     assert max(sum(lengths[i] for i in row) for row in rows) <= 64
+
+
+def test_rows_of_packing_come_in_parts_of_padding_at_the_end():
+    # 4 rows of 8 could be needed for 4 sequences of up to 6; 3 are, with 17 tokens.
+    layout = batch.Layout(pack_length=8, micro_batch_size=2, longest=6)
+    rows = batch.make_rows(PROMPTS, COMPLETIONS, ADVANTAGES, layout=layout)
+    assert rows.tokens.shape == (4, 8)
+    in_use = (rows.sequence_ids >= 0).any(axis=1)
+    # Micro-batch 0 is rows 0 and 2, and the costliest two; micro-batch 1 has the third.
+    np.testing.assert_array_equal(in_use, [1, 1, 1, 0])
+    assert batch.token_efficiency(rows, 2) == 17 / (4 * 8)
+    assert batch.token_efficiency(rows, 1) == 17 / (3 * 8)
+
+
+def test_shared_prompts_by_hand():
+    rows = make(pack_length=10, share_prompts=True)
+    np.testing.assert_array_equal(rows.tokens[0, :7], [20, 21, 22, 23, 24, 25, 26])
+    np.testing.assert_array_equal(rows.tokens[1, :5], [10, 11, 12, 13, 14])
+    np.testing.assert_array_equal(rows.sequence_ids[0], [2] * 6 + [3] + [-1] * 3)
+    np.testing.assert_array_equal(rows.prompt_ids[0], [1] * 7 + [-1] * 3)
+    np.testing.assert_array_equal(rows.positions[0, :7], [0, 1, 2, 3, 4, 5, 3])
+    previous = batch.previous_tokens(rows)
+    np.testing.assert_array_equal(previous[0, 3:7], [2, 3, 4, 2])  # 22 is before 26
+    np.testing.assert_array_equal(previous[1, 2:5], [1, 1, 3])
+    # In rows of 6 the two responses to the second prompt need a copy each.
+    assert make(pack_length=6, share_prompts=True).tokens.shape == (3, 6)
+
+
+def test_shared_prompts_are_undone_by_another_layout():
+    everything = list(range(4))
+    again = batch.take(make(pack_length=10, share_prompts=True), everything)
+    assert sequences(again) == sequences(make())
+    twice = batch.take(make(pack_length=10, share_prompts=True), [3, 1, 1])
+    whole = sequences(make())
+    assert sequences(twice) == {0: whole[3], 1: whole[1], 2: whole[1]}
 
 
 def test_bucket_rounds_up_a_little_and_to_few_sizes():

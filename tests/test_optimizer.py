@@ -104,3 +104,18 @@ def test_five_updates_equal_torch_adamw():
         torch.nn.utils.clip_grad_norm_([theirs], 1.0)
         adamw.step()
     np.testing.assert_allclose(params, theirs.detach().numpy(), rtol=1e-5)
+
+
+def test_a_first_moment_in_bfloat16_is_half_as_large_and_a_little_off():
+    def after_three(mu_dtype):
+        made = optimizer.make(OptimConfig(lr=0.1, mu_dtype=mu_dtype), 10)
+        params = jnp.linspace(0.1, 1.0, 64)
+        state = made.init(params)
+        for _ in range(3):
+            updates, state = made.update(jnp.sin(9 * params), state, params)
+            params = optax.apply_updates(params, updates)
+        return params, state[1][0].mu
+
+    (got, mu), (wanted, exact) = map(after_three, ("bfloat16", "float32"))
+    assert (mu.nbytes, exact.nbytes) == (128, 256)
+    assert 0 < jnp.max(jnp.abs(got - wanted)) < 2**-8 * 0.3  # of three steps of 0.1

@@ -324,6 +324,7 @@ def test_three_prompts_five_samples_and_four_rows_at_a_time_work(
             actor__ppo_mini_batch_size=2,
             actor__use_kl_loss=True,
             trainer__save_hf=False,
+            trainer__profile="2:2",
         ),
     )
     assert len(result.completions(2)) == 15
@@ -332,6 +333,11 @@ def test_three_prompts_five_samples_and_four_rows_at_a_time_work(
     assert (table.loc[1:, "actor/kl_loss"] >= 0).all()
     assert result.before is None and result.after is None
     assert not result.weights.exists()
+    (trace,) = (tmp_path / "profile").glob("**/*.xplane.pb")  # of one step of the two
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    names = [e.name for plane in planes for line in plane.lines for e in line.events]
+    assert {names.count(phase) for phase in ("gen", "reward", "update_actor")} == {1}
+    assert list((tmp_path / "profile").glob("**/perfetto_trace.json.gz"))
 
 
 def brittle(fails_at):

@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from jaxrl_llm import batch as batches
 from jaxrl_llm import config as configs
 from jaxrl_llm import metrics, models, profile
 from jaxrl_llm.batch import Completion, Prompt, TrainBatch
@@ -37,8 +38,10 @@ def main(
     micro_batch_size: tuple[int, ...] = (8,),
     remat: tuple[Remat, ...] = ("dots",),
     attention: tuple[Literal["auto", "xla"], ...] = ("auto",),
+    unroll: Literal["auto", "never", "always"] = "auto",
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
-    fsdp: int = -1,
+    mu_dtype: Literal["float32", "bfloat16"] = "float32",
+    fsdp: int = 1,
     tensor: int = 1,
     steps: int = 5,
     profiled: bool = False,
@@ -56,7 +59,9 @@ def main(
       micro_batch_size: rows per forward and backward pass.
       remat: what the backward pass computes again.
       attention: see `actor.attention`.
+      unroll: see `actor.unroll`.
       dtype: of activations and matrix products.
+      mu_dtype: of AdamW's first moment.
       fsdp: devices that weights and rows are split over.
       tensor: devices that heads are split over.
       steps: timed updates after two that are not.
@@ -91,7 +96,9 @@ def main(
                     "pack_length": pack_length,
                     "remat": kept,
                     "attention": kind,
+                    "unroll": unroll,
                     "dtype": dtype,
+                    "optim": {"mu_dtype": mu_dtype},
                     "mesh": {"fsdp": fsdp, "tensor": tensor},
                 },
                 "trainer": {"total_training_steps": 1000},
@@ -149,13 +156,14 @@ def _measure(
         arch.num_heads,
         arch.head_dim,
     )
-    used = (batch.sequence_ids >= 0).any(axis=1).sum() * batch.tokens.shape[1]
     share = metrics.mfu(flops, median, devices.flat[0].device_kind, devices.size)
     return {
         "seconds": median,
         "tokens_per_second": tokens / median,
         **({"mfu": share["perf/mfu/actor"]} if share else {}),
-        "token_efficiency": tokens / float(used),
+        "token_efficiency": batches.token_efficiency(
+            batch, config.actor.micro_batch_size
+        ),
         "peak_bytes": memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes

@@ -11,6 +11,7 @@ from jaxrl_llm.models.apply import (
     Cache,
     abstract_params,
     decode,
+    for_products,
     forward,
     init,
     logical_axes,
@@ -22,9 +23,11 @@ from jaxrl_llm.models.apply import (
     unstack,
 )
 from jaxrl_llm.models.architecture import Architecture, Rope
+from jaxrl_llm.models.attention import shared_prompts
 from jaxrl_llm.models.critic import abstract_critic, critic_axes, init_critic, values
 from jaxrl_llm.models.families import architecture
 from jaxrl_llm.models.flash import choose as choose_attention
+from jaxrl_llm.models.flash import choose_unroll
 from jaxrl_llm.models.huggingface import Checkpoint, Model, load, open, save
 from jaxrl_llm.models.weights import RandomWeights, WeightSource
 
@@ -40,8 +43,10 @@ __all__ = [
     "abstract_params",
     "architecture",
     "choose_attention",
+    "choose_unroll",
     "critic_axes",
     "decode",
+    "for_products",
     "forward",
     "init",
     "init_critic",
@@ -54,6 +59,7 @@ __all__ = [
     "output_matrix",
     "prefill",
     "save",
+    "shared_prompts",
     "unstack",
     "values",
 ]

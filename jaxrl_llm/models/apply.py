@@ -87,6 +87,19 @@ def num_matmul_params(arch: Architecture) -> int:
     return num_params(arch) - looked_up
 
 
+def for_products(arch: Architecture, params: Params, dtype) -> Params:
+    """Stacked weights as matrix products take them: cast once rather than at each use.
+
+    Norms, and the embedding, whose gradient is a sum over all tokens, stay as they are.
+    """
+
+    def cast(x, axes):
+        kept = "norm" in axes or "vocab" in axes
+        return x if kept else x.astype(dtype)
+
+    return jax.tree.map(cast, params, logical_axes(arch))
+
+
 def unstack(params: Params, dtype) -> Params:
     """Stacked to unstacked, cast to `dtype`."""
     params = jax.tree.map(lambda x: x.astype(dtype), params)
@@ -125,6 +138,7 @@ def forward(
     dtype,
     remat: Remat = "none",
     attention: PackedAttention = packed,
+    unroll: bool | int = 1,
 ) -> Float[Array, "R T D"]:
     """Final hidden states (after the last norm) of packed rows.
 
@@ -135,6 +149,7 @@ def forward(
       dtype: of activations, and of weights inside matrix products.
       remat: what the backward pass computes again, see `Remat`.
       attention: see `flash.choose`.
+      unroll: layers per turn of the compiled loop; True: all, without a loop.
     """
     model = _model(arch, params, stacked=True)
     tables = model.rotary_tables(positions)
@@ -158,13 +173,15 @@ def forward(
         return attend_rows
 
     def layer(x, state, rope_index, window_index):
+        @jax.named_scope("attention")
         def attend_rows(q, k, v):
             kinds = [looking_back(window) for window in windows]
             if len(kinds) == 1:
                 return kinds[0](q, k, v), None
             return jax.lax.switch(window_index, kinds, q, k, v), None
 
-        x, _ = nnx.merge(graphdef, state)(x, _pick(tables, rope_index), attend_rows)
+        with jax.named_scope("layer"):
+            x, _ = nnx.merge(graphdef, state)(x, _pick(tables, rope_index), attend_rows)
         return x
 
     if remat != "none":
@@ -175,7 +192,8 @@ def forward(
 
     ropes = jnp.array(arch.rope_of_layer, jnp.int32)
     kinds = jnp.array([windows.index(w) for w in arch.window_of_layer], jnp.int32)
-    x, _ = jax.lax.scan(body, model.embed(tokens, dtype), (stacked, ropes, kinds))
+    x = model.embed(tokens, dtype)
+    x, _ = jax.lax.scan(body, x, (stacked, ropes, kinds), unroll=unroll)
     return model.norm(x)
 
 

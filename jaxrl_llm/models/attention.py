@@ -61,6 +61,33 @@ def packed(
     return attend(q, k, v, mask, scale=scale, softcap=softcap)
 
 
+def shared_prompts(
+    q: Float[Array, "R T N H"],
+    k: Float[Array, "R T K H"],
+    v: Float[Array, "R T K H"],
+    sequence_ids: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    *,
+    window: Window,
+    scale: float,
+    softcap: float | None = None,
+    prompt_ids: Int[Array, "R T"],
+    response_mask: Bool[Array, "R T"],
+) -> Float[Array, "R T N H"]:
+    """`packed` for rows in which several responses go on from one copy of their prompt:
+    a token sees its own sequence and the prompt it goes on from.
+
+    Args:
+      prompt_ids: see `TrainBatch`, as well as `response_mask`.
+    """
+    is_prompt = ~response_mask[:, None, :]
+    its_prompt = (prompt_ids[:, :, None] == prompt_ids[:, None, :]) & is_prompt
+    distance = positions[:, :, None] - positions[:, None, :]
+    mask = its_prompt & (distance >= 0) & _near(distance, window)
+    mask |= packed_mask(sequence_ids, positions, window)
+    return attend(q, k, v, mask, scale=scale, softcap=softcap)
+
+
 def packed_mask(
     sequence_ids: Int[Array, "B T"], positions: Int[Array, "B T"], window: Window
 ) -> Bool[Array, "B T T"]:

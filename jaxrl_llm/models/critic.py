@@ -65,6 +65,7 @@ def values(
     dtype,
     remat: Remat = "none",
     attention: PackedAttention = packed,
+    unroll: bool | int = 1,
 ) -> Float[Array, "R T"]:
     """The value of the state after each token of packed rows, float32.
 
@@ -81,6 +82,7 @@ def values(
         dtype=dtype,
         remat=remat,
         attention=attention,
+        unroll=unroll,
     )
     weight = params["weight"].astype(jnp.float32)
     return jnp.einsum("rtd,d->rt", hidden.astype(jnp.float32), weight) + params["bias"]

@@ -172,12 +172,13 @@ class JaxEngine:
 
     def _run(self, wave: Sequence[tuple[Request, int]]) -> Iterator[Completion]:
         rows = [_Row(request, i, [], [], []) for request, i in wave]
-        prompts = list({id(row.request): row.request for row in rows}.values())
+        requests = list({id(row.request): row.request for row in rows}.values())
+        prompts = list({r.tokens: r for r in requests}.values())
         longest = max(len(request.tokens) for request in prompts)
-        total = max(len(r.tokens) + r.sampling.max_tokens for r in prompts)
+        total = max(len(r.tokens) + r.sampling.max_tokens for r in requests)
         truncated = any(
             r.sampling.top_k != -1 or r.sampling.top_p < 1 or r.sampling.min_p > 0
-            for r in prompts
+            for r in requests
         )
         static = self._put(_rows(rows, self._row_count(len(rows)), self._stops))
         state, sampled = self._start(prompts, rows, longest, total, static, truncated)
@@ -206,9 +207,9 @@ class JaxEngine:
         for i, request in enumerate(prompts):
             tokens[i, : len(request.tokens)] = request.tokens
             lengths[i] = len(request.tokens)
-        place = {id(request): i for i, request in enumerate(prompts)}
+        place = {request.tokens: i for i, request in enumerate(prompts)}
         of_row = np.zeros(static.temperature.shape[0], np.int32)
-        of_row[: len(rows)] = [place[id(row.request)] for row in rows]
+        of_row[: len(rows)] = [place[row.request.tokens] for row in rows]
 
         sampled, cache, positions, done = _prefill(
             self._params,

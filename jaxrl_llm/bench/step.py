@@ -1,0 +1,224 @@
+"""`jaxrl bench step`: whole GRPO steps on random weights of a real shape, by phase.
+
+Generation, rewards, advantages and packing, update, and the weights' way back to the
+engine are those of a run; only the texts mean nothing.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from jaxrl_llm import config as configs
+from jaxrl_llm import estimate, metrics, models
+from jaxrl_llm.batch import Completion, Prompt
+from jaxrl_llm.bench import shapes
+from jaxrl_llm.config import Config
+from jaxrl_llm.learner import Learner
+from jaxrl_llm.rewards import resolve, score
+from jaxrl_llm.rollout.decode import JaxEngine
+from jaxrl_llm.rollout.engine import Request, Sampling, generate
+from sharding import mesh
+
+
+class _Numbers:
+    """Stands for a tokenizer: every token is its number."""
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
+        return " ".join(map(str, tokens))
+
+
+def main(
+    model: str = "qwen2.5-1.5b",
+    prompts: int = 64,
+    n: int = 8,
+    prompt_length: int = 256,
+    mean: int = 400,
+    cap: int = 1024,
+    pack_length: int = 8192,
+    micro_batch_size: int = 2,
+    remat: str = "dots",
+    dtype: str = "bfloat16",
+    max_num_seqs: int = 512,
+    decode_chunk: int = 32,
+    steps: int = 3,
+) -> None:
+    """Times whole steps, after one that compiles. Prints the median of each phase.
+
+    Args:
+      model: a name of `bench.shapes`, or a config.json.
+      prompts: of a step.
+      n: responses to each.
+      prompt_length: tokens of a prompt.
+      mean: of the lengths of responses, which are lognormal (sigma 0.8).
+      cap: tokens of the longest response.
+      pack_length: tokens in a row of the update.
+      micro_batch_size: rows per forward and backward pass.
+      remat: what the backward pass computes again.
+      dtype: of generation, and of the matrix products of the update.
+      max_num_seqs: sequences decoded together.
+      decode_chunk: tokens per dispatch.
+      steps: timed steps.
+    """
+    config = configs.parse(
+        {
+            "output_dir": "unused",
+            "model": {"path": model},
+            "data": {
+                "train": {"path": "unused.jsonl"},
+                "train_batch_size": prompts,
+                "max_prompt_length": prompt_length,
+            },
+            "reward": {"functions": [{"name": "numeric"}]},
+            "rollout": {
+                "n": n,
+                "max_response_length": cap,
+                "dtype": dtype,
+                "max_num_seqs": max_num_seqs,
+                "decode_chunk": decode_chunk,
+            },
+            "actor": {
+                "micro_batch_size": micro_batch_size,
+                "pack_length": pack_length,
+                "remat": remat,
+                "dtype": dtype,
+            },
+            "trainer": {"total_training_steps": steps + 1},
+        },
+        "jaxrl bench step",
+    )
+    arch, count = shapes.find(model), jax.device_count()
+    learner = Learner(
+        config,
+        models.RandomWeights(arch),
+        mesh.make({"data": 1, "fsdp": count, "tensor": 1}),
+    )
+    engine = JaxEngine(
+        dataclasses.replace(arch, eos_token_ids=()),
+        _Numbers(),
+        mesh=mesh.make({"data": count, "tensor": 1}),
+        dtype=jnp.dtype(dtype),
+        max_num_seqs=max_num_seqs,
+        decode_chunk=decode_chunk,
+    )
+    state, measured = learner.start(), []
+    engine.load(state.params, 0)
+    for step in range(steps + 1):
+        timer = metrics.Timer()
+        state, found = _step(config, learner, engine, state, timer, mean, step)
+        measured.append({**timer.metrics(), **found})
+    medians = {
+        name: float(np.median([line[name] for line in measured[1:]]))
+        for name in measured[-1]
+    }
+    _show(medians, arch, count)
+
+
+def _step(config: Config, learner: Learner, engine, state, timer, mean: int, step: int):
+    rng = np.random.default_rng(step)
+    asked = [
+        Prompt(
+            id=p,
+            content="",
+            tokens=tuple(
+                rng.integers(
+                    0, learner.arch.vocab_size, config.data.max_prompt_length
+                ).tolist()
+            ),
+            columns={"answer": "1"},
+        )
+        for p in range(config.data.train_batch_size)
+    ]
+    G, sigma, cap = config.rollout.n, 0.8, config.rollout.max_response_length
+    drawn = rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, (len(asked), G))
+    lengths = np.clip(drawn, 1, cap).astype(int).tolist()
+    with timer("gen"):
+        # Random weights never stop by themselves: every response gets its own limit.
+        alone = generate(
+            engine,
+            [
+                Request(
+                    prompt_id=p.id * G + g,
+                    tokens=p.tokens,
+                    num_samples=1,
+                    seed=step,
+                    sampling=Sampling(max_tokens=lengths[p.id][g]),
+                )
+                for p in asked
+                for g in range(G)
+            ],
+        )
+        rollouts = [
+            [_sample(alone[p.id * G + g][0], p, g) for g in range(G)] for p in asked
+        ]
+    with timer("reward"):
+        scores = score(
+            resolve(config.reward), asked, rollouts, timeout_s=60.0, on_error="raise"
+        )
+    with timer("adv"):
+        unknown = np.zeros_like(scores.total)
+        rows = learner.make_rows(asked, rollouts, unknown)
+        noise = rng.normal(size=unknown.shape).astype(np.float32)
+        judged = estimate.Judged(
+            rewards=scores.total + noise,
+            by_function=np.nan_to_num(np.stack([*scores.by_function.values()])),
+            weights=np.ones(1, np.float32),
+        )
+        rows, _ = jax.device_get(
+            estimate.advantages_of(rows, judged, algorithm=config.algorithm)
+        )
+    with timer("update_actor"):
+        state, learned = learner.update(state, rows, seed=step)
+    with timer("update_weights"):
+        engine.load(state.params, step + 1)
+    sizes = np.array(lengths).ravel() + config.data.max_prompt_length
+    return state, {
+        "tokens": float(sizes.sum()),
+        "new_tokens": float(np.sum(lengths)),
+        "squares": float((sizes**2).sum()),
+        "token_efficiency": learned["perf/token_efficiency"],
+    }
+
+
+def _sample(completion: Completion, prompt: Prompt, sample: int) -> Completion:
+    return dataclasses.replace(completion, prompt_id=prompt.id, sample=sample)
+
+
+def _show(medians: dict[str, float], arch: models.Architecture, devices: int) -> None:
+    whole = medians["timing_s/step"]
+    phases = {
+        name.removeprefix("timing_s/"): value
+        for name, value in medians.items()
+        if name.startswith("timing_s/") and name != "timing_s/step"
+    }
+    phases["the rest"] = whole - sum(phases.values())
+    table = Table("phase", "s", "share", title=f"one step, {whole:.2f} s")
+    for name, seconds in phases.items():
+        table.add_row(name, f"{seconds:.3f}", f"{100 * seconds / whole:.1f} %")
+    update = phases["update_actor"]
+    flops = metrics.train_flops(
+        models.num_matmul_params(arch),
+        int(medians["tokens"]),
+        int(medians["squares"]),
+        arch.num_layers,
+        arch.num_heads,
+        arch.head_dim,
+    )
+    kind = jax.devices()[0].device_kind
+    found = {
+        "step_seconds": whole,
+        **{f"{name}_seconds": seconds for name, seconds in phases.items()},
+        "generated_tokens_per_second": medians["new_tokens"] / phases["gen"],
+        "update_tokens_per_second": medians["tokens"] / update,
+        **metrics.mfu(flops, update, kind, devices),
+        **metrics.memory(),
+        "token_efficiency": medians["token_efficiency"],
+        "neither_rollout_nor_update": 1 - (phases["gen"] + update) / whole,
+    }
+    Console().print(table)
+    print(json.dumps(found), flush=True)
