@@ -143,8 +143,8 @@ class RolloutConfig(SamplingConfig):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights, activations and KV cache."""
     checksum_freq: int = Field(100, ge=0)
-    """Compare checksums of the engine's weights with the trainer's at the first load and
-    every so many steps; 0: never."""
+    """Compare checksums of the engine's weights with the trainer's at the first load
+    and every so many steps; 0: never."""
     mesh: RolloutMeshConfig = RolloutMeshConfig()
 
 

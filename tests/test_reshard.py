@@ -166,7 +166,7 @@ def test_the_compilers_peak_is_within_a_chunk_of_the_plans(target):
     }
     wanted = abstract(source, dict.fromkeys(source, SAME[target]))
     share = 4 * 512 * 384 // 8
-    made = plan.plan(source, wanted, chunk_bytes=2 * 8 * share)
+    made = plan.plan(source, wanted, chunk_bytes=2 * share)
     done, peak = 0, 0
     for program, chunk in zip(reshard.programs(made), made.chunks, strict=True):
         memory = program.memory_analysis()

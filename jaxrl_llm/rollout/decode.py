@@ -81,8 +81,8 @@ class JaxEngine:
       dtype: of weights, activations and cache.
       max_num_seqs: sequences decoded together.
       decode_chunk: tokens per dispatch.
-      checksum_freq: verify the weights at the first load and whenever their version is a
-        multiple of this; 0: never.
+      checksum_freq: verify the weights at the first load and whenever their version is
+        a multiple of this; 0: never.
     """
 
     def __init__(
