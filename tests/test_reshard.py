@@ -1,3 +1,6 @@
+import pathlib
+import re
+
 import collective_bytes
 import jax
 import jax.numpy as jnp
@@ -184,3 +187,13 @@ def test_parameters_that_the_plan_is_not_for_are_refused_by_name():
         reshard.reshard(moved, made)
     with pytest.raises(ValueError, match="only one of params and plan has .'v'"):
         reshard.reshard(source | {"v": source["w"]}, made)
+
+
+def test_the_readmes_example_prints_what_it_says(capsys):
+    text = (pathlib.Path(plan.__file__).parent / "README.md").read_text()
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code, names := {})
+    table = capsys.readouterr().out.splitlines()[:3]
+    assert "\n".join(f"    {line}" for line in table) in text
+    moved, one = names["moved"]["layers"], names["fused"]
+    assert all(moved[i]["gate_up"].sharding == one.sharding for i in range(2))
