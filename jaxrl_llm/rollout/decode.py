@@ -143,6 +143,72 @@ class JaxEngine:
             2 * self.arch.num_layers * math.prod(shard) * self._shape["dtype"].itemsize
         )
 
+    def compile(
+        self, num_prompts: int, num_rows: int, prompt_length: int, total: int
+    ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+        """Prefill and one dispatch of decoding of a wave, from shapes alone.
+
+        Args:
+          num_rows: responses of all prompts together.
+          total: tokens of the longest prompt with its response.
+        """
+        B = self._row_count(min(num_rows, self._max_num_seqs))
+        prompts = _power_of_two(min(num_prompts, B))
+        length = _length(prompt_length)
+        params, plain = self.abstract_params(), {"truncated": False, **self._shape}
+        stop_ids = _power_of_two(max(1, len(self.arch.eos_token_ids)))
+        tokens = jax.ShapeDtypeStruct((prompts, length), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((prompts,), jnp.int32)
+        of_row = jax.ShapeDtypeStruct((B,), jnp.int32)
+
+        def wave(params, tokens, lengths, of_row):
+            zeros = jnp.zeros(B, jnp.int32)
+            rows = Rows(
+                keys=jax.random.split(jax.random.key(0), B),
+                temperature=jnp.zeros(B),
+                top_k=zeros,
+                top_p=jnp.zeros(B),
+                min_p=jnp.zeros(B),
+                max_tokens=zeros,
+                stop_ids=jnp.zeros((B, stop_ids), jnp.int32),
+            )
+            sampled, cache, positions, done = _prefill(
+                params, tokens, lengths, of_row, B, rows, **plain
+            )
+            size, sharding = max(_length(total), length), self._cache_sharding
+            cache = _expand(cache, of_row, size=size, sharding=sharding)
+            return vars(rows), {
+                "tokens": sampled.tokens,
+                "positions": positions,
+                "counts": positions,
+                "done": done,
+                "cache": (cache.keys, cache.values),
+            }
+
+        def laid_out(x):
+            cached = x.ndim == len(self._cache_sharding.spec) + 1
+            sharding = self._cache_sharding if cached else self._rows_sharding
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        shapes = jax.eval_shape(wave, params, tokens, lengths, of_row)
+        rows, state = jax.tree.map(laid_out, shapes)
+        prefill = jax.jit(
+            lambda params, *inputs, rows: _prefill(
+                params, *inputs, B, Rows(**rows), **plain
+            )
+        ).lower(params, tokens, lengths, of_row, rows=rows)
+        decode = jax.jit(
+            lambda params, state, rows: _decode(
+                params,
+                Decoding(**state | {"cache": Cache(*state["cache"])}),
+                Rows(**rows),
+                chunk=self._chunk,
+                **plain,
+            ),
+            donate_argnums=1,
+        ).lower(params, state, rows)
+        return prefill.compile(), decode.compile()
+
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues requests.
 
