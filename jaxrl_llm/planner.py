@@ -128,8 +128,8 @@ def estimate(
       memory: bytes that a device has; its data sheet's if not given.
 
     Raises:
-      ValueError: a mesh or an array does not fit, or there is a critic, whose programs
-        are not planned.
+      ValueError: a mesh or an array does not fit, or there is a critic or another
+        engine, whose programs are not planned.
     """
     if config.algorithm.adv_estimator == "gae":
         raise ConfigError(
@@ -159,7 +159,7 @@ def estimate(
         device_kind=devices[0].device_kind,
         num_devices=len(devices),
         held=held,
-        cache_bytes=engine.cache_bytes(*_wave(config)),
+        cache_bytes=engine.memory(*_wave(config))["generation cache"],
         programs=dict(_programs(config, learner, engine)),
         capacity=memory or (known and known[0] * _GIB),
     )
@@ -226,7 +226,7 @@ def _programs(
     first = program(
         prefill, weights, waves, training_flops(prompts, prompt) / 3, waves * weights
     )
-    cache = engine.cache_bytes(wave, longest)
+    cache = engine.memory(wave, longest)["generation cache"]
     # Each row gets its copy of its prompt's cache while that is still there.
     copied = prefill.memory_analysis().output_size_in_bytes + cache
     yield (

@@ -109,7 +109,7 @@ class JaxEngine:
         self._cache_sharding = NamedSharding(mesh, P("data", None, "tensor"))
         self._shape = {"arch": arch, "dtype": jnp.dtype(dtype)}
 
-    def load(self, params: Any, version: int) -> None:
+    def load(self, params: Any, version: int) -> dict[str, float]:
         """Takes weights in the training layout. Completions will carry `version`.
 
         Raises:
@@ -122,6 +122,7 @@ class JaxEngine:
         if freq and (first or version % freq == 0):
             checksum.verify(self._params, way, checksum.expected(params, way))
         self._version = version
+        return {}
 
     def abstract_params(self) -> Any:
         """Shapes, dtypes and shardings of the weights the engine holds."""
@@ -133,15 +134,23 @@ class JaxEngine:
             self._param_shardings,
         )
 
-    def cache_bytes(self, num_rows: int, num_tokens: int) -> int:
-        """Bytes of cache on each device while `num_rows` responses wait, each with its
-        prompt at most `num_tokens` long."""
+    def memory(self, num_rows: int, num_tokens: int) -> dict[str, int]:
+        """Bytes of weights and cache on each device, while `num_rows` responses wait,
+        each with its prompt at most `num_tokens` long."""
+        weights = sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(self.abstract_params())
+        )
         rows = self._row_count(min(num_rows, self._max_num_seqs))
         shape = rows, _length(num_tokens), self.arch.num_kv_heads, self.arch.head_dim
         shard = self._cache_sharding.shard_shape(shape)
-        return (
-            2 * self.arch.num_layers * math.prod(shard) * self._shape["dtype"].itemsize
-        )
+        numbers = 2 * self.arch.num_layers * math.prod(shard)
+        cache = numbers * self._shape["dtype"].itemsize
+        return {"generation weights": weights, "generation cache": cache}
+
+    def close(self) -> None:
+        """Frees the weights."""
+        self._params = None
 
     def compile(
         self, num_prompts: int, num_rows: int, prompt_length: int, total: int
