@@ -174,6 +174,9 @@ class RolloutConfig(SamplingConfig):
     may end early."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights, activations and KV cache."""
+    checksum_freq: int = Field(100, ge=0)
+    """Compare checksums of the engine's weights with the trainer's at the first load
+    and every so many steps; 0: never."""
     mesh: RolloutMeshConfig = RolloutMeshConfig()
 
 

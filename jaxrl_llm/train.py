@@ -155,6 +155,7 @@ def engine_of(
                 dtype=jnp.dtype(rollout.dtype),
                 max_num_seqs=rollout.max_num_seqs,
                 decode_chunk=rollout.decode_chunk,
+                checksum_freq=rollout.checksum_freq,
             )
         case "vllm":
             from jaxrl_llm.rollout.vllm import VllmEngine  # needs the extra `vllm`
