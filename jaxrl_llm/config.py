@@ -122,11 +122,43 @@ class TrainMeshConfig(_Section):
     """Heads and feed-forward are split over it (Megatron)."""
 
 
+class VllmConfig(_Section):
+    """Servers that generate: running ones (`urls`), or ours, which end with the run."""
+
+    urls: tuple[str, ...] = ()
+    """Running servers, such as http://host:8000. Requests are spread over them."""
+    command: tuple[str, ...] = ("python", "-m", "vllm.entrypoints.openai.api_server")
+    """Starts one of ours: the Python of vLLM's environment, or a container."""
+    args: tuple[str, ...] = ()
+    """More arguments of the command, such as --gpu-memory-utilization 0.5."""
+    env: dict[str, str] = {}
+    """More variables of its environment."""
+    devices: tuple[str, ...] = ()
+    """One server of ours per entry, which becomes its CUDA_VISIBLE_DEVICES. Without
+    entries one server, which sees the devices that the trainer sees."""
+    port: int | None = Field(None, gt=0, lt=65536)
+    """Of the first server of ours, the others follow; free ports if not given."""
+    weights_dir: str | None = None
+    """Folder that weights are sent through; trainer and servers must see it. Memory
+    (/dev/shm) for servers of ours where there is such, else output_dir."""
+    start_timeout_s: float = Field(900.0, gt=0)
+    """Longest wait for a server to come up."""
+    request_timeout_s: float = Field(600.0, gt=0)
+    """Longest wait for one response. A server of ours that takes longer hangs, and is
+    started again."""
+    max_restarts: int = Field(3, ge=0)
+    """How often servers may be lost between two transfers of weights."""
+    max_probe_diff: float = Field(0.1, gt=0)
+    """Mean difference in nats between server and trainer, on probes after each transfer
+    of weights, that stops the run."""
+
+
 class RolloutConfig(SamplingConfig):
     """Generation during training."""
 
-    engine: Literal["jax"] = "jax"
-    """jax: the compiled decode loop of this package."""
+    engine: Literal["jax", "vllm"] = "jax"
+    """jax: the compiled decode loop of this package. vllm: servers, see `vllm`."""
+    vllm: VllmConfig = VllmConfig()
     n: int = Field(8, gt=0)
     """Responses per prompt (the group)."""
     max_response_length: int = Field(512, gt=0)
@@ -142,6 +174,9 @@ class RolloutConfig(SamplingConfig):
     may end early."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights, activations and KV cache."""
+    checksum_freq: int = Field(100, ge=0)
+    """Compare checksums of the engine's weights with the trainer's at the first load
+    and every so many steps; 0: never."""
     mesh: RolloutMeshConfig = RolloutMeshConfig()
 
 
@@ -397,6 +432,14 @@ def _misfits(config: Config):
             f"only {batch}; use at most {batch}"
         )
     yield from misfits(config)
+    if rollout.engine != "vllm" and rollout.vllm != VllmConfig():
+        yield f"rollout.vllm is given, but rollout.engine is {rollout.engine}"
+    ours = {"devices", "command", "args", "env", "port"} & rollout.vllm.model_fields_set
+    if rollout.vllm.urls and ours:
+        yield (
+            f"rollout.vllm.urls are running servers, so rollout.vllm.{min(ours)}, "
+            "which is for servers of our own, says nothing"
+        )
     longest = data.max_prompt_length + rollout.max_response_length
     if actor.pack_length is not None and actor.pack_length < longest:
         yield (

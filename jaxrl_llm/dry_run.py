@@ -30,7 +30,7 @@ def show(job: Job) -> None:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "parameters": f"{models.num_params(arch):,}",
         "training mesh": dict(learner.mesh.shape),
-        "generation mesh": dict(job.engine.mesh.shape),
+        "generation": config.rollout.engine,
         "training questions": f"{len(prompts):,}",
         "left out of them": f"{job.data.train_removed_as_held_out} held out",
         "too long": f"{job.data.dropped} dropped, {job.data.truncated} truncated",
@@ -55,8 +55,7 @@ def memory_per_device(job: Job) -> dict[str, int]:
         "weights": _bytes(state.params),
         "optimizer": _bytes(state.opt_state),
         "update (gradients, activations)": learner.update_memory().temp_size_in_bytes,
-        "generation weights": _bytes(job.engine.abstract_params()),
-        "generation cache": job.engine.cache_bytes(
+        **job.engine.memory(
             config.data.train_batch_size * config.rollout.n,
             config.data.max_prompt_length + config.rollout.max_response_length,
         ),

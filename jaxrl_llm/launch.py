@@ -6,6 +6,8 @@
     jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE]
     jaxrl convert SOURCE DIRECTORY
     jaxrl report RUN_DIR
+    jaxrl plan CONFIG.yaml (--topology v5p:4x4x4 | --devices 8 [--memory 141GB])
+                           [--section.key VALUE ...]
     jaxrl bench NAME ...
 
 `jaxrl VERB --help` lists what a verb takes.
@@ -43,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "generate": lambda rest: tyro.cli(generate, prog="jaxrl generate", args=rest),
         "convert": lambda rest: tyro.cli(convert, prog="jaxrl convert", args=rest),
         "report": lambda rest: tyro.cli(report, prog="jaxrl report", args=rest),
+        "plan": _plan,
         "bench": _bench,
     }
     if not given or given[0] in ("-h", "--help"):
@@ -84,6 +87,49 @@ def _evaluate(rest: list[str]) -> None:
 
     config, _ = _config("evaluate", rest)
     train.evaluate_only(train.build(config))
+
+
+def _plan(rest: list[str]) -> None:
+    import jax
+
+    from jaxrl_llm import planner
+
+    given, rest = _options(rest, ("--topology", "--devices", "--memory"))
+    config, _ = _config("plan", rest)
+    memory = _bytes(given["--memory"]) if "--memory" in given else None
+    if "--topology" in given:
+        devices = planner.tpu(given["--topology"])
+    else:
+        count = given.get("--devices", "")
+        if not count.isdecimal() or count == "0":
+            raise ConfigError(
+                "jaxrl plan needs --topology, such as v5p:4x4x4, or a number of "
+                f"--devices; got {count or 'neither'}"
+            )
+        jax.config.update("jax_num_cpu_devices", int(count))
+        devices = jax.devices()
+    found = planner.estimate(config, planner.architecture(config), devices, memory)
+    planner.show(config, found)
+
+
+def _options(rest: list[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The values of `--name VALUE` and `--name=VALUE`, and all other arguments."""
+    found, others, arguments = {}, [], iter(rest)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in names:
+            found[name] = value if equals else next(arguments, "")
+        else:
+            others.append(argument)
+    return found, others
+
+
+def _bytes(text: str) -> float:
+    """Of 141GB or 131GiB."""
+    match = re.fullmatch(r"([\d.]+) ?(GB|GiB)", text)
+    if not match:
+        raise ConfigError(f"--memory is a size such as 141GB or 80GiB, got {text!r}")
+    return float(match[1]) * (1e9 if match[2] == "GB" else 2**30)
 
 
 def _bench(rest: list[str]) -> None:

@@ -141,12 +141,24 @@ class Learner:
 
     def update_memory(self) -> Any:
         """The compiler's memory analysis of the largest update that can occur."""
+        return self.compile_largest_update().memory_analysis()
+
+    def compile_largest_update(self) -> jax.stages.Compiled:
+        """The update with rows in which everything is as long as it may be."""
         batch = self.largest_rows()
         if uses_kl(self.config):
             batch = dataclasses.replace(batch, ref_logprobs=batch.sampler_logprobs)
         if needs_old_logprobs(self.config):
             batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
-        return self.compile_update(self._parts(batch, 0, 0)[0]).memory_analysis()
+        return self.compile_update(self._parts(batch, 0, 0)[0])
+
+    def compile_largest_scoring(self) -> jax.stages.Compiled:
+        """The log-probabilities of all rows under one policy."""
+        rows = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows),
+            self.largest_rows(),
+        )
+        return self._score.lower(self.abstract_state().params, rows).compile()
 
     def update(
         self, state: grpo.TrainState, batch: TrainBatch, seed: int

@@ -12,7 +12,7 @@ import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,13 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         score=functools.partial(score, shaped, **how),
         weights=tuple(function.weight for function in shaped),
         score_held_out=functools.partial(score, functions, **how),
-        engine=make_engine(config.rollout, source, meshes["rollout"]),
+        engine=engine_of(
+            config,
+            source.arch,
+            source.tokenizer,
+            meshes["rollout"],
+            [prompt.tokens for prompt in data.train],
+        ),
         learner=Learner(config, source, meshes["actor"]),
         critic=Critic(config, source, meshes["critic"]) if has_critic(config) else None,
     )
@@ -126,20 +132,35 @@ def shaping(config: Config) -> list[RewardFunction]:
     return [RewardFunction(name="overlong_penalty", function=penalty)]
 
 
-def make_engine(
-    rollout: configs.RolloutConfig, source: models.Checkpoint, on: jax.sharding.Mesh
+def engine_of(
+    config: Config,
+    arch: models.Architecture,
+    tokenizer: Any,
+    on: jax.sharding.Mesh,
+    questions: Sequence[Sequence[int]],
 ) -> Engine:
-    """The generator that `rollout.engine` names."""
+    """The generator that `rollout.engine` names.
+
+    Args:
+      on: the mesh to generate on, if that is done in this process.
+      questions: tokens of the prompts; what servers hold is tried on some of them.
+    """
+    rollout = config.rollout
     match rollout.engine:
         case "jax":
             return JaxEngine(
-                source.arch,
-                source.tokenizer,
+                arch,
+                tokenizer,
                 mesh=on,
                 dtype=jnp.dtype(rollout.dtype),
                 max_num_seqs=rollout.max_num_seqs,
                 decode_chunk=rollout.decode_chunk,
+                checksum_freq=rollout.checksum_freq,
             )
+        case "vllm":
+            from jaxrl_llm.rollout.vllm import VllmEngine  # needs the extra `vllm`
+
+            return VllmEngine(config, arch, tokenizer, questions)
 
 
 def run(job: Job) -> "Result":
@@ -149,20 +170,24 @@ def run(job: Job) -> "Result":
       RewardError: a reward function failed and `reward.on_error` is "raise".
     """
     config, engine = job.config, job.engine
-    with Records(config, job.source, job.data) as records, _asked_to_stop() as stopping:
+    with (
+        closing(engine),
+        Records(config, job.source, job.data) as records,
+        _asked_to_stop() as stopping,
+    ):
         state, first_step = records.open(abstract_state(job), lambda: start(job))
-        engine.load(state.actor.params, first_step)
+        sent = engine.load(state.actor.params, first_step)
         if first_step == 0:
-            records.write(0, {}, validate(job, records, 0))
+            records.write(0, sent, validate(job, records, 0))
         for step in range(first_step + 1, config.trainer.total_training_steps + 1):
             records.begin(step)
             groups = collect(config, engine, job.score, records, step)
             state, rows, credited = assign_credit(job, records, state, groups, step)
             state, learned = update(job, records, state, rows, step)
             with records.phase("update_weights"):
-                engine.load(state.actor.params, step)
+                sent = engine.load(state.actor.params, step)
             validation = validate(job, records, step)
-            records.write(step, credited | learned, validation)
+            records.write(step, {**credited, **learned, **sent}, validation)
             stop = stopping()
             records.save(step, state, validation, stop)
             if stop:
@@ -517,8 +542,9 @@ def evaluate_only(job: Job) -> evaluate.Validation:
     """Answers the held-out questions with the model as it is, and prints how well."""
     if not job.data.val:
         raise ConfigError("data.val is needed: which questions to answer")
-    job.engine.load(job.learner.read_weights("float32"), version=0)
-    validation = _answer_held_out(job, 0)
+    with closing(job.engine):
+        job.engine.load(job.learner.read_weights("float32"), version=0)
+        validation = _answer_held_out(job, 0)
     before_after(
         None,
         validation,

@@ -48,8 +48,37 @@ def test_the_phases_of_a_measured_step_add_up(measured):
     assert line["neither_rollout_nor_update"] == pytest.approx(other)
 
 
+@pytest.mark.slow
+def test_every_way_of_resharding_is_charged_the_same_bytes(measured):
+    lines = measured(
+        "reshard", "--model", "tiny", "--tensor", "2", "--chunk-mib", "1", "64",
+        "--steps", "1",
+    )  # fmt: skip
+    ways = {}
+    for line in lines:
+        ways.setdefault(line["way"], []).append(line)
+    moving = ["reshard, 1 MiB", "reshard, 64 MiB"]
+    assert {way: [line["by"] for line in found] for way, found in ways.items()} == {
+        "FSDP to tensor-2": [*moving, "jit", "device_put"],
+        "trainer to engine": moving,
+        "half to half": [*moving, "device_put"],
+    }
+    for found in ways.values():
+        assert len({line["bytes"] for line in found}) == 1
+        for line in found:
+            rate = line["bytes"] / line["seconds"] / 1e9
+            assert line["gb_per_second"] == pytest.approx(rate)
+    # 64 x (512 + 1) weights outside layers; two layers of 2 norms, 64 x 64 queries and
+    # outputs, 64 x 32 keys and values and 3 matrices of 64 x 128. Norms are everywhere;
+    # of all others each device of the second half gets a quarter.
+    count = 64 * 513 + 2 * (2 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert ways["half to half"][0]["bytes"] == pytest.approx(2 * count / 4, rel=0.01)
+
+
 def test_an_unknown_measurement_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="one of .*step, train; got 'speed'"):
+    with pytest.raises(
+        ValueError, match="one of reshard, rollout, step, train; got 'speed'"
+    ):
         bench.main(["speed"])
     with pytest.raises(ValueError, match="got nothing"):
         bench.main([])

@@ -89,3 +89,21 @@ def test_the_losses_by_hand_are_as_they_say(tmp_path):
     assert len(outputs(notebook, "image/png")) == 3
     found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in found if output.get("name") == "stderr"]
+
+
+def test_two_meshes_shows_who_holds_what_and_what_moved(tmp_path):
+    # What moved, and that no less would do, it asserts.
+    notebook = nbformat.read(NOTEBOOKS / "03_two_meshes.ipynb", as_version=4)
+    NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
+    ).execute()
+    assert len(outputs(notebook, "image/png")) == 1
+    found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in found if output.get("name") == "stderr"]
+    shown = "".join(output.get("text", "") for output in found)
+    assert "most received" in shown, "the table"
+    # 4,608 elements of two bytes, of which a device wants a quarter and lacks 7/8.
+    assert f"{8 * 2 * (512 + 4096) // 4 * 7 // 8} bytes moved" in shown

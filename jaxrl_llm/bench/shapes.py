@@ -54,6 +54,8 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-32b": _qwen3(5120, 25600, 64, 64, 8, 128, False),
 }
 
+NAMES = tuple(_SHAPES)
+
 
 def find(name: str) -> Architecture:
     """The shape of that name, or of a config.json file.

@@ -25,7 +25,7 @@ from jaxrl_llm.batch import Completion
 from jaxrl_llm.models import Architecture, Cache
 from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.sampling import Sampled, row_keys, sample
-from sharding import reshard, rules
+from sharding import checksum, plan, reshard, rules
 
 
 @jax.tree_util.register_dataclass
@@ -81,6 +81,8 @@ class JaxEngine:
       dtype: of weights, activations and cache.
       max_num_seqs: sequences decoded together.
       decode_chunk: tokens per dispatch.
+      checksum_freq: verify the weights at the first load and whenever their version is
+        a multiple of this; 0: never.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class JaxEngine:
         dtype: Any,
         max_num_seqs: int,
         decode_chunk: int,
+        checksum_freq: int = 100,
     ):
         self.arch, self.tokenizer = arch, tokenizer
         self.mesh, self._max_num_seqs, self._chunk = mesh, max_num_seqs, decode_chunk
@@ -102,17 +105,24 @@ class JaxEngine:
         self._param_shardings = rules.to_shardings(
             models.logical_axes(arch, stacked=False), mesh, rules.GENERATE
         )
-        self._to_generation = reshard.program(
-            functools.partial(models.unstack, dtype=dtype), self._param_shardings
-        )
+        self._checksum_freq = checksum_freq
         self._cache_sharding = NamedSharding(mesh, P("data", None, "tensor"))
         self._shape = {"arch": arch, "dtype": jnp.dtype(dtype)}
 
-    def load(self, params: Any, version: int) -> None:
-        """Takes weights in the training layout. Completions will carry `version`."""
+    def load(self, params: Any, version: int) -> dict[str, float]:
+        """Takes weights in the training layout. Completions will carry `version`.
+
+        Raises:
+          checksum.TransferError: it was verified, and other weights arrived.
+        """
+        freq, first = self._checksum_freq, self._version == -1
         self._params = None  # free the old copy before the new one is made
-        self._params = self._to_generation(params)
+        way = plan.plan(params, self.abstract_params())
+        self._params = reshard.reshard(params, way)
+        if freq and (first or version % freq == 0):
+            checksum.verify(self._params, way, checksum.expected(params, way))
         self._version = version
+        return {}
 
     def abstract_params(self) -> Any:
         """Shapes, dtypes and shardings of the weights the engine holds."""
@@ -124,15 +134,89 @@ class JaxEngine:
             self._param_shardings,
         )
 
-    def cache_bytes(self, num_rows: int, num_tokens: int) -> int:
-        """Bytes of cache on each device while `num_rows` responses wait, each with its
-        prompt at most `num_tokens` long."""
+    def memory(self, num_rows: int, num_tokens: int) -> dict[str, int]:
+        """Bytes of weights and cache on each device, while `num_rows` responses wait,
+        each with its prompt at most `num_tokens` long."""
+        weights = sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(self.abstract_params())
+        )
         rows = self._row_count(min(num_rows, self._max_num_seqs))
         shape = rows, _length(num_tokens), self.arch.num_kv_heads, self.arch.head_dim
         shard = self._cache_sharding.shard_shape(shape)
-        return (
-            2 * self.arch.num_layers * math.prod(shard) * self._shape["dtype"].itemsize
-        )
+        numbers = 2 * self.arch.num_layers * math.prod(shard)
+        cache = numbers * self._shape["dtype"].itemsize
+        return {"generation weights": weights, "generation cache": cache}
+
+    def close(self) -> None:
+        """Frees the weights."""
+        self._params = None
+
+    def compile(
+        self, num_prompts: int, num_rows: int, prompt_length: int, total: int
+    ) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+        """Prefill and one dispatch of decoding of a wave, from shapes alone.
+
+        Args:
+          num_rows: responses of all prompts together.
+          total: tokens of the longest prompt with its response.
+        """
+        B = self._row_count(min(num_rows, self._max_num_seqs))
+        prompts = _power_of_two(min(num_prompts, B))
+        length = _length(prompt_length)
+        params, plain = self.abstract_params(), {"truncated": False, **self._shape}
+        stop_ids = _power_of_two(max(1, len(self.arch.eos_token_ids)))
+        tokens = jax.ShapeDtypeStruct((prompts, length), jnp.int32)
+        lengths = jax.ShapeDtypeStruct((prompts,), jnp.int32)
+        of_row = jax.ShapeDtypeStruct((B,), jnp.int32)
+
+        def wave(params, tokens, lengths, of_row):
+            zeros = jnp.zeros(B, jnp.int32)
+            rows = Rows(
+                keys=jax.random.split(jax.random.key(0), B),
+                temperature=jnp.zeros(B),
+                top_k=zeros,
+                top_p=jnp.zeros(B),
+                min_p=jnp.zeros(B),
+                max_tokens=zeros,
+                stop_ids=jnp.zeros((B, stop_ids), jnp.int32),
+            )
+            sampled, cache, positions, done = _prefill(
+                params, tokens, lengths, of_row, B, rows, **plain
+            )
+            size, sharding = max(_length(total), length), self._cache_sharding
+            cache = _expand(cache, of_row, size=size, sharding=sharding)
+            return vars(rows), {
+                "tokens": sampled.tokens,
+                "positions": positions,
+                "counts": positions,
+                "done": done,
+                "cache": (cache.keys, cache.values),
+            }
+
+        def laid_out(x):
+            cached = x.ndim == len(self._cache_sharding.spec) + 1
+            sharding = self._cache_sharding if cached else self._rows_sharding
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        shapes = jax.eval_shape(wave, params, tokens, lengths, of_row)
+        rows, state = jax.tree.map(laid_out, shapes)
+        prefill = jax.jit(
+            lambda params, *inputs, rows: _prefill(
+                params, *inputs, B, Rows(**rows), **plain
+            )
+        ).lower(params, tokens, lengths, of_row, rows=rows)
+        decode = jax.jit(
+            lambda params, state, rows: _decode(
+                params,
+                Decoding(**state | {"cache": Cache(*state["cache"])}),
+                Rows(**rows),
+                chunk=self._chunk,
+                **plain,
+            ),
+            donate_argnums=1,
+        ).lower(params, state, rows)
+        return prefill.compile(), decode.compile()
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues requests.

@@ -5,7 +5,7 @@ function of (weights, prompt, sampling, seed, prompt id, sample index) alone: it
 not depend on which slot, batch or order produced it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,6 +45,12 @@ class Sampling:
         if "" in self.stop:
             raise ValueError("a stop string must not be empty")
 
+    @property
+    def plain(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution."""
+        cut = self.top_k != -1 or self.top_p < 1 or self.min_p > 0
+        return self.temperature == 1 and not cut
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -62,11 +68,14 @@ class Request:
 class Engine(Protocol):
     """A generator of completions. See the module docstring for the promise it makes."""
 
-    def load(self, params: Any, version: int) -> None:
+    def load(self, params: Any, version: int) -> Mapping[str, float]:
         """Takes new weights, in the trainer's layout.
 
         Requests submitted later use these weights or newer, and their completions carry
         the version: the training step that made the weights.
+
+        Returns:
+          Metrics of the transfer.
         """
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -74,6 +83,13 @@ class Engine(Protocol):
 
     def completions(self) -> Iterator[Completion]:
         """Yields completions as they finish, until nothing submitted is outstanding."""
+
+    def memory(self, num_rows: int, num_tokens: int) -> dict[str, int]:
+        """Bytes by purpose on each of the trainer's devices, while `num_rows` responses
+        are made, each with its prompt at most `num_tokens` long."""
+
+    def close(self) -> None:
+        """Gives back what the engine holds. It can generate no more."""
 
 
 def generate(engine: Engine, requests: Sequence[Request]) -> list[list[Completion]]:

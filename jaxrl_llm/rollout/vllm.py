@@ -1,0 +1,454 @@
+"""Generation by vLLM servers: ours, or running ones.
+
+Weights travel as bfloat16 safetensors through a folder that trainer and servers see.
+After each transfer the servers score probes, and so does the trainer: if they differ,
+the run stops (`probe`). A server of ours that dies or hangs is started again with the
+current weights, and what it had not answered is asked again.
+"""
+
+import asyncio
+import atexit
+import hashlib
+import queue
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from jaxrl_llm import models
+from jaxrl_llm.batch import Completion
+from jaxrl_llm.config import Config
+from jaxrl_llm.rollout import probe
+from jaxrl_llm.rollout.engine import Request
+from jaxrl_llm.rollout.server import Lost, Process, Server, ServerError
+
+_NUM_PROBES, _PROBE_TOKENS = 16, 32
+
+
+@dataclass
+class _Replica:
+    """One server and what is known of it."""
+
+    server: Server | None
+    """None until one of ours is started."""
+    process: Process | None = None
+    device: str | None = None
+    starts: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    verified: tuple[np.ndarray, np.ndarray] | None = None
+    """The server's and the trainer's scores of the probes with the last weights that
+    arrived, [N, T] each; None after a start."""
+
+
+class VllmEngine:
+    """An `Engine` whose tokens come from vLLM.
+
+    Args:
+      config: `rollout` is how to generate; server logs go to `output_dir`.
+      tokenizer: of the model; decodes responses.
+      prompts: tokens of questions; responses to the first of them become the probes.
+
+    Raises:
+      ServerError: a running server lacks something, or the command does not exist.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        arch: models.Architecture,
+        tokenizer: Any,
+        prompts: Sequence[Sequence[int]],
+    ):
+        self.config, self.arch, self.tokenizer = config, arch, tokenizer
+        self._prompts = [tuple(p) for p in prompts[:_NUM_PROBES]]
+        self._directory = Path(config.output_dir)
+        self._max_len = (
+            config.data.max_prompt_length + config.rollout.max_response_length
+        )
+        self._version, self._restarts = -1, 0
+        self._waiting: list[tuple[Request, int]] = []
+        self._probes: probe.Probes | None = None
+        self._scores: np.ndarray | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._weights = self._current = self._shared_folder()
+        self._replicas = self._attach() if config.rollout.vllm.urls else self._own()
+        atexit.register(self.close)
+
+    def load(self, params: Any, version: int) -> dict[str, float]:
+        """Sends weights to every server, and verifies that they arrived.
+
+        Returns:
+          rollout/probe_diff_mean and _max: |server - trainer| over the probes' tokens,
+          nats; rollout/probe_followed: see `probe.followed`, if there was a transfer
+          before.
+
+        Raises:
+          ServerError: a server cannot be used, or holds other weights than these.
+        """
+        first, self._restarts = self._version < 0, 0
+        before, self._current = self._current, self._weights / f"{version}"
+        if first:
+            shutil.rmtree(self._weights, ignore_errors=True)  # of a run that was killed
+        elif before == self._current:
+            shutil.rmtree(before)
+        sent = jax.jit(_cast, static_argnames="dtype")(params, dtype=jnp.bfloat16)
+        models.save(self._current, self.arch, sent, self.tokenizer)
+        del sent
+        self._call(self._everywhere(self._send))
+        self._version = version
+        if first:
+            self._probes = self._call(self._make_probes())
+        self._scores = self._score(params)
+        found = self._call(self._everywhere(self._verify))
+        if not first and before != self._current:
+            shutil.rmtree(before)
+        return {name: max(one[name] for one in found) for name in found[0]}
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queues requests.
+
+        Raises:
+          ValueError: a prompt is empty, or prompt and response are too long.
+        """
+        for request in requests:
+            longest = len(request.tokens) + request.sampling.max_tokens
+            if not request.tokens:
+                raise ValueError(f"prompt {request.prompt_id} is empty")
+            if longest > self._max_len:
+                raise ValueError(
+                    f"prompt {request.prompt_id} has {len(request.tokens)} tokens and "
+                    f"asks for up to {request.sampling.max_tokens} more, but the "
+                    f"servers take {self._max_len}"
+                )
+        for request in requests:
+            self._waiting += [(request, i) for i in range(request.num_samples)]
+
+    def completions(self) -> Iterator[Completion]:
+        """Yields completions as they finish, until nothing submitted is outstanding.
+
+        Raises:
+          ServerError: a server refuses, or was lost too often.
+        """
+        if self._version < 0:
+            raise ValueError("no weights are loaded; call load(params) first")
+        asked, self._waiting = self._waiting, []
+        found: queue.SimpleQueue[Completion | None] = queue.SimpleQueue()
+        running = asyncio.run_coroutine_threadsafe(
+            self._answer(deque(asked), found), self._loop
+        )
+        running.add_done_callback(lambda _: found.put(None))
+        try:
+            while (completion := found.get()) is not None:
+                yield completion
+            running.result()
+        finally:
+            running.cancel()
+
+    def memory(self, num_rows: int, num_tokens: int) -> dict[str, int]:
+        """Nothing: servers have memory of their own."""
+        return {}
+
+    def close(self) -> None:
+        """Ends the servers that are ours, and removes what was sent."""
+        atexit.unregister(self.close)
+        if not self._loop.is_running():
+            return
+        for replica in self._replicas:
+            if replica.process:
+                replica.process.stop()
+            if replica.server:
+                self._call(replica.server.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        shutil.rmtree(self._weights, ignore_errors=True)
+
+    def _shared_folder(self) -> Path:
+        """Where weights are sent through: of this run alone, the same each time."""
+        settings, memory = self.config.rollout.vllm, Path("/dev/shm")
+        if settings.weights_dir:
+            folder = Path(settings.weights_dir)
+        elif memory.is_dir() and not settings.urls:
+            folder = memory
+        else:
+            folder = self._directory
+        run = hashlib.sha256(str(self._directory.absolute()).encode()).hexdigest()
+        return (folder / f"jaxrl-weights-{run[:12]}").absolute()
+
+    def _attach(self) -> list[_Replica]:
+        settings = self.config.rollout.vllm
+        replicas = [
+            _Replica(Server(url, settings.request_timeout_s)) for url in settings.urls
+        ]
+        for replica in replicas:
+            try:
+                self._call(replica.server.check(self._max_len))
+            except Lost as error:
+                raise ServerError(
+                    f"no vLLM server answers at {replica.server.url}: {error}"
+                ) from None
+        return replicas
+
+    def _own(self) -> list[_Replica]:
+        settings = self.config.rollout.vllm
+        command = settings.command[0]
+        if not shutil.which(command):
+            raise ServerError(f"rollout.vllm.command: there is no program {command!r}")
+        return [_Replica(None, device=device) for device in settings.devices or (None,)]
+
+    async def _everywhere(self, act: Any) -> list[Any]:
+        return await asyncio.gather(*map(act, self._replicas))
+
+    async def _send(self, replica: _Replica) -> None:
+        """Brings the current weights to a server, which may have to be started."""
+        if not self.config.rollout.vllm.urls and not replica.process:
+            return await self._start(replica)
+        starts = replica.starts
+        try:
+            await replica.server.reload(self._current)
+        except Lost as error:
+            await self._recover(replica, starts, error)
+
+    async def _start(self, replica: _Replica) -> None:
+        """Starts a server of ours with the current weights; returns when it is up."""
+        rollout, number = self.config.rollout, self._replicas.index(replica)
+        settings = rollout.vllm
+        environment = dict(settings.env)
+        if replica.device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = replica.device
+        process = replica.process = Process(
+            settings.command,
+            (
+                *("--model", str(self._current), "--served-model-name", "policy"),
+                *("--dtype", rollout.dtype, "--max-model-len", str(self._max_len)),
+                *("--max-num-seqs", str(rollout.max_num_seqs)),
+                *("--logprobs-mode", "processed_logprobs"),
+                *settings.args,
+            ),
+            environment,
+            settings.port and settings.port + number,
+            self._directory / f"vllm-{number}.log",
+        )
+        replica.starts += 1
+        replica.verified = None
+        replica.server = Server(process.url, settings.request_timeout_s)
+        await self._until_up(process, replica.server)
+        await replica.server.check(self._max_len)
+
+    async def _until_up(self, process: Process, server: Server) -> None:
+        longest = self.config.rollout.vllm.start_timeout_s
+        console, start, said = Console(), time.monotonic(), 0.0
+        console.print(f"starting vLLM, log in {process.log}", soft_wrap=True)
+        while not await server.alive():
+            passed = time.monotonic() - start
+            if not process.running():
+                raise process.failure("ended while it was starting")
+            if passed > longest:
+                process.stop()
+                raise process.failure(
+                    f"is not up after rollout.vllm.start_timeout_s, {passed:.0f} s"
+                )
+            if passed > said + 10:
+                said = passed
+                console.print(
+                    f"starting vLLM, {passed:.0f} s: {process.last_words(1)[:160]}",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
+            await asyncio.sleep(0.25)
+        console.print(f"vLLM is up after {time.monotonic() - start:.0f} s")
+
+    async def _recover(self, replica: _Replica, starts: int, error: Lost) -> None:
+        """Brings back a server that was lost when it had been started `starts` times.
+
+        Raises:
+          ServerError: it was lost more often than it may be, or does not come back.
+        """
+        async with replica.lock:
+            if replica.starts != starts:
+                return  # another request has seen to it
+            settings = self.config.rollout.vllm
+            self._restarts += 1
+            if self._restarts > settings.max_restarts:
+                raise ServerError(
+                    f"{error}; servers were lost {self._restarts} times in one step, "
+                    f"rollout.vllm.max_restarts is {settings.max_restarts}"
+                )
+            Console().print(f"vLLM is lost: {error}", markup=False, soft_wrap=True)
+            if settings.urls:
+                await self._wait_for(replica.server, error)
+                replica.starts += 1
+                replica.verified = None
+                await replica.server.reload(self._current)
+            else:
+                await asyncio.to_thread(replica.process.stop)
+                await replica.server.close()
+                await self._start(replica)
+            if self._scores is not None:
+                await self._verify(replica)
+
+    async def _wait_for(self, server: Server, error: Lost) -> None:
+        longest = self.config.rollout.vllm.start_timeout_s
+        end = time.monotonic() + longest
+        while not await server.alive():
+            if time.monotonic() > end:
+                raise ServerError(
+                    f"{error}; it did not come back within "
+                    f"rollout.vllm.start_timeout_s, {longest:.0f} s"
+                )
+            await asyncio.sleep(0.5)
+
+    async def _make_probes(self) -> probe.Probes:
+        length = min(_PROBE_TOKENS, self._max_len - max(map(len, self._prompts)))
+        server = self._replicas[0].server
+        answers = await asyncio.gather(
+            *[
+                server.complete(tokens, {"max_tokens": length, "seed": 0})
+                for tokens in self._prompts
+            ]
+        )
+        return probe.rows(
+            [
+                [*tokens, *answer["token_ids"]]
+                for tokens, answer in zip(self._prompts, answers, strict=True)
+            ]
+        )
+
+    def _score(self, params: Any) -> np.ndarray:
+        tokens, asked = self._probes
+        return np.asarray(
+            probe.score(params, tokens, asked, arch=self.arch, dtype=jnp.bfloat16)
+        )
+
+    async def _verify(self, replica: _Replica) -> dict[str, float]:
+        tokens, asked = self._probes
+        ends = asked.sum(axis=1) + 1
+        rows = await asyncio.gather(
+            *[
+                replica.server.score(row[:end].tolist())
+                for row, end in zip(tokens, ends, strict=True)
+            ]
+        )
+        server = np.zeros(tokens.shape, np.float32)
+        server[asked] = np.concatenate(rows)
+        mean, most = probe.difference(server, self._scores, asked)
+        found = {"rollout/probe_diff_mean": mean, "rollout/probe_diff_max": most}
+        what = (
+            f"{replica.server.url} does not hold the weights of step {self._version}: "
+            f"its log-probabilities of {asked.sum()} probe tokens are "
+            f"{server[asked].mean():.4f} on average, the trainer's "
+            f"{self._scores[asked].mean():.4f};"
+        )
+        most_allowed = self.config.rollout.vllm.max_probe_diff
+        if not mean <= most_allowed:
+            raise ServerError(
+                f"{what} they differ by {mean:.4f}, "
+                f"rollout.vllm.max_probe_diff is {most_allowed}"
+            )
+        if replica.verified:
+            before, wanted = replica.verified
+            slope, error = probe.followed(
+                (server - before)[asked], (self._scores - wanted)[asked]
+            )
+            if abs(slope - 1) > 0.25 + 5 * error:
+                raise ServerError(
+                    f"{what} they made {slope:.2f} of the trainer's change since the "
+                    f"last transfer (standard error {error:.2f})"
+                )
+            found["rollout/probe_followed"] = slope
+        replica.verified = server, self._scores
+        return found
+
+    async def _answer(self, waiting: deque, found: queue.SimpleQueue) -> None:
+        """Puts one completion for each of `waiting` into `found`."""
+        tasks = [
+            asyncio.create_task(self._serve(replica, waiting, found))
+            for _ in range(min(self.config.rollout.max_num_seqs, len(waiting)))
+            for replica in self._replicas
+        ]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _serve(
+        self, replica: _Replica, waiting: deque, found: queue.SimpleQueue
+    ) -> None:
+        while waiting:
+            request, sample = waiting.popleft()
+            starts = replica.starts
+            try:
+                completion = await self._complete(replica.server, request, sample)
+            except Lost as error:
+                waiting.appendleft((request, sample))
+                await self._recover(replica, starts, error)
+                continue
+            if completion is None:
+                waiting.append((request, sample))
+            else:
+                found.put(completion)
+
+    async def _complete(
+        self, server: Server, request: Request, sample: int
+    ) -> Completion | None:
+        """One response; None if the server dropped the request."""
+        sampling = request.sampling
+        stops = (*self.arch.eos_token_ids, *sampling.stop_token_ids)
+        words = [request.seed, request.prompt_id, sample]
+        options = {
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+            "stop": list(sampling.stop),
+            "stop_token_ids": list(stops),
+            "ignore_eos": True,  # its idea of the end; ours is in stop_token_ids
+            "seed": int(np.random.SeedSequence(words).generate_state(1)[0] >> 1),
+        }
+        answer = await server.complete(request.tokens, options)
+        if answer["finish_reason"] == "abort":
+            return None
+        tokens = np.asarray(answer["token_ids"], np.int32)
+        logprobs = np.asarray(answer["logprobs"]["token_logprobs"], np.float32)
+        if len(tokens) != len(logprobs) or not len(tokens):
+            raise ServerError(
+                f"{server.url} gave {len(tokens)} tokens with {len(logprobs)} "
+                f"log-probabilities to prompt {request.prompt_id}"
+            )
+        by_token = int(tokens[-1]) in stops
+        text = self.tokenizer.decode(
+            tokens[:-1] if by_token else tokens, skip_special_tokens=True
+        )
+        ends = [text.index(stop) for stop in sampling.stop if stop in text]
+        greedy = sampling.temperature == 0
+        return Completion(
+            prompt_id=request.prompt_id,
+            sample=sample,
+            tokens=tokens,
+            logprobs=np.zeros_like(logprobs) if greedy else logprobs,
+            raw_logprobs=logprobs if greedy or sampling.plain else None,
+            finish_reason=answer["finish_reason"],
+            weight_version=self._version,
+            text=text[: min(ends)] if ends else text,
+        )
+
+    def _call(self, work: Coroutine) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _cast(params: Mapping[str, Any], *, dtype: Any) -> Mapping[str, Any]:
+    return jax.tree.map(lambda x: x.astype(dtype), params)

