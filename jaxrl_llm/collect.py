@@ -13,6 +13,7 @@ from jaxrl_llm.records import Records
 from jaxrl_llm.rewards import Scores
 from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
+from sharding import processes
 
 ROLLOUT, VALIDATION, ORDER, RESAMPLE = range(4)  # independent streams of random numbers
 
@@ -36,7 +37,8 @@ class Groups:
 def collect(
     config: Config, engine: Engine, score: Score, records: Records, step: int
 ) -> Groups:
-    """The groups of one step.
+    """The groups of one step. Of many processes, each generates and scores its share
+    of the prompts; then all have all groups.
 
     With `algorithm.filter_groups` (dynamic sampling), batches are generated until there
     are enough groups whose responses differ in worth; what is more than enough is not
@@ -51,20 +53,17 @@ def collect(
     parts: list[Groups] = []
     for attempt in itertools.count():
         with records.phase("gen"):
-            asked = next(records.prompt_batches)
+            asked = processes.share(next(records.prompt_batches))
             rollouts = generate(engine, requests(config, asked, step, attempt))
         with records.phase("reward"):
-            scores = score(asked, rollouts)
-        made = Groups(
-            asked=asked, rollouts=rollouts, scores=scores, num_generated=len(asked)
-        )
-        parts.append(_take(made, differing(scores, how.metric)) if how else made)
+            made = _of_all(asked, rollouts, score(asked, rollouts))
+        parts.append(_take(made, differing(made.scores, how.metric)) if how else made)
         found = sum(len(part.asked) for part in parts)
         if how is None or found >= wanted:
             break
         if attempt + 1 == how.max_num_gen_batches:
             raise ValueError(
-                f"step {step}: in {attempt + 1} batches of {len(asked)} prompts only "
+                f"step {step}: in {attempt + 1} batches of {wanted} prompts only "
                 f"{found} groups have responses that differ in {how.metric}, "
                 f"{wanted} are needed; raise algorithm.filter_groups."
                 "max_num_gen_batches (0: no limit) or rollout.n, or give questions "
@@ -74,9 +73,11 @@ def collect(
     if config.algorithm.adv_estimator != "remax":
         return groups
     with records.phase("gen"):
-        greedy = generate(engine, greedily(requests(config, groups.asked, step)))
+        asked = processes.share(groups.asked)
+        greedy = generate(engine, greedily(requests(config, asked, step)))
     with records.phase("reward"):
-        return replace(groups, baselines=score(groups.asked, greedy).total[:, 0])
+        made = _of_all(asked, greedy, score(asked, greedy))
+    return replace(groups, baselines=made.scores.total[:, 0])
 
 
 def differing(scores: Scores, metric: str) -> list[int]:
@@ -134,6 +135,16 @@ def seed(config: Config, stream: int, step: int, attempt: int = 0) -> int:
     """A 32-bit seed for one purpose in one step; nothing random has other state."""
     words = [config.seed, stream, step, attempt]
     return int(np.random.SeedSequence(words).generate_state(1)[0])
+
+
+def _of_all(
+    asked: Sequence[Prompt], rollouts: Sequence[Sequence[Completion]], scores: Scores
+) -> Groups:
+    """The groups of all processes, from the share of this one."""
+    made = Groups(
+        asked=asked, rollouts=rollouts, scores=scores, num_generated=len(asked)
+    )
+    return _join(processes.gather(made))
 
 
 def _take(groups: Groups, prompts: Sequence[int]) -> Groups:

@@ -29,7 +29,7 @@ from jaxrl_llm.learner import (
     state_shardings,
 )
 from jaxrl_llm.models import Checkpoint
-from sharding import rules
+from sharding import processes, rules
 
 
 class Critic:
@@ -86,8 +86,10 @@ class Critic:
             shardings=rules.to_shardings(axes, self.mesh, rules.TRAIN),
         )
         shardings = self.state_shardings()
-        params = jax.device_put(
-            models.init_critic(self.arch, decoder), shardings.params
+        params = jax.tree.map(
+            lambda x, s: x if x.sharding == s else processes.place(x, s),
+            models.init_critic(self.arch, decoder),
+            shardings.params,
         )
         return first_state(params, self.optimizer, shardings)
 
@@ -116,7 +118,7 @@ class Critic:
           batch: of `Learner.make_rows`, on the host.
         """
         found = self._judge(params, self._on_devices(batch))
-        return np.asarray(found)[: batch.tokens.shape[0]]
+        return processes.fetch(found)[: batch.tokens.shape[0]]
 
     def update(
         self, state: grpo.TrainState, batch: TrainBatch, seed: int
@@ -184,7 +186,7 @@ class Critic:
         return -(-batch.tokens.shape[0] // multiple) * multiple
 
     def _on_devices(self, batch: TrainBatch) -> TrainBatch:
-        return jax.device_put(pad_rows(batch, self._padded(batch)), self._rows)
+        return processes.place(pad_rows(batch, self._padded(batch)), self._rows)
 
 
 def _open(config: Config, source: Checkpoint) -> Checkpoint:

@@ -12,6 +12,7 @@ from jaxrl_llm import models
 from jaxrl_llm.config_algorithm import uses_kl
 from jaxrl_llm.console import progress
 from jaxrl_llm.train import Job
+from sharding import processes
 
 _GIB = 2**30
 
@@ -19,7 +20,7 @@ _GIB = 2**30
 def show(job: Job) -> None:
     """Prints the resolved configuration, sizes, and memory per device."""
     config, arch, learner = job.config, job.source.arch, job.learner
-    console = Console()
+    console = Console(quiet=not processes.leads())
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(text, markup=False, highlight=False)
 
@@ -40,7 +41,7 @@ def show(job: Job) -> None:
         "tokens per step": f"at most {rows * longest:,}",
     }
     _print(console, "The run", facts)
-    with progress("compiling the largest update"):
+    with progress("compiling the largest update", console=console):
         memory = memory_per_device(job)
     total = sum(memory.values())
     sizes = {name: f"{size / _GIB:.3f} GiB" for name, size in memory.items()}
@@ -56,7 +57,7 @@ def memory_per_device(job: Job) -> dict[str, int]:
         "optimizer": _bytes(state.opt_state),
         "update (gradients, activations)": learner.update_memory().temp_size_in_bytes,
         **job.engine.memory(
-            config.data.train_batch_size * config.rollout.n,
+            -(-config.data.train_batch_size // jax.process_count()) * config.rollout.n,
             config.data.max_prompt_length + config.rollout.max_response_length,
         ),
     }

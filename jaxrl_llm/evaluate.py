@@ -16,7 +16,9 @@ from jaxrl_llm import metrics as measures
 from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.config import RolloutConfig, SamplingConfig, ValConfig
 from jaxrl_llm.rewards import Scores
+from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
+from sharding import processes
 
 Score = Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], Scores]
 
@@ -42,7 +44,8 @@ def validate(
     seed: int,
     step: int,
 ) -> Validation:
-    """Answers every question n times sampled and, if asked to, once greedily.
+    """Answers every question n times sampled and, if asked to, once greedily. Of many
+    processes, each answers its share of the questions.
 
     The same seed draws the same random numbers each time, so that two validations of
     one run differ only by their weights.
@@ -82,6 +85,7 @@ def validate(
             top_p=sampling.top_p,
             min_p=sampling.min_p,
         )
+        mine = processes.share(prompts)
         requests = [
             Request(
                 prompt_id=prompt.id,
@@ -90,10 +94,13 @@ def validate(
                 seed=seed,
                 sampling=limits,
             )
-            for prompt in prompts
+            for prompt in mine
         ]
-        completions = generate(engine, requests)
-        scores = score(prompts, completions)
+        answered = generate(engine, requests)
+        made = (answered, score(mine, answered)) if mine else None
+        made = [part for part in processes.gather(made) if part]
+        completions = [group for part, _ in made for group in part]
+        scores = join([part for _, part in made])
         correct = scores.total >= config.threshold
         records = measures.rollout_records(
             step, "val", kind, prompts, completions, scores, correct=correct

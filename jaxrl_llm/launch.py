@@ -3,6 +3,8 @@
     jaxrl train CONFIG.yaml [--dry-run] [--resume auto|never] [--profile FIRST:LAST]
                             [--section.key VALUE ...]
     jaxrl evaluate CONFIG.yaml [--section.key VALUE ...]
+        both also with [--coordinator HOST:PORT --num-processes N --process-id I]
+                       [--lost-after SECONDS]
     jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE]
     jaxrl convert SOURCE DIRECTORY
     jaxrl report RUN_DIR
@@ -17,6 +19,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -74,19 +77,42 @@ def _fail(message: str) -> int:
 def _train(rest: list[str]) -> None:
     from jaxrl_llm import dry_run, train
 
+    joined, rest = _processes(rest)
     config, flags = _config("train", rest, flags=("--dry-run",))
-    job = train.build(config)
-    if "--dry-run" in flags:
-        dry_run.show(job)
-    else:
-        train.run(job)
+    with joined:
+        job = train.build(config)
+        if "--dry-run" in flags:
+            dry_run.show(job)
+        else:
+            train.run(job)
 
 
 def _evaluate(rest: list[str]) -> None:
     from jaxrl_llm import train
 
+    joined, rest = _processes(rest)
     config, _ = _config("evaluate", rest)
-    train.evaluate_only(train.build(config))
+    with joined:
+        train.evaluate_only(train.build(config))
+
+
+def _processes(rest: list[str]) -> tuple[AbstractContextManager[None], list[str]]:
+    """`processes.joined` as the options say, and all other arguments."""
+    from sharding import processes
+
+    numbers = {"--num-processes": int, "--process-id": int, "--lost-after": float}
+    given, rest = _options(rest, ("--coordinator", *numbers))
+    for name, kind in numbers.items():
+        try:
+            given |= {name: kind(given[name])} if name in given else {}
+        except ValueError:
+            raise ConfigError(f"{name} is a number, got {given[name]!r}") from None
+    return processes.joined(
+        given.get("--coordinator"),
+        given.get("--num-processes"),
+        given.get("--process-id"),
+        lost_after_s=given.get("--lost-after", 30.0),
+    ), rest
 
 
 def _plan(rest: list[str]) -> None:

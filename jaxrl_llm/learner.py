@@ -25,7 +25,7 @@ from jaxrl_llm.config import Config
 from jaxrl_llm.config_algorithm import RolloutCorrectionConfig, uses_kl
 from jaxrl_llm.correction import Correction
 from jaxrl_llm.models import Architecture, WeightSource
-from sharding import rules
+from sharding import processes, rules
 
 
 class Learner:
@@ -277,7 +277,7 @@ class Learner:
 
     def sum_pi_squared(self, params: Any, batch: TrainBatch) -> np.ndarray:
         """`logprobs.sum_pi_squared` of all response tokens, [R, T] on the host."""
-        return np.asarray(self._concentration(params, self.on_devices(batch)))
+        return processes.fetch(self._concentration(params, self.on_devices(batch)))
 
     def _put_away(self, what: str, tree: Any) -> Any:
         """To the host's memory, if `actor.offload` says so."""
@@ -295,7 +295,7 @@ class Learner:
         )
 
     def _scored(self, params: Any, batch: TrainBatch) -> np.ndarray:
-        return np.asarray(self._score(params, self.on_devices(batch)).logprobs)
+        return processes.fetch(self._score(params, self.on_devices(batch)).logprobs)
 
     def _in_micro_batches(self, function: Callable) -> Callable:
         """`function` of all rows, as many at a time as in the update; compiled."""
@@ -318,7 +318,7 @@ class Learner:
 
     def on_devices(self, batch: TrainBatch) -> TrainBatch:
         """The rows of `make_rows`, split over the mesh."""
-        return jax.device_put(batch, self._rows)
+        return processes.place(batch, self._rows)
 
 
 def attention(mesh: Mesh, dtype: str, implementation: str, rows: TrainBatch):
@@ -405,7 +405,7 @@ def first_state(
 ) -> grpo.TrainState:
     """The state before the first update of `params`."""
     make = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
-    step = jax.device_put(jnp.int32(0), shardings.step)
+    step = processes.place(np.int32(0), shardings.step)
     return grpo.TrainState(params, make(params), step)
 
 

@@ -20,6 +20,7 @@ from jaxrl_llm.metrics import MetricsWriter, Timer
 from jaxrl_llm.ppo import TrainState
 from jaxrl_llm.prompts import Datasets, PromptBatches
 from jaxrl_llm.rewards import Scores
+from sharding import processes
 
 _PHASES = {
     "gen": "generating",
@@ -65,6 +66,8 @@ class Records:
     def __init__(self, config: Config, source: models.Checkpoint, data: Datasets):
         self.config, self.source, self.data = config, source, data
         self.directory = Path(config.output_dir)
+        self._leads = processes.leads()
+        self._console = Console(quiet=not self._leads)
         _check_goes_on(self.directory, config)
         self.prompt_batches = PromptBatches(
             data.train,
@@ -74,14 +77,23 @@ class Records:
         )
         trainer = config.trainer
         self._exit = ExitStack()
-        self._writer = self._exit.enter_context(
-            MetricsWriter(
-                self.directory,
-                trainer.loggers,
-                trainer.project,
-                config.model_dump(mode="json"),
+        processes.gather(None)  # nobody writes before all have looked
+        self._writer: MetricsWriter | None = None
+        if self._leads:
+            self._writer = self._exit.enter_context(
+                MetricsWriter(
+                    self.directory,
+                    trainer.loggers,
+                    trainer.project,
+                    config.model_dump(mode="json"),
+                )
             )
-        )
+        processes.gather(None)
+        if not (self.directory / "config.yaml").exists():
+            raise ConfigError(
+                f"output_dir {self.directory}: what process 0 writes there is not seen "
+                f"by process {jax.process_index()}; use a directory that all share"
+            )
         self._checkpoints = self._exit.enter_context(
             Checkpoints(self.directory / "checkpoints", trainer.max_ckpt_to_keep)
         )
@@ -112,14 +124,18 @@ class Records:
         if found:
             state = found.state
             self.prompt_batches.restore(found.position["prompts"])
-            Console().print(f"going on from step {step} in {self.directory}")
+            self._console.print(f"going on from step {step} in {self.directory}")
         else:
-            with progress("reading the weights"):
+            with progress("reading the weights", console=self._console):
                 state = start()
-        self._writer.rewind(step if found else -1)  # only now that nothing is refused
+        if self._writer:  # only now that nothing is refused
+            self._writer.rewind(step if found else -1)
         self._view = self._exit.enter_context(
             LiveView(
-                trainer.total_training_steps, step, num_examples=trainer.num_examples
+                trainer.total_training_steps,
+                step,
+                console=self._console,
+                num_examples=trainer.num_examples,
             )
         )
         return state, step
@@ -128,7 +144,7 @@ class Records:
         """A step begins: the profiler starts before the first step to look at, and
         stops after the last."""
         first, _, last = (self.config.trainer.profile or "0:0").partition(":")
-        if step == int(first):
+        if step == int(first) and self._leads:
             directory = self.directory / "profile"
             self._profiler.enter_context(profile.recorded(directory))
         elif step == int(last) + 1:
@@ -170,7 +186,8 @@ class Records:
             for c in g
         ]
         self._lengths = np.asarray(lengths)
-        self._writer.write_rollouts(step, "train", self._shown)
+        if self._writer:
+            self._writer.write_rollouts(step, "train", self._shown)
 
     def write(
         self,
@@ -186,8 +203,10 @@ class Records:
             line["training/epoch"] = self.prompt_batches.epoch
         if validation:
             line |= validation.metrics
-            self._writer.write_rollouts(step, "val", validation.records)
-        self._writer.write(step, line)
+        if self._writer:
+            if validation:
+                self._writer.write_rollouts(step, "val", validation.records)
+            self._writer.write(step, line)
         self._step = step
         self._view.update(step, line, self._shown)
         self._timer, self._batch = Timer(), {}
@@ -248,9 +267,10 @@ class Records:
             if self.config.trainer.save_hf:
                 self._save_weights(state)
         self._exit.close()
-        report.write(self.directory)
+        if self._leads:
+            report.write(self.directory)
         if self._step < self.config.trainer.total_training_steps:
-            Console().print(
+            self._console.print(
                 f"stopped after step {self._step} of "
                 f"{self.config.trainer.total_training_steps}; the same command goes on "
                 "from there",
@@ -261,10 +281,13 @@ class Records:
         """Writes the policy as a Hugging Face directory, in place of an older one."""
         directory = self.directory / "huggingface"
         fresh = self.directory / "huggingface.new"
-        shutil.rmtree(fresh, ignore_errors=True)
+        if self._leads:
+            shutil.rmtree(fresh, ignore_errors=True)
+        processes.gather(None)
         models.save(fresh, self.source.arch, state.actor.params, self.source.tokenizer)
-        shutil.rmtree(directory, ignore_errors=True)
-        fresh.rename(directory)
+        if self._leads:
+            shutil.rmtree(directory, ignore_errors=True)
+            fresh.rename(directory)
 
 
 def _check_goes_on(directory: Path, config: Config) -> None:

@@ -46,7 +46,7 @@ from jaxrl_llm.rewards import RewardFunction, resolve, score
 from jaxrl_llm.rewards.functions import overlong_penalty
 from jaxrl_llm.rollout.decode import JaxEngine
 from jaxrl_llm.rollout.engine import Engine
-from sharding import mesh
+from sharding import mesh, processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ def run(job: Job) -> "Result":
                 sent = engine.load(state.actor.params, step)
             validation = validate(job, records, step)
             records.write(step, {**credited, **learned, **sent}, validation)
-            stop = stopping()
+            stop = any(processes.gather(stopping()))
             records.save(step, state, validation, stop)
             if stop:
                 break
@@ -201,8 +201,8 @@ def start(job: Job) -> ppo.TrainState:
     config, actor = job.config, job.learner.start()
     coef, reference = None, None
     if config.algorithm.use_kl_in_reward:
-        coef = jnp.float32(config.algorithm.kl_ctrl.kl_coef)
-        coef = jax.device_put(coef, actor.step.sharding)
+        coef = np.float32(config.algorithm.kl_ctrl.kl_coef)
+        coef = processes.place(coef, actor.step.sharding)
     if config.actor.ref_refresh_steps:
         reference = job.learner.read_weights(config.actor.dtype)
     critic = job.critic and job.critic.start()
@@ -262,12 +262,13 @@ def assign_credit(
     if state.kl_coef is not None:
         coef = kl.next_coef(
             algorithm.kl_ctrl.type,
-            state.kl_coef,
+            jax.device_get(state.kl_coef),
             float(found["actor/reward_kl_penalty"]),
             scores.total.size,
             target_kl=algorithm.kl_ctrl.target_kl,
             horizon=algorithm.kl_ctrl.horizon,
         )
+        coef = processes.place(coef, state.kl_coef.sharding)
         state = dataclasses.replace(state, kl_coef=coef)
     credited = {name: float(value) for name, value in found.items()}
     if algorithm.filter_groups:
@@ -337,7 +338,31 @@ def make_meshes(config: Config) -> dict[str, jax.sharding.Mesh]:
             made[role] = mesh.make(mesh.fill(sizes, jax.device_count()))
         except ValueError as error:
             raise ConfigError(f"{role}.mesh: {error}") from None
+    _check_processes(config, made["rollout"])
     return made
+
+
+def _check_processes(config: Config, rollout: jax.sharding.Mesh) -> None:
+    """Raises ConfigError if many processes cannot share the work of generating."""
+    count, prompts = jax.process_count(), config.data.train_batch_size
+    if count == 1:
+        return
+    if config.rollout.engine != "jax":
+        raise ConfigError(
+            f"rollout.engine {config.rollout.engine} works with one process, not "
+            f"{count}; use jax"
+        )
+    if prompts < count:
+        raise ConfigError(
+            f"data.train_batch_size {prompts} leaves some of {count} processes without "
+            f"a prompt; use at least {count}"
+        )
+    tensor, devices = rollout.shape["tensor"], jax.local_device_count()
+    if rollout.local_mesh.shape["tensor"] != tensor:
+        raise ConfigError(
+            f"rollout.mesh.tensor {tensor} spans processes of {devices} devices each, "
+            f"but each generates by itself; use a divisor of {devices}"
+        )
 
 
 def check_lengths(config: Config, arch: models.Architecture) -> None:
@@ -447,6 +472,8 @@ class Result:
 
 def _shown(result: Result, config: Config) -> Result:
     """Prints what came of a run."""
+    if not processes.leads():
+        return result
     if result.after:
         before_after(
             result.before,
@@ -545,10 +572,11 @@ def evaluate_only(job: Job) -> evaluate.Validation:
     with closing(job.engine):
         job.engine.load(job.learner.read_weights("float32"), version=0)
         validation = _answer_held_out(job, 0)
-    before_after(
-        None,
-        validation,
-        job.config.output_dir,
-        num_examples=job.config.trainer.num_examples,
-    )
+    if processes.leads():
+        before_after(
+            None,
+            validation,
+            job.config.output_dir,
+            num_examples=job.config.trainer.num_examples,
+        )
     return validation

@@ -1,8 +1,10 @@
-"""python -m sharding.coordinator PORT NUM_PROCESSES GRACE_S: JAX's coordination service.
+"""JAX's coordination service, in a process of its own.
 
-A process of its own, started by process 0 (see `processes`), so that the others can
-still ask who is alive when that one is gone. Ends with process 0: at once if it was told
-"done" on its standard input, and otherwise after a while for the others to ask.
+    python -m sharding.coordinator PORT NUM_PROCESSES GRACE_S
+
+Process 0 starts it (see `processes`), so that the others can still ask who is alive
+when that one is gone. Ends with process 0: at once if it was told "done" on its
+standard input, and otherwise after a while for the others to ask.
 """
 
 import signal

@@ -204,7 +204,7 @@ class _Watch:
         timer.start()
 
     def _run(self) -> None:
-        heard: dict[str, tuple[str, float]] = {}
+        heard = {process: ("", time.monotonic()) for process in range(self._count)}
         for beat in itertools.count():
             try:
                 self._say(f"alive {beat}")
@@ -212,15 +212,15 @@ class _Watch:
             except jax.errors.JaxRuntimeError as error:
                 self._stop(0, f"does not answer any more ({error})")
             for process in range(self._count):
-                name = f"{_STATES}{process}"
-                state, now = states.get(name, ""), time.monotonic()
-                if "failed: " in state:
-                    self._stop(process, state.partition(" ")[2])
-                if name not in heard or heard[name][0] != state:
-                    heard[name] = state, now
-                elif now - heard[name][1] > self._lost_after:
+                state, now = states.get(f"{_STATES}{process}", ""), time.monotonic()
+                host, _, what = state.partition(" ")
+                if what.startswith("failed"):
+                    self._stop(process, f"on {host} {what}")
+                if heard[process][0] != what:
+                    heard[process] = what, now
+                elif now - heard[process][1] > self._lost_after:
                     silence = f"nothing was heard of it for {self._lost_after:g} s"
-                    self._stop(process, f"is lost: {silence}")
+                    self._stop(process, f"on {host} is lost: {silence}")
             if self._over.wait(self._lost_after / 10):
                 return
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
@@ -21,6 +20,7 @@ from jaxrl_llm.models import families, weights
 from jaxrl_llm.models.apply import Params, abstract_params
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.gguf import GGUFFile
+from sharding import processes
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -141,11 +141,12 @@ def save(
 ) -> None:
     """Writes a directory that transformers reads; it appears complete or not at all.
 
-    At most `max_shard_bytes` of weights are in host memory at a time.
+    At most `max_shard_bytes` of weights are in host memory at a time. All processes
+    call it, and the first writes.
 
     Args:
       directory: must not exist, or be empty.
-      params: stacked; every array fully addressable from this process.
+      params: stacked.
       tokenizer: None to save none.
       dtype: of the saved weights: bfloat16, float16 or float32.
       max_shard_bytes: of one weight file; a larger single tensor gets its own file.
@@ -159,6 +160,10 @@ def save(
     if dtype.name not in _DTYPES:
         raise ValueError(f"dtype {dtype.name} is not one of {', '.join(_DTYPES)}")
     _check_params(arch, params)
+    if not processes.leads():
+        for _, _, value in weights.write(arch, params, dtype):
+            value()  # lends its parts
+        return
     config = families.config(arch) | {"torch_dtype": dtype.name}
     config.pop("dtype", None)
     ends = list(arch.eos_token_ids)
@@ -296,10 +301,6 @@ def _check_params(arch: Architecture, params: Params) -> None:
         if leaf.shape != wanted[name].shape:
             raise ValueError(
                 f"params: {name} has shape {leaf.shape}, not {wanted[name].shape}"
-            )
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            raise ValueError(
-                f"params: {name} is spread over several processes; gather it first"
             )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxrl_llm.models.apply import Params, abstract_params, init
 from jaxrl_llm.models.architecture import Architecture
-from sharding import rules
+from sharding import processes, rules
 
 Slices = tuple[slice, ...]
 
@@ -204,7 +204,8 @@ def write(
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
     """Name, shape and value of every tensor of a Hugging Face checkpoint.
 
-    A value comes to the host, in `dtype`, when it is asked for.
+    A value comes to the host, in `dtype`, when it is asked for: by all processes, if
+    the parameters are spread over several.
     """
     leaves = flat(params)
 
@@ -224,7 +225,7 @@ def write(
         def value(place=place, leaf=leaf, stored=stored) -> np.ndarray:
             x = whole(leaf) if place.layer is None else one(leaf, place.layer)
             folded = [axis for group in place.axes for axis in group]
-            x = np.asarray(x).transpose(folded).reshape(stored)
+            x = processes.fetch(x).transpose(folded).reshape(stored)
             return np.ascontiguousarray(x)
 
         yield place.name, stored, value

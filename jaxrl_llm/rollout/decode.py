@@ -25,7 +25,7 @@ from jaxrl_llm.batch import Completion
 from jaxrl_llm.models import Architecture, Cache
 from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.sampling import Sampled, row_keys, sample
-from sharding import checksum, plan, reshard, rules
+from sharding import checksum, plan, processes, reshard, rules
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +77,8 @@ class JaxEngine:
     Args:
       tokenizer: decodes text, for stop strings and `Completion.text`.
       mesh: axes "data" and "tensor"; rows are split over the first, weights over the
-        second.
+        second. Of many processes, each generates what it is asked on its own devices,
+        without the others; `load` is what they do together.
       dtype: of weights, activations and cache.
       max_num_seqs: sequences decoded together.
       decode_chunk: tokens per dispatch.
@@ -97,8 +98,9 @@ class JaxEngine:
         checksum_freq: int = 100,
     ):
         self.arch, self.tokenizer = arch, tokenizer
-        self.mesh, self._max_num_seqs, self._chunk = mesh, max_num_seqs, decode_chunk
-        self._rows_sharding = NamedSharding(mesh, P("data"))
+        self._max_num_seqs, self._chunk = max_num_seqs, decode_chunk
+        self.mesh = mesh.local_mesh
+        self._rows_sharding = NamedSharding(self.mesh, P("data"))
         self._version = -1
         self._params: Any = None
         self._waiting: deque[tuple[Request, int]] = deque()
@@ -106,7 +108,7 @@ class JaxEngine:
             models.logical_axes(arch, stacked=False), mesh, rules.GENERATE
         )
         self._checksum_freq = checksum_freq
-        self._cache_sharding = NamedSharding(mesh, P("data", None, "tensor"))
+        self._cache_sharding = NamedSharding(self.mesh, P("data", None, "tensor"))
         self._shape = {"arch": arch, "dtype": jnp.dtype(dtype)}
 
     def load(self, params: Any, version: int) -> dict[str, float]:
@@ -118,14 +120,15 @@ class JaxEngine:
         freq, first = self._checksum_freq, self._version == -1
         self._params = None  # free the old copy before the new one is made
         way = plan.plan(params, self.abstract_params())
-        self._params = reshard.reshard(params, way)
+        moved = reshard.reshard(params, way)
         if freq and (first or version % freq == 0):
-            checksum.verify(self._params, way, checksum.expected(params, way))
+            checksum.verify(moved, way, checksum.expected(params, way))
+        self._params = processes.here(moved, self.mesh)
         self._version = version
         return {}
 
     def abstract_params(self) -> Any:
-        """Shapes, dtypes and shardings of the weights the engine holds."""
+        """Shapes, dtypes and shardings of the weights all processes hold."""
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             models.abstract_params(
