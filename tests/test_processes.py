@@ -1,0 +1,412 @@
+"""Many processes on one machine, over loopback, with CPU devices."""
+
+import contextlib
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrl_llm import config as configs
+from jaxrl_llm import launch, metrics, train
+from jaxrl_llm.checkpoint import Checkpoints
+from sharding import mesh, processes
+
+HERE = pathlib.Path(__file__).parent
+DEVICES, STEPS, LOST_AFTER_S = 4, 3, 5
+
+
+def test_shares_are_consecutive_even_and_complete(monkeypatch):
+    def shares(count, of):
+        monkeypatch.setattr(jax, "process_count", lambda: of)
+        found = []
+        for index in range(of):
+            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            found.append(processes.share(list(range(count))))
+        return found
+
+    assert shares(7, of=3) == [[0, 1], [2, 3], [4, 5, 6]]
+    assert shares(2, of=4) == [[], [0], [], [1]]
+    assert shares(5, of=1) == [[0, 1, 2, 3, 4]]
+
+
+def test_a_process_alone_gathers_its_own_value_and_leads():
+    with processes.joined():
+        assert processes.gather({"a": 1}) == [{"a": 1}]
+        assert processes.leads()
+
+
+def test_arrays_are_placed_split_and_fetched_whole():
+    sharding = NamedSharding(mesh.make({"data": 4, "tensor": 2}), P("data", "tensor"))
+    x = np.arange(32.0, dtype=np.float32).reshape(8, 4)
+    placed = processes.place({"x": x, "scalar": np.float32(3)}["x"], sharding)
+    assert placed.sharding == sharding
+    for shard in placed.addressable_shards:
+        np.testing.assert_array_equal(shard.data, x[shard.index])
+    np.testing.assert_array_equal(processes.fetch(placed), x)
+    whole = processes.place(np.float32(3), NamedSharding(sharding.mesh, P()))
+    assert whole == 3 and whole.shape == ()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("host:1", 2, None), "process-id: not given, and no cluster tells"),
+        ((None, 2, 0), "coordinator: not given, and no cluster tells"),
+        (("host", 2, 0), "coordinator 'host' is not HOST:PORT"),
+        (("host:1", 2, 2), "process-id 2 does not fit num-processes 2"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message), processes.joined(*arguments):
+        pass
+
+
+def test_an_option_that_is_no_number_is_named(capsys):
+    assert launch.main(["train", "x.yaml", "--num-processes", "two"]) == 2
+    assert "--num-processes is a number, got 'two'" in capsys.readouterr().err
+
+
+def test_slurm_says_who_the_processes_are(monkeypatch):
+    for name, value in {
+        "SLURM_JOB_ID": "4097",
+        "SLURM_STEP_NODELIST": "node[07-08]",
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    # The port is 65535 - 4096 + 1 + 4097 % 4096.
+    assert processes._settings(None, None, None, 1) == ("node07:61441", 8, 5, [1])
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert processes._settings(None, None, None, 1) is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rollout.engine": "vllm"}, "rollout.engine vllm works with one process"),
+        ({"data.train_batch_size": 1}, "data.train_batch_size 1 leaves some of 2"),
+    ],
+)
+def test_work_that_processes_cannot_share_is_refused(change, message, monkeypatch):
+    values = {
+        "output_dir": "x",
+        "model": {"path": "x"},
+        "data": {"train": {"path": "x"}, "train_batch_size": 4},
+        "reward": {"functions": [{"name": "exact"}]},
+        "trainer": {"total_training_steps": 1},
+    }
+    for key, value in change.items():
+        configs.put(values, key.split("."), value)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(configs.ConfigError, match=message):
+        train.make_meshes(configs.parse(values, "values"))
+
+
+class Group:
+    """The processes of one run. A context manager that leaves none behind."""
+
+    def __init__(self, count, command, **environment):
+        """`command` makes python's arguments of (coordinator's address, index)."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = str(free.getsockname()[1])
+        address = f"127.0.0.1:{self.port}"
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(DEVICES // count),
+            "PYTHONPATH": str(HERE.parent),
+            **environment,
+        }
+        self.members = [
+            subprocess.Popen(
+                [sys.executable, *command(address, index)],
+                cwd=HERE,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+            for index in range(count)
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for member in self.members:
+            if member.poll() is None:
+                member.kill()
+                member.wait()
+
+    def wait(self, timeout=500):
+        """(status, what was printed) of each, in order."""
+        return [(p.communicate(timeout=timeout)[0], p.returncode) for p in self.members]
+
+    def services(self):
+        """Coordination services of this group that run, as far as the system tells."""
+        found = []
+        for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = path.read_text().split("\0")
+                if "sharding.coordinator" in words and self.port in words:
+                    found.append(path.parent.name)
+        return found
+
+
+WORK = """
+import os, signal, sys
+import jax
+from sharding import processes
+address, index, victim, how = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+with processes.joined(address, 3, index, lost_after_s=3, start_timeout_s=60):
+    assert jax.process_count() == 3
+    found = processes.gather("x" * 10 ** (2 * index))
+    assert [len(x) for x in found] == [1, 100, 10000]
+    shares = processes.gather(list(processes.share(range(5))))
+    assert sum(shares, []) == [0, 1, 2, 3, 4], shares
+    if victim == str(index):
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise ValueError("no luck")
+    processes.gather("all are here")
+print("done")
+"""
+
+
+def work(victim, how):
+    group = Group(3, lambda address, i: ["-c", WORK, address, str(i), victim, how])
+    with group:
+        found = group.wait(timeout=120)
+        if how == "well":
+            assert not group.services()
+        deadline = time.monotonic() + 20  # it stays for the others to ask, 6 s
+        while group.services():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    return found
+
+
+def test_values_of_any_size_are_gathered_by_all():
+    for said, status in work("none", "well"):
+        assert (status, said.splitlines()[-1]) == (0, "done"), said
+
+
+@pytest.mark.parametrize("victim", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_the_others_stop_and_name_the_process_that_was_killed(victim):
+    start = time.monotonic()
+    for index, (said, status) in enumerate(work(victim, "killed")):
+        if str(index) == victim:
+            assert status == -signal.SIGKILL
+            continue
+        assert status == 1, said
+        last = said.splitlines()[-1]
+        host = socket.gethostname()
+        assert f"process {victim} of 3 on {host} is lost: nothing was" in last, said
+        assert f"process {index} stops" in last
+    assert time.monotonic() - start < 90
+
+
+@pytest.mark.slow
+def test_the_others_stop_and_say_why_one_failed():
+    for index, (said, status) in enumerate(work("1", "failed")):
+        assert status == 1
+        last = said.splitlines()[-1]
+        if index == 1:
+            assert last == "ValueError: no luck"
+        else:
+            assert "process 1 of 3" in last and "failed: no luck" in last, said
+
+
+@pytest.fixture(scope="module")
+def values(tiny_model, tmp_path_factory):
+    """A configuration, but for its output_dir."""
+    rows = tmp_path_factory.mktemp("rows")
+    questions = [
+        {"prompt": f"{i}+{i + 1}=", "answer": str(2 * i + 1)} for i in range(13)
+    ]
+    for name, part in (("train", questions[:10]), ("val", questions[10:])):
+        lines = [json.dumps(row) + "\n" for row in part]
+        (rows / f"{name}.jsonl").write_text("".join(lines))
+    return {
+        "model": {"path": tiny_model},
+        "data": {
+            "train": {"path": str(rows / "train.jsonl")},
+            "val": {"path": str(rows / "val.jsonl")},
+            "train_batch_size": 4,
+            "max_prompt_length": 48,
+        },
+        "rollout": {
+            "n": 8,
+            "max_response_length": 8,
+            "decode_chunk": 8,
+            "dtype": "float32",
+        },
+        "actor": {
+            "dtype": "float32",
+            "remat": "none",
+            "optim": {"lr": 0.02, "weight_decay": 0.0},
+            "mesh": {"data": 1, "fsdp": -1},
+        },
+        "critic": {"dtype": "float32", "remat": "none"},
+        "reward": {"functions": [{"name": "tiny:small_ids"}]},
+        # Three questions: of four processes, one has none.
+        "val": {"n": 2, "threshold": 0.7},
+        "trainer": {"total_training_steps": STEPS, "save_freq": 1, "test_freq": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def training(count, values, directory, cache, changes=(), pause_s=0.0):
+    """`jaxrl train` in so many processes."""
+    path = directory.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump({"output_dir": str(directory), **values}))
+
+    def command(address, index):
+        options = f"--coordinator {address} --num-processes {count} --process-id"
+        options = [*options.split(), str(index), f"--lost-after={LOST_AFTER_S}"]
+        start = ["-m", "jaxrl_llm", "train", str(path), *changes]
+        return start + (options if count > 1 else [])
+
+    return Group(
+        count,
+        command,
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+        JAX_COMPILATION_CACHE_DIR=str(cache),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        TINY_PAUSE_S=str(pause_s),
+    )
+
+
+def trained(count, values, directory, cache, changes=()):
+    with training(count, values, directory, cache, changes) as group:
+        for said, status in group.wait():
+            assert status == 0, said
+    return directory
+
+
+@pytest.fixture(scope="module")
+def alone(values, cache, tmp_path_factory):
+    """What one process makes of it."""
+    return trained(1, values, tmp_path_factory.mktemp("runs") / "alone", cache)
+
+
+def final_state(directory):
+    job = train.build(configs.load(directory / "config.yaml"))
+    with Checkpoints(directory / "checkpoints", 9) as checkpoints:
+        step, state, _ = checkpoints.restore(train.abstract_state(job))
+    assert step == STEPS
+    return jax.device_get(state)
+
+
+def assert_same_run(directory, alone):
+    """The same completions, bit for bit, and the same metrics and weights to 1e-5."""
+    for file in (alone / "rollouts").iterdir():
+        lines = zip(*(
+            map(json.loads, (run / "rollouts" / file.name).read_text().splitlines())
+            for run in (directory, alone)
+        ), strict=True)  # fmt: skip
+        for got, wanted in lines:
+            assert got["tokens"] == wanted["tokens"]
+            assert got.keys() == wanted.keys()
+    for got, wanted in zip(metrics.read(directory), metrics.read(alone), strict=True):
+        assert got.keys() == wanted.keys()
+        for name in got:
+            if not name.startswith(("timing_s/", "perf/")):
+                np.testing.assert_allclose(
+                    got[name], wanted[name], rtol=1e-5, atol=1e-5, err_msg=name
+                )
+    for got, wanted in zip(
+        *(jax.tree.leaves(final_state(run)) for run in (directory, alone)), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_many_processes_train_to_the_numbers_of_one(
+    count, alone, values, cache, tmp_path
+):
+    run = trained(count, values, tmp_path / "many", cache)
+    assert_same_run(run, alone)
+    versions = json.loads((run / "versions.json").read_text())
+    assert (versions["num_processes"], versions["num_devices"]) == (count, DEVICES)
+    names = {path.name for path in (run / "huggingface").iterdir()}
+    assert names == {path.name for path in (alone / "huggingface").iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [
+            "--algorithm.adv_estimator=gae",
+            "--algorithm.use_kl_in_reward=true",
+            "--algorithm.kl_ctrl.type=adaptive",
+            "--actor.ppo_mini_batch_size=2",
+        ],
+        ["--algorithm.adv_estimator=remax", "--actor.use_kl_loss=true"],
+        ["--algorithm.filter_groups.metric=reward", "--rollout.mesh.tensor=2"],
+    ],
+    ids=["critic", "greedy", "filtered"],
+)
+def test_two_processes_do_so_with_other_algorithms(changes, values, cache, tmp_path):
+    runs = [
+        trained(count, values, tmp_path / str(count), cache, changes)
+        for count in (2, 1)
+    ]
+    assert_same_run(*runs)
+
+
+def reached(run, step):
+    path = run / "metrics.jsonl"
+    return path.exists() and f'"step": {step},' in path.read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_process_goes_on_and_one_asked_to_stop_stops_all(
+    alone, values, cache, tmp_path
+):
+    run = tmp_path / "killed"
+    with training(2, values, run, cache, pause_s=2.0) as group:
+        while not reached(run, 1):
+            assert all(member.poll() is None for member in group.members)
+            time.sleep(0.01)
+        time.sleep(1)
+        group.members[1].kill()
+        start = time.monotonic()
+        said = group.members[0].communicate(timeout=100)[0]
+        assert time.monotonic() - start < 4 * LOST_AFTER_S
+        assert group.members[0].returncode == 1
+        assert "process 1 of 2" in said.splitlines()[-1]
+        assert "is lost: nothing was heard of it for 5 s" in said.splitlines()[-1]
+    # Only one of them hears SIGTERM.
+    before = metrics.read(run)[-1]["step"]
+    with training(2, values, run, cache, pause_s=2.0) as group:
+        time.sleep(8)
+        while "going on" not in (heard := group.members[0].stdout.readline()):
+            assert heard
+        time.sleep(1)
+        group.members[1].terminate()
+        (said, status), (_, other) = group.wait(timeout=200)
+        assert (status, other) == (0, 0), said
+        last = metrics.read(run)[-1]["step"]
+        assert before <= last < STEPS
+        assert f"stopped after step {last} of {STEPS}" in said
+    assert_same_run(trained(2, values, run, cache), alone)
