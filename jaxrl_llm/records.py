@@ -54,6 +54,7 @@ _MAY_CHANGE = (
     "rollout.mesh.",
     "rollout.max_num_seqs",
     "rollout.decode_chunk",
+    "rollout.checksum_freq",
     "rollout.vllm.",
 )
 
