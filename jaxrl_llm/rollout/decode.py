@@ -121,24 +121,23 @@ class JaxEngine:
         """
         freq, first = self._checksum_freq, self._version == -1
         self._params = None  # free the old copy before the new one is made
-        if (way := self._way_of(params)) is None:
-            self._params = self._cast(params)
+        devices = {d for x in jax.tree.leaves(params) for d in x.sharding.device_set}
+        if devices == set(self.mesh.devices.flat):
+            self._params = self._cast(params)  # one program, XLA's own collectives
         else:
-            self._params = reshard.reshard(params, way)
-            if freq and (first or version % freq == 0):
-                checksum.verify(self._params, way, checksum.expected(params, way))
+            self._params = reshard.reshard(params, self._way_of(params))
+        if len(devices) > 1 and freq and (first or version % freq == 0):
+            way = self._way_of(params)
+            checksum.verify(self._params, way, checksum.expected(params, way))
         self._version = version
         return {}
 
-    def _way_of(self, params: Any) -> plan.Plan | None:
-        """How weights in this layout come here; None if they are, on the only device.
+    def _way_of(self, params: Any) -> plan.Plan:
+        """How weights in this layout come here.
 
         Planning takes a second or two, so the last plan is kept.
         """
         layout = jax.tree.map(lambda x: (x.dtype, x.sharding), params)
-        devices = {d for x in jax.tree.leaves(params) for d in x.sharding.device_set}
-        if len(devices | set(self.mesh.devices.flat)) == 1:
-            return None
         if self._way is None or self._way[0] != layout:
             self._way = layout, plan.plan(params, self.abstract_params())
         return self._way[1]
@@ -168,8 +167,7 @@ class JaxEngine:
         return {"generation weights": weights, "generation cache": cache}
 
     def close(self) -> None:
-        """Frees the weights."""
-        self._params = None
+        """Nothing: it runs in this process only."""
 
     def compile(
         self, num_prompts: int, num_rows: int, prompt_length: int, total: int
