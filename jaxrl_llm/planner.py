@@ -3,7 +3,9 @@
 The programs of a run - update, log-probabilities, prefill, decode, reshard - are
 compiled from shapes by the compiler of the devices asked for, with every prompt and
 response as long as it may be. Memory and collectives are the compiler's; operations and
-memory traffic are counted by formula, since a compiler counts a loop's body once.
+memory traffic are counted by formula, since a compiler counts a loop's body once. Times
+are lower bounds, which have not been compared with runs. For GPUs the programs are
+compiled for simulated CPU devices, with their kernels.
 """
 
 import dataclasses

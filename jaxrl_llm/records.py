@@ -55,6 +55,7 @@ _MAY_CHANGE = (
     "rollout.mesh.",
     "rollout.max_num_seqs",
     "rollout.decode_chunk",
+    "rollout.checksum_freq",
     "rollout.vllm.",
 )
 

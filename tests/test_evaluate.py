@@ -98,6 +98,12 @@ class ScriptedEngine:
     def submit(self, requests):
         self.batches.append(list(requests))
 
+    def memory(self, num_rows, num_tokens):
+        return {}
+
+    def close(self):
+        pass
+
     def completions(self):
         for request in reversed(self.batches[-1]):
             for sample in range(request.num_samples):

@@ -428,11 +428,10 @@ def test_no_server_outlives_a_trainer_that_is_killed(tmp_path):
     )
     timer = threading.Timer(300, trainer.kill)
     timer.start()
-    (group,) = [
-        int(line.split()[1]) for line in trainer.stdout if line.startswith("up")
-    ][:1] or [0]
+    lines = (line for line in trainer.stdout if line.startswith("up"))
+    group = int(next(lines).split()[1])
     timer.cancel()
-    assert group and alive(group)
+    assert alive(group)
     trainer.kill()
     trainer.wait()
     end = time.monotonic() + 30

@@ -99,7 +99,7 @@ class JaxEngine:
     ):
         self.arch, self.tokenizer = arch, tokenizer
         self._max_num_seqs, self._chunk = max_num_seqs, decode_chunk
-        self.mesh = mesh.local_mesh
+        self._devices, self.mesh = set(mesh.devices.flat), mesh.local_mesh
         self._rows_sharding = NamedSharding(self.mesh, P("data"))
         self._version = -1
         self._params: Any = None
@@ -107,7 +107,11 @@ class JaxEngine:
         self._param_shardings = rules.to_shardings(
             models.logical_axes(arch, stacked=False), mesh, rules.GENERATE
         )
-        self._checksum_freq = checksum_freq
+        self._checksum_freq, self._way = checksum_freq, None
+        self._cast = jax.jit(
+            functools.partial(models.unstack, dtype=dtype),
+            out_shardings=self._param_shardings,
+        )
         self._cache_sharding = NamedSharding(self.mesh, P("data", None, "tensor"))
         self._shape = {"arch": arch, "dtype": jnp.dtype(dtype)}
 
@@ -119,13 +123,27 @@ class JaxEngine:
         """
         freq, first = self._checksum_freq, self._version == -1
         self._params = None  # free the old copy before the new one is made
-        way = plan.plan(params, self.abstract_params())
-        moved = reshard.reshard(params, way)
-        if freq and (first or version % freq == 0):
+        devices = {d for x in jax.tree.leaves(params) for d in x.sharding.device_set}
+        if devices == self._devices:
+            moved = self._cast(params)  # one program, XLA's own collectives
+        else:
+            moved = reshard.reshard(params, self._way_of(params))
+        if len(devices) > 1 and freq and (first or version % freq == 0):
+            way = self._way_of(params)
             checksum.verify(moved, way, checksum.expected(params, way))
         self._params = processes.here(moved, self.mesh)
         self._version = version
         return {}
+
+    def _way_of(self, params: Any) -> plan.Plan:
+        """How weights in this layout come here.
+
+        Planning takes a second or two, so the last plan is kept.
+        """
+        layout = jax.tree.map(lambda x: (x.dtype, x.sharding), params)
+        if self._way is None or self._way[0] != layout:
+            self._way = layout, plan.plan(params, self.abstract_params())
+        return self._way[1]
 
     def abstract_params(self) -> Any:
         """Shapes, dtypes and shardings of the weights all processes hold."""
@@ -152,8 +170,7 @@ class JaxEngine:
         return {"generation weights": weights, "generation cache": cache}
 
     def close(self) -> None:
-        """Frees the weights."""
-        self._params = None
+        """Nothing: it runs in this process only."""
 
     def compile(
         self, num_prompts: int, num_rows: int, prompt_length: int, total: int

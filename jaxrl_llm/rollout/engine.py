@@ -89,7 +89,7 @@ class Engine(Protocol):
         are made, each with its prompt at most `num_tokens` long."""
 
     def close(self) -> None:
-        """Gives back what the engine holds. It can generate no more."""
+        """Ends what the engine runs outside of this process."""
 
 
 def generate(engine: Engine, requests: Sequence[Request]) -> list[list[Completion]]:

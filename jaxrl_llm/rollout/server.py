@@ -32,7 +32,7 @@ _KNOWN_FAILURES = {
     "XLA_PYTHON_CLIENT_MEM_FRACTION of the trainer",
     "No available memory for the cache blocks": "weights leave no room for a KV cache; "
     "raise --gpu-memory-utilization in rollout.vllm.args",
-    "Not enough available memory": "the host has no room; lower "
+    "is less than requested memory for kv": "the host has no room; lower "
     "VLLM_CPU_KVCACHE_SPACE in rollout.vllm.env",
     "is larger than the maximum number of tokens": "its KV cache is too small for one "
     "sequence; give it more memory in rollout.vllm.args or rollout.vllm.env",
