@@ -5,6 +5,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -199,7 +200,7 @@ def test_the_policy_is_scored_anew_only_if_the_update_cannot_do_it(
         made.with_logprobs(None, made.make_rows(*make_rollouts(), ADVANTAGES))
         return len(asked)
 
-    SCORED = logprobs.Logprobs(np.zeros((8, 16)), np.zeros((8, 16)))
+    SCORED = logprobs.Logprobs(jnp.zeros((8, 16)), jnp.zeros((8, 16)))
     assert scored() == 0 and scored(ppo_epochs=2) == 1
 
 
