@@ -170,8 +170,15 @@ class RolloutConfig(SamplingConfig):
     max_num_seqs: int = Field(256, gt=0)
     """Sequences decoded together; more wait."""
     decode_chunk: int = Field(32, gt=0)
-    """Tokens per dispatch. Between dispatches stop strings are looked for and the batch
-    may end early."""
+    """Tokens per dispatch of the jax engine. Between dispatches stop strings are looked
+    for and memory is shared out."""
+    prefill_tokens: int = Field(8192, gt=0)
+    """Tokens of prompts that the jax engine reads per dispatch on each replica; longer
+    prompts are read in pieces."""
+    cache_gib: float | None = Field(None, gt=0)
+    """Memory of the jax engine for keys and values on each device. Not given: what
+    max_num_seqs of the longest sequences need, if 90 % of the free memory suffices;
+    sequences wait for room, or are put back and go on later."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights, activations and KV cache."""
     checksum_freq: int = Field(100, ge=0)

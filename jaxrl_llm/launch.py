@@ -227,8 +227,8 @@ def generate(
 
     from jaxrl_llm import models
     from jaxrl_llm import prompts as sources
-    from jaxrl_llm.rollout.decode import JaxEngine
     from jaxrl_llm.rollout.engine import Request, Sampling
+    from jaxrl_llm.rollout.jax_engine import JaxEngine
     from sharding import mesh
 
     texts = [*prompts, *(file.read_text().splitlines() if file else [])]
@@ -238,24 +238,26 @@ def generate(
         raise ConfigError("--system is a chat message, but --no-chat asks for none")
     loaded = models.load(model)
     on_cpu = jax.default_backend() == "cpu"
+    before = [] if system is None else [{"role": "system", "content": system}]
+    contents = [
+        [*before, {"role": "user", "content": text}] if chat else text for text in texts
+    ]
+    tokens = [sources.tokenize(content, loaded.tokenizer) for content in contents]
     engine = JaxEngine(
         loaded.arch,
         loaded.tokenizer,
         mesh=mesh.make({"data": jax.device_count(), "tensor": 1}),
         dtype=jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")),
-        max_num_seqs=256,
+        max_model_len=max(map(len, tokens)) + max_tokens,
+        max_num_seqs=min(256, n * len(texts)),
         decode_chunk=32,
     )
     engine.load(loaded.params, version=0)
-    before = [] if system is None else [{"role": "system", "content": system}]
-    contents = [
-        [*before, {"role": "user", "content": text}] if chat else text for text in texts
-    ]
     engine.submit(
         [
             Request(
                 prompt_id=i,
-                tokens=sources.tokenize(content, loaded.tokenizer),
+                tokens=asked,
                 num_samples=n,
                 seed=seed,
                 sampling=Sampling(
@@ -267,7 +269,7 @@ def generate(
                     stop=stop,
                 ),
             )
-            for i, content in enumerate(contents)
+            for i, asked in enumerate(tokens)
         ]
     )
     console = Console()

@@ -8,10 +8,8 @@ are lower bounds, which have not been compared with runs. For GPUs the programs 
 compiled for simulated CPU devices, with their kernels.
 """
 
-import dataclasses
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,24 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import collectives, metrics, models
-from jaxrl_llm.bench import shapes
+from jaxrl_llm.bench import hardware, shapes
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.config_algorithm import uses_kl
 from jaxrl_llm.learner import Learner, needs_old_logprobs, updates_per_step
-from jaxrl_llm.rollout.decode import JaxEngine
+from jaxrl_llm.rollout.jax_engine import JaxEngine
 from sharding import mesh, plan, reshard
 
 _GIB = 2**30
-# Device kind: memory that programs can use in GiB, bytes per second of that memory, and
-# bytes per second received from other devices (of a TPU: around one axis of its torus).
-# Source: data sheets; How to Scale Your Model (Austin et al. 2025), part 2.
-_DEVICES = (
-    (r"^TPU v5 ?(lite|e)$", 15.75, 8.2e11, 9e10),
-    (r"^TPU v5p?$", 95.0, 2.8e12, 1.8e11),
-    (r"^TPU v6 ?(lite|e)$", 31.25, 1.6e12, 1.8e11),
-    (r"\bH100\b", 79.0, 3.35e12, 4.5e11),
-    (r"\bH200\b", 139.0, 4.8e12, 4.5e11),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +69,10 @@ class Estimate:
     def seconds(self, program: Program) -> float | None:
         """Per step, if operations, memory or links are all that takes time, and each
         works while the others do; None if the device's rates are not known."""
-        peak, known = metrics.peak_flops(self.device_kind), _facts(self.device_kind)
+        peak, known = (
+            metrics.peak_flops(self.device_kind),
+            hardware.facts(self.device_kind),
+        )
         if peak is None or known is None:
             return None
         _, memory_rate, link = known
@@ -145,8 +136,11 @@ def estimate(
         None,
         mesh=_mesh("rollout", config, devices),
         dtype=jnp.dtype(config.rollout.dtype),
+        max_model_len=_wave(config)[1],
         max_num_seqs=config.rollout.max_num_seqs,
         decode_chunk=config.rollout.decode_chunk,
+        prefill_tokens=config.rollout.prefill_tokens,
+        cache_gib=config.rollout.cache_gib,
     )
     state, weights = learner.abstract_state(), _bytes(engine.abstract_params())
     held = {
@@ -156,7 +150,7 @@ def estimate(
         "engine's weights": weights,
     }
     held |= dict.fromkeys(config.actor.offload, 0)  # in the host's memory
-    known = _facts(devices[0].device_kind)
+    known = hardware.facts(devices[0].device_kind)
     return Estimate(
         device_kind=devices[0].device_kind,
         num_devices=len(devices),
@@ -222,25 +216,18 @@ def _programs(
             ),
         )
     waves, chunk = -(-responses // wave), config.rollout.decode_chunk
-    prefill, decode = engine.compile(
-        -(-wave // config.rollout.n), wave, prompt, longest
-    )
-    first = program(
-        prefill, weights, waves, training_flops(prompts, prompt) / 3, waves * weights
-    )
+    compiled = engine.compile(wave, prompt)
+    reads = -(-prompts * prompt // (config.rollout.prefill_tokens * engine.replicas))
+    flops = training_flops(prompts, prompt) / 3
+    read = program(compiled["prefill"], weights, reads, flops, reads * weights)
+    yield "prefill", read
     cache = engine.memory(wave, longest)["generation cache"]
-    # Each row gets its copy of its prompt's cache while that is still there.
-    copied = prefill.memory_analysis().output_size_in_bytes + cache
-    yield (
-        "prefill",
-        dataclasses.replace(first, extra_bytes=max(first.extra_bytes, copied)),
-    )
     tokens, mean = responses * response, prompt + response / 2
     attended = 4 * heads * arch.num_layers * mean
     yield (
         "decode",
         program(
-            decode,
+            compiled["decode"],
             weights,
             waves * -(-response // chunk),
             tokens * (2 * matrix + attended) / count,
@@ -358,10 +345,3 @@ def _bytes(tree: Any) -> int:
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
     )
-
-
-def _facts(device_kind: str) -> tuple[float, float, float] | None:
-    for pattern, *numbers in _DEVICES:
-        if re.search(pattern, device_kind):
-            return tuple(numbers)
-    return None

@@ -44,7 +44,6 @@ from jaxrl_llm.learner import Learner
 from jaxrl_llm.records import Records
 from jaxrl_llm.rewards import RewardFunction, resolve, score
 from jaxrl_llm.rewards.functions import overlong_penalty
-from jaxrl_llm.rollout.decode import JaxEngine
 from jaxrl_llm.rollout.engine import Engine
 from sharding import mesh, processes
 
@@ -148,13 +147,19 @@ def engine_of(
     rollout = config.rollout
     match rollout.engine:
         case "jax":
+            from jaxrl_llm.rollout.jax_engine import JaxEngine
+
             return JaxEngine(
                 arch,
                 tokenizer,
                 mesh=on,
                 dtype=jnp.dtype(rollout.dtype),
+                max_model_len=config.data.max_prompt_length
+                + rollout.max_response_length,
                 max_num_seqs=rollout.max_num_seqs,
                 decode_chunk=rollout.decode_chunk,
+                prefill_tokens=rollout.prefill_tokens,
+                cache_gib=rollout.cache_gib,
                 checksum_freq=rollout.checksum_freq,
             )
         case "vllm":

@@ -1,5 +1,8 @@
 """The JAX engine on a small random model, against the whole forward pass."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +11,8 @@ import tiny
 
 from jaxrl_llm import models
 from jaxrl_llm.rollout import decode
-from jaxrl_llm.rollout.decode import JaxEngine
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
+from jaxrl_llm.rollout.jax_engine import JaxEngine
 from sharding import mesh
 
 TOKENIZER = tiny.tokenizer()
@@ -20,7 +23,7 @@ PARAMS = models.init(ARCH, jax.random.key(0))
 def engine(params=PARAMS, *, arch=ARCH, axes=None, dtype=jnp.float32, **options):
     axes = axes or {"data": 1, "tensor": 1}
     devices = jax.devices()[: axes["data"] * axes["tensor"]]
-    options = {"max_num_seqs": 64, "decode_chunk": 8} | options
+    options = {"max_num_seqs": 64, "decode_chunk": 8, "max_model_len": 128} | options
     made = JaxEngine(
         arch, TOKENIZER, mesh=mesh.make(axes, devices), dtype=dtype, **options
     )
@@ -156,19 +159,107 @@ def test_completions_carry_the_version_of_their_weights():
     assert_same([[now]], [[generate(engine(other), REQUESTS[3:4])[0][0]]])
 
 
-def test_waves_of_the_same_shape_compile_nothing_new():
+def test_after_the_first_calls_nothing_compiles():
     made = engine(max_num_seqs=4)
-    generate(made, [request(i, n=4, length=9 + i) for i in range(2)])
-    before = decode._decode._cache_size(), decode._prefill._cache_size()
+    generate(made, [request(i, n=4, length=9 + i) for i in range(3)])
+    programs = decode.decode, decode.read, decode.copy, decode.resize
+    before = [program._cache_size() for program in programs]
     generate(made, [request(i, n=4, length=9 + i) for i in range(6)])
-    assert (decode._decode._cache_size(), decode._prefill._cache_size()) == before
+    assert [program._cache_size() for program in programs] == before
+
+
+def test_responses_put_back_for_want_of_memory_go_on_exactly():
+    # A page holds 64 tokens. Six are four sequences of 80, one page of the prompt
+    # shared: others wait, and some are put back after their first page is full.
+    asked = [request(i, n=3, length=70, max_tokens=100) for i in range(3)]
+    page = 2 * ARCH.num_layers * ARCH.num_kv_heads * 64 * ARCH.head_dim * 4 / 2**30
+    tight = engine(cache_gib=7 * page, max_model_len=192)
+    whole = generate(engine(max_model_len=192), asked)
+    tight.submit(asked)
+    found, put_back = {}, set()
+    for completion in tight.completions():
+        found[completion.prompt_id, completion.sample] = completion
+        for scheduler in tight._running._schedulers:
+            put_back |= {id(r) for r in scheduler.waiting if r.tokens}
+    assert put_back
+    assert_same([[found[i, n] for n in range(3)] for i in range(3)], whole)
+
+
+def test_a_long_prompt_is_read_in_pieces():
+    asked = [request(i, n=2, length=90 + i, max_tokens=8) for i in range(2)]
+    pieces = engine(prefill_tokens=32)
+    assert_same(generate(pieces, asked), generate(engine(), asked))
+
+
+def test_a_beginning_that_is_known_is_not_read_again():
+    made = engine(max_model_len=256)
+    first = request(1, n=2, length=150, max_tokens=20)
+    made.submit([first, request(2, n=1, max_tokens=90)])  # the second keeps it busy
+    answers = {}
+    for completion in made.completions():
+        answers[completion.prompt_id, completion.sample] = completion
+        if completion.prompt_id == 1 and completion.sample == 0:
+            turn = first.tokens + tuple(completion.tokens.tolist()) + (44, 45)
+            second = Request(
+                prompt_id=3, tokens=turn, num_samples=1, seed=3, sampling=first.sampling
+            )
+            [scheduler] = made._running._schedulers
+            # 169 of its 172 tokens are in the cache: two whole pages are found.
+            assert len(scheduler.pool.find(turn)) == 2
+            made.submit([second])
+    assert set(answers) == {(1, 0), (1, 1), (2, 0), (3, 0)}
+    assert_same([[answers[3, 0]]], generate(engine(max_model_len=256), [second]))
+
+
+def test_aborted_responses_do_not_come():
+    made = engine(max_num_seqs=2)
+    made.submit([request(i, n=2, max_tokens=30 + i) for i in range(4)])
+    assert made.abort([3]) == 2
+    seen = []
+    for completion in made.completions():
+        seen.append((completion.prompt_id, completion.sample))
+        if len(seen) == 1:
+            assert made.abort({1}) == 2
+    assert sorted(seen) == [(0, 0), (0, 1), (2, 0), (2, 1)]
+    assert_same(generate(made, REQUESTS[:2]), generate(engine(), REQUESTS[:2]))
+
+
+def test_the_cache_is_written_in_place():
+    with jax.debug_nans(False):  # which keeps what is donated
+        compiled = engine(decode_chunk=4).compile(num_responses=64, prompt_length=30)
+    for program in compiled.values():
+        text = program.as_text()
+        cache = re.search(r"f32\[2,\d+,64,8\]", text)[0]
+        assert not re.search(rf"{re.escape(cache)}\S* copy\(", text)
+        sizes = program.memory_analysis()
+        assert sizes.alias_size_in_bytes >= 4 * 4 * math.prod(
+            map(int, re.findall(r"\d+", cache)[1:])
+        )
+
+
+def test_weights_do_not_change_under_responses_in_the_making():
+    made = engine()
+    made.submit(REQUESTS[:2])
+    completions = made.completions()
+    next(completions)
+    with pytest.raises(ValueError, match="3 responses are being made with weights 0"):
+        made.load(PARAMS, 1)
+    assert len(list(completions)) == 3
+    made.load(PARAMS, 1)
+
+
+def test_too_little_memory_for_one_sequence_is_said():
+    with pytest.raises(ValueError, match="one sequence of 128 tokens needs .* allows"):
+        generate(engine(cache_gib=1e-5), REQUESTS[:1])
 
 
 def test_what_cannot_be_answered_is_refused():
-    with pytest.raises(ValueError, match="prompt 7 has 10 tokens .* 128 positions"):
-        engine(arch=tiny.arch(vocab_size=304, max_positions=128)).submit(
-            [request(7, max_tokens=119)]
-        )
+    with pytest.raises(
+        ValueError, match="prompt 7 has 10 tokens .* max_model_len is 128"
+    ):
+        engine().submit([request(7, max_tokens=119)])
+    with pytest.raises(ValueError, match="max_model_len 128: the model has 127 pos"):
+        engine(arch=tiny.arch(vocab_size=304, max_positions=127))
     with pytest.raises(ValueError, match="prompt ids submitted twice: \\[1\\]"):
         generate(engine(), [request(1), request(1)])
     with pytest.raises(ValueError, match="top_p must be in \\(0, 1\\], got 1.5"):

@@ -41,9 +41,10 @@ def test_memory_is_that_of_the_arrays(job):
     generation = jax.jit(lambda p: models.unstack(p, "float32"))(state.params)
     whole = sum(x.nbytes for x in jax.tree.leaves(generation))
     assert memory["generation weights"] == whole  # one replica on each of 8 devices
-    # 4 responses on 8 devices: one row each, 64 positions; keys and values, 2 layers,
-    # 2 heads of 8 numbers of 4 bytes.
-    assert memory["generation cache"] == 2 * 2 * 64 * 2 * 8 * 4
+    # 4 responses on 8 devices: 8 rows each, which are the fewest, of 64 positions, half
+    # as much for those that wait, and page 0; keys and values, 2 layers, 2 heads of 8
+    # numbers of 4 bytes.
+    assert memory["generation cache"] == 2 * 2 * (8 + 4 + 1) * 64 * 2 * 8 * 4
     assert memory["reference"] == memory["weights"]
     assert memory["update (gradients, activations)"] > memory["weights"]
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import models
-from jaxrl_llm.models import families
+from jaxrl_llm.models import families, paged
+from jaxrl_llm.models.attention import packed
 
 T = 24  # longer than every window here
 COMMON = {
@@ -191,35 +192,56 @@ def test_an_architecture_without_its_file_is_written_the_same(family, load):
 
 
 @every_family
-def test_prefill_and_decode_give_the_hidden_states_of_forward(family, load):
+def test_reading_and_going_on_give_the_hidden_states_of_forward(family, load):
+    # Both sequences are read packed in one row, then go on in pieces of three tokens.
+    # Pages hold four positions; the tables give them in an order of their own.
     arch, params, _ = load(family)
-    whole = forward(arch, params)
-    lengths, rows = np.array([9, 5], np.int32), np.arange(2)
-    prompts = np.where(np.arange(12)[None] < lengths[:, None], tokens()[:, :12], 0)
+    whole, size, lengths = forward(arch, params), 4, (9, 5)
+    tables = 1 + np.random.default_rng(0).permutation(2 * T // size).reshape(2, -1)
+    tables = tables.astype(np.int32)
+    row = [
+        np.concatenate([part(i)[:n] for i, n in enumerate(lengths)] + [np.zeros(2)])
+        for part in (
+            lambda i: tokens()[i],
+            lambda i: np.arange(T),
+            lambda i: np.full(T, i),
+            lambda i: tables[i, np.arange(T) // size] * size + np.arange(T) % size,
+        )
+    ]
+    row[2][-2:] = 2  # padding is another sequence
+    row = np.asarray(row, np.int32)[:, None]
 
     @functools.partial(jax.jit, compiler_options=QUICK)
-    def prefill_then_decode(params, prompts, lengths, tokens):
+    def read_and_go_on(params, row, tables, tokens):
         params = models.unstack(params, jnp.float32)
-        run = {"arch": arch, "params": params, "dtype": jnp.float32}
-        first, cache = models.prefill(tokens=prompts, lengths=lengths, **run)
-        room = ((0, 0), (0, T - 12), (0, 0), (0, 0))
-        cache = jax.tree.map(lambda x: jnp.pad(x, room), cache)
-
-        def step(cache, i):
-            at = lengths + i
-            token = tokens[jnp.arange(2), at]
-            hidden, cache = models.decode(
-                tokens=token, positions=at, cache=cache, **run
+        params["layers"] = {i: models.fuse(x) for i, x in params["layers"].items()}
+        pages = paged.empty(arch, 1 + tables.size, size, jnp.float32)
+        first, pages = paged.read(
+            arch, params, *row, pages, dtype=jnp.float32, attention=packed
+        )
+        rest = []
+        for i in range(0, T, 3):
+            at = jnp.asarray(lengths)[:, None] + i + jnp.arange(3)[None]
+            there = at < T
+            more, pages = paged.go_on(
+                arch,
+                params,
+                jnp.take_along_axis(tokens, jnp.minimum(at, T - 1), axis=1),
+                jnp.where(there, at, -1),
+                tables,
+                pages,
+                dtype=jnp.float32,
+                attention=paged.attend,
             )
-            return cache, hidden
+            rest.append(more)
+        return first, jnp.concatenate(rest, axis=1)
 
-        _, rest = jax.lax.scan(step, cache, jnp.arange(T - 9))
-        return jnp.concatenate([first[None], rest])
-
-    hidden = prefill_then_decode(params, prompts, lengths, tokens())
-    for i in range(T - 8):
-        expected = whole[rows, lengths - 1 + i]
-        np.testing.assert_allclose(hidden[i], expected, atol=2e-5)
+    first, rest = read_and_go_on(params, row, tables, tokens())
+    start = 0
+    for i, n in enumerate(lengths):
+        got = np.concatenate([first[0, start : start + n], rest[i, : T - n]])
+        np.testing.assert_allclose(got, whole[i], atol=2e-5)
+        start += n
 
 
 @every_family

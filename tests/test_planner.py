@@ -41,9 +41,9 @@ def test_what_stays_is_the_size_of_its_arrays(planned):
     }
     for name, size in wanted.items():
         assert planned.held[name] == pytest.approx(size, rel=0.05), name
-    # 32 responses of 256 tokens over 4 replicas; 2 layers of keys and values, one of
-    # two heads of 16 numbers.
-    assert planned.cache_bytes == 2 * 2 * 8 * 256 * 1 * 16 * 2
+    # 32 responses of 256 tokens over 4 replicas: 8 of 4 pages, half as much for those
+    # that wait, and page 0; 2 layers of keys and values, one of two heads of 16.
+    assert planned.cache_bytes == 2 * 2 * (8 * 4 * 3 // 2 + 1) * 64 * 1 * 16 * 2
     assert planned.programs["decode"].extra_bytes > planned.cache_bytes
 
 

@@ -12,15 +12,15 @@ LOGITS = np.full(300, -np.inf, np.float32)
 LOGITS[TOKENS] = np.log(PROBS) + 3.0  # a constant changes nothing
 
 
-def draw_many(n=20_000, *, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0):
+def draw_many(n=20_000, *, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, mode=None):
     keys = sampling.row_keys(
         jnp.zeros(n, jnp.uint32), jnp.zeros(n, jnp.int32), jnp.arange(n)
     )
-    truncated = top_k != -1 or top_p < 1 or min_p > 0
-
+    if mode is None:
+        mode = "truncated" if top_k != -1 or top_p < 1 or min_p > 0 else "tempered"
     rows = np.broadcast_to(LOGITS, (n, 300))
     options = [np.full(n, x, np.float32) for x in (temperature, top_p, min_p)]
-    return jax.jit(sampling.sample, static_argnames="truncated")(
+    return jax.jit(sampling.sample, static_argnames="mode")(
         jnp.asarray(rows),
         keys,
         jnp.zeros(n, jnp.int32),
@@ -28,7 +28,7 @@ def draw_many(n=20_000, *, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0):
         top_k=jnp.full(n, top_k),
         top_p=jnp.asarray(options[1]),
         min_p=jnp.asarray(options[2]),
-        truncated=truncated,
+        mode=mode,
     )
 
 
@@ -36,6 +36,8 @@ def draw_many(n=20_000, *, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0):
     "options, expected",
     [
         ({}, [0.5, 0.25, 0.15, 0.1]),
+        ({"mode": "plain"}, [0.5, 0.25, 0.15, 0.1]),
+        ({"mode": "truncated"}, [0.5, 0.25, 0.15, 0.1]),
         # p^2, renormalised: .25 .0625 .0225 .01 over .345
         ({"temperature": 0.5}, np.array([0.25, 0.0625, 0.0225, 0.01]) / 0.345),
         ({"top_k": 2}, [2 / 3, 1 / 3, 0, 0]),
@@ -81,10 +83,12 @@ def test_draw_inverts_the_distribution_function():
         (0.99999994, 0.99999994, 299),
     ]
     for first, second, token in cases:
-        drawn = sampling.draw(
+        drawn, logprob = sampling.draw(
             jnp.asarray(LOGITS)[None], jnp.array([[first, second]], jnp.float32)
         )
         assert drawn[0] == token, (first, second)
+        expected = np.log(PROBS[TOKENS == token])
+        np.testing.assert_allclose(logprob, expected, atol=1e-6)
 
 
 def test_truncate_keeps_ties_and_never_everything_away():

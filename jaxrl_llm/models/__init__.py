@@ -8,18 +8,16 @@
 """
 
 from jaxrl_llm.models.apply import (
-    Cache,
     abstract_params,
-    decode,
     for_products,
     forward,
+    fuse,
     init,
     logical_axes,
     logits,
     num_matmul_params,
     num_params,
     output_matrix,
-    prefill,
     unstack,
 )
 from jaxrl_llm.models.architecture import Architecture, Rope
@@ -29,13 +27,15 @@ from jaxrl_llm.models.families import architecture
 from jaxrl_llm.models.flash import choose as choose_attention
 from jaxrl_llm.models.flash import choose_unroll
 from jaxrl_llm.models.huggingface import Checkpoint, Model, load, open, save
+from jaxrl_llm.models.kernels import choose as choose_paged_attention
+from jaxrl_llm.models.paged import Pages
 from jaxrl_llm.models.weights import RandomWeights, WeightSource
 
 __all__ = [
     "Architecture",
-    "Cache",
     "Checkpoint",
     "Model",
+    "Pages",
     "RandomWeights",
     "Rope",
     "WeightSource",
@@ -43,11 +43,12 @@ __all__ = [
     "abstract_params",
     "architecture",
     "choose_attention",
+    "choose_paged_attention",
     "choose_unroll",
     "critic_axes",
-    "decode",
     "for_products",
     "forward",
+    "fuse",
     "init",
     "init_critic",
     "load",
@@ -57,7 +58,6 @@ __all__ = [
     "num_params",
     "open",
     "output_matrix",
-    "prefill",
     "save",
     "shared_prompts",
     "unstack",

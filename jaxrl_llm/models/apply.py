@@ -1,12 +1,12 @@
-"""The decoder as pure functions: training forward pass, prefill, one decode step.
+"""The decoder as pure functions: parameters and their layouts, the training pass.
 
-`params` is a nested dict of arrays. Two layouts hold the same numbers: *stacked*
-(training; every weight of a layer is one array [L, ...]) and *unstacked* (generation;
-`params["layers"][i]`). `unstack` goes from the first to the second.
+`params` is a nested dict of arrays. Three layouts hold the same numbers: *stacked*
+(training; every weight of a layer is one array [L, ...]), *unstacked*
+(`params["layers"][i]`), and *fused* (generation; unstacked, with q, k, v and gate, up
+joined). `unstack` goes from the first to the second, `fuse` on to the third.
 """
 
 import functools
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -15,13 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrl_llm.models.architecture import Architecture
-from jaxrl_llm.models.attention import (
-    PackedAttention,
-    attend,
-    cached_mask,
-    packed,
-    packed_mask,
-)
+from jaxrl_llm.models.attention import PackedAttention, packed
 from jaxrl_llm.models.decoder import Decoder, Init, RotaryTable
 
 Params = Any
@@ -31,40 +25,32 @@ products and attention. full: everything. offload: as dots, with what is kept in
 host's memory meanwhile."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Cache:
-    """Keys and values of every layer, each [B, S, K, H]; slot s holds position s."""
-
-    keys: tuple[Float[Array, "B S K H"], ...]
-    values: tuple[Float[Array, "B S K H"], ...]
-
-    @property
-    def size(self) -> int:
-        """S, positions that fit."""
-        return self.keys[0].shape[1]
-
-
 def init(
-    arch: Architecture, key: PRNGKeyArray, *, dtype=jnp.float32, stacked: bool = True
+    arch: Architecture,
+    key: PRNGKeyArray,
+    *,
+    dtype=jnp.float32,
+    stacked: bool = True,
+    fused: bool = False,
 ) -> Params:
     """Random weights: normal, deviation 1 / sqrt(fan in)."""
-    model = Decoder(arch, Init(nnx.Rngs(key), dtype), stacked=stacked)
+    model = Decoder(arch, Init(nnx.Rngs(key), dtype), stacked=stacked, fused=fused)
     return nnx.to_pure_dict(nnx.state(model))
 
 
 def abstract_params(
-    arch: Architecture, *, dtype=jnp.float32, stacked: bool = True
+    arch: Architecture, *, dtype=jnp.float32, stacked: bool = True, fused: bool = False
 ) -> Params:
     """Shapes and dtypes of `init`, without computing anything."""
-    return jax.eval_shape(
-        lambda: init(arch, jax.random.key(0), dtype=dtype, stacked=stacked)
-    )
+    layout = {"stacked": stacked, "fused": fused}
+    return jax.eval_shape(lambda: init(arch, jax.random.key(0), dtype=dtype, **layout))
 
 
-def logical_axes(arch: Architecture, *, stacked: bool = True) -> Params:
+def logical_axes(
+    arch: Architecture, *, stacked: bool = True, fused: bool = False
+) -> Params:
     """A tuple of axis names for every parameter, in a tree of the same structure."""
-    model = _abstract(arch, stacked)
+    model = _abstract(arch, stacked, fused)
     state = nnx.state(model)
     return nnx.to_pure_dict(
         jax.tree.map(
@@ -110,6 +96,21 @@ def unstack(params: Params, dtype) -> Params:
     }
 
 
+def fuse(layer: Params) -> Params:
+    """One unstacked layer's weights to fused; see `decoder.Layer`."""
+    rest = dict(layer)
+    for end in ("", "_bias"):
+        if f"q{end}" in rest:
+            q, k, v = (rest.pop(f"{name}{end}") for name in "qkv")
+            q = q.reshape(*k.shape[:-1], -1, k.shape[-1])
+            parts = [q, k[..., None, :], v[..., None, :]]
+            rest[f"qkv{end}"] = jnp.concatenate(parts, axis=-2)
+        if f"gate{end}" in rest:
+            parts = [rest.pop(f"{name}{end}") for name in ("gate", "up")]
+            rest[f"gate_up{end}"] = jnp.stack(parts, axis=-2)
+    return rest
+
+
 def output_matrix(params: Params) -> Float[Array, "V D"]:
     """What hidden states are multiplied with to give logits: [V, D]."""
     return params["output" if "output" in params else "embedding"]
@@ -151,10 +152,9 @@ def forward(
       attention: see `flash.choose`.
       unroll: layers per turn of the compiled loop; True: all, without a loop.
     """
-    model = _model(arch, params, stacked=True)
-    tables = model.rotary_tables(positions)
-    graphdef, stacked = nnx.split(model.layers)
-    scale = arch.head_dim**-0.5 if arch.query_scale is None else arch.query_scale
+    decoder = model(arch, params, stacked=True)
+    tables = decoder.rotary_tables(positions)
+    graphdef, stacked = nnx.split(decoder.layers)
     windows = sorted(set(arch.window_of_layer), key=str)
 
     def looking_back(window):
@@ -166,7 +166,7 @@ def forward(
                 sequence_ids,
                 positions,
                 window=window,
-                scale=scale,
+                scale=arch.attention_scale,
                 softcap=arch.attention_softcap,
             )
 
@@ -192,79 +192,9 @@ def forward(
 
     ropes = jnp.array(arch.rope_of_layer, jnp.int32)
     kinds = jnp.array([windows.index(w) for w in arch.window_of_layer], jnp.int32)
-    x = model.embed(tokens, dtype)
+    x = decoder.embed(tokens, dtype)
     x, _ = jax.lax.scan(body, x, (stacked, ropes, kinds), unroll=unroll)
-    return model.norm(x)
-
-
-def prefill(
-    arch: Architecture,
-    params: Params,
-    tokens: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    *,
-    dtype,
-) -> tuple[Float[Array, "B D"], Cache]:
-    """Reads right-padded prompts.
-
-    Args:
-      params: unstacked.
-      lengths: tokens in each prompt, at least 1.
-
-    Returns:
-      The hidden state of each prompt's last token, and a cache of T positions. What the
-      cache holds past a prompt's length is never read: `decode` writes a position
-      before it looks at it.
-    """
-    model = _model(arch, params, stacked=False)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    tables = model.rotary_tables(positions)
-    whole = jnp.zeros_like(tokens)
-    x, keys, values = model.embed(tokens, dtype), [], []
-    for i, layer in enumerate(model.layers):
-        mask = packed_mask(whole, positions, arch.window_of_layer[i])
-        x, (k, v) = layer(
-            x,
-            tables[arch.rope_of_layer[i]],
-            lambda q, k, v, mask=mask: (_attend(arch, q, k, v, mask), (k, v)),
-        )
-        keys.append(k)
-        values.append(v)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return model.norm(last), Cache(tuple(keys), tuple(values))
-
-
-def decode(
-    arch: Architecture,
-    params: Params,
-    tokens: Int[Array, " B"],
-    positions: Int[Array, " B"],
-    cache: Cache,
-    *,
-    dtype,
-) -> tuple[Float[Array, "B D"], Cache]:
-    """One more token for every row: its hidden state, and the cache that holds it.
-
-    Args:
-      params: unstacked.
-      positions: where each token stands, below `cache.size`.
-    """
-    model = _model(arch, params, stacked=False)
-    tables = model.rotary_tables(positions[:, None])
-    rows = jnp.arange(tokens.shape[0])
-    x, keys, values = model.embed(tokens[:, None], dtype), [], []
-    for i, layer in enumerate(model.layers):
-        mask = cached_mask(positions, cache.size, arch.window_of_layer[i])
-
-        def attend_cache(q, k, v, i=i, mask=mask):
-            k = cache.keys[i].at[rows, positions].set(k[:, 0])
-            v = cache.values[i].at[rows, positions].set(v[:, 0])
-            return _attend(arch, q, k, v, mask), (k, v)
-
-        x, (k, v) = layer(x, tables[arch.rope_of_layer[i]], attend_cache)
-        keys.append(k)
-        values.append(v)
-    return model.norm(x[:, 0]), Cache(tuple(keys), tuple(values))
+    return decoder.norm(x)
 
 
 def _is_dot(primitive, *_, **params) -> bool:
@@ -288,11 +218,6 @@ _OFFLOAD_DOTS = jax.checkpoint_policies.offload_dot_with_no_batch_dims(
 _POLICIES = {"dots": _is_dot, "full": None, "offload": _to_host}
 
 
-def _attend(arch: Architecture, q, k, v, mask):
-    scale = arch.head_dim**-0.5 if arch.query_scale is None else arch.query_scale
-    return attend(q, k, v, mask, scale=scale, softcap=arch.attention_softcap)
-
-
 def _pick(tables: list[RotaryTable], index) -> RotaryTable:
     """The table of a scanned layer; one that rotates by nothing stands for None."""
     if len(tables) == 1:
@@ -304,11 +229,15 @@ def _pick(tables: list[RotaryTable], index) -> RotaryTable:
 
 
 @functools.cache
-def _abstract(arch: Architecture, stacked: bool) -> Decoder:
+def _abstract(arch: Architecture, stacked: bool, fused: bool) -> Decoder:
+    layout = {"stacked": stacked, "fused": fused}
     return nnx.eval_shape(
-        lambda: Decoder(arch, Init(nnx.Rngs(0), jnp.float32), stacked=stacked)
+        lambda: Decoder(arch, Init(nnx.Rngs(0), jnp.float32), **layout)
     )
 
 
-def _model(arch: Architecture, params: Params, stacked: bool) -> Decoder:
-    return nnx.merge(nnx.graphdef(_abstract(arch, stacked)), nnx.State(params))
+def model(arch: Architecture, params: Params, *, stacked: bool = False) -> Decoder:
+    """The module that holds `params`, in whichever layout they are."""
+    fused = not stacked and "qkv" in params["layers"][0]
+    graph = nnx.graphdef(_abstract(arch, stacked, fused))
+    return nnx.merge(graph, nnx.State(params))

@@ -132,6 +132,11 @@ class Architecture:
     source: str = field(default="{}", compare=False)
     """The config.json it came from, as text: what a saved copy starts from."""
 
+    @property
+    def attention_scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
     def __post_init__(self) -> None:
         for name in ("rope_of_layer", "window_of_layer"):
             if len(getattr(self, name)) != self.num_layers:

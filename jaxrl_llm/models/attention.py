@@ -97,13 +97,5 @@ def packed_mask(
     return same & (distance >= 0) & _near(distance, window)
 
 
-def cached_mask(
-    positions: Int[Array, " B"], size: int, window: Window
-) -> Bool[Array, "B 1 S"]:
-    """A new token at `positions` sees the cache up to and including itself."""
-    distance = positions[:, None, None] - jnp.arange(size)[None, None, :]
-    return (distance >= 0) & _near(distance, window)
-
-
 def _near(distance: Shaped[Array, "..."], window: Window) -> Bool[Array, "..."]:
     return jnp.full((), True) if window is None else distance < window

@@ -2,7 +2,8 @@
 
 Weights are [in, out]-ordered and carry logical axis names in their `axes` metadata.
 Training keeps the layers of a model stacked in one array per weight and scans over
-them; generation keeps one array per layer (`stacked=False`).
+them; generation keeps one array per layer (`stacked=False`), with the matrices that
+multiply the same input joined (`fused=True`): fewer and larger products.
 """
 
 from collections.abc import Callable
@@ -23,14 +24,17 @@ RotaryTable = tuple[Float[Array, "B T h"], Float[Array, "B T h"]] | None
 class Decoder(nnx.Module):
     """Embedding, L layers, final norm, output matrix."""
 
-    def __init__(self, arch: Architecture, init: "Init", *, stacked: bool):
+    def __init__(
+        self, arch: Architecture, init: "Init", *, stacked: bool, fused: bool = False
+    ):
         self.arch = arch
         D, V = arch.hidden_size, arch.vocab_size
         self.embedding = init((V, D), ("vocab", "embed"), 0.02)
         if stacked:
-            self.layers = Layer(arch, init.stack(arch.num_layers))
+            self.layers = Layer(arch, init.stack(arch.num_layers), fused)
         else:
-            self.layers = nnx.List([Layer(arch, init) for _ in range(arch.num_layers)])
+            layers = [Layer(arch, init, fused) for _ in range(arch.num_layers)]
+            self.layers = nnx.List(layers)
         self.norm = Norm(arch, init, D)
         self.output = (
             None if arch.tie_embeddings else init((V, D), ("vocab", "embed"), D**-0.5)
@@ -62,10 +66,14 @@ class Decoder(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """Attention, then a gated feed-forward, each around a residual."""
+    """Attention, then a gated feed-forward, each around a residual.
 
-    def __init__(self, arch: Architecture, init: "Init"):
-        self.arch = arch
+    Fused, `qkv` holds for every key/value head its queries, then its key and value, so
+    that heads can still be split over devices, and `gate_up` both of its halves.
+    """
+
+    def __init__(self, arch: Architecture, init: "Init", fused: bool):
+        self.arch, self.fused = arch, fused
         D, F, H = arch.hidden_size, arch.intermediate_size, arch.head_dim
         N, K = arch.num_heads, arch.num_kv_heads
         std = D**-0.5
@@ -74,23 +82,32 @@ class Layer(nnx.Module):
             return init(shape, axes, 0.0) if wanted else None
 
         self.attention_norm = Norm(arch, init, D)
-        self.q = init((D, N, H), ("embed", "heads", "head"), std)
-        self.k = init((D, K, H), ("embed", "kv_heads", "head"), std)
-        self.v = init((D, K, H), ("embed", "kv_heads", "head"), std)
+        if fused:
+            group, axes = (K, N // K + 2, H), ("kv_heads", None, "head")
+            self.qkv = init((D, *group), ("embed", *axes), std)
+            self.qkv_bias = bias(group, axes, arch.qkv_bias)
+        else:
+            self.q = init((D, N, H), ("embed", "heads", "head"), std)
+            self.k = init((D, K, H), ("embed", "kv_heads", "head"), std)
+            self.v = init((D, K, H), ("embed", "kv_heads", "head"), std)
+            self.q_bias = bias((N, H), ("heads", "head"), arch.qkv_bias)
+            self.k_bias = bias((K, H), ("kv_heads", "head"), arch.qkv_bias)
+            self.v_bias = bias((K, H), ("kv_heads", "head"), arch.qkv_bias)
         self.o = init((N, H, D), ("heads", "head", "embed"), (N * H) ** -0.5)
-        self.q_bias = bias((N, H), ("heads", "head"), arch.qkv_bias)
-        self.k_bias = bias((K, H), ("kv_heads", "head"), arch.qkv_bias)
-        self.v_bias = bias((K, H), ("kv_heads", "head"), arch.qkv_bias)
         self.o_bias = bias((D,), ("norm",), arch.output_bias)
         self.q_norm = Norm(arch, init, H) if arch.qk_norm else None
         self.k_norm = Norm(arch, init, H) if arch.qk_norm else None
         self.post_attention_norm = Norm(arch, init, D) if arch.post_norms else None
         self.mlp_norm = Norm(arch, init, D)
-        self.gate = init((D, F), ("embed", "mlp"), std)
-        self.up = init((D, F), ("embed", "mlp"), std)
+        if fused:
+            self.gate_up = init((D, 2, F), ("embed", None, "mlp"), std)
+            self.gate_up_bias = bias((2, F), (None, "mlp"), arch.mlp_bias)
+        else:
+            self.gate = init((D, F), ("embed", "mlp"), std)
+            self.up = init((D, F), ("embed", "mlp"), std)
+            self.gate_bias = bias((F,), ("mlp",), arch.mlp_bias)
+            self.up_bias = bias((F,), ("mlp",), arch.mlp_bias)
         self.down = init((F, D), ("mlp", "embed"), F**-0.5)
-        self.gate_bias = bias((F,), ("mlp",), arch.mlp_bias)
-        self.up_bias = bias((F,), ("mlp",), arch.mlp_bias)
         self.down_bias = bias((D,), ("norm",), arch.mlp_bias)
         self.post_mlp_norm = Norm(arch, init, D) if arch.post_norms else None
 
@@ -104,18 +121,30 @@ class Layer(nnx.Module):
         return x, kept
 
     def _attention(self, x, rotary, attend):
-        q = _linear("btd,dnh->btnh", x, self.q, self.q_bias)
-        k = _linear("btd,dnh->btnh", x, self.k, self.k_bias)
-        v = _linear("btd,dnh->btnh", x, self.v, self.v_bias)
+        q, k, v = self._heads(x)
         q, k = _maybe(self.q_norm, q), _maybe(self.k_norm, k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         out, kept = attend(q, k, v)
         return _linear("btnh,nhd->btd", out, self.o, self.o_bias), kept
 
+    def _heads(self, x):
+        """Queries, keys and values."""
+        if not self.fused:
+            q = _linear("btd,dnh->btnh", x, self.q, self.q_bias)
+            k = _linear("btd,dnh->btnh", x, self.k, self.k_bias)
+            return q, k, _linear("btd,dnh->btnh", x, self.v, self.v_bias)
+        qkv = _linear("btd,dkgh->btkgh", x, self.qkv, self.qkv_bias)
+        q = qkv[..., :-2, :].reshape(*x.shape[:2], -1, self.arch.head_dim)
+        return q, qkv[..., -2, :], qkv[..., -1, :]
+
     def _mlp(self, x):
-        gate = _linear("btd,df->btf", x, self.gate, self.gate_bias)
-        up = _linear("btd,df->btf", x, self.up, self.up_bias)
+        if self.fused:
+            both = _linear("btd,dcf->btcf", x, self.gate_up, self.gate_up_bias)
+            gate, up = both[:, :, 0], both[:, :, 1]
+        else:
+            gate = _linear("btd,df->btf", x, self.gate, self.gate_bias)
+            up = _linear("btd,df->btf", x, self.up, self.up_bias)
         match self.arch.activation:
             case "silu":
                 gate = jax.nn.silu(gate)

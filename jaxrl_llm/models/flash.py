@@ -8,6 +8,7 @@ Shapes as in `attention`; a row of T tokens holds whole sequences one after the 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -29,7 +30,7 @@ def choose(
       dtype: of queries, keys and values. cuDNN has no float32.
       max_sequences: no row holds more; padding at its end counts as one.
     """
-    platform = _platform(mesh)
+    platform = platform_of(mesh)
     if wanted == "xla":
         return attention.packed
     match platform:
@@ -47,10 +48,10 @@ def choose_unroll(mesh: Mesh, wanted: Literal["auto", "never", "always"]) -> boo
     On a GPU, what a loop keeps for its backward pass is copied twice, a tenth of the
     time of an update; elsewhere the shorter compilation is worth more.
     """
-    return wanted == "always" or (wanted == "auto" and _platform(mesh) == "gpu")
+    return wanted == "always" or (wanted == "auto" and platform_of(mesh) == "gpu")
 
 
-def _platform(mesh: Mesh) -> str:
+def platform_of(mesh: Mesh) -> str:
     """cpu, gpu or tpu."""
     platform = mesh.devices.flat[0].platform
     return "gpu" if platform == "cuda" else platform
@@ -161,15 +162,31 @@ def splash(
         out = jax.vmap(row)(q, k, v, _lengthen(ids, padded, -2))
         return out.swapaxes(1, 2)[:, :T]
 
-    rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
-    heads = P(rows, None, "tensor" if "tensor" in mesh.shape else None)
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(heads, heads, heads, P(rows)),
-        out_specs=heads,
-        check_vma=False,
+    open_axes = [axis for axis in mesh.axis_names if axis not in split_already()]
+    rows = tuple(axis for axis in ("data", "fsdp") if axis in open_axes)
+    heads = P(rows, None, "tensor" if "tensor" in open_axes else None)
+    return on_each_device(
+        local, mesh, inputs=(heads, heads, heads, P(rows)), outputs=heads
     )(q * jnp.asarray(scale, q.dtype), k, v, sequence_ids)
+
+
+def split_already() -> frozenset[str]:
+    """Mesh axes over which a caller has split the program."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def on_each_device(function: Callable, mesh: Mesh, inputs: Any, outputs: Any):
+    """The function, run by each device of `mesh` on its part of the arguments: kernels
+    are not split by the compiler. Axes that a caller has split stay as they are."""
+    already = split_already()
+    return jax.shard_map(
+        function,
+        mesh=None if already else mesh,
+        axis_names=set(mesh.axis_names) - already,
+        in_specs=inputs,
+        out_specs=outputs,
+        check_vma=False,
+    )
 
 
 _BLOCK = 128

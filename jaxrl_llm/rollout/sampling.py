@@ -3,12 +3,15 @@
 B = rows, V = vocabulary. Everything is float32.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt
 
+Mode = Literal["plain", "tempered", "truncated"]
+"""What rows may ask for. plain: temperature 1, nothing cut off. tempered: any
+temperature. truncated: top_k, top_p and min_p too, which need a sort."""
 _BLOCK = 128  # tokens per block of the two-level inverse of the distribution function
 
 
@@ -44,7 +47,7 @@ def sample(
     top_p: Float[Array, " B"],
     min_p: Float[Array, " B"],
     *,
-    truncated: bool,
+    mode: Mode,
 ) -> Sampled:
     """Draws token number `counts` of every response.
 
@@ -52,19 +55,26 @@ def sample(
       keys: of the responses; the draw uses fold_in(key, count).
       temperature: 0 takes the most likely token, with log-probability 0.
       top_k, top_p, min_p: see `Sampling`.
-      truncated: static; False promises that no row uses top_k, top_p or min_p, and
-        saves the sort.
+      mode: static; a promise about all rows. Less is computed for less.
     """
-    greedy = temperature == 0.0
-    scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
-    if truncated:
-        scaled = truncate(scaled, top_k, top_p, min_p)
     uniforms = jax.vmap(
         lambda key, count: jax.random.uniform(jax.random.fold_in(key, count), (2,))
     )(keys, counts)
-    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), draw(scaled, uniforms))
-    logprobs = jnp.where(greedy, 0.0, _logprob(scaled, tokens))
-    return Sampled(tokens.astype(jnp.int32), logprobs, _logprob(logits, tokens))
+    if mode == "plain":
+        tokens, logprobs = draw(logits, uniforms)
+        return Sampled(tokens, logprobs, logprobs)
+    greedy = temperature == 0.0
+    scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
+    if mode == "truncated":
+        scaled = truncate(scaled, top_k, top_p, min_p)
+    drawn, logprobs = draw(scaled, uniforms)
+    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return Sampled(
+        tokens,
+        jnp.where(greedy, 0.0, logprobs),
+        chosen - jax.nn.logsumexp(logits, axis=-1),
+    )
 
 
 def truncate(
@@ -99,19 +109,24 @@ def truncate(
 
 def draw(
     logits: Float[Array, "B V"], uniforms: Float[Array, "B 2"]
-) -> Int[Array, " B"]:
-    """A token from softmax(logits) by inverting its distribution function twice.
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """A token from softmax(logits), and its log-probability, by inverting the
+    distribution function twice.
 
     The first uniform number picks a block of 128 neighbouring tokens with its total
-    probability, the second a token within it. One pass over the vocabulary, and two
+    probability, the second a token within it. Two passes over the vocabulary, and two
     random numbers per token instead of V.
     """
     B, V = logits.shape
-    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    weights = jnp.pad(weights, ((0, 0), (0, -V % _BLOCK))).reshape(B, -1, _BLOCK)
-    block = _invert(weights.sum(axis=-1), uniforms[:, 0])
-    inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    return block * _BLOCK + _invert(inside, uniforms[:, 1])
+    peak = logits.max(axis=-1, keepdims=True)
+    pad = ((0, 0), (0, -V % _BLOCK))
+    blocks = jnp.pad(logits, pad, constant_values=-jnp.inf).reshape(B, -1, _BLOCK)
+    totals = jnp.exp(blocks - peak[:, None]).sum(axis=-1)
+    block = _invert(totals, uniforms[:, 0])
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0] - peak
+    place = _invert(jnp.exp(inside), uniforms[:, 1])
+    chosen = jnp.take_along_axis(inside, place[:, None], axis=1)[:, 0]
+    return block * _BLOCK + place, chosen - jnp.log(totals.sum(axis=-1))
 
 
 def _invert(weights: Float[Array, "B n"], uniforms: Float[Array, " B"]):
@@ -121,8 +136,3 @@ def _invert(weights: Float[Array, "B n"], uniforms: Float[Array, " B"]):
     places = jnp.arange(weights.shape[-1])[None]
     last = jnp.max(jnp.where(weights > 0, places, 0), axis=-1)
     return jnp.minimum(index, last).astype(jnp.int32)
-
-
-def _logprob(logits: Float[Array, "B V"], tokens: Int[Array, " B"]):
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)

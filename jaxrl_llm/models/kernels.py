@@ -1,0 +1,223 @@
+"""Attention of one new token per row over pages, chosen by platform.
+
+    GPU   a Pallas kernel that splits long sequences over the machine
+    TPU   paged attention of JAX
+    else  `paged.attend`, plain XLA
+
+More than one new token (a long prompt, piece by piece) is always `paged.attend`'s.
+Shapes as in `paged`.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.models import paged
+from jaxrl_llm.models.attention import Window
+from jaxrl_llm.models.flash import on_each_device, platform_of
+from jaxrl_llm.models.paged import PagedAttention
+
+_KEYS_PER_BLOCK = 64
+_FEWEST_KEYS = 256
+"""That are worth a program of their own."""
+_PROGRAMS = 1024
+"""That keep a GPU of some 130 processors busy, also where lengths differ."""
+
+
+def choose(
+    mesh: Mesh, head_dim: int, wanted: Literal["auto", "xla"] = "auto"
+) -> PagedAttention:
+    """The fastest attention of the devices of `mesh`, or the reference if wanted.
+
+    Args:
+      mesh: heads are split over "tensor".
+      head_dim: a GPU's kernel needs a power of two, a TPU's a multiple of 128.
+    """
+    platform = platform_of(mesh)
+    if wanted == "xla":
+        return paged.attend
+    if platform == "gpu" and head_dim & (head_dim - 1) == 0:
+        return functools.partial(_one_token, split_keys, mesh)
+    if platform == "tpu" and head_dim % 128 == 0:
+        return functools.partial(_one_token, on_tpu, mesh)
+    return paged.attend
+
+
+def _one_token(kernel, mesh, q, keys, values, tables, positions, **options):
+    """Each device runs the kernel on its own heads."""
+    if q.shape[1] > 1:
+        return paged.attend(q, keys, values, tables, positions, **options)
+    local = functools.partial(kernel, **options)
+    if mesh.size > 1:
+        heads, cache = P(None, None, "tensor"), P("tensor")
+        local = on_each_device(
+            local, mesh, inputs=(heads, cache, cache, P(), P()), outputs=heads
+        )
+    return local(q, keys, values, tables, positions)
+
+
+def split_keys(
+    q: Float[Array, "B 1 N H"],
+    keys: Float[Array, "K P S H"],
+    values: Float[Array, "K P S H"],
+    tables: Int[Array, "B n"],
+    positions: Int[Array, "B 1"],
+    *,
+    window: Window,
+    scale: float,
+    softcap: float | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B 1 N H"]:
+    """`paged.attend` on a GPU. Rows, heads and parts of the keys run side by side; what
+    the parts found is then joined by their weights.
+
+    Args:
+      interpret: run the kernel without a GPU, slowly.
+
+    Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
+    """
+    (B, _, N, H), (K, _, S, _), n = q.shape, keys.shape, tables.shape[1]
+    G = N // K
+    rows = max(16, 1 << (G - 1).bit_length())  # tensor cores take no fewer
+    per_block = max(1, _KEYS_PER_BLOCK // S)
+    splits = min(-(-_PROGRAMS // (B * K)), -(-n * S // _FEWEST_KEYS))
+    per_split = per_block * -(-n // (splits * per_block))
+    splits = -(-n // per_split)
+    tables = jnp.pad(tables, ((0, 0), (0, splits * per_split - n)))
+    heads = jnp.pad(q.reshape(B, K, G, H), ((0, 0), (0, 0), (0, rows - G), (0, 0)))
+
+    def of_row(*block):
+        return pl.BlockSpec((None, *block), lambda b, k, s: (b,) + (0,) * len(block))
+
+    def of_head(*block):
+        zeros = (0,) * len(block)
+        return pl.BlockSpec((None, None, *block), lambda b, k, s: (b, k, *zeros))
+
+    def of_part(*block):
+        zeros = (0,) * len(block)
+        return pl.BlockSpec(
+            (None, None, None, *block), lambda b, k, s: (b, k, s, *zeros)
+        )
+
+    cache = pl.BlockSpec((None, *keys.shape[1:]), lambda b, k, s: (k, 0, 0, 0))
+    out, peak, total = pl.pallas_call(
+        functools.partial(
+            _split,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            per_block=per_block,
+            per_split=per_split,
+        ),
+        grid=(B, K, splits),
+        in_specs=[of_row(tables.shape[1]), of_row(1), of_head(rows, H), cache, cache],
+        out_specs=[of_part(rows, H), of_part(rows), of_part(rows)],
+        out_shape=[
+            jax.ShapeDtypeStruct((B, K, splits, rows, H), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, splits, rows), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, splits, rows), jnp.float32),
+        ],
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+        name="split_keys",
+    )(tables, positions, heads, keys, values)
+    weight = jnp.exp(peak - peak.max(axis=2, keepdims=True))
+    total = jnp.maximum((weight * total).sum(axis=2), 1e-30)
+    joined = (weight[..., None] * out).sum(axis=2) / total[..., None]
+    return joined[:, :, :G].reshape(B, 1, N, H).astype(q.dtype)
+
+
+def _split(
+    tables,  # [n]
+    positions,  # [1]
+    q,  # [rows, H]
+    keys,  # [P, S, H]
+    values,
+    out,  # [rows, H]
+    peaks,  # [rows]
+    totals,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    per_block: int,
+    per_split: int,
+):
+    rows, H = q.shape
+    S, position, queries = keys.shape[1], positions[0], q[...]
+    first = pl.program_id(2) * per_split
+    last = jnp.minimum(first + per_split, pl.cdiv(position + 1, S))
+    if window is not None:
+        oldest = jnp.maximum(position - window + 1, 0) // (S * per_block)
+        first = jnp.maximum(first, oldest * per_block)
+
+    def block(i, carry):
+        peak, total, acc = carry
+        page = first + i * per_block
+        at = tables[pl.ds(page, per_block)]
+        k = keys[at].reshape(per_block * S, H).astype(queries.dtype)
+        scores = scale * triton.dot(queries, k.T, allow_tf32=False)
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        distance = position - (page * S + jnp.arange(per_block * S))
+        seen = distance >= 0
+        if window is not None:
+            seen &= distance < window
+        scores = jnp.where(seen[None, :], scores, -1e30)
+        new = jnp.maximum(peak, scores.max(axis=1))
+        shrink, probs = jnp.exp(peak - new), jnp.exp(scores - new[:, None])
+        v = values[at].reshape(per_block * S, H).astype(queries.dtype)
+        products = triton.dot(probs.astype(v.dtype), v, allow_tf32=False)
+        return (
+            new,
+            total * shrink + probs.sum(axis=1),
+            acc * shrink[:, None] + products,
+        )
+
+    start = (
+        jnp.full((rows,), -1e30, jnp.float32),
+        jnp.zeros((rows,), jnp.float32),
+        jnp.zeros((rows, H), jnp.float32),
+    )
+    count = jnp.maximum(pl.cdiv(last - first, per_block), 0)
+    peak, total, acc = jax.lax.fori_loop(0, count, block, start)
+    out[...], peaks[...], totals[...] = acc, peak, total
+
+
+def on_tpu(
+    q: Float[Array, "B 1 N H"],
+    keys: Float[Array, "K P S H"],
+    values: Float[Array, "K P S H"],
+    tables: Int[Array, "B n"],
+    positions: Int[Array, "B 1"],
+    *,
+    window: Window,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B 1 N H"]:
+    """`paged.attend` by JAX's paged attention for TPUs, which has no windows: they go
+    to the reference."""
+    from jax.experimental.pallas.ops.tpu import paged_attention as library
+
+    if window is not None:
+        return paged.attend(
+            q, keys, values, tables, positions,
+            window=window, scale=scale, softcap=softcap,
+        )  # fmt: skip
+    blocks = next(i for i in (8, 4, 2, 1) if tables.shape[1] % i == 0)
+    return library.paged_attention(
+        q[:, 0] * jnp.asarray(scale, q.dtype),
+        keys,
+        values,
+        jnp.maximum(positions[:, 0] + 1, 1),
+        tables,
+        attn_logits_soft_cap=softcap,
+        pages_per_compute_block=blocks,
+    )[:, None]

@@ -1,0 +1,221 @@
+"""The decoder over a cache made of pages: reading prompts, and one more token per row.
+
+A page holds keys and values of S neighbouring positions of one sequence, in every
+layer. A table says where a sequence's pages are: position p is at place p % S of page
+tables[b, p // S]. Page 0 belongs to nobody; what is written there is never read.
+
+B = rows, T = new tokens in a row, n = pages of the longest sequence, P = pages, K =
+key/value heads, H = head size.
+
+Source: Kwon et al. 2023 (arXiv:2309.06180).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxrl_llm.models.apply import Params, model
+from jaxrl_llm.models.architecture import Architecture
+from jaxrl_llm.models.attention import PackedAttention, Window
+
+PagedAttention = Callable[..., Float[Array, "B T N H"]]
+"""`attend`, or something of the same arguments and result."""
+
+
+@no_type_check  # JAX also builds such trees of shapes or shardings
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pages:
+    """Keys and values of every layer."""
+
+    keys: tuple[Float[Array, "K P S H"], ...]
+    values: tuple[Float[Array, "K P S H"], ...]
+
+    @property
+    def size(self) -> int:
+        """S, positions in a page."""
+        return self.keys[0].shape[2]
+
+
+def empty(arch: Architecture, num_pages: int, page_size: int, dtype: Any) -> Pages:
+    """Pages of zeros."""
+    shape = arch.num_kv_heads, num_pages, page_size, arch.head_dim
+    layers = range(arch.num_layers)
+    return Pages(
+        tuple(jnp.zeros(shape, dtype) for _ in layers),
+        tuple(jnp.zeros(shape, dtype) for _ in layers),
+    )
+
+
+def copy(pages: Pages, source: Int[Array, " c"], target: Int[Array, " c"]) -> Pages:
+    """What is in the pages `source` is also in the pages `target`."""
+    return jax.tree.map(lambda x: x.at[:, target].set(x[:, source]), pages)
+
+
+def read(
+    arch: Architecture,
+    params: Params,
+    tokens: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    sequence_ids: Int[Array, "R T"],
+    places: Int[Array, "R T"],
+    pages: Pages,
+    *,
+    dtype: Any,
+    attention: PackedAttention,
+) -> tuple[Float[Array, "R T D"], Pages]:
+    """Reads the beginnings of sequences, packed in rows.
+
+    Args:
+      params: fused or unstacked.
+      sequence_ids: a token sees its own sequence; padding has an id of its own.
+      places: where each token's key and value belong, page * S + place within it.
+
+    Returns:
+      Final hidden states, and the pages with what was read.
+    """
+
+    def attend_row(i, q, k, v, keys, values):
+        return attention(
+            q,
+            k,
+            v,
+            sequence_ids,
+            positions,
+            window=arch.window_of_layer[i],
+            scale=arch.attention_scale,
+            softcap=arch.attention_softcap,
+        )
+
+    return _run(arch, params, tokens, positions, places, pages, attend_row, dtype)
+
+
+def go_on(
+    arch: Architecture,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    tables: Int[Array, "B n"],
+    pages: Pages,
+    *,
+    dtype: Any,
+    attention: PagedAttention,
+) -> tuple[Float[Array, "B T D"], Pages]:
+    """More tokens of sequences whose beginnings are in the pages: one each to decode,
+    many to read a long prompt piece by piece.
+
+    Args:
+      params: fused or unstacked.
+      positions: where each token stands in its sequence; -1 for padding.
+
+    Returns:
+      Final hidden states, and the pages with these tokens.
+    """
+    size = pages.size
+    page = jnp.take_along_axis(tables, jnp.maximum(positions, 0) // size, axis=1)
+    places = jnp.where(positions < 0, 0, page * size + positions % size)
+
+    def attend_pages(i, q, k, v, keys, values):
+        return attention(
+            q,
+            keys,
+            values,
+            tables,
+            positions,
+            window=arch.window_of_layer[i],
+            scale=arch.attention_scale,
+            softcap=arch.attention_softcap,
+        )
+
+    return _run(arch, params, tokens, positions, places, pages, attend_pages, dtype)
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    keys: Float[Array, "K P S H"],
+    values: Float[Array, "K P S H"],
+    tables: Int[Array, "B n"],
+    positions: Int[Array, "B T"],
+    *,
+    window: Window,
+    scale: float,
+    softcap: float | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(cap(scale * q k^T)) v over the positions up to each query's own.
+
+    A page at a time, from the first that any row sees to the last: pages that nobody
+    has filled are not read. A query at position -1 gets something finite and unused.
+
+    Source: online softmax, Milakov and Gimelshein 2018 (arXiv:1805.02867).
+    """
+    B, T, N, H = q.shape
+    K, _, S, _ = keys.shape
+    G = N // K
+    q = q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K, B, G * T, H)
+
+    def page(j, carry):
+        peak, total, out = carry
+        at = jax.lax.dynamic_index_in_dim(tables, j, axis=1, keepdims=False)
+        k, v = keys[:, at].astype(q.dtype), values[:, at].astype(q.dtype)
+        scores = scale * jnp.einsum(
+            "kbqh,kbsh->kbqs", q, k, preferred_element_type=jnp.float32
+        )
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        distance = positions[:, :, None] - (j * S + jnp.arange(S))[None, None]
+        seen = distance >= 0
+        if window is not None:
+            seen &= distance < window
+        seen = jnp.broadcast_to(seen[:, None], (B, G, T, S)).reshape(B, G * T, S)
+        scores = jnp.where(seen[None], scores, -1e30)
+        new = jnp.maximum(peak, scores.max(axis=-1))
+        shrink, probs = jnp.exp(peak - new), jnp.exp(scores - new[..., None])
+        products = jnp.einsum(
+            "kbqs,kbsh->kbqh",
+            probs.astype(q.dtype),
+            v,
+            preferred_element_type=jnp.float32,
+        )
+        out = out * shrink[..., None] + products
+        return new, total * shrink + probs.sum(axis=-1), out
+
+    last = jnp.max(positions) // S + 1
+    first = 0
+    if window is not None:
+        oldest = jnp.where(positions < 0, jnp.max(positions), positions).min()
+        first = jnp.maximum(oldest - window + 1, 0) // S
+    start = (
+        jnp.full((K, B, G * T), -1e30),
+        jnp.zeros((K, B, G * T)),
+        jnp.zeros((K, B, G * T, H)),
+    )
+    _, total, out = jax.lax.fori_loop(first, last, page, start)
+    out = (out / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
+    out = out.reshape(K, B, G, T, H).transpose(1, 3, 0, 2, 4)
+    return out.reshape(B, T, N, H)
+
+
+def _run(arch, params, tokens, positions, places, pages, attend_layer, dtype):
+    decoder = model(arch, params)
+    tables = decoder.rotary_tables(positions)
+    at, size = places.reshape(-1), pages.size
+    x, keys, values = decoder.embed(tokens, dtype), [], []
+    for i, layer in enumerate(decoder.layers):
+
+        def attend_and_keep(q, k, v, i=i):
+            kept = tuple(
+                old.at[:, at // size, at % size].set(
+                    new.reshape(-1, *new.shape[2:]).swapaxes(0, 1).astype(old.dtype)
+                )
+                for old, new in ((pages.keys[i], k), (pages.values[i], v))
+            )
+            return attend_layer(i, q, k, v, *kept), kept
+
+        x, (k, v) = layer(x, tables[arch.rope_of_layer[i]], attend_and_keep)
+        keys.append(k)
+        values.append(v)
+    return decoder.norm(x), Pages(tuple(keys), tuple(values))

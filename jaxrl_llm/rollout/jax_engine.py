@@ -1,0 +1,341 @@
+"""The JAX engine: continuous batching in compiled programs, over a cache of pages.
+
+`scheduler` decides, `decode` computes, this file carries between them: while the device
+decodes one chunk of steps, the host hands out what the chunk before gave and prepares
+the next. Shapes come from a few sizes, so that nothing compiles after the first calls.
+"""
+
+import functools
+import math
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrl_llm import models
+from jaxrl_llm.batch import Completion
+from jaxrl_llm.models import Architecture
+from jaxrl_llm.rollout import decode
+from jaxrl_llm.rollout.engine import Request
+from jaxrl_llm.rollout.running import (
+    PAGE_SIZE,
+    SEQUENCES_PER_ROW,
+    Running,
+    abstract,
+    abstract_inputs,
+    fit,
+    stop_ids,
+)
+from jaxrl_llm.rollout.scheduler import Response
+from sharding import checksum, plan, processes, reshard, rules
+
+_SHARE_OF_FREE = 0.9
+"""Of the memory that is free when generation begins, for the cache."""
+
+
+class JaxEngine:
+    """Generation by compiled JAX. Implements `rollout.engine.Engine`.
+
+    Args:
+      tokenizer: decodes text, for stop strings and `Completion.text`.
+      mesh: axes "data" and "tensor"; sequences are split over the first, weights over
+        the second. Of many processes, each generates what it is asked on its own
+        devices, without the others; `load` is what they do together.
+      dtype: of weights, activations and cache.
+      max_model_len: tokens of the longest prompt with its response.
+      max_num_seqs: sequences decoded together, on all devices; more wait.
+      decode_chunk: steps per dispatch.
+      prefill_tokens: of prompts, read per dispatch and replica.
+      cache_gib: memory for keys and values on each device. Not given: what the longest
+        sequences need, if 90 % of the free memory suffices.
+      checksum_freq: verify the weights at the first load and whenever their version is
+        a multiple of this; 0: never.
+
+    Raises:
+      ValueError: `max_model_len` is more than the model has positions.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        tokenizer: Any,
+        *,
+        mesh: Mesh,
+        dtype: Any,
+        max_model_len: int,
+        max_num_seqs: int,
+        decode_chunk: int,
+        prefill_tokens: int = 8192,
+        cache_gib: float | int | None = None,
+        checksum_freq: int = 100,
+    ):
+        if max_model_len > arch.max_positions:
+            raise ValueError(
+                f"max_model_len {max_model_len}: the model has {arch.max_positions} "
+                "positions"
+            )
+        self.arch, self.tokenizer = arch, tokenizer
+        self._devices, self.mesh = set(mesh.devices.flat), mesh.local_mesh
+        self.replicas = self.mesh.shape["data"]
+        self._rows = -(-max_num_seqs // self.replicas)
+        self._max_model_len, self._chunk = max_model_len, decode_chunk
+        self._width = -(-max_model_len // PAGE_SIZE)
+        self._prefill_tokens, self._cache_gib = prefill_tokens, cache_gib
+        self._checksum_freq, self._way = checksum_freq, None
+        self._version, self._params = -1, None
+        self._run = decode.Run(
+            arch=arch,
+            dtype=jnp.dtype(dtype),
+            mesh=self.mesh,
+            attend=models.choose_paged_attention(self.mesh, arch.head_dim),
+            attend_rows=models.choose_attention(
+                self.mesh, dtype, SEQUENCES_PER_ROW + 1
+            ),
+        )
+        self._param_shardings = rules.to_shardings(
+            models.logical_axes(arch, stacked=False), mesh, rules.GENERATE
+        )
+        self._cast = jax.jit(
+            functools.partial(models.unstack, dtype=dtype),
+            out_shardings=self._param_shardings,
+        )
+        fused = models.logical_axes(arch, stacked=False, fused=True)
+        self._fused_shardings = rules.to_shardings(fused, self.mesh, rules.GENERATE)
+        self._fuse = jax.jit(
+            models.fuse, out_shardings=self._fused_shardings["layers"][0]
+        )
+        self._waiting: list[Response] = []
+        self._running: Running | None = None
+        self._num_pages: dict[int, int] = {}
+
+    def load(self, params: Any, version: int) -> dict[str, float]:
+        """Takes weights in the training layout. Completions will carry `version`.
+
+        Raises:
+          ValueError: responses are being made, which began with other weights.
+          checksum.TransferError: it was verified, and other weights arrived.
+        """
+        if self._running:
+            raise ValueError(
+                f"{self._running.outstanding} responses are being made with weights "
+                f"{self._version}; take all completions before weights {version}"
+            )
+        freq, first = self._checksum_freq, self._version == -1
+        self._params = None  # free the old copy before the new one is made
+        devices = {d for x in jax.tree.leaves(params) for d in x.sharding.device_set}
+        if devices == self._devices:
+            moved = self._cast(params)  # one program, XLA's own collectives
+        else:
+            moved = reshard.reshard(params, self._way_of(params))
+        if len(devices) > 1 and freq and (first or version % freq == 0):
+            way = self._way_of(params)
+            checksum.verify(moved, way, checksum.expected(params, way))
+        moved = processes.here(moved, self.mesh)
+        layers = moved["layers"]  # one at a time: two copies of all would not fit
+        self._params = moved | {
+            "layers": {i: self._fuse(layers.pop(i)) for i in list(layers)}
+        }
+        self._version = version
+        return {}
+
+    def _way_of(self, params: Any) -> plan.Plan:
+        """How weights in this layout come here.
+
+        Planning takes a second or two, so the last plan is kept.
+        """
+        layout = jax.tree.map(lambda x: (x.dtype, x.sharding), params)
+        if self._way is None or self._way[0] != layout:
+            self._way = layout, plan.plan(params, self.abstract_params())
+        return self._way[1]
+
+    def abstract_params(self) -> Any:
+        """Shapes, dtypes and shardings of the weights all processes hold, before
+        matrices are joined."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            models.abstract_params(self.arch, dtype=self._run.dtype, stacked=False),
+            self._param_shardings,
+        )
+
+    def memory(self, num_rows: int, num_tokens: int) -> dict[str, int]:
+        """Bytes of weights and cache on each device, while `num_rows` responses wait,
+        each with its prompt at most `num_tokens` long."""
+        rows = self._fit(num_rows)
+        pages, _ = abstract(self._run, rows, self._wanted_pages(rows))
+        return {
+            "generation weights": _bytes(self.abstract_params()),
+            "generation cache": _bytes(pages),
+        }
+
+    def close(self) -> None:
+        """Nothing: it runs in this process only."""
+
+    def compile(
+        self, num_responses: int, prompt_length: int
+    ) -> dict[str, jax.stages.Compiled]:
+        """Reading prompts, and a chunk of decoding, from shapes alone."""
+        rows = self._fit(num_responses)
+        run, count = self._run, self._wanted_pages(rows)
+        params = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            models.abstract_params(
+                self.arch, dtype=run.dtype, stacked=False, fused=True
+            ),
+            self._fused_shardings,
+        )
+        pages, state = abstract(run, rows, count)
+        prompts, tables = abstract_inputs(
+            run, rows, self._width, prompt_length, self._prefill_tokens
+        )
+        decoding = {"run": run, "chunk": self._chunk, "mode": "plain"}
+        return {
+            "prefill": decode.read.lower(params, *prompts, pages, run=run).compile(),
+            "decode": decode.decode.lower(
+                params, tables, state, pages, **decoding
+            ).compile(),
+        }
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queues requests.
+
+        Raises:
+          ValueError: a prompt is empty, or prompt and response cannot fit.
+        """
+        for request in requests:
+            longest = len(request.tokens) + request.sampling.max_tokens
+            if not request.tokens:
+                raise ValueError(f"prompt {request.prompt_id} is empty")
+            if longest > self._max_model_len:
+                raise ValueError(
+                    f"prompt {request.prompt_id} has {len(request.tokens)} tokens and "
+                    f"asks for up to {request.sampling.max_tokens} more, but "
+                    f"max_model_len is {self._max_model_len}"
+                )
+        made = [Response(r, i) for r in requests for i in range(r.num_samples)]
+        (self._running.add if self._running else self._waiting.extend)(made)
+
+    def completions(self) -> Iterator[Completion]:
+        """Yields completions as they finish, until nothing submitted is outstanding.
+
+        More may be submitted meanwhile: what begins like a sequence before it, as the
+        next turn of a conversation does, is read only from where it differs.
+        """
+        if self._params is None:
+            raise ValueError("no weights are loaded; call load(params) first")
+        if self._waiting:
+            self._running = self._start(len(self._waiting))
+            self._running.add(self._waiting)
+            self._waiting = []
+        while self._running and self._running.outstanding:
+            for response, before in self._running.advance():
+                stopped = self._cut(response, before)
+                ended = response.tokens[-1] in stop_ids(self.arch, response.request)
+                full = len(response.tokens) == response.request.sampling.max_tokens
+                if stopped is not None or ended or full:
+                    self._running.finish(response, told=stopped is None)
+                    yield self._completion(response, stopped)
+        self._running = None
+
+    def abort(self, prompt_ids: Container[int]) -> int:
+        """Forgets the responses to these prompts; returns how many there were."""
+        if self._running:
+            return len(self._running.abort(prompt_ids))
+        kept = [r for r in self._waiting if r.request.prompt_id not in prompt_ids]
+        count = len(self._waiting) - len(kept)
+        self._waiting = kept
+        return count
+
+    def _start(self, num_responses: int) -> Running:
+        rows = self._fit(num_responses)
+        if rows not in self._num_pages:
+            self._num_pages[rows] = self._affordable_pages(rows)
+        return Running(
+            self._run,
+            self._params,
+            num_rows=rows,
+            num_pages=self._num_pages[rows],
+            width=self._width,
+            chunk=self._chunk,
+            prefill_tokens=self._prefill_tokens,
+        )
+
+    def _fit(self, num_responses: int) -> int:
+        """Rows of a replica for so many responses on all."""
+        return fit(self._rows, -(-num_responses // self.replicas))
+
+    def _wanted_pages(self, rows: int) -> int:
+        """For as many of the longest sequences as there are rows, and half as much for
+        those that wait to begin."""
+        return 1 + self._width * rows * 3 // 2
+
+    def _affordable_pages(self, rows: int) -> int:
+        """As many as wanted, if there is memory for them."""
+        wanted = self._wanted_pages(rows)
+        page = _bytes(abstract(self._run, 1, 1)[0])
+        device = self.mesh.devices.flat[0]
+        room, said = None, device.memory_stats()
+        if self._cache_gib is not None:
+            room, name = self._cache_gib * 2**30, "rollout.cache_gib allows"
+        elif said and "bytes_limit" in said:
+            room, name = said["bytes_limit"] - said["bytes_in_use"], "are free:"
+            room *= _SHARE_OF_FREE
+        if room is None:
+            return wanted
+        count = min(wanted, int(room / page))
+        if count <= self._width:
+            raise ValueError(
+                f"one sequence of {self._max_model_len} tokens needs "
+                f"{(self._width + 1) * page / 2**30:.3g} GiB of cache on each device, "
+                f"{name} {room / 2**30:.3g} GiB"
+            )
+        return count
+
+    def _cut(self, response: Response, before: int) -> str | None:
+        """Cuts a response after the first token that completes a stop string, and
+        returns the text before that; None if there is none."""
+        stops = response.request.sampling.stop
+        if not stops or not any(s in self._text(response.tokens) for s in stops):
+            return None
+        for end in range(before + 1, len(response.tokens) + 1):
+            text = self._text(response.tokens[:end])
+            found = [text.index(stop) for stop in stops if stop in text]
+            if found:
+                for values in (
+                    response.tokens,
+                    response.logprobs,
+                    response.raw_logprobs,
+                ):
+                    del values[end:]
+                return text[: min(found)]
+        return None
+
+    def _completion(self, response: Response, text: str | None) -> Completion:
+        tokens = response.tokens
+        by_token = tokens[-1] in stop_ids(self.arch, response.request)
+        by_text = text is not None
+        if text is None:
+            text = self._text(tokens[:-1] if by_token else tokens)
+        return Completion(
+            prompt_id=response.request.prompt_id,
+            sample=response.sample,
+            tokens=np.asarray(tokens, np.int32),
+            logprobs=np.asarray(response.logprobs, np.float32),
+            raw_logprobs=np.asarray(response.raw_logprobs, np.float32),
+            finish_reason="stop" if by_token or by_text else "length",
+            weight_version=self._version,
+            text=text,
+        )
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def _bytes(tree: Any) -> int:
+    """On one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,409 @@
+"""The state of generation on the device while there is something to generate.
+
+Each replica (mesh axis "data") has its scheduler, rows and pages; one dispatch runs all
+of them.
+"""
+
+import itertools
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxrl_llm.models import Architecture, Pages, paged
+from jaxrl_llm.rollout import decode
+from jaxrl_llm.rollout.engine import Request, Sampling
+from jaxrl_llm.rollout.pool import Pool
+from jaxrl_llm.rollout.sampling import Mode
+from jaxrl_llm.rollout.scheduler import Piece, Plan, Response, Scheduler
+
+PAGE_SIZE = 64
+SEQUENCES_PER_ROW = 16
+"""At most, of prompts that are read together."""
+_FEWEST_ROWS = 8
+_FEWEST_TOKENS = 64
+"""Length of the shortest rows that are read."""
+_MODES: tuple[Mode, ...] = ("plain", "tempered", "truncated")
+
+
+class Running:
+    """Responses in the making.
+
+    Args:
+      run: what is compiled.
+      num_rows: sequences that a replica decodes together.
+      num_pages: of a replica.
+      width: pages of the longest sequence.
+      chunk: steps per dispatch.
+      prefill_tokens: read per dispatch and replica.
+    """
+
+    def __init__(
+        self,
+        run: decode.Run,
+        params: Any,
+        *,
+        num_rows: int,
+        num_pages: int,
+        width: int,
+        chunk: int,
+        prefill_tokens: int,
+    ):
+        self._run, self._params = run, params
+        self._chunk, self._prefill_tokens = chunk, prefill_tokens
+        self._replicas = run.mesh.shape["data"]
+        self._of_rows = NamedSharding(run.mesh, P("data"))
+        self._schedulers = [
+            Scheduler(
+                Pool(num_pages, PAGE_SIZE),
+                num_slots=2 * num_rows,
+                width=width,
+                chunk=chunk,
+                most_read=prefill_tokens,
+            )
+            for _ in range(self._replicas)
+        ]
+        eos = len(run.arch.eos_token_ids)
+        self._lines = [Lines(2 * num_rows, eos) for _ in range(self._replicas)]
+        self._mode: Mode = "plain"
+        self._most_rows = num_rows
+        self._num_rows = num_rows
+        pages, rows = abstract(run, num_rows, num_pages)
+        self._pages = jax.jit(
+            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), pages),
+            out_shardings=jax.tree.map(lambda x: x.sharding, pages),
+        )()
+        self._rows = jax.device_put(
+            decode.no_rows(num_rows, self._replicas),
+            jax.tree.map(lambda x: x.sharding, rows),
+        )
+        self._flight: decode.Steps | None = None
+
+    @property
+    def outstanding(self) -> int:
+        """Responses that wait or are being made."""
+        return sum(scheduler.outstanding for scheduler in self._schedulers)
+
+    def add(self, responses: Sequence[Response]) -> None:
+        """More to make. Those to one prompt come to one replica: it is read once."""
+        for _, group in itertools.groupby(responses, lambda r: id(r.request)):
+            least = min(self._schedulers, key=lambda s: s.outstanding)
+            least.waiting.extend(group)
+        asked = {_mode(r.request.sampling) for r in responses}
+        self._mode = max({self._mode, *asked}, key=_MODES.index)
+
+    def advance(self) -> Iterator[tuple[Response, int]]:
+        """Sends the device on for another chunk, then looks at what the last one gave.
+
+        Yields:
+          Responses with new tokens, and how many they had before.
+        """
+        plans = [scheduler.plan() for scheduler in self._schedulers]
+        self._read(plans)
+        for lines, made, scheduler in zip(
+            self._lines, plans, self._schedulers, strict=True
+        ):
+            for slot in made.queue:
+                response = scheduler.slots[slot]
+                lines.write(slot, response, stop_ids(self._run.arch, response.request))
+        self._fit_rows()
+        tables = [
+            lines.tables(scheduler)
+            for lines, scheduler in zip(self._lines, self._schedulers, strict=True)
+        ]
+        last = self._flight
+        self._rows, self._pages, self._flight = decode.decode(
+            self._params,
+            jax.device_put(
+                jax.tree.map(lambda *x: np.concatenate(x), *tables), self._of_rows
+            ),
+            self._rows,
+            self._pages,
+            run=self._run,
+            chunk=self._chunk,
+            mode=self._mode,
+        )
+        if last is not None:
+            yield from self._look(last)
+
+    def finish(self, response: Response, *, told: bool) -> None:
+        """See `Scheduler.finish`."""
+        self._of(response).finish(response, told=told)
+
+    def abort(self, prompt_ids: Container[int]) -> list[Response]:
+        """See `Scheduler.abort`."""
+        return [r for s in self._schedulers for r in s.abort(prompt_ids)]
+
+    def _of(self, response: Response) -> Scheduler:
+        return next(
+            s
+            for s in self._schedulers
+            if s.slots[response.slot] is response  # of two replicas' slots, one's
+        )
+
+    def _look(self, steps: decode.Steps) -> Iterator[tuple[Response, int]]:
+        found = jax.device_get(steps)
+        parts = [
+            [np.split(x, self._replicas, axis=1)[i] for x in jax.tree.leaves(found)]
+            for i in range(self._replicas)
+        ]
+        for scheduler, part in zip(self._schedulers, parts, strict=True):
+            yield from scheduler.took(*part)
+
+    def _fit_rows(self) -> None:
+        """Fewer rows when few sequences are left: each costs, also where it is idle."""
+        needed = max(s.outstanding + len(s.gone) for s in self._schedulers)
+        count = fit(self._most_rows, needed)
+        if count * 4 <= self._num_rows or count > self._num_rows:
+            self._num_rows = count
+            self._rows = decode.resize(self._rows, count=count, run=self._run)
+
+    def _read(self, plans: Sequence[Plan]) -> None:
+        """Brings what was planned into the pages."""
+        first = [pack(made.rounds[0]) for made in plans]
+        for batch, length in self._batches(first):
+            self._pages = decode.read(
+                self._params,
+                *self._put([packed_rows(rows, length) for rows in batch]),
+                self._pages,
+                run=self._run,
+            )
+        for rounds in itertools.zip_longest(
+            *(made.rounds[1:] for made in plans), fillvalue=[]
+        ):
+            alone = [[[piece] for piece in pieces] for pieces in rounds]
+            for batch, length in self._batches(alone):
+                width = self._schedulers[0].tables.shape[1]
+                self._pages = decode.read_on(
+                    self._params,
+                    *self._put([later_rows(rows, length, width) for rows in batch]),
+                    self._pages,
+                    run=self._run,
+                )
+        most = max(len(made.copies) for made in plans)
+        if most:
+            pairs = np.zeros((self._replicas, _power_of_two(most), 2), np.int32)
+            for i, made in enumerate(plans):
+                if made.copies:
+                    pairs[i, : len(made.copies)] = made.copies
+            source, target = pairs.reshape(-1, 2).T
+            self._pages = decode.copy(
+                self._pages, *self._put([(source, target)]), run=self._run
+            )
+
+    def _batches(
+        self, rows: Sequence[list[list[Piece]]]
+    ) -> Iterator[tuple[list[list[list[Piece]]], int]]:
+        """Rows of every replica in batches of one size, and the length of their rows.
+
+        Missing rows are empty.
+        """
+        if not any(rows):
+            return
+        longest = max(sum(len(p.tokens) for p in row) for part in rows for row in part)
+        length = _row_length(longest)
+        most = max(1, self._prefill_tokens // length)
+        for start in range(0, max(map(len, rows)), most):
+            parts = [part[start : start + most] for part in rows]
+            count = _power_of_two(max(map(len, parts)))
+            yield [part + [[]] * (count - len(part)) for part in parts], length
+
+    def _put(self, parts: Sequence[tuple[np.ndarray, ...]]) -> list[jax.Array]:
+        joined = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
+        return jax.device_put(joined, self._of_rows)
+
+
+class Lines:
+    """What the device's tables say of sequences, besides their pages. One replica's."""
+
+    def __init__(self, num_slots: int, stop_ids: int):
+        def of_slots(dtype, *shape) -> np.ndarray:
+            return np.zeros((num_slots, *shape), dtype)
+
+        self._ints = {name: of_slots(np.int32) for name in _INTS}
+        self._floats = {name: of_slots(np.float32) for name in _FLOATS}
+        self._seeds = of_slots(np.uint32)
+        self._stop_ids = of_slots(np.int32, _power_of_two(stop_ids)) - 1
+        self._queue, self._tail = of_slots(np.int32), 0
+
+    def write(self, slot: int, response: Response, stop_ids: Sequence[int]) -> None:
+        """Lays a sequence out, behind those that wait to begin."""
+        request, sampling = response.request, response.request.sampling
+        line = {
+            "first_token": response.sequence[-1],
+            "first_position": response.position,
+            "first_count": len(response.tokens),
+            "max_tokens": sampling.max_tokens,
+            "prompt_ids": request.prompt_id,
+            "samples": response.sample,
+            "top_k": sampling.top_k,
+        }
+        for name, value in line.items():
+            self._ints[name][slot] = value
+        for name in _FLOATS:
+            self._floats[name][slot] = getattr(sampling, name)
+        self._seeds[slot] = request.seed
+        room = _power_of_two(len(stop_ids)) - self._stop_ids.shape[1]
+        if room > 0:
+            pad = ((0, 0), (0, room))
+            self._stop_ids = np.pad(self._stop_ids, pad, constant_values=-1)
+        self._stop_ids[slot] = -1
+        self._stop_ids[slot, : len(stop_ids)] = stop_ids
+        self._queue[self._tail % len(self._queue)] = slot
+        self._tail += 1
+
+    def tables(self, scheduler: Scheduler) -> decode.Tables:
+        """A copy: the device may read it while the next is written."""
+        gone = np.zeros(len(self._queue), bool)
+        gone[scheduler.gone] = True
+        return jax.tree.map(
+            np.array,
+            decode.Tables(
+                pages=scheduler.tables,
+                room=scheduler.room,
+                gone=gone,
+                seeds=self._seeds,
+                stop_ids=self._stop_ids,
+                queue=self._queue,
+                tail=np.array([self._tail], np.int32),
+                **self._ints,
+                **self._floats,
+            ),
+        )
+
+
+_FLOATS = ("temperature", "top_p", "min_p")
+_INTS = (
+    "first_token",
+    "first_position",
+    "first_count",
+    "max_tokens",
+    "prompt_ids",
+    "samples",
+    "top_k",
+)
+
+
+def fit(most: int, needed: int) -> int:
+    """Rows for so many sequences: a power of two, or `most`."""
+    return min(most, max(_FEWEST_ROWS, _power_of_two(needed)))
+
+
+def pack(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Pieces in rows as long as the longest, rounded up: first fit among the newest
+    rows, the longest first."""
+    rows: list[list[Piece]] = []
+    room: list[int] = []
+    for piece in sorted(pieces, key=lambda piece: -len(piece.tokens)):
+        size = len(piece.tokens)
+        for i in range(len(rows))[-_LOOK_BACK:]:
+            if room[i] >= size and len(rows[i]) < SEQUENCES_PER_ROW:
+                break
+        else:
+            i = len(rows)
+            rows.append([])
+            room.append(_row_length(len(rows[0][0].tokens) if i else size))
+        rows[i].append(piece)
+        room[i] -= size
+    return rows
+
+
+_LOOK_BACK = 8
+
+
+def packed_rows(rows: Sequence[Sequence[Piece]], length: int) -> tuple[np.ndarray, ...]:
+    """Tokens, positions, sequence ids and places [R, T] of `decode.read`."""
+    tokens, positions, ids, places = np.zeros((4, len(rows), length), np.int32)
+    ids += SEQUENCES_PER_ROW
+    for r, row in enumerate(rows):
+        start = 0
+        for number, piece in enumerate(row):
+            end = start + len(piece.tokens)
+            at = np.arange(end - start)
+            tokens[r, start:end], positions[r, start:end] = piece.tokens, at
+            ids[r, start:end] = number
+            pages = np.asarray(piece.pages)
+            places[r, start:end] = pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE
+            start = end
+    return tokens, positions, ids, places
+
+
+def later_rows(
+    rows: Sequence[Sequence[Piece]], length: int, width: int
+) -> tuple[np.ndarray, ...]:
+    """Tokens and positions [R, T], and tables [R, n], of `decode.read_on`."""
+    tokens, positions = np.zeros((2, len(rows), length), np.int32)
+    positions -= 1
+    tables = np.zeros((len(rows), width), np.int32)
+    for r, row in enumerate(rows):
+        for piece in row:
+            size = len(piece.tokens)
+            tokens[r, :size] = piece.tokens
+            positions[r, :size] = piece.start + np.arange(size)
+            tables[r, : len(piece.pages)] = piece.pages
+    return tokens, positions, tables
+
+
+def abstract(
+    run: decode.Run, num_rows: int, num_pages: int
+) -> tuple[Pages, decode.Rows]:
+    """Shapes, dtypes and shardings of what the device holds.
+
+    Args:
+      num_rows, num_pages: of a replica.
+    """
+    replicas = run.mesh.shape["data"]
+    pages = jax.eval_shape(
+        lambda: paged.empty(run.arch, replicas * num_pages, PAGE_SIZE, run.dtype)
+    )
+    rows = jax.eval_shape(lambda: decode.no_rows(num_rows, replicas))
+    return _laid_out(run, pages, P("tensor", "data")), _laid_out(run, rows, P("data"))
+
+
+def abstract_inputs(
+    run: decode.Run, num_rows: int, width: int, prompt_length: int, prefill_tokens: int
+) -> tuple[list[jax.ShapeDtypeStruct], decode.Tables]:
+    """Shapes, dtypes and shardings of what the host sends: to `decode.read`, with as
+    many prompts as it takes at a time, and to `decode.decode`."""
+    replicas, slots = run.mesh.shape["data"], 2 * num_rows
+    length = _row_length(prompt_length)
+    count = replicas * max(1, prefill_tokens // length)
+    prompts = [jax.ShapeDtypeStruct((count, length), jnp.int32)] * 4
+    scheduler = Scheduler(
+        Pool(1, PAGE_SIZE), num_slots=slots, width=width, chunk=1, most_read=1
+    )
+    tables = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((replicas * len(x), *x.shape[1:]), x.dtype),
+        Lines(slots, len(run.arch.eos_token_ids)).tables(scheduler),
+    )
+    return _laid_out(run, prompts, P("data")), _laid_out(run, tables, P("data"))
+
+
+def _laid_out(run: decode.Run, tree: Any, spec: P) -> Any:
+    sharding = NamedSharding(run.mesh, spec)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+
+
+def stop_ids(arch: Architecture, request: Request) -> tuple[int, ...]:
+    """Tokens that end a response to it."""
+    return arch.eos_token_ids + request.sampling.stop_token_ids
+
+
+def _mode(sampling: Sampling) -> Mode:
+    if sampling.top_k != -1 or sampling.top_p < 1 or sampling.min_p > 0:
+        return "truncated"
+    return "plain" if sampling.temperature == 1 else "tempered"
+
+
+def _row_length(tokens: int) -> int:
+    return max(_FEWEST_TOKENS, _power_of_two(tokens))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (max(n, 1) - 1).bit_length()

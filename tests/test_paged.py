@@ -1,0 +1,110 @@
+"""Attention over pages, against a plain loop in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.models import kernels, paged
+from sharding import mesh
+
+
+def case(B, T, N, K, S, n, H=16):
+    """Random queries, keys, values, tables and positions: row 0 is idle, row 1 at its
+    last position, row 2 at its first."""
+    rng = np.random.default_rng(B * T + N + S)
+    q = rng.normal(size=(B, T, N, H)).astype(np.float32)
+    keys, values = rng.normal(size=(2, K, B * n + 1, S, H)).astype(np.float32)
+    tables = 1 + rng.permutation(B * n).reshape(B, n).astype(np.int32)
+    first = rng.integers(0, n * S - T + 1, B)
+    first[1:3] = n * S - T, 0
+    positions = (first[:, None] + np.arange(T)).astype(np.int32)
+    positions[0] = -1
+    return [jnp.asarray(x) for x in (q, keys, values, tables, positions)]
+
+
+def loop(q, keys, values, tables, positions, *, window, scale, softcap):
+    q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
+    out = np.zeros(q.shape)
+    (B, T, N, H), K = q.shape, keys.shape[0]
+    for b, t, h in np.ndindex(B, T, N):
+        head, p = h // (N // K), int(positions[b, t])
+        if p < 0:
+            continue
+        first = 0 if window is None else max(0, p - window + 1)
+        k, v = (
+            x[head, tables[b]].reshape(-1, H)[first : p + 1] for x in (keys, values)
+        )
+        scores = scale * k @ q[b, t, h]
+        if softcap is not None:
+            scores = softcap * np.tanh(scores / softcap)
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = weights @ v / weights.sum()
+    return out
+
+
+SHAPES = {"B": 4, "T": 1, "N": 6, "K": 2, "S": 16, "n": 9}
+
+
+@pytest.mark.parametrize("window, softcap", [(None, None), (20, None), (1, 5.0)])
+@pytest.mark.parametrize(
+    "attend, shape",
+    [
+        (paged.attend, SHAPES),
+        (paged.attend, SHAPES | {"T": 7}),
+        (paged.attend, SHAPES | {"N": 2, "S": 4, "n": 40}),
+        (functools.partial(kernels.split_keys, interpret=True), SHAPES),
+        (
+            functools.partial(kernels.split_keys, interpret=True),
+            SHAPES | {"N": 32, "n": 40},  # 16 queries to a key, in three parts
+        ),
+        (
+            functools.partial(kernels.split_keys, interpret=True),
+            SHAPES | {"N": 2, "S": 64, "n": 3},
+        ),
+    ],
+    ids=lambda x: getattr(x, "__name__", None) or "kernel" if callable(x) else str(x),
+)
+def test_attention_over_pages_is_that_of_a_plain_loop(attend, shape, window, softcap):
+    arguments = case(**shape)
+    options = {"window": window, "scale": 0.25, "softcap": softcap}
+    got = attend(*arguments, **options)
+    np.testing.assert_allclose(got[1:], loop(*arguments, **options)[1:], atol=2e-6)
+    assert np.isfinite(got).all()
+
+
+def test_the_platform_chooses():
+    here = mesh.make({"data": 8, "tensor": 1})
+    assert kernels.choose(here, 64) is paged.attend
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_gpu_kernel_is_lowered(head_dim):
+    # Without a GPU nothing more can be tried than that JAX can translate it.
+    if jax.__version_info__ >= (0, 12):
+        pytest.skip("JAX 0.12 lowers Triton kernels only where a GPU is")
+    B, n = 8, 20
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in [
+            ((B, 1, 12, head_dim), jnp.bfloat16),
+            ((2, B * n, 64, head_dim), jnp.bfloat16),
+            ((2, B * n, 64, head_dim), jnp.bfloat16),
+            ((B, n), jnp.int32),
+            ((B, 1), jnp.int32),
+        ]
+    ]
+    kernel = functools.partial(kernels.split_keys, window=1000, scale=0.1)
+    lowered = jax.jit(kernel).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert "triton" in lowered.as_text()
+
+
+def test_pages_are_copied():
+    pages = paged.Pages(
+        (jnp.arange(24.0).reshape(2, 3, 2, 2),), (jnp.zeros((2, 3, 2, 2)),)
+    )
+    copied = paged.copy(pages, jnp.array([2, 0]), jnp.array([1, 0]))
+    np.testing.assert_array_equal(copied.keys[0][:, 1], pages.keys[0][:, 2])
+    np.testing.assert_array_equal(copied.keys[0][:, 2], pages.keys[0][:, 2])

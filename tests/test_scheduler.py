@@ -1,0 +1,195 @@
+"""The scheduler against a device that only counts, and the pool by hand."""
+
+import numpy as np
+import pytest
+
+from jaxrl_llm.rollout.engine import Request, Sampling
+from jaxrl_llm.rollout.pool import Pool
+from jaxrl_llm.rollout.scheduler import Response, Scheduler
+
+
+def test_sequences_that_begin_alike_find_the_same_pages():
+    pool = Pool(num_pages=6, size=2)
+    pages = [pool.take() for _ in range(3)]
+    pool.keep((1, 2, 3, 4, 5), pages)
+    assert pool.find((1, 2, 3, 4, 5)) == pages
+    assert pool.find((1, 2, 3, 4, 6)) == pages[:2]  # its end is another
+    assert pool.find((1, 2, 3)) == pages[:1]  # half a page was never kept
+    assert pool.find((3, 4, 5)) == []  # the same tokens, but behind others
+    assert len(pool) == 2
+
+
+def test_pages_that_nobody_holds_are_found_until_they_are_needed():
+    pool = Pool(num_pages=4, size=2)
+    pages = [pool.take(), pool.take()]
+    pool.keep((1, 2, 3, 4), pages)
+    pool.hold(pages[0])
+    pool.drop(pages[0])
+    for page in pages:
+        pool.drop(page)
+    assert len(pool) == 3 and pool.find((1, 2, 3, 4)) == pages
+    assert pool.take() == 3  # it was free for longest
+    assert pool.take() == pages[0]
+    assert pool.find((1, 2, 3, 4)) == []  # nothing is found behind what is lost
+    pool.keep((1, 2), [pages[0]])
+    assert pool.find((1, 2, 3, 4)) == [pages[0]]  # nor behind its like
+    pool.take()
+    with pytest.raises(KeyError):
+        pool.take()
+
+
+@pytest.fixture(params=[0, 1, 2, 3])
+def rng(request):
+    return np.random.default_rng(request.param)
+
+
+def simulate(rng, *, num_pages, size, rows, chunk, prompts, stop_early=0.0):
+    """Runs random requests; checks at every step that what a sequence reads is what was
+    written for it. Returns how often a response was put back."""
+    scheduler = Scheduler(
+        Pool(num_pages, size),
+        num_slots=2 * rows,
+        width=num_pages,
+        chunk=chunk,
+        most_read=3 * size,
+    )
+    cache = {}  # (page, place): the tokens up to the one that stands there
+    on_device = [None] * rows  # [slot, position, tokens, limit]
+    begin, queue = {}, []
+    asked = []
+    for p in range(prompts):
+        length = int(rng.integers(1, 4 * size))
+        tokens = tuple(rng.integers(0, 2, length).tolist())
+        request = Request(
+            prompt_id=p,
+            tokens=tokens,
+            num_samples=int(rng.integers(1, 4)),
+            seed=0,
+            sampling=Sampling(max_tokens=int(rng.integers(1, 5 * size))),
+        )
+        asked += [Response(request, i) for i in range(request.num_samples)]
+    scheduler.waiting.extend(asked)
+    done, flight, put_back = [], None, 0
+
+    def write(pages, position, tokens):
+        place = pages[position // size], position % size
+        assert place[0] != 0
+        cache[place] = tuple(tokens[: position + 1])
+
+    def token_of(response_key, count):
+        return (response_key * 7 + count) % 5
+
+    for _ in range(10_000):
+        if not scheduler.outstanding:
+            break
+        made = scheduler.plan()
+        put_back += len(scheduler._again)
+        for number, pieces in enumerate(made.rounds):
+            for piece in pieces:
+                assert (piece.start == 0) == (number == 0)
+                assert 0 < len(piece.tokens) <= 3 * size
+            for piece in pieces:  # what comes before was written by an earlier round
+                owner = next(
+                    r for r in scheduler.slots if r and tuple(r.pages) == piece.pages
+                )
+                for position in range(piece.start):
+                    place = piece.pages[position // size], position % size
+                    assert cache[place] == owner.sequence[: position + 1]
+                for i in range(len(piece.tokens)):
+                    write(piece.pages, piece.start + i, owner.sequence)
+        for source, target in made.copies:
+            for i in range(size):
+                if (source, i) in cache:
+                    cache[target, i] = cache[source, i]
+        for slot in made.queue:
+            response = scheduler.slots[slot]
+            key = response.request.prompt_id * 3 + response.sample
+            begin[slot] = [
+                slot, response.position, list(response.sequence),
+                response.end, key, len(response.tokens),
+            ]  # fmt: skip
+            queue.append(slot)
+        # The tables as they are sent; the host goes on to change its own.
+        tables, room = scheduler.tables.copy(), scheduler.room.copy()
+        last, steps = flight, []
+        for i, row in enumerate(on_device):
+            if row and row[0] in scheduler.gone:
+                on_device[i] = None
+        for _ in range(chunk):
+            line = []
+            for i in range(rows):
+                if on_device[i] is None and queue:
+                    on_device[i] = begin.pop(queue.pop(0))
+                row = on_device[i]
+                if row is None or row[1] >= room[row[0]]:
+                    line.append((-1, 0))
+                    continue
+                slot, position, tokens, end, key, count = row
+                write(tables[slot], position, tokens)
+                for p in range(position + 1):  # all that it attends to
+                    place = tables[slot, p // size], p % size
+                    assert cache[place] == tuple(tokens[: p + 1])
+                tokens.append(token_of(key, count))
+                line.append((slot, tokens[-1]))
+                row[1], row[5] = position + 1, count + 1
+                if row[1] == end:
+                    on_device[i] = None
+            steps.append(line)
+        flight = np.array(steps)
+        if last is None:
+            continue
+        zeros = np.zeros(last.shape[:2], np.float32)
+        for response, before in scheduler.took(
+            last[..., 0], last[..., 1], zeros, zeros
+        ):
+            key = response.request.prompt_id * 3 + response.sample
+            expected = [token_of(key, i) for i in range(len(response.tokens))]
+            assert response.tokens == expected
+            full = len(response.tokens) == response.request.sampling.max_tokens
+            early = rng.random() < stop_early
+            if full or early:
+                if early:
+                    del response.tokens[before + 1 :]
+                scheduler.finish(response, told=full and not early)
+                done.append(response)
+    assert len(done) == len(asked) == len(set(map(id, done)))
+    pool = scheduler.pool
+    for _ in range(3):  # slots that are told off come back a plan later
+        scheduler.plan()
+    assert len(pool) == num_pages - 1 and len(scheduler._free) == 2 * rows
+    return put_back
+
+
+def test_with_room_for_all_nobody_is_put_back(rng):
+    sizes = {"num_pages": 200, "size": 4, "rows": 4, "chunk": 3, "prompts": 12}
+    assert simulate(rng, **sizes) == 0
+
+
+def test_without_room_responses_are_put_back_and_none_is_lost(rng):
+    # The longest sequence needs nine pages, and that is all there are.
+    sizes = {"num_pages": 10, "size": 4, "rows": 4, "chunk": 3, "prompts": 12}
+    assert simulate(rng, **sizes) > 0
+
+
+def test_responses_that_the_host_stops_make_room(rng):
+    sizes = {"num_pages": 16, "size": 4, "rows": 3, "chunk": 5, "prompts": 12}
+    simulate(rng, **sizes, stop_early=0.3)
+
+
+def test_the_page_to_copy_from_may_be_the_only_one_there_is():
+    scheduler = Scheduler(Pool(2, size=8), num_slots=2, width=1, chunk=4, most_read=8)
+    request = Request(
+        prompt_id=0, tokens=(1, 2, 3), num_samples=2, seed=0,
+        sampling=Sampling(max_tokens=2),
+    )  # fmt: skip
+    scheduler.waiting.extend(Response(request, i) for i in range(2))
+    for _ in range(2):
+        made = scheduler.plan()
+        [slot] = made.queue
+        [[piece]] = made.rounds  # read again: nothing to copy from would be left
+        assert (piece.tokens, made.copies) == ((1, 2), [])
+        [(response, _)] = scheduler.took(
+            np.full((2, 1), slot), *np.zeros((3, 2, 1), np.int32)
+        )
+        scheduler.finish(response, told=True)
+    assert scheduler.outstanding == 0
