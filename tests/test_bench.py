@@ -4,6 +4,8 @@ import math
 import pytest
 
 from jaxrl_llm import bench
+from jaxrl_llm.bench import rollout, shapes
+from jaxrl_llm.rollout.engine import Request, Sampling
 
 
 @pytest.fixture
@@ -46,6 +48,34 @@ def test_the_phases_of_a_measured_step_add_up(measured):
     assert min(seconds) > 0
     other = 1 - (seconds[0] + seconds[3]) / line["step_seconds"]
     assert line["neither_rollout_nor_update"] == pytest.approx(other)
+
+
+@pytest.mark.slow
+def test_an_engine_is_measured_on_all_that_was_asked(measured):
+    (line,) = measured(
+        "rollout", "--model", "tiny", "--prompts", "4", "--n", "2", "--length", "8",
+        "--prompt-length", "20", "--dtype", "float32", "--max-num-seqs", "8",
+        "--rounds", "1",
+    )  # fmt: skip
+    assert line["tokens_per_second"] * line["seconds"] == pytest.approx(4 * 2 * 8)
+    assert line["ms_per_step"] * 8 == pytest.approx(1e3 * line["seconds"])
+
+
+def test_the_floor_of_an_engine_is_what_must_be_read(monkeypatch):
+    # Llama 3.1 8B: 7.505e9 numbers are multiplied (8.03e9 less the embedding), a token
+    # has 2 x 32 x 8 x 128 numbers in the cache. 16 sequences of 100 tokens after 100,
+    # decoded 8 at a time: 200 steps; a token sees 150 others on average.
+    monkeypatch.setattr(rollout.jax, "device_count", lambda: 1)
+    monkeypatch.setattr(rollout.hardware, "facts", lambda kind: (1, 4.8e12, 1))
+    monkeypatch.setattr(rollout.metrics, "peak_flops", lambda kind: 989e12)
+    request = Request(
+        prompt_id=0, tokens=(0,) * 100, num_samples=16, seed=0,
+        sampling=Sampling(max_tokens=100),
+    )  # fmt: skip
+    expected = 2 * (200 * 7.505e9 + 1600 * 150 * 65536) / 4.8e12
+    expected += 2 * 7.505e9 * 100 / 989e12
+    found = rollout.floor(shapes.find("llama3.1-8b"), [request], 8, 2, 1)
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 import transformers
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from jaxrl_llm import config as configs
 from jaxrl_llm import metrics, models
-from jaxrl_llm.bench import shapes
+from jaxrl_llm.bench import hardware, shapes
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
 from jaxrl_llm.train import engine_of
 from sharding import mesh
@@ -36,7 +37,9 @@ def main(
     mean: int | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     max_num_seqs: int = 256,
-    decode_chunk: int = 64,
+    decode_chunk: int = 32,
+    prefill_tokens: int = 8192,
+    tensor: int = 1,
     vllm_command: tuple[str, ...] = (
         "python",
         "-m",
@@ -58,7 +61,8 @@ def main(
         `length`.
       dtype: of weights, activations and cache.
       max_num_seqs: sequences decoded together.
-      decode_chunk: tokens per dispatch of the JAX engine.
+      decode_chunk, prefill_tokens: of the JAX engine, per dispatch.
+      tensor: devices of the JAX engine that share a copy of the weights.
       vllm_command: starts vLLM's API server.
       vllm_args: more arguments of it. Trainer and server share a device by
         XLA_PYTHON_CLIENT_MEM_FRACTION and --gpu-memory-utilization.
@@ -68,8 +72,10 @@ def main(
     params = models.RandomWeights(arch).load()
     asked = _requests(arch, prompts, n, prompt_length, length, mean)
     tokens = sum(r.sampling.max_tokens * r.num_samples for r in asked)
+    least = floor(arch, asked, max_num_seqs, jnp.dtype(dtype).itemsize, tensor)
     table = Table(
-        "engine", "new tok/s", "s", "weights s", "first s",
+        "engine", "new tok/s", "s", "ms/step", "of floor", "weights s", "first s",
+        "peak",
         title=f"{model}, {prompts} x {n} responses, {tokens:,} new tokens",
     )  # fmt: skip
     for name in engines:
@@ -90,24 +96,71 @@ def main(
                         "dtype": dtype,
                         "max_num_seqs": max_num_seqs,
                         "decode_chunk": decode_chunk,
+                        "prefill_tokens": prefill_tokens,
                         **({"vllm": servers} if name == "vllm" else {}),
                     },
                     "trainer": {"total_training_steps": 1},
                 },
                 "jaxrl bench rollout",
             )
-            on = mesh.make({"data": jax.device_count(), "tensor": 1})
+            axes = mesh.fill({"data": -1, "tensor": tensor}, jax.device_count())
+            on, probes = mesh.make(axes), [request.tokens for request in asked]
             tokenizer = _tokenizer(arch.vocab_size)
-            probes = [request.tokens for request in asked]
             with closing(engine_of(config, arch, tokenizer, on, probes)) as engine:
                 found = _measure(engine, params, asked, rounds)
+        steps = max(tokens / max_num_seqs, max(r.sampling.max_tokens for r in asked))
         found["tokens_per_second"] = tokens / found["seconds"]
+        found["ms_per_step"] = 1e3 * found["seconds"] / steps
+        if least is not None:
+            found["share_of_floor"] = least / found["seconds"]
         table.add_row(
             name, f"{found['tokens_per_second']:,.0f}", f"{found['seconds']:.2f}",
+            f"{found['ms_per_step']:.2f}", _shown(found, "share_of_floor", 100, "%"),
             f"{found['load_seconds']:.2f}", f"{found['first_seconds']:.1f}",
+            _shown(found, "perf/max_memory_allocated_gb", 1, "GB"),
         )  # fmt: skip
         print(json.dumps({"model": model, "engine": name, **found}), flush=True)
     Console().print(table)
+
+
+def floor(
+    arch: models.Architecture,
+    asked: Sequence[Request],
+    rows: int,
+    itemsize: int,
+    tensor: int,
+) -> float | None:
+    """Seconds that no engine can beat on these devices: weights are read once per step,
+    keys and values once per token that attends to them, and prompts are multiplied with
+    the weights once. None if the devices' rates are not known.
+
+    Args:
+      rows: sequences decoded together on all devices.
+      itemsize: bytes of a weight, key or value.
+      tensor: devices that share a copy of the weights.
+    """
+    kind = jax.devices()[0].device_kind
+    known, peak = hardware.facts(kind), metrics.peak_flops(kind)
+    if known is None or peak is None:
+        return None
+    matrix = models.num_matmul_params(arch)
+    tokens = sum(r.sampling.max_tokens * r.num_samples for r in asked)
+    longest = max(r.sampling.max_tokens for r in asked)
+    attended = sum(
+        r.num_samples * r.sampling.max_tokens
+        * (len(r.tokens) + r.sampling.max_tokens / 2)
+        for r in asked
+    )  # fmt: skip
+    each = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim
+    steps = max(tokens / rows, longest)
+    count = jax.device_count()
+    read = itemsize * (steps * matrix / tensor + attended * each / count) / known[1]
+    prompts = 2 * matrix * sum(len(r.tokens) for r in asked) / peak
+    return read + prompts / count
+
+
+def _shown(found: Mapping[str, float], name: str, scale: int, unit: str) -> str:
+    return f"{scale * found[name]:.1f} {unit}" if name in found else ""
 
 
 def _measure(
@@ -145,20 +198,24 @@ def _requests(
     mean: int | None,
 ) -> list[Request]:
     rng, sigma = np.random.default_rng(0), 0.8
-    lengths = np.full(prompts, longest)
-    if mean is not None:
-        drawn = rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, prompts)
-        lengths = np.clip(drawn, 1, longest).astype(int)
-    return [
-        Request(
-            prompt_id=p,
-            tokens=tuple(rng.integers(0, arch.vocab_size, prompt_length).tolist()),
-            num_samples=n,
-            seed=0,
-            sampling=Sampling(max_tokens=int(lengths[p])),
-        )
-        for p in range(prompts)
-    ]
+    drawn = rng.lognormal(np.log(mean or 1) - sigma**2 / 2, sigma, prompts * n)
+    lengths = np.clip(drawn, 1, longest).astype(int)
+    asked = []
+    for p in range(prompts):
+        tokens = tuple(rng.integers(0, arch.vocab_size, prompt_length).tolist())
+        # Responses of different lengths are requests of their own.
+        each = [(length, 1) for length in lengths[p::prompts]]
+        asked += [
+            Request(
+                prompt_id=p * n + i,
+                tokens=tokens,
+                num_samples=count,
+                seed=0,
+                sampling=Sampling(max_tokens=int(length)),
+            )
+            for i, (length, count) in enumerate(each if mean else [(longest, n)])
+        ]
+    return asked
 
 
 def _tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
