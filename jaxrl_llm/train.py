@@ -267,7 +267,7 @@ def assign_credit(
     if state.kl_coef is not None:
         coef = kl.next_coef(
             algorithm.kl_ctrl.type,
-            jax.device_get(state.kl_coef),
+            jnp.asarray(jax.device_get(state.kl_coef)),
             float(found["actor/reward_kl_penalty"]),
             scores.total.size,
             target_kl=algorithm.kl_ctrl.target_kl,
