@@ -125,6 +125,8 @@ class Layout:
     share_prompts: bool = False
     """The responses to a prompt share one copy of it, as many as fit a row. Needs
     `pack_length`, and attention that knows of it: `attention.shared_prompts`."""
+    length_multiple: int = 1
+    """Devices that a row is split over; `pack_length` is a multiple of it."""
     longest: int | None = None
     """No sequence can be longer. With it and `micro_batch_size`, the number of packed
     rows does not depend on how long the sequences are, so that an update is compiled
@@ -223,9 +225,11 @@ def token_efficiency(batch: TrainBatch, micro_batch_size: int | None) -> float:
     return float((batch.sequence_ids >= 0).sum() / (last * together * length))
 
 
-def pad_rows(batch: TrainBatch, num_rows: int) -> TrainBatch:
-    """`batch` with rows of padding added up to `num_rows`; JAX arrays."""
-    extra = ((0, num_rows - batch.tokens.shape[0]), (0, 0))
+def pad_rows(batch: TrainBatch, num_rows: int, length: int | None = None) -> TrainBatch:
+    """`batch` with rows of padding added up to `num_rows`, and padding at the end of
+    rows up to `length`, if given; JAX arrays."""
+    rows, tokens = batch.tokens.shape
+    extra = ((0, num_rows - rows), (0, (length or tokens) - tokens))
     padded = jax.tree.map(lambda x: jnp.pad(x, extra), batch)
     ids = jnp.pad(batch.sequence_ids, extra, constant_values=-1)
     return dataclasses.replace(padded, sequence_ids=ids)
@@ -370,7 +374,9 @@ def _arrange(
     laid_out = [_rows(batch, part, layout) for part in parts]
     most = max(map(len, parts))
     longest = max(len(span) for rows in laid_out for row in rows for _, _, span in row)
+    multiple = layout.length_multiple
     length = layout.pack_length or bucket(longest, step=16)
+    length = -(-length // multiple) * multiple
     num_rows = _num_rows(max(map(len, laid_out)), most, layout)
     per_row = 1 + max(len(row) for rows in laid_out for row in rows)
     static = {

@@ -118,8 +118,21 @@ class TrainMeshConfig(_Section):
     """Replicas of the weights."""
     fsdp: int = Field(-1, ge=-1)
     """Rows and weights are both split over it (ZeRO-3)."""
+    expert: int = Field(1, ge=-1)
+    """For models with experts; the others use it as `fsdp`."""
+    context: int = Field(1, ge=-1)
+    """Each row is split over it: for long ones."""
     tensor: int = Field(1, ge=-1)
-    """Heads and feed-forward are split over it (Megatron)."""
+    """Heads, feed-forward and vocabulary are split over it, and between them the tokens
+    of a row (Megatron)."""
+
+
+Dimension = Literal[
+    "layers", "vocab", "embed", "mlp", "heads", "kv_heads", "head", "norm", "rows",
+    "tokens", "residual",
+]  # fmt: skip
+TrainAxis = Literal["data", "fsdp", "expert", "context", "tensor"]
+TrainRules = dict[Dimension, TrainAxis | tuple[TrainAxis, ...] | None]
 
 
 class VllmConfig(_Section):
@@ -275,6 +288,9 @@ class ActorConfig(_Section):
     """Compile every layer by itself rather than one loop over them: no copies into and
     out of the loop, but a compile time that grows with depth. auto: on a GPU."""
     mesh: TrainMeshConfig = TrainMeshConfig()
+    rules: TrainRules = {}
+    """Axes of the mesh that a dimension is split over, other than usual: see
+    sharding/rules.py. `residual: context` turns sequence parallelism off."""
 
 
 class CriticOptimConfig(OptimConfig):
@@ -323,6 +339,8 @@ class CriticConfig(_Section):
     """Compile every layer by itself rather than one loop over them: no copies into and
     out of the loop, but a compile time that grows with depth. auto: on a GPU."""
     mesh: TrainMeshConfig = TrainMeshConfig()
+    rules: TrainRules = {}
+    """As actor.rules."""
 
 
 class RewardFunctionConfig(_Section):

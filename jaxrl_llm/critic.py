@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxrl_llm import grpo, logprobs, models, optimizer, ppo
@@ -25,11 +24,12 @@ from jaxrl_llm.learner import (
     attention,
     first_state,
     layout,
+    partition,
     split,
     state_shardings,
 )
 from jaxrl_llm.models import Checkpoint
-from sharding import processes, rules
+from sharding import processes
 
 
 class Critic:
@@ -38,10 +38,10 @@ class Critic:
     Args:
       source: of the policy's initial weights, where the critic starts too unless
         `critic.model.path` says otherwise.
-      mesh: axes "data", "fsdp" and "tensor"; rows are split over the first two.
+      mesh: axes of `mesh.AXES`, such as "data", "fsdp" and "tensor".
 
     Raises:
-      ConfigError: the critic's model does not fit the policy's.
+      ConfigError: the critic's model does not fit the policy's, or `mesh`.
       ValueError: there is no such model.
     """
 
@@ -58,9 +58,18 @@ class Critic:
         count = self._epochs * -(-prompts // (self._mini_batch or prompts))
         self.optimizer = optimizer.make(critic.optim, total_steps, count)
         self.schedule = optimizer.schedule(critic.optim, total_steps, count)
-        self._rows = NamedSharding(mesh, P(("data", "fsdp")))
+        self._partition = partition(
+            config,
+            "critic",
+            self.arch,
+            models.abstract_critic(self.arch),
+            models.critic_axes(self.arch),
+            mesh,
+            critic.rules,
+        )
+        self._rows = self._partition.sharding("rows", "tokens")
         micro_batch_size = critic.micro_batch_size or config.actor.micro_batch_size
-        self._layout = layout(config, mesh, micro_batch_size)
+        self._layout = layout(config, self._partition, micro_batch_size)
         settings = ppo.CriticSettings(
             cliprange_value=critic.cliprange_value,
             loss_agg_mode=critic.loss_agg_mode,
@@ -83,7 +92,7 @@ class Critic:
         axes = models.logical_axes(self.arch)
         decoder = self._source.load(
             dtype=jnp.float32,
-            shardings=rules.to_shardings(axes, self.mesh, rules.TRAIN),
+            shardings=self._partition.shardings(axes),
         )
         shardings = self.state_shardings()
         params = jax.tree.map(
@@ -96,6 +105,9 @@ class Critic:
     def values(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
         """The value of the state before every response token, 0 elsewhere."""
         critic = self.config.critic
+        # Gradients lie where their parameters lie.
+        shardings = self._partition.shardings(models.critic_axes(self.arch))
+        params = jax.lax.with_sharding_constraint(params, shardings)
         after = models.values(
             self.arch,
             params,
@@ -104,8 +116,9 @@ class Critic:
             rows.sequence_ids,
             dtype=jnp.dtype(critic.dtype),
             remat=critic.remat,
-            attention=attention(self.mesh, critic.dtype, critic.attention, rows),
+            attention=attention(self._partition, critic.dtype, critic.attention, rows),
             unroll=models.choose_unroll(self.mesh, critic.unroll),
+            shard=self._partition.constrain,
         )
         return logprobs.before(
             after, rows.positions, rows.response_mask, previous_tokens(rows)
@@ -118,7 +131,8 @@ class Critic:
           batch: of `Learner.make_rows`, on the host.
         """
         found = self._judge(params, self._on_devices(batch))
-        return processes.fetch(found)[: batch.tokens.shape[0]]
+        num_rows, length = batch.tokens.shape
+        return processes.fetch(found)[:num_rows, :length]
 
     def update(
         self, state: grpo.TrainState, batch: TrainBatch, seed: int
@@ -145,7 +159,7 @@ class Critic:
         """The compiler's memory analysis of an update with (a part of) `batch`."""
         known = dict.fromkeys(("values", "returns"), batch.sampler_logprobs)
         part = self._parts(dataclasses.replace(batch, **known), 0, 0)[0]
-        rows = jax.eval_shape(lambda: pad_rows(part, self._padded(part)))
+        rows = jax.eval_shape(lambda: self._padded(part))
         rows = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows), rows
         )
@@ -157,7 +171,7 @@ class Critic:
         axes = models.critic_axes(self.arch)
         return state_shardings(
             models.abstract_critic(self.arch),
-            rules.to_shardings(axes, self.mesh, rules.TRAIN),
+            self._partition.shardings(axes),
             self.optimizer,
             self.mesh,
         )
@@ -180,13 +194,16 @@ class Critic:
     def _parts(self, batch: TrainBatch, epoch: int, seed: int) -> list[TrainBatch]:
         return split(self.config, batch, self._mini_batch, (seed, epoch), self._layout)
 
-    def _padded(self, batch: TrainBatch) -> int:
+    def _padded(self, batch: TrainBatch) -> TrainBatch:
         """Rows that can be split over this mesh, which need not be the policy's."""
-        multiple = self._layout.rows_multiple
-        return -(-batch.tokens.shape[0] // multiple) * multiple
+        num_rows, length = batch.tokens.shape
+        rows, tokens = self._layout.rows_multiple, self._layout.length_multiple
+        return pad_rows(
+            batch, -(-num_rows // rows) * rows, -(-length // tokens) * tokens
+        )
 
     def _on_devices(self, batch: TrainBatch) -> TrainBatch:
-        return processes.place(pad_rows(batch, self._padded(batch)), self._rows)
+        return processes.place(self._padded(batch), self._rows)
 
 
 def _open(config: Config, source: Checkpoint) -> Checkpoint:

@@ -7,6 +7,7 @@ state, metrics = learner.update(state, learner.make_rows(...), seed)
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from jaxtyping import Array, Float
 from jaxrl_llm import batch as batches
 from jaxrl_llm import grpo, logprobs, models, optimizer
 from jaxrl_llm.batch import Completion, Layout, Prompt, TrainBatch
-from jaxrl_llm.config import Config
+from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.config_algorithm import RolloutCorrectionConfig, uses_kl
 from jaxrl_llm.correction import Correction
 from jaxrl_llm.models import Architecture, WeightSource
@@ -33,7 +34,10 @@ class Learner:
 
     Args:
       source: of the weights to start from, which a KL term keeps as the reference.
-      mesh: axes "data", "fsdp" and "tensor"; rows are split over the first two.
+      mesh: axes of `mesh.AXES`, such as "data", "fsdp" and "tensor".
+
+    Raises:
+      ConfigError: the model or its rows cannot be split evenly over `mesh`.
     """
 
     def __init__(self, config: Config, source: WeightSource, mesh: Mesh):
@@ -44,11 +48,21 @@ class Learner:
         count = updates_per_step(config)
         self.optimizer = optimizer.make(actor.optim, steps, count)
         self.schedule = optimizer.schedule(actor.optim, steps, count)
-        self._rows = NamedSharding(mesh, P(("data", "fsdp")))
-        self._layout = layout(config, mesh, actor.micro_batch_size)
+        self._partition = partition(
+            config,
+            "actor",
+            self.arch,
+            models.abstract_params(self.arch),
+            models.logical_axes(self.arch),
+            mesh,
+            actor.rules,
+        )
+        self._rows = self._partition.sharding("rows", "tokens")
+        self._layout = layout(config, self._partition, actor.micro_batch_size)
         # Tokens whose logits exist at once, 4,096 a device: every chunk ends in a sum
         # of the output matrix' gradient over devices.
-        self._chunk = 4096 * self._layout.rows_multiple
+        rows, parts = self._layout.rows_multiple, self._partition.parts("tokens")
+        self._chunk = 4096 * rows * parts
         self._update = jax.jit(
             functools.partial(
                 grpo.update,
@@ -66,7 +80,7 @@ class Learner:
             lambda params: jax.tree.map(
                 lambda x: jnp.copy(x.astype(actor.dtype)), params
             ),
-            out_shardings=param_shardings(self.arch, mesh),
+            out_shardings=self.param_shardings(),
         )
         self._score = self._in_micro_batches(self.logprobs)
         self._concentration = self._in_micro_batches(self._sum_pi_squared)
@@ -82,7 +96,7 @@ class Learner:
     def read_weights(self, dtype: str) -> Any:
         """The weights before training, laid out for training."""
         return self._source.load(
-            dtype=jnp.dtype(dtype), shardings=param_shardings(self.arch, self.mesh)
+            dtype=jnp.dtype(dtype), shardings=self.param_shardings()
         )
 
     def as_reference(self, params: Any) -> Any:
@@ -194,34 +208,42 @@ class Learner:
     def logprobs(self, params: Any, rows: TrainBatch) -> logprobs.Logprobs:
         """Log-probability and entropy of every response token, at the temperature it
         was sampled at."""
-        return logprobs.of_tokens(
-            self._hidden(params, rows),
-            models.output_matrix(params),
-            rows.tokens,
-            rows.positions,
-            rows.response_mask,
-            previous=batches.previous_tokens(rows),
+        hidden, matrix, asked = self._asked(params, rows)
+        found = logprobs.of_tokens(
+            hidden,
+            matrix,
+            asked.tokens,
+            asked.positions,
+            asked.response_mask,
+            previous=batches.previous_tokens(asked),
             temperature=self.config.rollout.temperature,
             logit_softcap=self.arch.logit_softcap,
             entropy_gradient=self.config.actor.entropy_coeff != 0,
             chunk=self._chunk,
         )
+        return logprobs.Logprobs(*(self._join(x, rows.tokens.shape) for x in found))
 
     def _sum_pi_squared(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
-        return logprobs.sum_pi_squared(
-            self._hidden(params, rows),
-            models.output_matrix(params),
-            rows.positions,
-            rows.response_mask,
-            previous=batches.previous_tokens(rows),
+        hidden, matrix, asked = self._asked(params, rows)
+        found = logprobs.sum_pi_squared(
+            hidden,
+            matrix,
+            asked.positions,
+            asked.response_mask,
+            previous=batches.previous_tokens(asked),
             temperature=self.config.rollout.temperature,
             logit_softcap=self.arch.logit_softcap,
             chunk=self._chunk,
         )
+        return self._join(found, rows.tokens.shape)
 
-    def _hidden(self, params: Any, rows: TrainBatch) -> Float[Array, "R T D"]:
-        actor = self.config.actor
-        return models.forward(
+    def _asked(self, params: Any, rows: TrainBatch):
+        """Hidden states, output matrix, and rows, taken apart where devices share
+        them."""
+        actor, partition = self.config.actor, self._partition
+        # Gradients lie where their parameters lie.
+        params = jax.lax.with_sharding_constraint(params, self.param_shardings())
+        hidden = models.forward(
             self.arch,
             params,
             rows.tokens,
@@ -229,15 +251,44 @@ class Learner:
             rows.sequence_ids,
             dtype=jnp.dtype(actor.dtype),
             remat=actor.remat,
-            attention=attention(self.mesh, actor.dtype, actor.attention, rows),
+            attention=attention(partition, actor.dtype, actor.attention, rows),
             unroll=models.choose_unroll(self.mesh, actor.unroll),
+            shard=partition.constrain,
         )
+        matrix = partition.constrain(models.output_matrix(params), "vocab", None)
+        if partition.parts("tokens") == 1:
+            return hidden, matrix, rows
+        hidden, rows = jax.tree.map(self._take_apart, (hidden, rows))
+        mask = rows.response_mask.at[:, 0].set(False)
+        return hidden, matrix, dataclasses.replace(rows, response_mask=mask)
+
+    def _take_apart(self, x: Array) -> Array:
+        """[R, T, ...] -> [R * parts, 1 + T / parts, ...]: each device's part of a row,
+        behind the token that comes before it."""
+        axes = self._partition.axes("rows") + self._partition.axes("tokens")
+        length = x.shape[1] // self._partition.parts("tokens")
+
+        def parts(x):
+            x = x.reshape(-1, length, *x.shape[2:])
+            return jax.lax.with_sharding_constraint(
+                x, NamedSharding(self.mesh, P(axes))
+            )
+
+        return jnp.concatenate([parts(jnp.roll(x, 1, axis=1))[:, :1], parts(x)], axis=1)
+
+    def _join(self, x: Array, shape: tuple[int, int]) -> Array:
+        """What was found of rows that were taken apart, [R, T]."""
+        return x[:, -(shape[1] // self._partition.parts("tokens")) :].reshape(shape)
+
+    def param_shardings(self) -> Any:
+        """Of every parameter."""
+        return self._partition.shardings(models.logical_axes(self.arch))
 
     def state_shardings(self) -> grpo.TrainState:
         """Of every array of the state."""
         return state_shardings(
             models.abstract_params(self.arch),
-            param_shardings(self.arch, self.mesh),
+            self.param_shardings(),
             self.optimizer,
             self.mesh,
         )
@@ -321,22 +372,64 @@ class Learner:
         return processes.place(batch, self._rows)
 
 
-def attention(mesh: Mesh, dtype: str, implementation: str, rows: TrainBatch):
-    """What `models.forward` attends with on `mesh`: shared prompts or whole rows."""
+def partition(
+    config: Config,
+    role: str,
+    arch: Architecture,
+    shapes: Any,
+    logical_axes: Any,
+    mesh: Mesh,
+    changed: rules.Rules,
+) -> rules.Partition:
+    """The training layout of the actor or the critic: see `models.partition`.
+
+    Raises:
+      ConfigError: the model or its rows cannot be split evenly over `mesh`.
+    """
+    where, actor = f"{role}.mesh {dict(mesh.shape)}", config.actor
+    try:
+        made = models.partition(arch, shapes, logical_axes, mesh, changed)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    length, multiple = actor.pack_length, _length_multiple(made)
+    if length is not None and length % multiple:
+        raise ConfigError(
+            f"{where} splits a row over {multiple} devices, which do not divide "
+            f"actor.pack_length {length}"
+        )
+    if actor.share_prompts and made.parts("tokens") > 1:
+        raise ConfigError(
+            f"{where}: actor.share_prompts needs whole rows; use context 1"
+        )
+    return made
+
+
+def _length_multiple(partition: rules.Partition) -> int:
+    return math.lcm(partition.parts("tokens"), partition.parts("residual"))
+
+
+def attention(
+    partition: rules.Partition, dtype: str, implementation: str, rows: TrainBatch
+):
+    """What `models.forward` attends with: shared prompts or whole rows."""
     if rows.prompt_ids is not None:
         return functools.partial(
             models.shared_prompts,
             prompt_ids=rows.prompt_ids,
             response_mask=rows.response_mask,
         )
-    return models.choose_attention(mesh, dtype, rows.sequence_capacity, implementation)
+    capacity = rows.sequence_capacity
+    return models.choose_attention(partition, dtype, capacity, implementation)
 
 
-def layout(config: Config, mesh: Mesh, micro_batch_size: int | None) -> Layout:
-    """The rows of a training step on `mesh`."""
+def layout(
+    config: Config, partition: rules.Partition, micro_batch_size: int | None
+) -> Layout:
+    """The rows of a training step."""
     return Layout(
         pack_length=config.actor.pack_length,
-        rows_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
+        rows_multiple=partition.parts("rows"),
+        length_multiple=_length_multiple(partition),
         micro_batch_size=micro_batch_size,
         share_prompts=config.actor.share_prompts,
         longest=config.data.max_prompt_length + config.rollout.max_response_length,
@@ -361,11 +454,6 @@ def split(
     return batches.mini_batches(
         batch, num_prompts, config.rollout.n, seed=order, layout=layout
     )
-
-
-def param_shardings(arch: Architecture, mesh: Mesh) -> Any:
-    """A sharding for every parameter of the training layout."""
-    return rules.to_shardings(models.logical_axes(arch), mesh, rules.TRAIN)
 
 
 def state_shardings(

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.models import attention, flash
-from sharding import mesh
+from jaxrl_llm.models import attention, flash, parallel
+from sharding import mesh, rules
 
 # Row 0: three sequences of 100, 60, 300 and padding; row 1 is one sequence.
 LENGTHS = [[100, 60, 300, 52], [512]]
@@ -51,7 +51,8 @@ def test_segments_by_hand():
 def test_splash_attention_equals_the_reference(window, softcap):
     devices = mesh.make({"data": 2, "fsdp": 1, "tensor": 2}, jax.devices()[:4])
     how = {"window": window, "softcap": softcap}
-    kernel = functools.partial(flash.splash, mesh=devices, interpret=True)
+    kernel = functools.partial(flash.splash, interpret=True)
+    kernel = parallel.across(rules.Partition(devices, rules.TRAIN), kernel)
     got = value_and_grads(kernel, inputs(), **how)
     expected = value_and_grads(attention.packed, inputs(), **how)
     for a, b in zip(got, expected, strict=True):
@@ -59,8 +60,8 @@ def test_splash_attention_equals_the_reference(window, softcap):
 
 
 def test_the_platform_chooses():
-    devices = mesh.make({"data": 8})
-    assert flash.choose(devices, jnp.bfloat16, 2) is attention.packed
+    on = rules.Partition(mesh.make({"data": 8}), rules.TRAIN)
+    assert flash.choose(on, jnp.bfloat16, 2) is attention.packed
 
 
 @pytest.mark.accelerator

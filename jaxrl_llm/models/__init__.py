@@ -29,6 +29,7 @@ from jaxrl_llm.models.flash import choose_unroll
 from jaxrl_llm.models.huggingface import Checkpoint, Model, load, open, save
 from jaxrl_llm.models.kernels import choose as choose_paged_attention
 from jaxrl_llm.models.paged import Pages
+from jaxrl_llm.models.parallel import partition
 from jaxrl_llm.models.weights import RandomWeights, WeightSource
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "num_params",
     "open",
     "output_matrix",
+    "partition",
     "save",
     "shared_prompts",
     "unstack",

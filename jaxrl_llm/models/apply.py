@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention import PackedAttention, packed
-from jaxrl_llm.models.decoder import Decoder, Init, RotaryTable
+from jaxrl_llm.models.decoder import Decoder, Init, RotaryTable, Shard, anywhere
 
 Params = Any
 Remat = Literal["none", "dots", "full", "offload"]
@@ -140,6 +140,7 @@ def forward(
     remat: Remat = "none",
     attention: PackedAttention = packed,
     unroll: bool | int = 1,
+    shard: Shard = anywhere,
 ) -> Float[Array, "R T D"]:
     """Final hidden states (after the last norm) of packed rows.
 
@@ -151,10 +152,15 @@ def forward(
       remat: what the backward pass computes again, see `Remat`.
       attention: see `flash.choose`.
       unroll: layers per turn of the compiled loop; True: all, without a loop.
+      shard: lays out activations by the names of their axes, such as
+        `sharding.rules.Partition.constrain`.
     """
     decoder = model(arch, params, stacked=True)
     tables = decoder.rotary_tables(positions)
     graphdef, stacked = nnx.split(decoder.layers)
+    names = jax.tree.leaves(
+        logical_axes(arch)["layers"], is_leaf=lambda x: isinstance(x, tuple)
+    )
     windows = sorted(set(arch.window_of_layer), key=str)
 
     def looking_back(window):
@@ -181,7 +187,16 @@ def forward(
             return jax.lax.switch(window_index, kinds, q, k, v), None
 
         with jax.named_scope("layer"):
-            x, _ = nnx.merge(graphdef, state)(x, _pick(tables, rope_index), attend_rows)
+            # Weights come together here, layer by layer, where they are split only to
+            # need less memory ("embed").
+            leaves, form = jax.tree.flatten(state)
+            leaves = [
+                shard(w, *(None if name == "embed" else name for name in axes[1:]))
+                for w, axes in zip(leaves, names, strict=True)
+            ]
+            state = jax.tree.unflatten(form, leaves)
+            table = _pick(tables, rope_index)
+            x, _ = nnx.merge(graphdef, state)(x, table, attend_rows, shard)
         return x
 
     if remat != "none":
@@ -192,9 +207,9 @@ def forward(
 
     ropes = jnp.array(arch.rope_of_layer, jnp.int32)
     kinds = jnp.array([windows.index(w) for w in arch.window_of_layer], jnp.int32)
-    x = decoder.embed(tokens, dtype)
+    x = shard(decoder.embed(tokens, dtype, shard), "rows", "residual", None)
     x, _ = jax.lax.scan(body, x, (stacked, ropes, kinds), unroll=unroll)
-    return decoder.norm(x)
+    return shard(decoder.norm(x), "rows", "tokens", None)
 
 
 def _is_dot(primitive, *_, **params) -> bool:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.models.apply import Params, Remat, forward
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention import PackedAttention, packed
-from jaxrl_llm.models.decoder import Decoder, Init
+from jaxrl_llm.models.decoder import Decoder, Init, Shard, anywhere
 
 
 class Critic(nnx.Module):
@@ -66,6 +66,7 @@ def values(
     remat: Remat = "none",
     attention: PackedAttention = packed,
     unroll: bool | int = 1,
+    shard: Shard = anywhere,
 ) -> Float[Array, "R T"]:
     """The value of the state after each token of packed rows, float32.
 
@@ -83,6 +84,7 @@ def values(
         remat=remat,
         attention=attention,
         unroll=unroll,
+        shard=shard,
     )
     weight = params["weight"].astype(jnp.float32)
     return jnp.einsum("rtd,d->rt", hidden.astype(jnp.float32), weight) + params["bias"]

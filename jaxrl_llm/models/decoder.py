@@ -18,7 +18,14 @@ from jaxrl_llm.models.architecture import Architecture
 
 # (queries, keys, values) -> (attended, whatever is to be kept of keys and values)
 Attend = Callable[..., tuple[Array, Any]]
+# (activation, *names of its axes) -> the same, laid out by them
+Shard = Callable[..., Array]
 RotaryTable = tuple[Float[Array, "B T h"], Float[Array, "B T h"]] | None
+
+
+def anywhere(x: Array, *axes: str | None) -> Array:
+    """The `Shard` that leaves the layout to the compiler."""
+    return x
 
 
 class Decoder(nnx.Module):
@@ -40,9 +47,13 @@ class Decoder(nnx.Module):
             None if arch.tie_embeddings else init((V, D), ("vocab", "embed"), D**-0.5)
         )
 
-    def embed(self, tokens: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
+    def embed(
+        self, tokens: Int[Array, "B T"], dtype, shard: Shard = anywhere
+    ) -> Float[Array, "B T D"]:
         """Token embeddings in the compute dtype."""
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
+        table = shard(self.embedding[...], "vocab", None)
+        x = shard(jnp.take(table, tokens, axis=0), "rows", "tokens", None)
+        x = x.astype(dtype)
         if self.arch.embed_scale:
             x = x * jnp.asarray(self.arch.hidden_size**0.5, dtype)
         return x
@@ -112,20 +123,32 @@ class Layer(nnx.Module):
         self.post_mlp_norm = Norm(arch, init, D) if arch.post_norms else None
 
     def __call__(
-        self, x: Float[Array, "B T D"], rotary: RotaryTable, attend: Attend
+        self,
+        x: Float[Array, "B T D"],
+        rotary: RotaryTable,
+        attend: Attend,
+        shard: Shard = anywhere,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The layer's output, and what `attend` keeps."""
-        attended, kept = self._attention(self.attention_norm(x), rotary, attend)
-        x = x + _maybe(self.post_attention_norm, attended)
-        x = x + _maybe(self.post_mlp_norm, self._mlp(self.mlp_norm(x)))
+        inner, outer = ("rows", "tokens", None), ("rows", "residual", None)
+        normed = shard(self.attention_norm(x), *inner)
+        attended, kept = self._attention(normed, rotary, attend, shard)
+        x = x + shard(_maybe(self.post_attention_norm, attended), *outer)
+        normed = shard(self.mlp_norm(x), *inner)
+        x = x + shard(_maybe(self.post_mlp_norm, self._mlp(normed, shard)), *outer)
         return x, kept
 
-    def _attention(self, x, rotary, attend):
+    def _attention(self, x, rotary, attend, shard):
+        heads, kv_heads = (
+            ("rows", "tokens", name, "head") for name in ("heads", "kv_heads")
+        )
         q, k, v = self._heads(x)
+        q, k, v = shard(q, *heads), shard(k, *kv_heads), shard(v, *kv_heads)
         q, k = _maybe(self.q_norm, q), _maybe(self.k_norm, k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         out, kept = attend(q, k, v)
+        out = shard(out, *heads)
         return _linear("btnh,nhd->btd", out, self.o, self.o_bias), kept
 
     def _heads(self, x):
@@ -138,7 +161,7 @@ class Layer(nnx.Module):
         q = qkv[..., :-2, :].reshape(*x.shape[:2], -1, self.arch.head_dim)
         return q, qkv[..., -2, :], qkv[..., -1, :]
 
-    def _mlp(self, x):
+    def _mlp(self, x, shard):
         if self.fused:
             both = _linear("btd,dcf->btcf", x, self.gate_up, self.gate_up_bias)
             gate, up = both[:, :, 0], both[:, :, 1]
@@ -150,7 +173,8 @@ class Layer(nnx.Module):
                 gate = jax.nn.silu(gate)
             case "gelu_tanh":
                 gate = jax.nn.gelu(gate, approximate=True)
-        return _linear("btf,fd->btd", gate * up, self.down, self.down_bias)
+        hidden = shard(gate * up, "rows", "tokens", "mlp")
+        return _linear("btf,fd->btd", hidden, self.down, self.down_bias)
 
 
 class Norm(nnx.Module):

@@ -8,38 +8,37 @@ Shapes as in `attention`; a row of T tokens holds whole sequences one after the 
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models import attention
 from jaxrl_llm.models.attention import PackedAttention, Window
+from jaxrl_llm.models.parallel import across
+from sharding.rules import Partition
 
 
 def choose(
-    mesh: Mesh, dtype: Any, max_sequences: int, wanted: Literal["auto", "xla"] = "auto"
+    partition: Partition,
+    dtype: Any,
+    max_sequences: int,
+    wanted: Literal["auto", "xla"] = "auto",
 ) -> PackedAttention:
-    """The fastest attention of the devices of `mesh`, or the reference if wanted.
+    """The fastest attention of the devices of `partition`, or the reference if wanted.
 
     Args:
       dtype: of queries, keys and values. cuDNN has no float32.
       max_sequences: no row holds more; padding at its end counts as one.
     """
-    platform = platform_of(mesh)
-    if wanted == "xla":
-        return attention.packed
-    match platform:
-        case "gpu" if jnp.dtype(dtype).itemsize == 2:
-            return functools.partial(cudnn, max_sequences=max_sequences)
-        case "tpu":
-            return functools.partial(splash, mesh=mesh)
-        case _:
-            return attention.packed
+    found, platform = attention.packed, platform_of(partition.mesh)
+    if wanted == "auto" and platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
+        found = functools.partial(cudnn, max_sequences=max_sequences)
+    elif wanted == "auto" and platform == "tpu":
+        return across(partition, splash)
+    return across(partition, found) if partition.parts("tokens") > 1 else found
 
 
 def choose_unroll(mesh: Mesh, wanted: Literal["auto", "never", "always"]) -> bool:
@@ -118,20 +117,17 @@ def splash(
     window: Window,
     scale: float,
     softcap: float | None = None,
-    mesh: Mesh,
     interpret: bool = False,
 ) -> Float[Array, "R T N H"]:
-    """`attention.packed` by splash attention, each device on its own rows and heads.
+    """`attention.packed` by splash attention, on one device: see `parallel.across`.
 
     Args:
       window: static.
-      mesh: rows are split over "data" and "fsdp", heads over "tensor".
       interpret: run the kernel without a TPU, slowly.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
     T, N = q.shape[1:3]
-    tensor = mesh.shape.get("tensor", 1)
     padded = -(-T // _BLOCK) * _BLOCK
     block = next(b for b in (1024, 512, 256, _BLOCK) if padded % b == 0)
     if window is None:
@@ -139,7 +135,7 @@ def splash(
     else:
         mask = kernels.LocalMask((padded, padded), (window - 1, 0), 0)
     kernel = kernels.make_splash_mha(
-        kernels.MultiHeadMask([mask] * (N // tensor)),
+        kernels.MultiHeadMask([mask] * N),
         block_sizes=kernels.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -154,39 +150,13 @@ def splash(
         interpret=interpret,
     )
 
-    def local(q, k, v, ids):
-        def row(q, k, v, ids):
-            return kernel(q, k, v, kernels.SegmentIds(ids, ids))
+    def row(q, k, v, ids):
+        return kernel(q, k, v, kernels.SegmentIds(ids, ids))
 
-        q, k, v = (_lengthen(x, padded, 0).swapaxes(1, 2) for x in (q, k, v))
-        out = jax.vmap(row)(q, k, v, _lengthen(ids, padded, -2))
-        return out.swapaxes(1, 2)[:, :T]
-
-    open_axes = [axis for axis in mesh.axis_names if axis not in split_already()]
-    rows = tuple(axis for axis in ("data", "fsdp") if axis in open_axes)
-    heads = P(rows, None, "tensor" if "tensor" in open_axes else None)
-    return on_each_device(
-        local, mesh, inputs=(heads, heads, heads, P(rows)), outputs=heads
-    )(q * jnp.asarray(scale, q.dtype), k, v, sequence_ids)
-
-
-def split_already() -> frozenset[str]:
-    """Mesh axes over which a caller has split the program."""
-    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
-
-
-def on_each_device(function: Callable, mesh: Mesh, inputs: Any, outputs: Any):
-    """The function, run by each device of `mesh` on its part of the arguments: kernels
-    are not split by the compiler. Axes that a caller has split stay as they are."""
-    already = split_already()
-    return jax.shard_map(
-        function,
-        mesh=None if already else mesh,
-        axis_names=set(mesh.axis_names) - already,
-        in_specs=inputs,
-        out_specs=outputs,
-        check_vma=False,
-    )
+    q = q * jnp.asarray(scale, q.dtype)
+    q, k, v = (_lengthen(x, padded, 0).swapaxes(1, 2) for x in (q, k, v))
+    out = jax.vmap(row)(q, k, v, _lengthen(sequence_ids, padded, -2))
+    return out.swapaxes(1, 2)[:, :T]
 
 
 _BLOCK = 128

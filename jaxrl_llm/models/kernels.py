@@ -21,8 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models import paged
 from jaxrl_llm.models.attention import Window
-from jaxrl_llm.models.flash import on_each_device, platform_of
+from jaxrl_llm.models.flash import platform_of
 from jaxrl_llm.models.paged import PagedAttention
+from jaxrl_llm.models.parallel import on_each_device
 
 _KEYS_PER_BLOCK = 64
 _FEWEST_KEYS = 256

@@ -92,7 +92,9 @@ class JaxEngine:
             mesh=self.mesh,
             attend=models.choose_paged_attention(self.mesh, arch.head_dim),
             attend_rows=models.choose_attention(
-                self.mesh, dtype, SEQUENCES_PER_ROW + 1
+                rules.Partition(self.mesh, rules.GENERATE),
+                dtype,
+                max_sequences=SEQUENCES_PER_ROW + 1,
             ),
         )
         self._param_shardings = rules.to_shardings(

@@ -1,0 +1,190 @@
+"""Every layout of training computes what one device computes."""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from test_learner import ADVANTAGES, make_config, make_rollouts
+
+from jaxrl_llm import models
+from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.config import ConfigError
+from jaxrl_llm.learner import Learner
+from sharding import mesh, rules
+
+LAYOUTS = {
+    "FSDP": {"fsdp": 8},
+    "HSDP": {"data": 2, "fsdp": 4},
+    "tensor and sequence": {"tensor": 8},
+    "context": {"context": 8},
+    "FSDP, tensor": {"fsdp": 2, "tensor": 4},
+    "HSDP, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "FSDP, context": {"fsdp": 4, "context": 2},
+    "context, tensor": {"context": 2, "tensor": 4},
+    "all": {"data": 2, "context": 2, "tensor": 2},
+    "experts that there are none of": {"expert": 4, "tensor": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Eight heads, which share two key/value heads; 264 tokens of vocabulary."""
+    directory = tmp_path_factory.mktemp("layouts") / "model"
+    return tiny.checkpoint(directory, num_heads=8, num_kv_heads=2, tie_embeddings=False)
+
+
+def learner(path, axes, **actor):
+    axes = {"data": 1, "fsdp": 1, "tensor": 1, **axes}
+    on = mesh.make(
+        {name: axes[name] for name in mesh.AXES if name in axes},
+        jax.devices()[: math.prod(axes.values())],
+    )
+    actor = {"entropy_coeff": 0.1, **actor}
+    return Learner(make_config(path, **actor), models.open(path), on)
+
+
+def gradient(made):
+    """Of a sum over log-probabilities and entropies, and that sum."""
+    rows = made.on_devices(made.make_rows(*make_rollouts(), ADVANTAGES))
+
+    def loss(params):
+        found = made.logprobs(params, rows)
+        return jnp.sum(found.logprobs * rows.advantages + 0.1 * found.entropy)
+
+    value, found = jax.jit(jax.value_and_grad(loss))(made.start().params)
+    return value, jax.device_get(found)
+
+
+@functools.cache
+def alone(path, **actor):
+    made = learner(path, {}, **actor)
+    state = made.start()
+    rows = made.make_rows(*make_rollouts(), ADVANTAGES)
+    return gradient(made), made.update(state, rows, seed=3)[1]
+
+
+QUICK = {("FSDP", False), ("all", True), ("context, tensor", False)}
+
+
+@pytest.mark.parametrize(
+    "layout, packed",
+    [
+        pytest.param(
+            layout, packed, marks=() if (layout, packed) in QUICK else pytest.mark.slow
+        )
+        for layout in LAYOUTS
+        for packed in (False, True)
+    ],
+)
+def test_loss_and_gradients_are_those_of_one_device(layout, packed, model):
+    axes, packed = LAYOUTS[layout], {"pack_length": 32} if packed else {}
+    made = learner(model, axes, **packed)
+    (wanted_loss, wanted), _ = alone(model, **packed)
+    loss, found = gradient(made)
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
+    for (path, got), other in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True
+    ):
+        scale = np.abs(other).max()
+        np.testing.assert_allclose(got, other, rtol=0, atol=1e-5 * scale, err_msg=path)
+
+
+@pytest.mark.parametrize(
+    "layout", ["all", pytest.param("HSDP, tensor", marks=pytest.mark.slow)]
+)
+def test_an_update_is_that_of_one_device(layout, model):
+    made = learner(model, LAYOUTS[layout])
+    rows = made.make_rows(*make_rollouts(), ADVANTAGES)
+    _, found = made.update(made.start(), rows, seed=3)
+    _, wanted = alone(model)
+    for name in found.keys() - {"perf/token_efficiency"}:
+        np.testing.assert_allclose(found[name], wanted[name], 1e-5, 1e-6, err_msg=name)
+
+
+def test_no_device_holds_all_logits_or_the_whole_output_matrix(model):
+    made = learner(model, {"tensor": 8})
+    text = made.compile_largest_update().as_text()
+    # 264 tokens of vocabulary over eight devices: 33 each, and a width of 32.
+    assert re.search(r"f32\[[\d,]*33\]", text)
+    assert not re.search(r"f32\[[\d,]*\b264\b[\d,]*\]", text)
+
+
+def test_between_blocks_tokens_are_split_too(model):
+    # Sequence parallelism: rows of 16 tokens, 2 on each device, all of the width of 32.
+    made = learner(model, {"tensor": 8})
+    assert re.search(r"f32\[\d+,2,32\]", made.compile_largest_update().as_text())
+    made = learner(model, {"tensor": 8}, rules={"residual": "context"})
+    assert not re.search(r"f32\[\d+,2,32\]", made.compile_largest_update().as_text())
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"data": 2, "tensor": 2},
+        pytest.param({"fsdp": 4}, marks=pytest.mark.slow),
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_eight_devices_goes_on_with_others(axes, model, tmp_path):
+    first = learner(model, {"fsdp": 8})
+    rows = first.make_rows(*make_rollouts(), ADVANTAGES)
+    state, _ = first.update(first.start(), rows, seed=3)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(1, state, {})
+    wanted = first.update(state, rows, seed=4)[1]
+    other = learner(model, axes)
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        _, restored, _ = checkpoints.restore(other.abstract_state())
+    rows = other.make_rows(*make_rollouts(), ADVANTAGES)
+    _, found = other.update(restored, rows, seed=4)
+    for name in found.keys() - {"perf/token_efficiency"}:
+        np.testing.assert_allclose(found[name], wanted[name], 1e-5, 1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "axes, actor, message",
+    [
+        ({"tensor": 3}, {}, "layers.down: dimension 1 of shape .* of size 3"),
+        ({"context": 2}, {"pack_length": 33}, "do not divide actor.pack_length 33"),
+        (
+            {"context": 2},
+            {"pack_length": 32, "share_prompts": True},
+            "actor.share_prompts needs whole rows",
+        ),
+        ({}, {"rules": {"mlp": "fsdp"}}, "would use a mesh axis twice"),
+    ],
+)
+def test_what_cannot_be_split_is_said_before_anything_is_compiled(
+    axes, actor, message, model
+):
+    with pytest.raises(ConfigError, match=message):
+        learner(model, axes, **actor)
+
+
+def test_there_are_not_more_devices_than_heads_to_split(tiny_model):
+    with pytest.raises(ConfigError, match="4 attention heads .* over 4 x 2 devices"):
+        learner(tiny_model, {"tensor": 4, "context": 2})
+
+
+def test_rules_know_their_axes():
+    on = mesh.make({"data": 2, "tensor": 4})
+    with pytest.raises(ValueError, match="rule mlp: 'columns' names 'columns'"):
+        rules.Partition(on, {"mlp": "columns"})
+    partition = rules.Partition(on, rules.TRAIN)
+    assert partition.parts("rows") == 2  # this mesh has no "fsdp"
+    with pytest.raises(ValueError, match="axis 'width' has no rule"):
+        partition.sharding("width")
+
+
+def test_heads_that_do_not_divide_stay_whole():
+    on = mesh.make({"data": 1, "tensor": 8})
+    shapes = {"k": jax.ShapeDtypeStruct((32, 2, 8), jnp.float32)}
+    axes = {"k": ("embed", "kv_heads", "head")}
+    fitted = rules.fit(rules.TRAIN, shapes, axes, on, optional=("vocab", "kv_heads"))
+    assert fitted["kv_heads"] is None and fitted["heads"] == "tensor"
