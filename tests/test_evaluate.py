@@ -130,7 +130,9 @@ def score(prompts, completions):
         np.float32,
     )
     unjudged = np.full_like(total, np.nan)
-    return Scores(total=total, by_function={"f": total, "g": unjudged}, errors={})
+    return Scores(
+        total=total, by_function={"f": total, "g": unjudged}, errors={"f": 0, "g": 0}
+    )
 
 
 def question(id, accepted, **columns):

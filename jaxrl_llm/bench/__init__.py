@@ -13,7 +13,7 @@ import tyro
 _NAMES = sorted(
     path.stem
     for path in Path(__file__).parent.glob("*.py")
-    if path.stem not in ("__init__", "shapes")
+    if path.stem not in ("__init__", "hardware", "shapes")
 )
 
 
