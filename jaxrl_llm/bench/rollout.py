@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import config as configs
-from jaxrl_llm import metrics, models
+from jaxrl_llm import metrics, models, profile
 from jaxrl_llm.bench import hardware, shapes
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
 from jaxrl_llm.train import engine_of
@@ -47,6 +47,7 @@ def main(
     ),
     vllm_args: tuple[str, ...] = (),
     rounds: int = 2,
+    profiled: bool = False,
 ) -> None:
     """Times whole calls of `generate`, after one that warms up. One line per engine.
 
@@ -67,11 +68,14 @@ def main(
       vllm_args: more arguments of it. Trainer and server share a device by
         XLA_PYTHON_CLIENT_MEM_FRACTION and --gpu-memory-utilization.
       rounds: timed calls and transfers of weights; the median counts.
+      profiled: print where the device's time goes while the JAX engine makes the first
+        64 tokens of every response.
     """
     arch = dataclasses.replace(shapes.find(model), eos_token_ids=())
     params = models.RandomWeights(arch).load()
     asked = _requests(arch, prompts, n, prompt_length, length, mean)
     tokens = sum(r.sampling.max_tokens * r.num_samples for r in asked)
+    console, profiles = Console(), []
     least = floor(arch, asked, max_num_seqs, jnp.dtype(dtype).itemsize, tensor)
     table = Table(
         "engine", "new tok/s", "s", "ms/step", "of floor", "weights s", "first s",
@@ -108,6 +112,10 @@ def main(
             tokenizer = _tokenizer(arch.vocab_size)
             with closing(engine_of(config, arch, tokenizer, on, probes)) as engine:
                 found = _measure(engine, params, asked, rounds)
+                if profiled and name == "jax":
+                    with profile.recorded() as recording:
+                        generate(engine, _shortened(asked, 64))
+                    profiles.append(profile.table(recording))
         steps = max(tokens / max_num_seqs, max(r.sampling.max_tokens for r in asked))
         found["tokens_per_second"] = tokens / found["seconds"]
         found["ms_per_step"] = 1e3 * found["seconds"] / steps
@@ -120,7 +128,7 @@ def main(
             _shown(found, "perf/max_memory_allocated_gb", 1, "GB"),
         )  # fmt: skip
         print(json.dumps({"model": model, "engine": name, **found}), flush=True)
-    Console().print(table)
+    console.print(table, *profiles)
 
 
 def floor(
@@ -216,6 +224,18 @@ def _requests(
             for i, (length, count) in enumerate(each if mean else [(longest, n)])
         ]
     return asked
+
+
+def _shortened(asked: Sequence[Request], most: int) -> list[Request]:
+    return [
+        dataclasses.replace(
+            r,
+            sampling=dataclasses.replace(
+                r.sampling, max_tokens=min(most, r.sampling.max_tokens)
+            ),
+        )
+        for r in asked
+    ]
 
 
 def _tokenizer(size: int) -> transformers.PreTrainedTokenizerFast:
