@@ -25,11 +25,10 @@ from jaxrl_llm.models.flash import platform_of
 from jaxrl_llm.models.paged import PagedAttention
 from jaxrl_llm.models.parallel import on_each_device
 
-_KEYS_PER_BLOCK = 64
-_FEWEST_KEYS = 256
+_FEWEST_KEYS = 128
 """That are worth a program of their own."""
-_PROGRAMS = 1024
-"""That keep a GPU of some 130 processors busy, also where lengths differ."""
+_PROGRAMS = 512
+"""That keep a GPU of some 130 processors busy."""
 
 
 def choose(
@@ -86,95 +85,87 @@ def split_keys(
     """
     (B, _, N, H), (K, _, S, _), n = q.shape, keys.shape, tables.shape[1]
     G = N // K
-    rows = max(16, 1 << (G - 1).bit_length())  # tensor cores take no fewer
-    per_block = max(1, _KEYS_PER_BLOCK // S)
     splits = min(-(-_PROGRAMS // (B * K)), -(-n * S // _FEWEST_KEYS))
-    per_split = per_block * -(-n // (splits * per_block))
+    per_split = -(-n // splits)
     splits = -(-n // per_split)
-    tables = jnp.pad(tables, ((0, 0), (0, splits * per_split - n)))
-    heads = jnp.pad(q.reshape(B, K, G, H), ((0, 0), (0, 0), (0, rows - G), (0, 0)))
-
-    def of_row(*block):
-        return pl.BlockSpec((None, *block), lambda b, k, s: (b,) + (0,) * len(block))
-
-    def of_head(*block):
-        zeros = (0,) * len(block)
-        return pl.BlockSpec((None, None, *block), lambda b, k, s: (b, k, *zeros))
+    cache = pl.BlockSpec((None, *keys.shape[1:]), lambda b, k, s: (k, 0, 0, 0))
 
     def of_part(*block):
         zeros = (0,) * len(block)
         return pl.BlockSpec(
-            (None, None, None, *block), lambda b, k, s: (b, k, s, *zeros)
+            (None, None, None, *block), lambda b, k, s: (b, s, k, *zeros)
         )
 
-    cache = pl.BlockSpec((None, *keys.shape[1:]), lambda b, k, s: (k, 0, 0, 0))
     out, peak, total = pl.pallas_call(
         functools.partial(
-            _split,
-            window=window,
-            scale=scale,
-            softcap=softcap,
-            per_block=per_block,
-            per_split=per_split,
+            _split, window=window, scale=scale, softcap=softcap, per_split=per_split
         ),
         grid=(B, K, splits),
-        in_specs=[of_row(tables.shape[1]), of_row(1), of_head(rows, H), cache, cache],
-        out_specs=[of_part(rows, H), of_part(rows), of_part(rows)],
-        out_shape=[
-            jax.ShapeDtypeStruct((B, K, splits, rows, H), jnp.float32),
-            jax.ShapeDtypeStruct((B, K, splits, rows), jnp.float32),
-            jax.ShapeDtypeStruct((B, K, splits, rows), jnp.float32),
+        in_specs=[
+            pl.BlockSpec((None, n), lambda b, k, s: (b, 0)),
+            pl.BlockSpec((None, 1), lambda b, k, s: (b, 0)),
+            pl.BlockSpec((None, None, G, H), lambda b, k, s: (b, k, 0, 0)),
+            cache,
+            cache,
         ],
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        out_specs=[of_part(G, H), of_part(G), of_part(G)],
+        out_shape=[
+            jax.ShapeDtypeStruct(
+                (B, splits, K, G, H), q.dtype if splits == 1 else jnp.float32
+            ),
+            jax.ShapeDtypeStruct((B, splits, K, G), jnp.float32),
+            jax.ShapeDtypeStruct((B, splits, K, G), jnp.float32),
+        ],
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
         name="split_keys",
-    )(tables, positions, heads, keys, values)
-    weight = jnp.exp(peak - peak.max(axis=2, keepdims=True))
-    total = jnp.maximum((weight * total).sum(axis=2), 1e-30)
-    joined = (weight[..., None] * out).sum(axis=2) / total[..., None]
-    return joined[:, :, :G].reshape(B, 1, N, H).astype(q.dtype)
+    )(tables, positions, q.reshape(B, K, G, H), keys, values)
+    if splits > 1:
+        weight = jnp.exp(peak - peak.max(axis=1, keepdims=True)) * total
+        weight /= jnp.maximum(weight.sum(axis=1, keepdims=True), 1e-30)
+        out = (weight[..., None] * out).sum(axis=1)
+    return out.reshape(q.shape).astype(q.dtype)
 
 
 def _split(
     tables,  # [n]
     positions,  # [1]
-    q,  # [rows, H]
+    q,  # [G, H]
     keys,  # [P, S, H]
     values,
-    out,  # [rows, H]
-    peaks,  # [rows]
+    out,  # [G, H]
+    peaks,  # [G]
     totals,
     *,
     window: int | None,
     scale: float,
     softcap: float | None,
-    per_block: int,
     per_split: int,
 ):
-    rows, H = q.shape
-    S, position, queries = keys.shape[1], positions[0], q[...]
+    (G, H), S, position = q.shape, keys.shape[1], positions[0]
+    rows = max(16, 1 << (G - 1).bit_length())  # tensor cores take no fewer
+    of_head = jnp.arange(rows) < G
+    of_head_each = jnp.broadcast_to(of_head[:, None], (rows, H))
+    queries = triton.load(q.at[pl.ds(0, rows), :], mask=of_head_each, other=0.0)
     first = pl.program_id(2) * per_split
     last = jnp.minimum(first + per_split, pl.cdiv(position + 1, S))
     if window is not None:
-        oldest = jnp.maximum(position - window + 1, 0) // (S * per_block)
-        first = jnp.maximum(first, oldest * per_block)
+        first = jnp.maximum(first, jnp.maximum(position - window + 1, 0) // S)
 
-    def block(i, carry):
+    def page(i, carry):
         peak, total, acc = carry
-        page = first + i * per_block
-        at = tables[pl.ds(page, per_block)]
-        k = keys[at].reshape(per_block * S, H).astype(queries.dtype)
+        at = tables[i]
+        k, v = keys[at].astype(queries.dtype), values[at].astype(queries.dtype)
         scores = scale * triton.dot(queries, k.T, allow_tf32=False)
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        distance = position - (page * S + jnp.arange(per_block * S))
+        distance = position - (i * S + jnp.arange(S))
         seen = distance >= 0
         if window is not None:
             seen &= distance < window
         scores = jnp.where(seen[None, :], scores, -1e30)
         new = jnp.maximum(peak, scores.max(axis=1))
         shrink, probs = jnp.exp(peak - new), jnp.exp(scores - new[:, None])
-        v = values[at].reshape(per_block * S, H).astype(queries.dtype)
         products = triton.dot(probs.astype(v.dtype), v, allow_tf32=False)
         return (
             new,
@@ -187,9 +178,11 @@ def _split(
         jnp.zeros((rows,), jnp.float32),
         jnp.zeros((rows, H), jnp.float32),
     )
-    count = jnp.maximum(pl.cdiv(last - first, per_block), 0)
-    peak, total, acc = jax.lax.fori_loop(0, count, block, start)
-    out[...], peaks[...], totals[...] = acc, peak, total
+    peak, total, acc = jax.lax.fori_loop(first, last, page, start)
+    mean = acc / jnp.maximum(total, 1e-30)[:, None]
+    triton.store(out.at[pl.ds(0, rows), :], mean.astype(out.dtype), mask=of_head_each)
+    triton.store(peaks.at[pl.ds(0, rows)], peak, mask=of_head)
+    triton.store(totals.at[pl.ds(0, rows)], total, mask=of_head)
 
 
 def on_tpu(

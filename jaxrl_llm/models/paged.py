@@ -2,10 +2,12 @@
 
 A page holds keys and values of S neighbouring positions of one sequence, in every
 layer. A table says where a sequence's pages are: position p is at place p % S of page
-tables[b, p // S]. Page 0 belongs to nobody; what is written there is never read.
+tables[b, p // S]. Page 0 belongs to nobody and fills up tables.
 
 B = rows, T = new tokens in a row, n = pages of the longest sequence, P = pages, K =
 key/value heads, H = head size.
+
+A place of -1 is nowhere: that token's key and value are not kept.
 
 Source: Kwon et al. 2023 (arXiv:2309.06180).
 """
@@ -52,8 +54,13 @@ def empty(arch: Architecture, num_pages: int, page_size: int, dtype: Any) -> Pag
 
 
 def copy(pages: Pages, source: Int[Array, " c"], target: Int[Array, " c"]) -> Pages:
-    """What is in the pages `source` is also in the pages `target`."""
-    return jax.tree.map(lambda x: x.at[:, target].set(x[:, source]), pages)
+    """What is in the pages `source` is also in the pages `target`; -1 is none."""
+    beyond = pages.keys[0].shape[1] + jnp.arange(len(target))
+    target = jnp.where(target < 0, beyond, target)
+    return jax.tree.map(
+        lambda x: x.at[:, target].set(x[:, source], mode="drop", unique_indices=True),
+        pages,
+    )
 
 
 def read(
@@ -74,6 +81,7 @@ def read(
       params: fused or unstacked.
       sequence_ids: a token sees its own sequence; padding has an id of its own.
       places: where each token's key and value belong, page * S + place within it.
+        No two tokens share one.
 
     Returns:
       Final hidden states, and the pages with what was read.
@@ -117,7 +125,7 @@ def go_on(
     """
     size = pages.size
     page = jnp.take_along_axis(tables, jnp.maximum(positions, 0) // size, axis=1)
-    places = jnp.where(positions < 0, 0, page * size + positions % size)
+    places = jnp.where(positions < 0, -1, page * size + positions % size)
 
     def attend_pages(i, q, k, v, keys, values):
         return attention(
@@ -203,13 +211,19 @@ def _run(arch, params, tokens, positions, places, pages, attend_layer, dtype):
     decoder = model(arch, params)
     tables = decoder.rotary_tables(positions)
     at, size = places.reshape(-1), pages.size
+    # Every place is another, also those outside, where writes are dropped: with places
+    # that could meet, a GPU writes atomically, and waits where many are the same.
+    outside = size * pages.keys[0].shape[1] + jnp.arange(len(at))
+    at = jnp.where(at < 0, outside, at)
     x, keys, values = decoder.embed(tokens, dtype), [], []
     for i, layer in enumerate(decoder.layers):
 
         def attend_and_keep(q, k, v, i=i):
             kept = tuple(
                 old.at[:, at // size, at % size].set(
-                    new.reshape(-1, *new.shape[2:]).swapaxes(0, 1).astype(old.dtype)
+                    new.reshape(-1, *new.shape[2:]).swapaxes(0, 1).astype(old.dtype),
+                    mode="drop",
+                    unique_indices=True,
                 )
                 for old, new in ((pages.keys[i], k), (pages.values[i], v))
             )

@@ -7,6 +7,7 @@ the next. Shapes come from a few sizes, so that nothing compiles after the first
 
 import functools
 import math
+from collections import deque
 from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
@@ -111,6 +112,7 @@ class JaxEngine:
         )
         self._waiting: list[Response] = []
         self._running: Running | None = None
+        self._finished: deque[Completion] = deque()
         self._num_pages: dict[int, int] = {}
 
     def load(self, params: Any, version: int) -> dict[str, float]:
@@ -121,8 +123,9 @@ class JaxEngine:
           checksum.TransferError: it was verified, and other weights arrived.
         """
         if self._running:
+            left = self._running.outstanding + len(self._finished)
             raise ValueError(
-                f"{self._running.outstanding} responses are being made with weights "
+                f"{left} responses are being made with weights "
                 f"{self._version}; take all completions before weights {version}"
             )
         freq, first = self._checksum_freq, self._version == -1
@@ -231,20 +234,30 @@ class JaxEngine:
             self._running = self._start(len(self._waiting))
             self._running.add(self._waiting)
             self._waiting = []
-        while self._running and self._running.outstanding:
-            for response, before in self._running.advance():
-                stopped = self._cut(response, before)
-                ended = response.tokens[-1] in stop_ids(self.arch, response.request)
-                full = len(response.tokens) == response.request.sampling.max_tokens
-                if stopped is not None or ended or full:
-                    self._running.finish(response, told=stopped is None)
-                    yield self._completion(response, stopped)
+        while self._running and (self._finished or self._running.outstanding):
+            while self._finished:
+                yield self._finished.popleft()
+            self._finished.extend(self._advance(self._running))
+        if self._running:
+            self._running.close()
         self._running = None
+
+    def _advance(self, running: Running) -> Iterator[Completion]:
+        for response, before in running.advance():
+            stopped = self._cut(response, before)
+            ended = response.tokens[-1] in stop_ids(self.arch, response.request)
+            full = len(response.tokens) == response.request.sampling.max_tokens
+            if stopped is not None or ended or full:
+                running.finish(response, told=stopped is None)
+                yield self._completion(response, stopped)
 
     def abort(self, prompt_ids: Container[int]) -> int:
         """Forgets the responses to these prompts; returns how many there were."""
         if self._running:
-            return len(self._running.abort(prompt_ids))
+            kept = [c for c in self._finished if c.prompt_id not in prompt_ids]
+            count = len(self._finished) - len(kept)
+            self._finished = deque(kept)
+            return count + len(self._running.abort(prompt_ids))
         kept = [r for r in self._waiting if r.request.prompt_id not in prompt_ids]
         count = len(self._waiting) - len(kept)
         self._waiting = kept

@@ -6,6 +6,7 @@ of them.
 
 import itertools
 from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -73,15 +74,16 @@ class Running:
         self._most_rows = num_rows
         self._num_rows = num_rows
         pages, rows = abstract(run, num_rows, num_pages)
-        self._pages = jax.jit(
-            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), pages),
-            out_shardings=jax.tree.map(lambda x: x.sharding, pages),
-        )()
+        self._pages = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), pages
+        )
         self._rows = jax.device_put(
             decode.no_rows(num_rows, self._replicas),
             jax.tree.map(lambda x: x.sharding, rows),
         )
-        self._flight: decode.Steps | None = None
+        # A loop on a GPU returns when it has ended, so another thread waits for it.
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._chunk_sent: Future | None = None
 
     @property
     def outstanding(self) -> int:
@@ -96,39 +98,51 @@ class Running:
         asked = {_mode(r.request.sampling) for r in responses}
         self._mode = max({self._mode, *asked}, key=_MODES.index)
 
-    def advance(self) -> Iterator[tuple[Response, int]]:
+    def advance(self) -> list[tuple[Response, int]]:
         """Sends the device on for another chunk, then looks at what the last one gave.
 
-        Yields:
+        Returns:
           Responses with new tokens, and how many they had before.
         """
         plans = [scheduler.plan() for scheduler in self._schedulers]
-        self._read(plans)
         for lines, made, scheduler in zip(
             self._lines, plans, self._schedulers, strict=True
         ):
             for slot in made.queue:
                 response = scheduler.slots[slot]
                 lines.write(slot, response, stop_ids(self._run.arch, response.request))
-        self._fit_rows()
         tables = [
             lines.tables(scheduler)
             for lines, scheduler in zip(self._lines, self._schedulers, strict=True)
         ]
-        last = self._flight
-        self._rows, self._pages, self._flight = decode.decode(
+        tables = jax.tree.map(lambda *x: np.concatenate(x), *tables)
+        last = self._take()
+        self._read(plans)
+        self._fit_rows()
+        self._chunk_sent = self._thread.submit(
+            decode.decode,
             self._params,
-            jax.device_put(
-                jax.tree.map(lambda *x: np.concatenate(x), *tables), self._of_rows
-            ),
+            jax.device_put(tables, self._of_rows),
             self._rows,
             self._pages,
             run=self._run,
             chunk=self._chunk,
             mode=self._mode,
         )
-        if last is not None:
-            yield from self._look(last)
+        return [] if last is None else self._look(last)
+
+    def close(self) -> None:
+        """Waits for the device."""
+        self._take()
+        self._thread.shutdown()
+
+    def _take(self) -> decode.Steps | None:
+        """What the chunk that was sent gives; None if none was."""
+        if self._chunk_sent is None:
+            return None
+        self._rows, self._pages, steps = self._chunk_sent.result()
+        self._chunk_sent = None
+        return steps
 
     def finish(self, response: Response, *, told: bool) -> None:
         """See `Scheduler.finish`."""
@@ -145,14 +159,17 @@ class Running:
             if s.slots[response.slot] is response  # of two replicas' slots, one's
         )
 
-    def _look(self, steps: decode.Steps) -> Iterator[tuple[Response, int]]:
+    def _look(self, steps: decode.Steps) -> list[tuple[Response, int]]:
         found = jax.device_get(steps)
         parts = [
             [np.split(x, self._replicas, axis=1)[i] for x in jax.tree.leaves(found)]
             for i in range(self._replicas)
         ]
-        for scheduler, part in zip(self._schedulers, parts, strict=True):
-            yield from scheduler.took(*part)
+        return [
+            new
+            for scheduler, part in zip(self._schedulers, parts, strict=True)
+            for new in scheduler.took(*part)
+        ]
 
     def _fit_rows(self) -> None:
         """Fewer rows when few sequences are left: each costs, also where it is idle."""
@@ -186,7 +203,7 @@ class Running:
                 )
         most = max(len(made.copies) for made in plans)
         if most:
-            pairs = np.zeros((self._replicas, _power_of_two(most), 2), np.int32)
+            pairs = np.full((self._replicas, _power_of_two(most), 2), -1, np.int32)
             for i, made in enumerate(plans):
                 if made.copies:
                     pairs[i, : len(made.copies)] = made.copies
@@ -319,6 +336,7 @@ def packed_rows(rows: Sequence[Sequence[Piece]], length: int) -> tuple[np.ndarra
     """Tokens, positions, sequence ids and places [R, T] of `decode.read`."""
     tokens, positions, ids, places = np.zeros((4, len(rows), length), np.int32)
     ids += SEQUENCES_PER_ROW
+    places -= 1
     for r, row in enumerate(rows):
         start = 0
         for number, piece in enumerate(row):
