@@ -12,37 +12,44 @@ from sharding import mesh
 
 
 def case(B, T, N, K, S, n, H=16):
-    """Random queries, keys, values, tables and positions: row 0 is idle, row 1 at its
-    last position, row 2 at its first."""
+    """Random queries, new keys and values, caches, tables and positions: row 0 is idle,
+    row 1 at its last position, row 2 at its first."""
     rng = np.random.default_rng(B * T + N + S)
     q = rng.normal(size=(B, T, N, H)).astype(np.float32)
+    k, v = rng.normal(size=(2, B, T, K, H)).astype(np.float32)
     keys, values = rng.normal(size=(2, K, B * n + 1, S, H)).astype(np.float32)
     tables = 1 + rng.permutation(B * n).reshape(B, n).astype(np.int32)
     first = rng.integers(0, n * S - T + 1, B)
     first[1:3] = n * S - T, 0
     positions = (first[:, None] + np.arange(T)).astype(np.int32)
     positions[0] = -1
-    return [jnp.asarray(x) for x in (q, keys, values, tables, positions)]
+    return [jnp.asarray(x) for x in (q, k, v, keys, values, tables, positions)]
 
 
-def loop(q, keys, values, tables, positions, *, window, scale, softcap):
-    q, keys, values = (np.asarray(x, np.float64) for x in (q, keys, values))
+def loop(q, k, v, keys, values, tables, positions, *, window, scale, softcap):
+    """What the queries find, and the caches with what is new."""
+    q, keys, values = (np.array(x, np.float64) for x in (q, keys, values))
     out = np.zeros(q.shape)
-    (B, T, N, H), K = q.shape, keys.shape[0]
+    (B, T, N, H), (K, _, S, _) = q.shape, keys.shape
+    for b, t in np.argwhere(np.asarray(positions) >= 0):
+        page, place = divmod(int(positions[b, t]), S)
+        keys[:, tables[b, page], place] = k[b, t]
+        values[:, tables[b, page], place] = v[b, t]
+    new = keys, values
     for b, t, h in np.ndindex(B, T, N):
         head, p = h // (N // K), int(positions[b, t])
         if p < 0:
             continue
         first = 0 if window is None else max(0, p - window + 1)
-        k, v = (
+        k_seen, v_seen = (
             x[head, tables[b]].reshape(-1, H)[first : p + 1] for x in (keys, values)
         )
-        scores = scale * k @ q[b, t, h]
+        scores = scale * k_seen @ q[b, t, h]
         if softcap is not None:
             scores = softcap * np.tanh(scores / softcap)
         weights = np.exp(scores - scores.max())
-        out[b, t, h] = weights @ v / weights.sum()
-    return out
+        out[b, t, h] = weights @ v_seen / weights.sum()
+    return out, *new
 
 
 SHAPES = {"B": 4, "T": 1, "N": 6, "K": 2, "S": 16, "n": 9}
@@ -70,9 +77,12 @@ SHAPES = {"B": 4, "T": 1, "N": 6, "K": 2, "S": 16, "n": 9}
 def test_attention_over_pages_is_that_of_a_plain_loop(attend, shape, window, softcap):
     arguments = case(**shape)
     options = {"window": window, "scale": 0.25, "softcap": softcap}
-    got = attend(*arguments, **options)
-    np.testing.assert_allclose(got[1:], loop(*arguments, **options)[1:], atol=2e-6)
+    got, *caches = attend(*arguments, **options)
+    wanted, *wanted_caches = loop(*arguments, **options)
+    np.testing.assert_allclose(got[1:], wanted[1:], atol=2e-6)
     assert np.isfinite(got).all()
+    # Nothing but the new keys and values was written: the idle row wrote none.
+    np.testing.assert_array_equal(caches, np.float32(wanted_caches))
 
 
 def test_the_platform_chooses():
@@ -90,6 +100,8 @@ def test_the_gpu_kernel_is_lowered(head_dim):
         jax.ShapeDtypeStruct(shape, dtype)
         for shape, dtype in [
             ((B, 1, 12, head_dim), jnp.bfloat16),
+            ((B, 1, 2, head_dim), jnp.bfloat16),
+            ((B, 1, 2, head_dim), jnp.bfloat16),
             ((2, B * n, 64, head_dim), jnp.bfloat16),
             ((2, B * n, 64, head_dim), jnp.bfloat16),
             ((B, n), jnp.int32),
@@ -105,6 +117,7 @@ def test_pages_are_copied():
     pages = paged.Pages(
         (jnp.arange(24.0).reshape(2, 3, 2, 2),), (jnp.zeros((2, 3, 2, 2)),)
     )
-    copied = paged.copy(pages, jnp.array([2, 0]), jnp.array([1, 0]))
+    copied = paged.copy(pages, jnp.array([2, -1]), jnp.array([1, -1]))
+    np.testing.assert_array_equal(copied.keys[0][:, 0], pages.keys[0][:, 0])
     np.testing.assert_array_equal(copied.keys[0][:, 1], pages.keys[0][:, 2])
     np.testing.assert_array_equal(copied.keys[0][:, 2], pages.keys[0][:, 2])

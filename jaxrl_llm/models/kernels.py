@@ -9,6 +9,7 @@ Shapes as in `paged`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -50,21 +51,26 @@ def choose(
     return paged.attend
 
 
-def _one_token(kernel, mesh, q, keys, values, tables, positions, **options):
+def _one_token(kernel, mesh, q, k, v, keys, values, tables, positions, **options):
     """Each device runs the kernel on its own heads."""
     if q.shape[1] > 1:
-        return paged.attend(q, keys, values, tables, positions, **options)
+        return paged.attend(q, k, v, keys, values, tables, positions, **options)
     local = functools.partial(kernel, **options)
     if mesh.size > 1:
         heads, cache = P(None, None, "tensor"), P("tensor")
         local = on_each_device(
-            local, mesh, inputs=(heads, cache, cache, P(), P()), outputs=heads
+            local,
+            mesh,
+            inputs=(heads, heads, heads, cache, cache, P(), P()),
+            outputs=(heads, cache, cache),
         )
-    return local(q, keys, values, tables, positions)
+    return local(q, k, v, keys, values, tables, positions)
 
 
 def split_keys(
     q: Float[Array, "B 1 N H"],
+    k: Float[Array, "B 1 K H"],
+    v: Float[Array, "B 1 K H"],
     keys: Float[Array, "K P S H"],
     values: Float[Array, "K P S H"],
     tables: Int[Array, "B n"],
@@ -74,9 +80,10 @@ def split_keys(
     scale: float,
     softcap: float | None = None,
     interpret: bool = False,
-) -> Float[Array, "B 1 N H"]:
+) -> tuple[Float[Array, "B 1 N H"], Float[Array, "K P S H"], Float[Array, "K P S H"]]:
     """`paged.attend` on a GPU. Rows, heads and parts of the keys run side by side; what
-    the parts found is then joined by their weights.
+    the parts found is then joined by their weights. The new key and value are written
+    by the part that they belong to.
 
     Args:
       interpret: run the kernel without a GPU, slowly.
@@ -96,51 +103,66 @@ def split_keys(
             (None, None, None, *block), lambda b, k, s: (b, s, k, *zeros)
         )
 
-    out, peak, total = pl.pallas_call(
+    out, peak, total, keys, values = pl.pallas_call(
         functools.partial(
-            _split, window=window, scale=scale, softcap=softcap, per_split=per_split
+            _split,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            per_split=per_split,
+            wait=(lambda: None) if interpret else triton.debug_barrier,
         ),
         grid=(B, K, splits),
         in_specs=[
             pl.BlockSpec((None, n), lambda b, k, s: (b, 0)),
             pl.BlockSpec((None, 1), lambda b, k, s: (b, 0)),
             pl.BlockSpec((None, None, G, H), lambda b, k, s: (b, k, 0, 0)),
+            pl.BlockSpec((None, None, 1, H), lambda b, k, s: (b, 0, k, 0)),
+            pl.BlockSpec((None, None, 1, H), lambda b, k, s: (b, 0, k, 0)),
             cache,
             cache,
         ],
-        out_specs=[of_part(G, H), of_part(G), of_part(G)],
+        out_specs=[of_part(G, H), of_part(G), of_part(G), cache, cache],
         out_shape=[
             jax.ShapeDtypeStruct(
                 (B, splits, K, G, H), q.dtype if splits == 1 else jnp.float32
             ),
             jax.ShapeDtypeStruct((B, splits, K, G), jnp.float32),
             jax.ShapeDtypeStruct((B, splits, K, G), jnp.float32),
+            jax.ShapeDtypeStruct(keys.shape, keys.dtype),
+            jax.ShapeDtypeStruct(values.shape, values.dtype),
         ],
+        input_output_aliases={5: 3, 6: 4},
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
         name="split_keys",
-    )(tables, positions, q.reshape(B, K, G, H), keys, values)
+    )(tables, positions, q.reshape(B, K, G, H), k, v, keys, values)
     if splits > 1:
         weight = jnp.exp(peak - peak.max(axis=1, keepdims=True)) * total
         weight /= jnp.maximum(weight.sum(axis=1, keepdims=True), 1e-30)
         out = (weight[..., None] * out).sum(axis=1)
-    return out.reshape(q.shape).astype(q.dtype)
+    return out.reshape(q.shape).astype(q.dtype), keys, values
 
 
 def _split(
     tables,  # [n]
     positions,  # [1]
     q,  # [G, H]
-    keys,  # [P, S, H]
-    values,
+    k_new,  # [1, H]
+    v_new,
+    _keys,  # `keys` and `values` are where these are
+    _values,
     out,  # [G, H]
     peaks,  # [G]
     totals,
+    keys,  # [P, S, H]
+    values,
     *,
     window: int | None,
     scale: float,
     softcap: float | None,
     per_split: int,
+    wait: Callable[[], None],
 ):
     (G, H), S, position = q.shape, keys.shape[1], positions[0]
     rows = max(16, 1 << (G - 1).bit_length())  # tensor cores take no fewer
@@ -151,6 +173,12 @@ def _split(
     last = jnp.minimum(first + per_split, pl.cdiv(position + 1, S))
     if window is not None:
         first = jnp.maximum(first, jnp.maximum(position - window + 1, 0) // S)
+    own = jnp.maximum(position, 0) // S
+    mine = jnp.broadcast_to((position >= 0) & (own >= first) & (own < last), (1, H))
+    for cache, new in ((keys, k_new), (values, v_new)):
+        place = cache.at[tables[own], pl.ds(position % S, 1), :]
+        triton.store(place, new[...].astype(cache.dtype), mask=mine)
+    wait()
 
     def page(i, carry):
         peak, total, acc = carry
@@ -187,6 +215,8 @@ def _split(
 
 def on_tpu(
     q: Float[Array, "B 1 N H"],
+    k: Float[Array, "B 1 K H"],
+    v: Float[Array, "B 1 K H"],
     keys: Float[Array, "K P S H"],
     values: Float[Array, "K P S H"],
     tables: Int[Array, "B n"],
@@ -195,18 +225,20 @@ def on_tpu(
     window: Window,
     scale: float,
     softcap: float | None = None,
-) -> Float[Array, "B 1 N H"]:
+) -> tuple[Float[Array, "B 1 N H"], Float[Array, "K P S H"], Float[Array, "K P S H"]]:
     """`paged.attend` by JAX's paged attention for TPUs, which has no windows: they go
     to the reference."""
     from jax.experimental.pallas.ops.tpu import paged_attention as library
 
     if window is not None:
         return paged.attend(
-            q, keys, values, tables, positions,
+            q, k, v, keys, values, tables, positions,
             window=window, scale=scale, softcap=softcap,
         )  # fmt: skip
+    places = paged.places(tables, positions, keys.shape[2])
+    keys, values = paged.keep(keys, k, places), paged.keep(values, v, places)
     blocks = next(i for i in (8, 4, 2, 1) if tables.shape[1] % i == 0)
-    return library.paged_attention(
+    found = library.paged_attention(
         q[:, 0] * jnp.asarray(scale, q.dtype),
         keys,
         values,
@@ -214,4 +246,5 @@ def on_tpu(
         tables,
         attn_logits_soft_cap=softcap,
         pages_per_compute_block=blocks,
-    )[:, None]
+    )
+    return found[:, None], keys, values

@@ -24,8 +24,8 @@ from jaxrl_llm.models.apply import Params, model
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention import PackedAttention, Window
 
-PagedAttention = Callable[..., Float[Array, "B T N H"]]
-"""`attend`, or something of the same arguments and result."""
+PagedAttention = Callable[..., tuple[Any, Any, Any]]
+"""`attend`, or something of the same arguments and results."""
 
 
 @no_type_check  # JAX also builds such trees of shapes or shardings
@@ -51,6 +51,28 @@ def empty(arch: Architecture, num_pages: int, page_size: int, dtype: Any) -> Pag
         tuple(jnp.zeros(shape, dtype) for _ in layers),
         tuple(jnp.zeros(shape, dtype) for _ in layers),
     )
+
+
+def places(
+    tables: Int[Array, "B n"], positions: Int[Array, "B T"], size: int
+) -> Int[Array, "B T"]:
+    """Where positions are in pages of a size; -1 for a position of -1."""
+    page = jnp.take_along_axis(tables, jnp.maximum(positions, 0) // size, axis=1)
+    return jnp.where(positions < 0, -1, page * size + positions % size)
+
+
+def keep(
+    cache: Float[Array, "K P S H"],
+    new: Float[Array, "B T K H"],
+    places: Int[Array, "B T"],
+) -> Float[Array, "K P S H"]:
+    """The cache with new keys, or values, at their places."""
+    (_, P, S, _), at = cache.shape, places.reshape(-1)
+    # Every place is another, also those outside, where writes are dropped: with places
+    # that could meet, a GPU writes atomically, and waits where many are the same.
+    at = jnp.where(at < 0, P * S + jnp.arange(len(at)), at)
+    new = new.reshape(-1, *new.shape[2:]).swapaxes(0, 1).astype(cache.dtype)
+    return cache.at[:, at // S, at % S].set(new, mode="drop", unique_indices=True)
 
 
 def copy(pages: Pages, source: Int[Array, " c"], target: Int[Array, " c"]) -> Pages:
@@ -88,7 +110,7 @@ def read(
     """
 
     def attend_row(i, q, k, v, keys, values):
-        return attention(
+        found = attention(
             q,
             k,
             v,
@@ -98,8 +120,9 @@ def read(
             scale=arch.attention_scale,
             softcap=arch.attention_softcap,
         )
+        return found, (keep(keys, k, places), keep(values, v, places))
 
-    return _run(arch, params, tokens, positions, places, pages, attend_row, dtype)
+    return _run(arch, params, tokens, positions, pages, attend_row, dtype)
 
 
 def go_on(
@@ -123,13 +146,12 @@ def go_on(
     Returns:
       Final hidden states, and the pages with these tokens.
     """
-    size = pages.size
-    page = jnp.take_along_axis(tables, jnp.maximum(positions, 0) // size, axis=1)
-    places = jnp.where(positions < 0, -1, page * size + positions % size)
 
     def attend_pages(i, q, k, v, keys, values):
-        return attention(
+        found, *kept = attention(
             q,
+            k,
+            v,
             keys,
             values,
             tables,
@@ -138,12 +160,15 @@ def go_on(
             scale=arch.attention_scale,
             softcap=arch.attention_softcap,
         )
+        return found, kept
 
-    return _run(arch, params, tokens, positions, places, pages, attend_pages, dtype)
+    return _run(arch, params, tokens, positions, pages, attend_pages, dtype)
 
 
 def attend(
     q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
     keys: Float[Array, "K P S H"],
     values: Float[Array, "K P S H"],
     tables: Int[Array, "B n"],
@@ -152,17 +177,24 @@ def attend(
     window: Window,
     scale: float,
     softcap: float | None = None,
-) -> Float[Array, "B T N H"]:
-    """softmax(cap(scale * q k^T)) v over the positions up to each query's own.
+) -> tuple[Float[Array, "B T N H"], Float[Array, "K P S H"], Float[Array, "K P S H"]]:
+    """Keeps new keys and values at their positions, then computes softmax(cap(scale * q
+    k^T)) v over the positions up to each query's own.
 
     A page at a time, from the first that any row sees to the last: pages that nobody
-    has filled are not read. A query at position -1 gets something finite and unused.
+    has filled are not read. A query at position -1 gets something finite and unused,
+    and nothing of it is kept.
+
+    Returns:
+      What the queries found, and the caches.
 
     Source: online softmax, Milakov and Gimelshein 2018 (arXiv:1805.02867).
     """
     B, T, N, H = q.shape
     K, _, S, _ = keys.shape
     G = N // K
+    at = places(tables, positions, S)
+    keys, values = keep(keys, k, at), keep(values, v, at)
     q = q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K, B, G * T, H)
 
     def page(j, carry):
@@ -204,30 +236,17 @@ def attend(
     _, total, out = jax.lax.fori_loop(first, last, page, start)
     out = (out / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
     out = out.reshape(K, B, G, T, H).transpose(1, 3, 0, 2, 4)
-    return out.reshape(B, T, N, H)
+    return out.reshape(B, T, N, H), keys, values
 
 
-def _run(arch, params, tokens, positions, places, pages, attend_layer, dtype):
+def _run(arch, params, tokens, positions, pages, attend_layer, dtype):
     decoder = model(arch, params)
     tables = decoder.rotary_tables(positions)
-    at, size = places.reshape(-1), pages.size
-    # Every place is another, also those outside, where writes are dropped: with places
-    # that could meet, a GPU writes atomically, and waits where many are the same.
-    outside = size * pages.keys[0].shape[1] + jnp.arange(len(at))
-    at = jnp.where(at < 0, outside, at)
     x, keys, values = decoder.embed(tokens, dtype), [], []
     for i, layer in enumerate(decoder.layers):
 
         def attend_and_keep(q, k, v, i=i):
-            kept = tuple(
-                old.at[:, at // size, at % size].set(
-                    new.reshape(-1, *new.shape[2:]).swapaxes(0, 1).astype(old.dtype),
-                    mode="drop",
-                    unique_indices=True,
-                )
-                for old, new in ((pages.keys[i], k), (pages.values[i], v))
-            )
-            return attend_layer(i, q, k, v, *kept), kept
+            return attend_layer(i, q, k, v, pages.keys[i], pages.values[i])
 
         x, (k, v) = layer(x, tables[arch.rope_of_layer[i]], attend_and_keep)
         keys.append(k)

@@ -345,7 +345,8 @@ class JaxEngine:
         )
 
     def _text(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        # An array: transformers looks at every element of a list.
+        return self.tokenizer.decode(np.asarray(tokens), skip_special_tokens=True)
 
 
 def _bytes(tree: Any) -> int:

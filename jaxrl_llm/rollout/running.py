@@ -115,14 +115,16 @@ class Running:
             lines.tables(scheduler)
             for lines, scheduler in zip(self._lines, self._schedulers, strict=True)
         ]
-        tables = jax.tree.map(lambda *x: np.concatenate(x), *tables)
+        tables = jax.device_put(
+            jax.tree.map(lambda *x: np.concatenate(x), *tables), self._of_rows
+        )
         last = self._take()
         self._read(plans)
         self._fit_rows()
         self._chunk_sent = self._thread.submit(
             decode.decode,
             self._params,
-            jax.device_put(tables, self._of_rows),
+            tables,
             self._rows,
             self._pages,
             run=self._run,
@@ -175,7 +177,7 @@ class Running:
         """Fewer rows when few sequences are left: each costs, also where it is idle."""
         needed = max(s.outstanding + len(s.gone) for s in self._schedulers)
         count = fit(self._most_rows, needed)
-        if count * 4 <= self._num_rows or count > self._num_rows:
+        if count * 2 <= self._num_rows or count > self._num_rows:
             self._num_rows = count
             self._rows = decode.resize(self._rows, count=count, run=self._run)
 

@@ -114,14 +114,16 @@ def draw(
     distribution function twice.
 
     The first uniform number picks a block of 128 neighbouring tokens with its total
-    probability, the second a token within it. Two passes over the vocabulary, and two
+    probability, the second a token within it. One pass over the vocabulary, and two
     random numbers per token instead of V.
     """
     B, V = logits.shape
-    peak = logits.max(axis=-1, keepdims=True)
     pad = ((0, 0), (0, -V % _BLOCK))
     blocks = jnp.pad(logits, pad, constant_values=-jnp.inf).reshape(B, -1, _BLOCK)
-    totals = jnp.exp(blocks - peak[:, None]).sum(axis=-1)
+    peaks = jnp.maximum(blocks.max(axis=-1), jnp.finfo(logits.dtype).min)
+    totals = jnp.exp(blocks - peaks[..., None]).sum(axis=-1)
+    peak = peaks.max(axis=-1, keepdims=True)
+    totals *= jnp.exp(peaks - peak)
     block = _invert(totals, uniforms[:, 0])
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0] - peak
     place = _invert(jnp.exp(inside), uniforms[:, 1])
