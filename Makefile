@@ -15,11 +15,11 @@ quickstart: .venv/quickstart
 test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 ## The slow tests too.
 test-all: .venv/test
-	$(BIN)/python -m pytest -m "not accelerator and not vllm"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not accelerator and not vllm"
 
 ## The tests of the vLLM engine, with real servers on the CPU; about 20 minutes.
 test-vllm: .venv/test .venv-vllm/ready

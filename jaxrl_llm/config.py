@@ -23,6 +23,7 @@ from jaxrl_llm.config_algorithm import (
     misfits,
 )
 from jaxrl_llm.config_algorithm import Section as _Section
+from sharding.mesh import numbers
 
 Positive = Field(gt=0)
 NonNegative = Field(ge=0)
@@ -288,6 +289,8 @@ class ActorConfig(_Section):
     """Compile every layer by itself rather than one loop over them: no copies into and
     out of the loop, but a compile time that grows with depth. auto: on a GPU."""
     mesh: TrainMeshConfig = TrainMeshConfig()
+    ref_mesh: TrainMeshConfig | None = None
+    """Of the reference policy; `mesh` if not given."""
     rules: TrainRules = {}
     """Axes of the mesh that a dimension is split over, other than usual: see
     sharding/rules.py. `residual: context` turns sequence parallelism off."""
@@ -422,6 +425,53 @@ class TrainerConfig(_Section):
     """Completions shown in the terminal."""
 
 
+EVERYWHERE = "all devices"
+"""The group of every role, if no groups are named."""
+
+
+class PlacementConfig(_Section):
+    """Which devices each role computes on. A role without a group has all devices, if
+    there are no groups."""
+
+    groups: dict[str, str] = {}
+    """Device numbers by the name of a group, such as {train: 0-5, generate: 6-7}. Every
+    device is in one group."""
+    actor: str | None = None
+    """Its group."""
+    critic: str | None = None
+    """Its group; the actor's if not given."""
+    reference: str | None = None
+    """Of the KL term's reference policy; the actor's if not given."""
+    rollout: str | None = None
+    """Of the jax engine; the actor's if not given."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PlacementConfig":
+        for name, text in self.groups.items():
+            try:
+                numbers(text)
+            except ValueError as error:
+                raise ValueError(f"group {name}: {error}") from None
+        used = {self.actor, self.critic, self.reference, self.rollout} - {None}
+        for role in ("actor", "critic", "reference", "rollout"):
+            group = getattr(self, role)
+            if group is not None and group not in self.groups:
+                raise ValueError(
+                    f"{role} is {group}, which is none of the groups "
+                    f"{', '.join(self.groups) or '(there are none)'}"
+                )
+        if self.groups and self.actor is None:
+            raise ValueError("actor: needed, one of the groups; the others follow it")
+        idle = [name for name in self.groups if name not in used]
+        if idle:
+            raise ValueError(f"group {', '.join(idle)} has no role")
+        return self
+
+    def of(self, role: str) -> str:
+        """The group of a role."""
+        return getattr(self, role) or self.actor or EVERYWHERE
+
+
 class Config(_Section):
     """A whole run."""
 
@@ -437,6 +487,7 @@ class Config(_Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     reward: RewardConfig
     val: ValConfig = ValConfig()
+    placement: PlacementConfig = PlacementConfig()
     trainer: TrainerConfig
 
     @model_validator(mode="after")
@@ -464,6 +515,11 @@ def _misfits(config: Config):
         yield (
             f"rollout.vllm.urls are running servers, so rollout.vllm.{min(ours)}, "
             "which is for servers of our own, says nothing"
+        )
+    if rollout.engine != "jax" and config.placement.rollout is not None:
+        yield (
+            f"placement.rollout is {config.placement.rollout}, but rollout.engine is "
+            f"{rollout.engine}, whose servers have devices of their own"
         )
     longest = data.max_prompt_length + rollout.max_response_length
     if actor.pack_length is not None and actor.pack_length < longest:
@@ -495,13 +551,19 @@ def _misfits(config: Config):
             f"actor.optim.lr_warmup_steps is {warmup} but "
             f"trainer.total_training_steps is {steps}"
         )
-    for role in ("actor", "critic", "rollout"):
-        sizes = getattr(config, role).mesh.model_dump()
+    meshes = {
+        "actor.mesh": actor.mesh,
+        "actor.ref_mesh": actor.ref_mesh or actor.mesh,
+        "critic.mesh": config.critic.mesh,
+        "rollout.mesh": rollout.mesh,
+    }
+    for name, given in meshes.items():
+        sizes = given.model_dump()
         for axis, size in sizes.items():
             if size == 0:
-                yield f"{role}.mesh.{axis} is 0; use 1 for an axis that is not used"
+                yield f"{name}.{axis} is 0; use 1 for an axis that is not used"
         if list(sizes.values()).count(-1) > 1:
-            yield f"{role}.mesh is {sizes}; only one axis may be -1 (what is left)"
+            yield f"{name} is {sizes}; only one axis may be -1 (what is left)"
     for split, source in (("train", data.train), ("val", data.val)):
         if source and source.path.startswith("reasoning_gym:") and not source.size:
             yield (

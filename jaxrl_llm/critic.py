@@ -19,16 +19,9 @@ from jaxtyping import Array, Float
 from jaxrl_llm import grpo, logprobs, models, optimizer, ppo
 from jaxrl_llm.batch import TrainBatch, pad_rows, previous_tokens
 from jaxrl_llm.config import Config, ConfigError
-from jaxrl_llm.learner import (
-    abstract_state,
-    attention,
-    first_state,
-    layout,
-    partition,
-    split,
-    state_shardings,
-)
+from jaxrl_llm.learner import abstract_state, first_state, split, state_shardings
 from jaxrl_llm.models import Checkpoint
+from jaxrl_llm.policy import attention, layout, partition
 from sharding import processes
 
 
@@ -60,7 +53,7 @@ class Critic:
         self.schedule = optimizer.schedule(critic.optim, total_steps, count)
         self._partition = partition(
             config,
-            "critic",
+            "critic.mesh",
             self.arch,
             models.abstract_critic(self.arch),
             models.critic_axes(self.arch),

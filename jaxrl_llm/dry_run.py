@@ -31,6 +31,7 @@ def show(job: Job) -> None:
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "parameters": f"{models.num_params(arch):,}",
         "training mesh": dict(learner.mesh.shape),
+        "groups": config.placement.groups or "all roles on all devices",
         "generation": config.rollout.engine,
         "training questions": f"{len(prompts):,}",
         "left out of them": f"{job.data.train_removed_as_held_out} held out",
@@ -43,39 +44,55 @@ def show(job: Job) -> None:
     _print(console, "The run", facts)
     with progress("compiling the largest update", console=console):
         memory = memory_per_device(job)
-    total = sum(memory.values())
-    sizes = {name: f"{size / _GIB:.3f} GiB" for name, size in memory.items()}
-    _print(console, "Memory per device", sizes | {"total": f"{total / _GIB:.3f} GiB"})
+    for group, held in memory.items():
+        sizes = {name: f"{size / _GIB:.3f} GiB" for name, size in held.items()}
+        total = {"total": f"{sum(held.values()) / _GIB:.3f} GiB"}
+        _print(console, f"Memory per device, {group}", sizes | total)
 
 
-def memory_per_device(job: Job) -> dict[str, int]:
-    """Bytes on the fullest device."""
+def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
+    """Bytes on the fullest device of every group."""
     config, learner, critic = job.config, job.learner, job.critic
-    state = learner.abstract_state()
-    memory = {
-        "weights": _bytes(state.params),
-        "optimizer": _bytes(state.opt_state),
-        "update (gradients, activations)": learner.update_memory().temp_size_in_bytes,
-        **job.engine.memory(
+    state, memory = learner.abstract_state(), {}
+
+    def add(role: str, sizes: dict[str, int]) -> None:
+        held = memory.setdefault(config.placement.of(role), {})
+        # Actor and critic are updated one after the other.
+        peaks = [peak for of in (held, sizes) if (peak := of.get(_UPDATE))]
+        held |= sizes | ({_UPDATE: max(peaks)} if peaks else {})
+
+    add(
+        "actor",
+        {
+            "weights": _bytes(state.params),
+            "optimizer": _bytes(state.opt_state),
+            _UPDATE: learner.update_memory().temp_size_in_bytes,
+        },
+    )
+    add(
+        "rollout",
+        job.engine.memory(
             -(-config.data.train_batch_size // jax.process_count()) * config.rollout.n,
             config.data.max_prompt_length + config.rollout.max_response_length,
         ),
-    }
+    )
     if critic:
         judge = critic.abstract_state()
         peak = critic.update_memory(learner.largest_rows()).temp_size_in_bytes
-        memory |= {
-            "critic's weights": _bytes(judge.params),
-            "critic's optimizer": _bytes(judge.opt_state),
-            # Actor and critic are updated one after the other.
-            "update (gradients, activations)": max(
-                peak, memory["update (gradients, activations)"]
-            ),
-        }
+        add(
+            "critic",
+            {
+                "critic's weights": _bytes(judge.params),
+                "critic's optimizer": _bytes(judge.opt_state),
+                _UPDATE: peak,
+            },
+        )
     if uses_kl(config):
-        size = jax.numpy.dtype(config.actor.dtype).itemsize
-        memory["reference"] = memory["weights"] * size // 4
+        add("reference", {"reference": _bytes(learner.abstract_reference())})
     return memory
+
+
+_UPDATE = "update (gradients, activations)"
 
 
 def _bytes(tree: Any) -> int:

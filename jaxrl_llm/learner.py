@@ -7,8 +7,7 @@ state, metrics = learner.update(state, learner.make_rows(...), seed)
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,16 +16,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from jaxrl_llm import batch as batches
-from jaxrl_llm import grpo, logprobs, models, optimizer
+from jaxrl_llm import grpo, models, optimizer
 from jaxrl_llm.batch import Completion, Layout, Prompt, TrainBatch
-from jaxrl_llm.config import Config, ConfigError
+from jaxrl_llm.config import Config
 from jaxrl_llm.config_algorithm import RolloutCorrectionConfig, uses_kl
 from jaxrl_llm.correction import Correction
-from jaxrl_llm.models import Architecture, WeightSource
-from sharding import processes, rules
+from jaxrl_llm.models import WeightSource
+from jaxrl_llm.policy import Policy
+from sharding import plan, processes, reshard
 
 
 class Learner:
@@ -35,12 +35,19 @@ class Learner:
     Args:
       source: of the weights to start from, which a KL term keeps as the reference.
       mesh: axes of `mesh.AXES`, such as "data", "fsdp" and "tensor".
+      reference_mesh: where the reference lies; `mesh` if not given.
 
     Raises:
-      ConfigError: the model or its rows cannot be split evenly over `mesh`.
+      ConfigError: the model or its rows cannot be split evenly over a mesh.
     """
 
-    def __init__(self, config: Config, source: WeightSource, mesh: Mesh):
+    def __init__(
+        self,
+        config: Config,
+        source: WeightSource,
+        mesh: Mesh,
+        reference_mesh: Mesh | None = None,
+    ):
         self.config, self.arch, self.mesh = config, source.arch, mesh
         self._source = source
         actor, trainer = config.actor, config.trainer
@@ -48,25 +55,16 @@ class Learner:
         count = updates_per_step(config)
         self.optimizer = optimizer.make(actor.optim, steps, count)
         self.schedule = optimizer.schedule(actor.optim, steps, count)
-        self._partition = partition(
-            config,
-            "actor",
-            self.arch,
-            models.abstract_params(self.arch),
-            models.logical_axes(self.arch),
-            mesh,
-            actor.rules,
-        )
-        self._rows = self._partition.sharding("rows", "tokens")
-        self._layout = layout(config, self._partition, actor.micro_batch_size)
-        # Tokens whose logits exist at once, 4,096 a device: every chunk ends in a sum
-        # of the output matrix' gradient over devices.
-        rows, parts = self._layout.rows_multiple, self._partition.parts("tokens")
-        self._chunk = 4096 * rows * parts
+        self.policy = Policy(config, source.arch, mesh)
+        self.reference_policy = self.policy
+        if reference_mesh is not None and reference_mesh != mesh:
+            self.reference_policy = Policy(
+                config, source.arch, reference_mesh, "actor.ref_mesh"
+            )
         self._update = jax.jit(
             functools.partial(
                 grpo.update,
-                logprob_fn=self.logprobs,
+                logprob_fn=self.policy.logprobs,
                 optimizer=self.optimizer,
                 settings=update_settings(config),
                 prepare=lambda params: models.for_products(
@@ -80,10 +78,8 @@ class Learner:
             lambda params: jax.tree.map(
                 lambda x: jnp.copy(x.astype(actor.dtype)), params
             ),
-            out_shardings=self.param_shardings(),
+            out_shardings=self.policy.param_shardings(),
         )
-        self._score = self._in_micro_batches(self.logprobs)
-        self._concentration = self._in_micro_batches(self._sum_pi_squared)
 
     @functools.cached_property
     def reference(self) -> Any:
@@ -91,25 +87,31 @@ class Learner:
         multiplied in; None if no KL term asks for them."""
         if not uses_kl(self.config):
             return None
-        return self._put_away("reference", self.read_weights(self.config.actor.dtype))
+        return self._put_away("reference", self.read_reference())
 
     def read_weights(self, dtype: str) -> Any:
         """The weights before training, laid out for training."""
         return self._source.load(
-            dtype=jnp.dtype(dtype), shardings=self.param_shardings()
+            dtype=jnp.dtype(dtype), shardings=self.policy.param_shardings()
+        )
+
+    def read_reference(self) -> Any:
+        """The weights before training in the compute dtype, laid out to be scored."""
+        return self._source.load(
+            dtype=jnp.dtype(self.config.actor.dtype),
+            shardings=self.reference_policy.param_shardings(),
         )
 
     def as_reference(self, params: Any) -> Any:
-        """A copy of the weights in the compute dtype."""
-        return self._put_away("reference", self._copy(params))
+        """A copy of the weights in the compute dtype, where the reference lies."""
+        if self.reference_policy is self.policy:
+            return self._put_away("reference", self._copy(params))
+        way = plan.plan(params, self.abstract_reference())
+        return self._put_away("reference", reshard.reshard(params, way))
 
     def abstract_reference(self) -> Any:
         """Shapes, dtypes and shardings of `as_reference`."""
-        dtype = jnp.dtype(self.config.actor.dtype)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding),
-            self.abstract_state().params,
-        )
+        return self.reference_policy.abstract_params(self.config.actor.dtype)
 
     def start(self) -> grpo.TrainState:
         """The state before the first update. Reads the weights."""
@@ -123,7 +125,9 @@ class Learner:
         advantages: Float[np.ndarray, "P G"],
     ) -> TrainBatch:
         """The training batch of one step, on the host."""
-        return batches.make_rows(prompts, completions, advantages, layout=self._layout)
+        return batches.make_rows(
+            prompts, completions, advantages, layout=self.policy.layout
+        )
 
     def largest_rows(self) -> TrainBatch:
         """Rows in which every prompt and response is as long as it may be."""
@@ -149,7 +153,8 @@ class Learner:
     def compile_update(self, batch: TrainBatch) -> jax.stages.Compiled:
         """The update of the state with rows of these shapes, compiled."""
         rows = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows), batch
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.policy.rows),
+            batch,
         )
         return self._update.lower(self.abstract_state(), rows).compile()
 
@@ -168,11 +173,7 @@ class Learner:
 
     def compile_largest_scoring(self) -> jax.stages.Compiled:
         """The log-probabilities of all rows under one policy."""
-        rows = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows),
-            self.largest_rows(),
-        )
-        return self._score.lower(self.abstract_state().params, rows).compile()
+        return self.policy.compile_scoring(self.largest_rows())
 
     def update(
         self, state: grpo.TrainState, batch: TrainBatch, seed: int
@@ -196,7 +197,7 @@ class Learner:
                 efficiencies.append(
                     batches.token_efficiency(part, actor.micro_batch_size)
                 )
-                state, metrics = self._update(state, self.on_devices(part))
+                state, metrics = self._update(state, self.policy.on_devices(part))
                 collected.append(metrics)
         means = jax.tree.map(lambda *x: float(np.mean(x)), *jax.device_get(collected))
         means["actor/lr"] = float(self.schedule(int(state.step) - 1))
@@ -205,90 +206,11 @@ class Learner:
         state = dataclasses.replace(state, opt_state=opt_state)
         return jax.block_until_ready(state), means
 
-    def logprobs(self, params: Any, rows: TrainBatch) -> logprobs.Logprobs:
-        """Log-probability and entropy of every response token, at the temperature it
-        was sampled at."""
-        hidden, matrix, asked = self._asked(params, rows)
-        found = logprobs.of_tokens(
-            hidden,
-            matrix,
-            asked.tokens,
-            asked.positions,
-            asked.response_mask,
-            previous=batches.previous_tokens(asked),
-            temperature=self.config.rollout.temperature,
-            logit_softcap=self.arch.logit_softcap,
-            entropy_gradient=self.config.actor.entropy_coeff != 0,
-            chunk=self._chunk,
-        )
-        return logprobs.Logprobs(*(self._join(x, rows.tokens.shape) for x in found))
-
-    def _sum_pi_squared(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
-        hidden, matrix, asked = self._asked(params, rows)
-        found = logprobs.sum_pi_squared(
-            hidden,
-            matrix,
-            asked.positions,
-            asked.response_mask,
-            previous=batches.previous_tokens(asked),
-            temperature=self.config.rollout.temperature,
-            logit_softcap=self.arch.logit_softcap,
-            chunk=self._chunk,
-        )
-        return self._join(found, rows.tokens.shape)
-
-    def _asked(self, params: Any, rows: TrainBatch):
-        """Hidden states, output matrix, and rows, taken apart where devices share
-        them."""
-        actor, partition = self.config.actor, self._partition
-        # Gradients lie where their parameters lie.
-        params = jax.lax.with_sharding_constraint(params, self.param_shardings())
-        hidden = models.forward(
-            self.arch,
-            params,
-            rows.tokens,
-            rows.positions,
-            rows.sequence_ids,
-            dtype=jnp.dtype(actor.dtype),
-            remat=actor.remat,
-            attention=attention(partition, actor.dtype, actor.attention, rows),
-            unroll=models.choose_unroll(self.mesh, actor.unroll),
-            shard=partition.constrain,
-        )
-        matrix = partition.constrain(models.output_matrix(params), "vocab", None)
-        if partition.parts("tokens") == 1:
-            return hidden, matrix, rows
-        hidden, rows = jax.tree.map(self._take_apart, (hidden, rows))
-        mask = rows.response_mask.at[:, 0].set(False)
-        return hidden, matrix, dataclasses.replace(rows, response_mask=mask)
-
-    def _take_apart(self, x: Array) -> Array:
-        """[R, T, ...] -> [R * parts, 1 + T / parts, ...]: each device's part of a row,
-        behind the token that comes before it."""
-        axes = self._partition.axes("rows") + self._partition.axes("tokens")
-        length = x.shape[1] // self._partition.parts("tokens")
-
-        def parts(x):
-            x = x.reshape(-1, length, *x.shape[2:])
-            return jax.lax.with_sharding_constraint(
-                x, NamedSharding(self.mesh, P(axes))
-            )
-
-        return jnp.concatenate([parts(jnp.roll(x, 1, axis=1))[:, :1], parts(x)], axis=1)
-
-    def _join(self, x: Array, shape: tuple[int, int]) -> Array:
-        """What was found of rows that were taken apart, [R, T]."""
-        return x[:, -(shape[1] // self._partition.parts("tokens")) :].reshape(shape)
-
-    def param_shardings(self) -> Any:
-        """Of every parameter."""
-        return self._partition.shardings(models.logical_axes(self.arch))
-
     def state_shardings(self) -> grpo.TrainState:
         """Of every array of the state."""
         return state_shardings(
             models.abstract_params(self.arch),
-            self.param_shardings(),
+            self.policy.param_shardings(),
             self.optimizer,
             self.mesh,
         )
@@ -317,18 +239,14 @@ class Learner:
         if uses_kl(self.config) and batch.ref_logprobs is None:
             reference = self.reference if reference is None else reference
             reference = self._bring("reference", reference)
-            found["ref_logprobs"] = self._scored(reference, batch)
+            found["ref_logprobs"] = self.reference_policy.score(reference, batch)
         if needs_old_logprobs(self.config) and batch.old_logprobs is None:
-            found["old_logprobs"] = self._scored(params, batch)
+            found["old_logprobs"] = self.policy.score(params, batch)
         return dataclasses.replace(batch, **found)
 
     def take(self, batch: TrainBatch, sequences: Sequence[int]) -> TrainBatch:
         """Some sequences of a batch of `make_rows`, laid out anew."""
-        return batches.take(batch, sequences, layout=self._layout)
-
-    def sum_pi_squared(self, params: Any, batch: TrainBatch) -> np.ndarray:
-        """`logprobs.sum_pi_squared` of all response tokens, [R, T] on the host."""
-        return processes.fetch(self._concentration(params, self.on_devices(batch)))
+        return batches.take(batch, sequences, layout=self.policy.layout)
 
     def _put_away(self, what: str, tree: Any) -> Any:
         """To the host's memory, if `actor.offload` says so."""
@@ -345,95 +263,9 @@ class Learner:
             lambda x: jax.device_put(x, x.sharding.with_memory_kind(memory)), tree
         )
 
-    def _scored(self, params: Any, batch: TrainBatch) -> np.ndarray:
-        return processes.fetch(self._score(params, self.on_devices(batch)).logprobs)
-
-    def _in_micro_batches(self, function: Callable) -> Callable:
-        """`function` of all rows, as many at a time as in the update; compiled."""
-
-        def whole(params, batch):
-            _, found = grpo.accumulate(
-                lambda params, rows, _: ((), function(params, rows)),
-                params,
-                batch,
-                (),
-                self.config.actor.micro_batch_size,
-            )
-            return found
-
-        return jax.jit(whole)
-
     def _parts(self, batch: TrainBatch, epoch: int, seed: int) -> list[TrainBatch]:
         mini = self.config.actor.ppo_mini_batch_size
-        return split(self.config, batch, mini, (seed, epoch), layout=self._layout)
-
-    def on_devices(self, batch: TrainBatch) -> TrainBatch:
-        """The rows of `make_rows`, split over the mesh."""
-        return processes.place(batch, self._rows)
-
-
-def partition(
-    config: Config,
-    role: str,
-    arch: Architecture,
-    shapes: Any,
-    logical_axes: Any,
-    mesh: Mesh,
-    changed: rules.Rules,
-) -> rules.Partition:
-    """The training layout of the actor or the critic: see `models.partition`.
-
-    Raises:
-      ConfigError: the model or its rows cannot be split evenly over `mesh`.
-    """
-    where, actor = f"{role}.mesh {dict(mesh.shape)}", config.actor
-    try:
-        made = models.partition(arch, shapes, logical_axes, mesh, changed)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    length, multiple = actor.pack_length, _length_multiple(made)
-    if length is not None and length % multiple:
-        raise ConfigError(
-            f"{where} splits a row over {multiple} devices, which do not divide "
-            f"actor.pack_length {length}"
-        )
-    if actor.share_prompts and made.parts("tokens") > 1:
-        raise ConfigError(
-            f"{where}: actor.share_prompts needs whole rows; use context 1"
-        )
-    return made
-
-
-def _length_multiple(partition: rules.Partition) -> int:
-    return math.lcm(partition.parts("tokens"), partition.parts("residual"))
-
-
-def attention(
-    partition: rules.Partition, dtype: str, implementation: str, rows: TrainBatch
-):
-    """What `models.forward` attends with: shared prompts or whole rows."""
-    if rows.prompt_ids is not None:
-        return functools.partial(
-            models.shared_prompts,
-            prompt_ids=rows.prompt_ids,
-            response_mask=rows.response_mask,
-        )
-    capacity = rows.sequence_capacity
-    return models.choose_attention(partition, dtype, capacity, implementation)
-
-
-def layout(
-    config: Config, partition: rules.Partition, micro_batch_size: int | None
-) -> Layout:
-    """The rows of a training step."""
-    return Layout(
-        pack_length=config.actor.pack_length,
-        rows_multiple=partition.parts("rows"),
-        length_multiple=_length_multiple(partition),
-        micro_batch_size=micro_batch_size,
-        share_prompts=config.actor.share_prompts,
-        longest=config.data.max_prompt_length + config.rollout.max_response_length,
-    )
+        return split(self.config, batch, mini, (seed, epoch), layout=self.policy.layout)
 
 
 def split(

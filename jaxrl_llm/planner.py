@@ -25,7 +25,8 @@ from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.config_algorithm import uses_kl
 from jaxrl_llm.learner import Learner, needs_old_logprobs, updates_per_step
 from jaxrl_llm.rollout.jax_engine import JaxEngine
-from sharding import mesh, plan, reshard
+from jaxrl_llm.train import make_meshes
+from sharding import plan, reshard
 
 _GIB = 2**30
 
@@ -128,13 +129,14 @@ def estimate(
         raise ConfigError(
             "algorithm.adv_estimator gae: a critic's update is not planned"
         )
-    learner = Learner(
-        config, models.RandomWeights(arch), _mesh("actor", config, devices)
-    )
+    if config.placement.groups:
+        raise ConfigError("placement.groups: only plans of all devices for all roles")
+    meshes, source = make_meshes(config, devices), models.RandomWeights(arch)
+    learner = Learner(config, source, meshes["actor"], meshes["reference"])
     engine = JaxEngine(
         arch,
         None,
-        mesh=_mesh("rollout", config, devices),
+        mesh=meshes["rollout"],
         dtype=jnp.dtype(config.rollout.dtype),
         max_model_len=_wave(config)[1],
         max_num_seqs=config.rollout.max_num_seqs,
@@ -320,16 +322,6 @@ def show(config: Config, found: Estimate) -> None:
         console.print("does not fit; change one or more of" if said else "fits")
         for line in said:
             console.print(f"  {line}", markup=False, highlight=False)
-
-
-def _mesh(
-    role: str, config: Config, devices: Sequence[jax.Device]
-) -> jax.sharding.Mesh:
-    sizes = getattr(config, role).mesh.model_dump()
-    try:
-        return mesh.make(mesh.fill(sizes, len(devices)), devices)
-    except ValueError as error:
-        raise ConfigError(f"{role}.mesh: {error}") from None
 
 
 def _wave(config: Config) -> tuple[int, int]:

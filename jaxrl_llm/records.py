@@ -20,7 +20,7 @@ from jaxrl_llm.metrics import MetricsWriter, Timer
 from jaxrl_llm.ppo import TrainState
 from jaxrl_llm.prompts import Datasets, PromptBatches
 from jaxrl_llm.rewards import Scores
-from sharding import processes
+from sharding import mesh, processes
 
 _PHASES = {
     "gen": "generating",
@@ -39,7 +39,9 @@ _MAY_CHANGE = (
     "output_dir",
     "trainer.",
     "val.",
+    "placement.",
     "actor.mesh.",
+    "actor.ref_mesh",
     "actor.rules",
     "actor.micro_batch_size",
     "actor.pack_length",
@@ -234,6 +236,8 @@ class Records:
         update = timing.get("timing_s/update_actor")
         if update is None:  # the critic warms up
             return speed
+        group = self.config.placement.groups.get(self.config.placement.of("actor"))
+        count = len(mesh.numbers(group)) if group else count
         return speed | {
             **metrics.mfu(flops, update, jax.devices()[0].device_kind, count),
             "perf/update_tokens_per_s": tokens / update,

@@ -37,7 +37,7 @@ from jaxrl_llm import (
 from jaxrl_llm import config as configs
 from jaxrl_llm.batch import TrainBatch
 from jaxrl_llm.collect import ORDER, RESAMPLE, VALIDATION, Groups, Score, collect, seed
-from jaxrl_llm.config import Config, ConfigError
+from jaxrl_llm.config import EVERYWHERE, Config, ConfigError
 from jaxrl_llm.console import before_after, whereabouts
 from jaxrl_llm.critic import Critic
 from jaxrl_llm.learner import Learner
@@ -112,7 +112,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
             meshes["rollout"],
             [prompt.tokens for prompt in data.train],
         ),
-        learner=Learner(config, source, meshes["actor"]),
+        learner=Learner(config, source, meshes["actor"], meshes["reference"]),
         critic=Critic(config, source, meshes["critic"]) if has_critic(config) else None,
     )
 
@@ -209,7 +209,7 @@ def start(job: Job) -> ppo.TrainState:
         coef = np.float32(config.algorithm.kl_ctrl.kl_coef)
         coef = processes.place(coef, actor.step.sharding)
     if config.actor.ref_refresh_steps:
-        reference = job.learner.read_weights(config.actor.dtype)
+        reference = job.learner.read_reference()
     critic = job.critic and job.critic.start()
     return ppo.TrainState(actor, critic, coef, reference)
 
@@ -243,7 +243,7 @@ def assign_credit(
             rows = learner.with_logprobs(params, rows, state.reference)
     if algorithm.adv_estimator.endswith("optimal_token_baseline"):
         with records.phase("old_log_prob"):
-            squares = learner.sum_pi_squared(params, rows)
+            squares = learner.policy.sum_pi_squared(params, rows)
     if job.critic:
         with records.phase("values"):
             values = job.critic.judge(state.critic.params, rows)
@@ -327,22 +327,38 @@ def has_critic(config: Config) -> bool:
     return config.algorithm.adv_estimator == "gae"
 
 
-def make_meshes(config: Config) -> dict[str, jax.sharding.Mesh]:
-    """The mesh of each role (actor, critic, rollout), each over all devices.
+def make_meshes(
+    config: Config, devices: Sequence[jax.Device] | None = None
+) -> dict[str, jax.sharding.Mesh]:
+    """The mesh of each role (actor, reference, critic, rollout) over its devices.
+
+    Args:
+      devices: all of them; those of this run if not given.
 
     Raises:
-      ConfigError: a mesh does not fit the devices.
+      ConfigError: a group or a mesh does not fit the devices.
     """
+    placement, actor = config.placement, config.actor
+    devices = jax.devices() if devices is None else devices
+    everywhere = {EVERYWHERE: f"0-{len(devices) - 1}"}
+    try:
+        groups = mesh.groups(placement.groups or everywhere, devices)
+    except ValueError as error:
+        raise ConfigError(f"placement: {error}") from None
+    wanted = {
+        "actor": ("actor.mesh", actor.mesh),
+        "reference": ("actor.ref_mesh", actor.ref_mesh or actor.mesh),
+        "critic": ("critic.mesh", config.critic.mesh),
+        "rollout": ("rollout.mesh", config.rollout.mesh),
+    }
     made = {}
-    for role, sizes in {
-        "actor": config.actor.mesh.model_dump(),
-        "critic": config.critic.mesh.model_dump(),
-        "rollout": config.rollout.mesh.model_dump(),
-    }.items():
+    for role, (name, sizes) in wanted.items():
+        group = placement.of(role)
         try:
-            made[role] = mesh.make(mesh.fill(sizes, jax.device_count()))
+            axes = mesh.fill(sizes.model_dump(), len(groups[group]))
         except ValueError as error:
-            raise ConfigError(f"{role}.mesh: {error}") from None
+            raise ConfigError(f"{name} on {group}: {error}") from None
+        made[role] = mesh.make(axes, groups[group])
     _check_processes(config, made["rollout"])
     return made
 
@@ -352,6 +368,11 @@ def _check_processes(config: Config, rollout: jax.sharding.Mesh) -> None:
     count, prompts = jax.process_count(), config.data.train_batch_size
     if count == 1:
         return
+    if config.placement.groups:
+        raise ConfigError(
+            f"placement.groups are for one process, not {count}: of many, each "
+            "generates on its own devices"
+        )
     if config.rollout.engine != "jax":
         raise ConfigError(
             f"rollout.engine {config.rollout.engine} works with one process, not "

@@ -135,6 +135,7 @@ def newest(directory, like):
         return jax.device_get(checkpoints.restore(like).state)
 
 
+@pytest.mark.slow
 def test_ppo_raises_the_reward_and_its_critic_learns(weights, tmp_path):
     config = make_config(
         weights,

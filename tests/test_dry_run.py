@@ -30,7 +30,7 @@ def job(tmp_path_factory):
 
 
 def test_memory_is_that_of_the_arrays(job):
-    memory = dry_run.memory_per_device(job)
+    (memory,) = dry_run.memory_per_device(job).values()
     state = job.learner.start()
 
     def on_one_device(tree):

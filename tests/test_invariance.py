@@ -140,7 +140,9 @@ def reference(cases, off_policy):
     return gradients(make_batch(off_policy=off_policy), cases)
 
 
-@pytest.mark.parametrize("layout", [HARDEST, "eight devices"])
+@pytest.mark.parametrize(
+    "layout", [HARDEST, pytest.param("eight devices", marks=pytest.mark.slow)]
+)
 def test_some_of_everything_is_the_same_in_any_layout(layout):
     arrange, micro_batch_size = LAYOUTS[layout]
     found = gradients(arrange(make_batch), SOME, micro_batch_size)

@@ -50,10 +50,10 @@ def learner(path, axes, **actor):
 
 def gradient(made):
     """Of a sum over log-probabilities and entropies, and that sum."""
-    rows = made.on_devices(made.make_rows(*make_rollouts(), ADVANTAGES))
+    rows = made.policy.on_devices(made.make_rows(*make_rollouts(), ADVANTAGES))
 
     def loss(params):
-        found = made.logprobs(params, rows)
+        found = made.policy.logprobs(params, rows)
         return jnp.sum(found.logprobs * rows.advantages + 0.1 * found.entropy)
 
     value, found = jax.jit(jax.value_and_grad(loss))(made.start().params)

@@ -196,7 +196,7 @@ def test_the_policy_is_scored_anew_only_if_the_update_cannot_do_it(
 ):
     def scored(**actor):
         made, asked = learner(tiny_model, **actor), []
-        monkeypatch.setattr(made, "_score", lambda *x: asked.append(x) or SCORED)
+        monkeypatch.setattr(made.policy, "_score", lambda *x: asked.append(x) or SCORED)
         made.with_logprobs(None, made.make_rows(*make_rollouts(), ADVANTAGES))
         return len(asked)
 

@@ -51,10 +51,8 @@ def make_learner(chips, **actor):
     return Learner(settings, models.RandomWeights(arch), devices)
 
 
-@pytest.mark.parametrize(
-    "remat",
-    ["dots", *(pytest.param(x, marks=pytest.mark.slow) for x in ("none", "full"))],
-)
+@pytest.mark.slow  # tests/test_planner.py compiles a smaller one
+@pytest.mark.parametrize("remat", ["dots", "none", "full"])
 def test_the_update_compiles_for_eight_chips_with_splash_attention(chips, remat):
     learner = make_learner(chips, remat=remat)
     compiled = learner.compile_update(learner.largest_rows())

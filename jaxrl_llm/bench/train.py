@@ -135,7 +135,12 @@ def _measure(
     compiled = learner.compile_update(batch)
     compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    rows, state, seconds, trace = learner.on_devices(batch), learner.start(), [], None
+    rows, state, seconds, trace = (
+        learner.policy.on_devices(batch),
+        learner.start(),
+        [],
+        None,
+    )
     for _ in range(steps + 2):
         start = time.perf_counter()
         state, found = compiled(state, rows)

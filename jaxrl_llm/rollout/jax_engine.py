@@ -135,7 +135,8 @@ class JaxEngine:
             moved = self._cast(params)  # one program, XLA's own collectives
         else:
             moved = reshard.reshard(params, self._way_of(params))
-        if len(devices) > 1 and freq and (first or version % freq == 0):
+        travels = len(devices | self._devices) > 1
+        if travels and freq and (first or version % freq == 0):
             way = self._way_of(params)
             checksum.verify(moved, way, checksum.expected(params, way))
         moved = processes.here(moved, self.mesh)
