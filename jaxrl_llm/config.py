@@ -425,10 +425,6 @@ class TrainerConfig(_Section):
     """Completions shown in the terminal."""
 
 
-EVERYWHERE = "all devices"
-"""The group of every role, if no groups are named."""
-
-
 class PlacementConfig(_Section):
     """Which devices each role computes on. A role without a group has all devices, if
     there are no groups."""
@@ -466,10 +462,6 @@ class PlacementConfig(_Section):
         if idle:
             raise ValueError(f"group {', '.join(idle)} has no role")
         return self
-
-    def of(self, role: str) -> str:
-        """The group of a role."""
-        return getattr(self, role) or self.actor or EVERYWHERE
 
 
 class Config(_Section):

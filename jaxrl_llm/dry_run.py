@@ -11,7 +11,7 @@ from rich.table import Table
 from jaxrl_llm import models
 from jaxrl_llm.config_algorithm import uses_kl
 from jaxrl_llm.console import progress
-from jaxrl_llm.train import Job
+from jaxrl_llm.train import Job, placed
 from sharding import processes
 
 _GIB = 2**30
@@ -54,9 +54,10 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
     """Bytes on the fullest device of every group."""
     config, learner, critic = job.config, job.learner, job.critic
     state, memory = learner.abstract_state(), {}
+    group_of = placed(config.placement)
 
     def add(role: str, sizes: dict[str, int]) -> None:
-        held = memory.setdefault(config.placement.of(role), {})
+        held = memory.setdefault(group_of[role], {})
         # Actor and critic are updated one after the other.
         peaks = [peak for of in (held, sizes) if (peak := of.get(_UPDATE))]
         held |= sizes | ({_UPDATE: max(peaks)} if peaks else {})

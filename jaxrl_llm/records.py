@@ -236,8 +236,9 @@ class Records:
         update = timing.get("timing_s/update_actor")
         if update is None:  # the critic warms up
             return speed
-        group = self.config.placement.groups.get(self.config.placement.of("actor"))
-        count = len(mesh.numbers(group)) if group else count
+        placement = self.config.placement
+        if placement.groups:
+            count = len(mesh.numbers(placement.groups[placement.actor]))
         return speed | {
             **metrics.mfu(flops, update, jax.devices()[0].device_kind, count),
             "perf/update_tokens_per_s": tokens / update,

@@ -37,7 +37,7 @@ from jaxrl_llm import (
 from jaxrl_llm import config as configs
 from jaxrl_llm.batch import TrainBatch
 from jaxrl_llm.collect import ORDER, RESAMPLE, VALIDATION, Groups, Score, collect, seed
-from jaxrl_llm.config import EVERYWHERE, Config, ConfigError
+from jaxrl_llm.config import Config, ConfigError, PlacementConfig
 from jaxrl_llm.console import before_after, whereabouts
 from jaxrl_llm.critic import Critic
 from jaxrl_llm.learner import Learner
@@ -340,7 +340,7 @@ def make_meshes(
     """
     placement, actor = config.placement, config.actor
     devices = jax.devices() if devices is None else devices
-    everywhere = {EVERYWHERE: f"0-{len(devices) - 1}"}
+    everywhere = {_EVERYWHERE: f"0-{len(devices) - 1}"}
     try:
         groups = mesh.groups(placement.groups or everywhere, devices)
     except ValueError as error:
@@ -351,16 +351,31 @@ def make_meshes(
         "critic": ("critic.mesh", config.critic.mesh),
         "rollout": ("rollout.mesh", config.rollout.mesh),
     }
-    made = {}
+    made, group_of = {}, placed(placement)
     for role, (name, sizes) in wanted.items():
-        group = placement.of(role)
+        group = group_of[role]
+        where = f"{name} on {group}" if placement.groups else name
         try:
             axes = mesh.fill(sizes.model_dump(), len(groups[group]))
         except ValueError as error:
-            raise ConfigError(f"{name} on {group}: {error}") from None
+            raise ConfigError(f"{where}: {error}") from None
         made[role] = mesh.make(axes, groups[group])
     _check_processes(config, made["rollout"])
     return made
+
+
+_EVERYWHERE = "all devices"
+
+
+def placed(placement: PlacementConfig) -> dict[str, str]:
+    """The group of each role; one of all devices, if no groups are named."""
+    actor = placement.actor or _EVERYWHERE
+    return {
+        "actor": actor,
+        "reference": placement.reference or actor,
+        "critic": placement.critic or actor,
+        "rollout": placement.rollout or actor,
+    }
 
 
 def _check_processes(config: Config, rollout: jax.sharding.Mesh) -> None:

@@ -112,7 +112,7 @@ def ours(model):
     made = JaxEngine(
         loaded.arch,
         loaded.tokenizer,
-        mesh=mesh.make({"data": 8, "tensor": 1}),
+        mesh=mesh.make({"data": 1, "tensor": 1}, jax.devices()[:1]),
         dtype=jnp.float32,
         max_model_len=512,
         max_num_seqs=64,

@@ -61,7 +61,8 @@ class Server:
     """
 
     def __init__(self, url: str, timeout_s: float):
-        self.url, self._timeout_s, self.model = url.rstrip("/"), timeout_s, ""
+        self.url, self._timeout_s = url.rstrip("/"), timeout_s
+        self.model = self.device = ""
         self._client = httpx.AsyncClient(
             base_url=self.url,
             timeout=httpx.Timeout(timeout_s, connect=5.0),
@@ -103,6 +104,7 @@ class Server:
             )
         info = await self.ask("GET", "/server_info?config_format=json")
         model = info["vllm_config"]["model_config"]
+        self.device = info["vllm_config"]["device_config"]["device"]
         if model["max_model_len"] < max_len:
             raise ServerError(
                 f"{self.url} takes {model['max_model_len']} tokens, but "

@@ -8,6 +8,7 @@ current weights, and what it had not answered is asked again.
 
 import asyncio
 import atexit
+import dataclasses
 import hashlib
 import queue
 import shutil
@@ -32,6 +33,11 @@ from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.server import Lost, Process, Server, ServerError
 
 _NUM_PROBES, _PROBE_TOKENS = 16, 32
+_KEPT = (
+    "; on a CPU, vLLM keeps the output matrix of a model that ties it to its "
+    "embeddings: start the server with "
+    """--hf-overrides '{"tie_word_embeddings": false}'"""
+)
 
 
 @dataclass
@@ -103,7 +109,7 @@ class VllmEngine:
         elif before == self._current:
             shutil.rmtree(before)
         sent = jax.jit(_cast, static_argnames="dtype")(params, dtype=jnp.bfloat16)
-        models.save(self._current, self.arch, sent, self.tokenizer)
+        models.save(self._current, *self._as_taken(sent), self.tokenizer)
         del sent
         self._call(self._everywhere(self._send))
         self._version = version
@@ -173,6 +179,19 @@ class VllmEngine:
         self._thread.join()
         self._loop.close()
         shutil.rmtree(self._weights, ignore_errors=True)
+
+    def _as_taken(self, params: Any) -> tuple[models.Architecture, Any]:
+        """The model as servers can take new weights of it.
+
+        On a CPU, vLLM keeps a packed copy of the output matrix, and packs anew only what
+        it reads: embeddings are sent as both.
+        """
+        servers = [r.server.device for r in self._replicas if r.server]
+        device = servers[0] if servers else jax.default_backend()
+        if device != "cpu" or not self.arch.tie_embeddings:
+            return self.arch, params
+        untied = dataclasses.replace(self.arch, tie_embeddings=False)
+        return untied, params | {"output": params["embedding"]}
 
     def _shared_folder(self) -> Path:
         """Where weights are sent through: of this run alone, the same each time."""
@@ -351,11 +370,14 @@ class VllmEngine:
             f"{server[asked].mean():.4f} on average, the trainer's "
             f"{self._scores[asked].mean():.4f};"
         )
+        attached = self.config.rollout.vllm.urls
+        stale = replica.server.device == "cpu" and self.arch.tie_embeddings
+        hint = _KEPT if attached and stale else ""
         most_allowed = self.config.rollout.vllm.max_probe_diff
         if not mean <= most_allowed:
             raise ServerError(
                 f"{what} they differ by {mean:.4f}, "
-                f"rollout.vllm.max_probe_diff is {most_allowed}"
+                f"rollout.vllm.max_probe_diff is {most_allowed}{hint}"
             )
         if replica.verified:
             before, wanted = replica.verified
@@ -365,7 +387,7 @@ class VllmEngine:
             if abs(slope - 1) > 0.25 + 5 * error:
                 raise ServerError(
                     f"{what} they made {slope:.2f} of the trainer's change since the "
-                    f"last transfer (standard error {error:.2f})"
+                    f"last transfer (standard error {error:.2f}){hint}"
                 )
             found["rollout/probe_followed"] = slope
         replica.verified = server, self._scores
