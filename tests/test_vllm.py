@@ -434,7 +434,7 @@ def test_no_server_outlives_a_trainer_that_is_killed(tmp_path):
     timer.cancel()
     assert alive(group)
     trainer.kill()
-    trainer.wait()
+    trainer.communicate()
     end = time.monotonic() + 30
     while alive(group) and time.monotonic() < end:
         time.sleep(0.2)

@@ -106,8 +106,8 @@ class VllmEngine:
         before, self._current = self._current, self._weights / f"{version}"
         if first:
             shutil.rmtree(self._weights, ignore_errors=True)  # of a run that was killed
-        elif before == self._current:
-            shutil.rmtree(before)
+        else:
+            shutil.rmtree(self._current, ignore_errors=True)  # of a load that failed
         sent = jax.jit(_cast, static_argnames="dtype")(params, dtype=jnp.bfloat16)
         models.save(self._current, *self._as_taken(sent), self.tokenizer)
         del sent
@@ -183,7 +183,7 @@ class VllmEngine:
     def _as_taken(self, params: Any) -> tuple[models.Architecture, Any]:
         """The model as servers can take new weights of it.
 
-        On a CPU, vLLM keeps a packed copy of the output matrix, and packs anew only what
+        On a CPU, vLLM keeps a packed copy of the output matrix and packs anew only what
         it reads: embeddings are sent as both.
         """
         servers = [r.server.device for r in self._replicas if r.server]
