@@ -198,6 +198,9 @@ class RolloutConfig(SamplingConfig):
     checksum_freq: int = Field(100, ge=0)
     """Compare checksums of the engine's weights with the trainer's at the first load
     and every so many steps; 0: never."""
+    max_mismatch: float = Field(0.05, gt=0)
+    """Mean difference in nats between log-probabilities of sampler and trainer, over
+    which a correction is recommended."""
     mesh: RolloutMeshConfig = RolloutMeshConfig()
 
 

@@ -60,6 +60,7 @@ _MAY_CHANGE = (
     "rollout.max_num_seqs",
     "rollout.decode_chunk",
     "rollout.checksum_freq",
+    "rollout.max_mismatch",
     "rollout.vllm.",
 )
 
@@ -107,6 +108,7 @@ class Records:
         self._timer = Timer()
         self._shown: list[dict[str, Any]] = []
         self._batch: dict[str, float] = {}
+        self._said: str | None = None
 
     def __enter__(self) -> "Records":
         return self
@@ -214,6 +216,10 @@ class Records:
             self._writer.write(step, line)
         self._step = step
         self._view.update(step, line, self._shown)
+        advice = recommendation(self.config, line)
+        if advice and not self._said:  # once
+            self._said = advice
+            self._console.print(advice, soft_wrap=True, markup=False, highlight=False)
         self._timer, self._batch = Timer(), {}
 
     def _speed(self, timing: Mapping[str, float]) -> dict[str, float]:
@@ -296,6 +302,19 @@ class Records:
         if self._leads:
             shutil.rmtree(directory, ignore_errors=True)
             fresh.rename(directory)
+
+
+def recommendation(config: Config, line: Mapping[str, float]) -> str | None:
+    """What to change when sampler and trainer differ by more than they should."""
+    found = line.get("mismatch/logprob_diff_mean", 0.0)
+    if config.algorithm.rollout_correction or found <= config.rollout.max_mismatch:
+        return None
+    return (
+        f"sampler and trainer differ by {found:.3g} nats per token "
+        "(mismatch/logprob_diff_mean), over rollout.max_mismatch "
+        f"{config.rollout.max_mismatch}: --algorithm.rollout_correction.rollout_is "
+        "token corrects for it"
+    )
 
 
 def _check_goes_on(directory: Path, config: Config) -> None:

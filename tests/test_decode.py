@@ -248,6 +248,15 @@ def test_weights_do_not_change_under_responses_in_the_making():
     made.load(PARAMS, 1)
 
 
+def test_completions_that_nobody_took_are_there_the_next_time():
+    made = engine()
+    made.submit(REQUESTS[:4])
+    first = next(made.completions())  # many finish in the same chunk
+    found = [first, *made.completions()]
+    asked = [(r.prompt_id, i) for r in REQUESTS[:4] for i in range(r.num_samples)]
+    assert sorted((c.prompt_id, c.sample) for c in found) == sorted(asked)
+
+
 def test_too_little_memory_for_one_sequence_is_said():
     with pytest.raises(ValueError, match="one sequence of 128 tokens needs .* allows"):
         generate(engine(cache_gib=1e-5), REQUESTS[:1])

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxrl_llm import config as configs
-from jaxrl_llm import launch, metrics, models, train
+from jaxrl_llm import launch, metrics, models, records, train
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.rewards import RewardError
 
@@ -427,3 +428,16 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(
     with pytest.raises(ValueError, match=message):
         train.train(tiny_model, rows, reward, output_dir=str(run), settings=more)
     assert not (run / "metrics.jsonl").exists()
+
+
+def test_a_correction_is_recommended_where_sampler_and_trainer_differ(values):
+    line = {"mismatch/logprob_diff_mean": 0.06}
+    config = configs.parse(values | {"output_dir": "x"}, "test")
+    said = records.recommendation(config, line)
+    assert "differ by 0.06 nats" in said and "rollout.max_mismatch 0.05" in said
+    assert records.recommendation(config, {"mismatch/logprob_diff_mean": 0.04}) is None
+    # What it says to add is a configuration, for which it says nothing more.
+    option = re.search(r"--(algorithm\S+) (\w+) corrects", said)
+    changed = json.loads(json.dumps(values)) | {"output_dir": "x"}
+    configs.put(changed, option[1].split("."), option[2])
+    assert records.recommendation(configs.parse(changed, "test"), line) is None
