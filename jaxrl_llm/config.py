@@ -183,7 +183,7 @@ class RolloutConfig(SamplingConfig):
     """Token ids that end a response, besides the model's own stop tokens."""
     max_num_seqs: int = Field(256, gt=0)
     """Sequences decoded together; more wait."""
-    decode_chunk: int = Field(32, gt=0)
+    decode_chunk: int = Field(64, gt=0)
     """Tokens per dispatch of the jax engine. Between dispatches stop strings are looked
     for and memory is shared out."""
     prefill_tokens: int = Field(8192, gt=0)

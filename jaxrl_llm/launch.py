@@ -250,7 +250,7 @@ def generate(
         dtype=jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")),
         max_model_len=max(map(len, tokens)) + max_tokens,
         max_num_seqs=min(256, n * len(texts)),
-        decode_chunk=32,
+        decode_chunk=64,
     )
     engine.load(loaded.params, version=0)
     engine.submit(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jaxrl_llm.rollout import scheduler as schedulers
 from jaxrl_llm.rollout.engine import Request, Sampling
 from jaxrl_llm.rollout.pool import Pool
 from jaxrl_llm.rollout.scheduler import Response, Scheduler
@@ -82,26 +83,31 @@ def simulate(rng, *, num_pages, size, rows, chunk, prompts, stop_early=0.0):
     for _ in range(10_000):
         if not scheduler.outstanding:
             break
-        made = scheduler.plan()
+        parts = list(scheduler.plan())
         put_back += len(scheduler._again)
-        for number, pieces in enumerate(made.rounds):
-            for piece in pieces:
-                assert (piece.start == 0) == (number == 0)
-                assert 0 < len(piece.tokens) <= 3 * size
-            for piece in pieces:  # what comes before was written by an earlier round
-                owner = next(
-                    r for r in scheduler.slots if r and tuple(r.pages) == piece.pages
-                )
-                for position in range(piece.start):
-                    place = piece.pages[position // size], position % size
-                    assert cache[place] == owner.sequence[: position + 1]
-                for i in range(len(piece.tokens)):
-                    write(piece.pages, piece.start + i, owner.sequence)
-        for source, target in made.copies:
-            for i in range(size):
-                if (source, i) in cache:
-                    cache[target, i] = cache[source, i]
-        for slot in made.queue:
+        for made in parts:
+            for number, pieces in enumerate(made.rounds):
+                for piece in pieces:
+                    assert (piece.start == 0) == (number == 0)
+                    assert 0 < len(piece.tokens) <= 3 * size
+                for (
+                    piece
+                ) in pieces:  # what comes before was written by an earlier round
+                    owner = next(
+                        r
+                        for r in scheduler.slots
+                        if r and tuple(r.pages) == piece.pages
+                    )
+                    for position in range(piece.start):
+                        place = piece.pages[position // size], position % size
+                        assert cache[place] == owner.sequence[: position + 1]
+                    for i in range(len(piece.tokens)):
+                        write(piece.pages, piece.start + i, owner.sequence)
+            for source, target in made.copies:
+                for i in range(size):
+                    if (source, i) in cache:
+                        cache[target, i] = cache[source, i]
+        for slot in [slot for made in parts for slot in made.queue]:
             response = scheduler.slots[slot]
             key = response.request.prompt_id * 3 + response.sample
             begin[slot] = [
@@ -155,17 +161,23 @@ def simulate(rng, *, num_pages, size, rows, chunk, prompts, stop_early=0.0):
     assert len(done) == len(asked) == len(set(map(id, done)))
     pool = scheduler.pool
     for _ in range(3):  # slots that are told off come back a plan later
-        scheduler.plan()
+        list(scheduler.plan())
     assert len(pool) == num_pages - 1 and len(scheduler._free) == 2 * rows
     return put_back
 
 
-def test_with_room_for_all_nobody_is_put_back(rng):
+@pytest.mark.parametrize("together", [1, 3, 100])
+def test_with_room_for_all_nobody_is_put_back(rng, together, monkeypatch):
+    monkeypatch.setattr(schedulers, "_PLANNED_TOGETHER", together)
     sizes = {"num_pages": 200, "size": 4, "rows": 4, "chunk": 3, "prompts": 12}
     assert simulate(rng, **sizes) == 0
 
 
-def test_without_room_responses_are_put_back_and_none_is_lost(rng):
+@pytest.mark.parametrize("together", [1, 3, 100])
+def test_without_room_responses_are_put_back_and_none_is_lost(
+    rng, together, monkeypatch
+):
+    monkeypatch.setattr(schedulers, "_PLANNED_TOGETHER", together)
     # The longest sequence needs nine pages, and that is all there are.
     sizes = {"num_pages": 10, "size": 4, "rows": 4, "chunk": 3, "prompts": 12}
     assert simulate(rng, **sizes) > 0
@@ -184,7 +196,7 @@ def test_the_page_to_copy_from_may_be_the_only_one_there_is():
     )  # fmt: skip
     scheduler.waiting.extend(Response(request, i) for i in range(2))
     for _ in range(2):
-        made = scheduler.plan()
+        [made] = scheduler.plan()
         [slot] = made.queue
         [[piece]] = made.rounds  # read again: nothing to copy from would be left
         assert (piece.tokens, made.copies) == ((1, 2), [])

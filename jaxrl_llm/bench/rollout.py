@@ -37,7 +37,7 @@ def main(
     mean: int | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     max_num_seqs: int = 256,
-    decode_chunk: int = 32,
+    decode_chunk: int = 64,
     prefill_tokens: int = 8192,
     tensor: int = 1,
     vllm_command: tuple[str, ...] = (

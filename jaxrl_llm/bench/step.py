@@ -45,7 +45,7 @@ def main(
     remat: str = "dots",
     dtype: str = "bfloat16",
     max_num_seqs: int = 512,
-    decode_chunk: int = 32,
+    decode_chunk: int = 64,
     steps: int = 3,
 ) -> None:
     """Times whole steps, after one that compiles. Prints the median of each phase.

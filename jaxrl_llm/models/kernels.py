@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models import paged
 from jaxrl_llm.models.attention import Window
+from jaxrl_llm.models.decoder import RotaryTable
 from jaxrl_llm.models.flash import platform_of
 from jaxrl_llm.models.paged import PagedAttention
 from jaxrl_llm.models.parallel import on_each_device
@@ -51,26 +52,30 @@ def choose(
     return paged.attend
 
 
-def _one_token(kernel, mesh, q, k, v, keys, values, tables, positions, **options):
+def _one_token(
+    kernel, mesh, q, k, v, rotary, keys, values, tables, positions, **options
+):
     """Each device runs the kernel on its own heads."""
+    arguments = q, k, v, rotary, keys, values, tables, positions
     if q.shape[1] > 1:
-        return paged.attend(q, k, v, keys, values, tables, positions, **options)
+        return paged.attend(*arguments, **options)
     local = functools.partial(kernel, **options)
     if mesh.size > 1:
         heads, cache = P(None, None, "tensor"), P("tensor")
         local = on_each_device(
             local,
             mesh,
-            inputs=(heads, heads, heads, cache, cache, P(), P()),
+            inputs=(heads, heads, heads, P(), cache, cache, P(), P()),
             outputs=(heads, cache, cache),
         )
-    return local(q, k, v, keys, values, tables, positions)
+    return local(*arguments)
 
 
 def split_keys(
     q: Float[Array, "B 1 N H"],
     k: Float[Array, "B 1 K H"],
     v: Float[Array, "B 1 K H"],
+    rotary: RotaryTable,
     keys: Float[Array, "K P S H"],
     values: Float[Array, "K P S H"],
     tables: Int[Array, "B n"],
@@ -82,8 +87,8 @@ def split_keys(
     interpret: bool = False,
 ) -> tuple[Float[Array, "B 1 N H"], Float[Array, "K P S H"], Float[Array, "K P S H"]]:
     """`paged.attend` on a GPU. Rows, heads and parts of the keys run side by side; what
-    the parts found is then joined by their weights. The new key and value are written
-    by the part that they belong to.
+    the parts found is then joined by their weights. Queries and the new key are rotated
+    on the way; new key and value are written by the part that they belong to.
 
     Args:
       interpret: run the kernel without a GPU, slowly.
@@ -103,6 +108,10 @@ def split_keys(
             (None, None, None, *block), lambda b, k, s: (b, s, k, *zeros)
         )
 
+    angles = [
+        pl.BlockSpec((None, None, H // 2), lambda b, k, s: (b, 0, 0))
+        for _ in rotary or ()
+    ]
     out, peak, total, keys, values = pl.pallas_call(
         functools.partial(
             _split,
@@ -121,6 +130,7 @@ def split_keys(
             pl.BlockSpec((None, None, 1, H), lambda b, k, s: (b, 0, k, 0)),
             cache,
             cache,
+            *angles,
         ],
         out_specs=[of_part(G, H), of_part(G), of_part(G), cache, cache],
         out_shape=[
@@ -136,7 +146,7 @@ def split_keys(
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
         name="split_keys",
-    )(tables, positions, q.reshape(B, K, G, H), k, v, keys, values)
+    )(tables, positions, q.reshape(B, K, G, H), k, v, keys, values, *(rotary or ()))
     if splits > 1:
         weight = jnp.exp(peak - peak.max(axis=1, keepdims=True)) * total
         weight /= jnp.maximum(weight.sum(axis=1, keepdims=True), 1e-30)
@@ -152,32 +162,32 @@ def _split(
     v_new,
     _keys,  # `keys` and `values` are where these are
     _values,
-    out,  # [G, H]
-    peaks,  # [G]
-    totals,
-    keys,  # [P, S, H]
-    values,
-    *,
+    *rotary_and_results,  # cosines and sines [H / 2], if any; then:
     window: int | None,
     scale: float,
     softcap: float | None,
     per_split: int,
     wait: Callable[[], None],
 ):
+    # out [G, H], peaks and totals [G], keys and values [P, S, H]
+    *rotary, out, peaks, totals, keys, values = rotary_and_results
     (G, H), S, position = q.shape, keys.shape[1], positions[0]
     rows = max(16, 1 << (G - 1).bit_length())  # tensor cores take no fewer
     of_head = jnp.arange(rows) < G
     of_head_each = jnp.broadcast_to(of_head[:, None], (rows, H))
-    queries = triton.load(q.at[pl.ds(0, rows), :], mask=of_head_each, other=0.0)
+    queries = _rotated(q, rows, rotary, of_head_each)
     first = pl.program_id(2) * per_split
     last = jnp.minimum(first + per_split, pl.cdiv(position + 1, S))
     if window is not None:
         first = jnp.maximum(first, jnp.maximum(position - window + 1, 0) // S)
     own = jnp.maximum(position, 0) // S
     mine = jnp.broadcast_to((position >= 0) & (own >= first) & (own < last), (1, H))
-    for cache, new in ((keys, k_new), (values, v_new)):
+    for cache, new in (
+        (keys, _rotated(k_new, 1, rotary, jnp.ones((1, H), bool))),
+        (values, v_new[...]),
+    ):
         place = cache.at[tables[own], pl.ds(position % S, 1), :]
-        triton.store(place, new[...].astype(cache.dtype), mask=mine)
+        triton.store(place, new.astype(cache.dtype), mask=mine)
     wait()
 
     def page(i, carry):
@@ -213,10 +223,27 @@ def _split(
     triton.store(totals.at[pl.ds(0, rows)], total, mask=of_head)
 
 
+def _rotated(x, rows: int, rotary, mask):
+    """`rotate` of x [rows, H], read from where it is."""
+    H = x.shape[-1]
+    whole = triton.load(x.at[pl.ds(0, rows), :], mask=mask, other=0.0)
+    if not rotary:
+        return whole
+    at, (cos, sin) = jnp.arange(H), rotary
+    row = jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, H))
+    partner = jnp.broadcast_to(((at + H // 2) % H)[None], (rows, H))
+    other = triton.load(x.at[row, partner], mask=mask, other=0.0)
+    angle = at % (H // 2)
+    turned = jnp.where(at < H // 2, -1.0, 1.0) * triton.load(sin.at[angle])
+    out = whole.astype(jnp.float32) * triton.load(cos.at[angle])[None]
+    return (out + other.astype(jnp.float32) * turned[None]).astype(x.dtype)
+
+
 def on_tpu(
     q: Float[Array, "B 1 N H"],
     k: Float[Array, "B 1 K H"],
     v: Float[Array, "B 1 K H"],
+    rotary: RotaryTable,
     keys: Float[Array, "K P S H"],
     values: Float[Array, "K P S H"],
     tables: Int[Array, "B n"],
@@ -232,9 +259,10 @@ def on_tpu(
 
     if window is not None:
         return paged.attend(
-            q, k, v, keys, values, tables, positions,
+            q, k, v, rotary, keys, values, tables, positions,
             window=window, scale=scale, softcap=softcap,
         )  # fmt: skip
+    q, k = paged.rotated(q, k, rotary)
     places = paged.places(tables, positions, keys.shape[2])
     keys, values = paged.keep(keys, k, places), paged.keep(values, v, places)
     blocks = next(i for i in (8, 4, 2, 1) if tables.shape[1] % i == 0)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.models.apply import Params, model
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention import PackedAttention, Window
+from jaxrl_llm.models.decoder import RotaryTable, rotate
 
 PagedAttention = Callable[..., tuple[Any, Any, Any]]
 """`attend`, or something of the same arguments and results."""
@@ -109,7 +110,8 @@ def read(
       Final hidden states, and the pages with what was read.
     """
 
-    def attend_row(i, q, k, v, keys, values):
+    def attend_row(i, q, k, v, rotary, keys, values):
+        q, k = rotated(q, k, rotary)
         found = attention(
             q,
             k,
@@ -147,11 +149,12 @@ def go_on(
       Final hidden states, and the pages with these tokens.
     """
 
-    def attend_pages(i, q, k, v, keys, values):
+    def attend_pages(i, q, k, v, rotary, keys, values):
         found, *kept = attention(
             q,
             k,
             v,
+            rotary,
             keys,
             values,
             tables,
@@ -169,6 +172,7 @@ def attend(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
+    rotary: RotaryTable,
     keys: Float[Array, "K P S H"],
     values: Float[Array, "K P S H"],
     tables: Int[Array, "B n"],
@@ -178,8 +182,8 @@ def attend(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "K P S H"], Float[Array, "K P S H"]]:
-    """Keeps new keys and values at their positions, then computes softmax(cap(scale * q
-    k^T)) v over the positions up to each query's own.
+    """Rotates queries and new keys, keeps keys and values at their positions, then
+    computes softmax(cap(scale * q k^T)) v over the positions up to each query's own.
 
     A page at a time, from the first that any row sees to the last: pages that nobody
     has filled are not read. A query at position -1 gets something finite and unused,
@@ -193,6 +197,7 @@ def attend(
     B, T, N, H = q.shape
     K, _, S, _ = keys.shape
     G = N // K
+    q, k = rotated(q, k, rotary)
     at = places(tables, positions, S)
     keys, values = keep(keys, k, at), keep(values, v, at)
     q = q.reshape(B, T, K, G, H).transpose(2, 0, 3, 1, 4).reshape(K, B, G * T, H)
@@ -239,6 +244,11 @@ def attend(
     return out.reshape(B, T, N, H), keys, values
 
 
+def rotated(q, k, rotary: RotaryTable):
+    """Queries and keys, turned by the angles of their positions if there are any."""
+    return (q, k) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary))
+
+
 def _run(arch, params, tokens, positions, pages, attend_layer, dtype):
     decoder = model(arch, params)
     tables = decoder.rotary_tables(positions)
@@ -246,9 +256,11 @@ def _run(arch, params, tokens, positions, pages, attend_layer, dtype):
     for i, layer in enumerate(decoder.layers):
 
         def attend_and_keep(q, k, v, i=i):
-            return attend_layer(i, q, k, v, pages.keys[i], pages.values[i])
+            rotary = tables[arch.rope_of_layer[i]]
+            return attend_layer(i, q, k, v, rotary, pages.keys[i], pages.values[i])
 
-        x, (k, v) = layer(x, tables[arch.rope_of_layer[i]], attend_and_keep)
+        # Attention rotates by itself: a kernel can do it on the way.
+        x, (k, v) = layer(x, None, attend_and_keep)
         keys.append(k)
         values.append(v)
     return decoder.norm(x), Pages(tuple(keys), tuple(values))

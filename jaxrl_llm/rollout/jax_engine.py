@@ -197,10 +197,11 @@ class JaxEngine:
             run, rows, self._width, prompt_length, self._prefill_tokens
         )
         decoding = {"run": run, "chunk": self._chunk, "mode": "plain"}
+        enough = jax.ShapeDtypeStruct((1,), jnp.int32)
         return {
             "prefill": decode.read.lower(params, *prompts, pages, run=run).compile(),
             "decode": decode.decode.lower(
-                params, tables, state, pages, **decoding
+                params, tables, state, pages, enough, **decoding
             ).compile(),
         }
 
@@ -243,14 +244,16 @@ class JaxEngine:
             self._running.close()
         self._running = None
 
-    def _advance(self, running: Running) -> Iterator[Completion]:
+    def _advance(self, running: Running) -> list[Completion]:
+        ended = []
         for response, before in running.advance():
-            stopped = self._cut(response, before)
-            ended = response.tokens[-1] in stop_ids(self.arch, response.request)
+            cut = self._cut(response, before)
+            by_token = response.tokens[-1] in stop_ids(self.arch, response.request)
             full = len(response.tokens) == response.request.sampling.max_tokens
-            if stopped is not None or ended or full:
-                running.finish(response, told=stopped is None)
-                yield self._completion(response, stopped)
+            if cut is not None or by_token or full:
+                running.finish(response, told=cut is None)
+                ended.append((response, cut, by_token))
+        return self._completions(ended)
 
     def abort(self, prompt_ids: Container[int]) -> int:
         """Forgets the responses to these prompts; returns how many there were."""
@@ -328,26 +331,37 @@ class JaxEngine:
                 return text[: min(found)]
         return None
 
-    def _completion(self, response: Response, text: str | None) -> Completion:
-        tokens = response.tokens
-        by_token = tokens[-1] in stop_ids(self.arch, response.request)
-        by_text = text is not None
-        if text is None:
-            text = self._text(tokens[:-1] if by_token else tokens)
-        return Completion(
-            prompt_id=response.request.prompt_id,
-            sample=response.sample,
-            tokens=np.asarray(tokens, np.int32),
-            logprobs=np.asarray(response.logprobs, np.float32),
-            raw_logprobs=np.asarray(response.raw_logprobs, np.float32),
-            finish_reason="stop" if by_token or by_text else "length",
-            weight_version=self._version,
-            text=text,
-        )
+    def _completions(
+        self, ended: Sequence[tuple[Response, str | None, bool]]
+    ) -> list[Completion]:
+        """Of responses, each with its text if a stop string ended it, and whether a
+        stop token did."""
+        whole = self._texts([r.tokens[: len(r.tokens) - by] for r, _, by in ended])
+        return [
+            Completion(
+                prompt_id=response.request.prompt_id,
+                sample=response.sample,
+                tokens=np.asarray(response.tokens, np.int32),
+                logprobs=np.asarray(response.logprobs, np.float32),
+                raw_logprobs=np.asarray(response.raw_logprobs, np.float32),
+                finish_reason="length" if cut is None and not by_token else "stop",
+                weight_version=self._version,
+                text=text if cut is None else cut,
+            )
+            for (response, cut, by_token), text in zip(ended, whole, strict=True)
+        ]
 
     def _text(self, tokens: Sequence[int]) -> str:
-        # An array: transformers looks at every element of a list.
-        return self.tokenizer.decode(np.asarray(tokens), skip_special_tokens=True)
+        return self._texts([tokens])[0]
+
+    def _texts(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        tokenizer = self.tokenizer
+        if getattr(tokenizer, "clean_up_tokenization_spaces", True):
+            return tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        # All at once, on all processors.
+        return tokenizer.backend_tokenizer.decode_batch(
+            sequences, skip_special_tokens=True
+        )
 
 
 def _bytes(tree: Any) -> int:

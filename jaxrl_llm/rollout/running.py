@@ -26,6 +26,8 @@ PAGE_SIZE = 64
 SEQUENCES_PER_ROW = 16
 """At most, of prompts that are read together."""
 _FEWEST_ROWS = 8
+_FEW_ROWS = 128
+"""A step takes about as long for fewer."""
 _FEWEST_TOKENS = 64
 """Length of the shortest rows that are read."""
 _MODES: tuple[Mode, ...] = ("plain", "tempered", "truncated")
@@ -81,9 +83,10 @@ class Running:
             decode.no_rows(num_rows, self._replicas),
             jax.tree.map(lambda x: x.sharding, rows),
         )
-        # A loop on a GPU returns when it has ended, so another thread waits for it.
+        # A loop on a GPU returns when it has ended, so a thread of its own waits for it
+        # and sends what was planned meanwhile: the device does not wait for the host.
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._chunk_sent: Future | None = None
+        self._sent: list[Future] = []
 
     @property
     def outstanding(self) -> int:
@@ -104,13 +107,11 @@ class Running:
         Returns:
           Responses with new tokens, and how many they had before.
         """
-        plans = [scheduler.plan() for scheduler in self._schedulers]
-        for lines, made, scheduler in zip(
-            self._lines, plans, self._schedulers, strict=True
-        ):
-            for slot in made.queue:
-                response = scheduler.slots[slot]
-                lines.write(slot, response, stop_ids(self._run.arch, response.request))
+        plans = (scheduler.plan() for scheduler in self._schedulers)
+        sent = []
+        for parts in itertools.zip_longest(*plans, fillvalue=Plan([[]], [], [])):
+            self._lay_out(parts)
+            sent.append(self._thread.submit(self._read, parts))
         tables = [
             lines.tables(scheduler)
             for lines, scheduler in zip(self._lines, self._schedulers, strict=True)
@@ -118,33 +119,58 @@ class Running:
         tables = jax.device_put(
             jax.tree.map(lambda *x: np.concatenate(x), *tables), self._of_rows
         )
-        last = self._take()
-        self._read(plans)
-        self._fit_rows()
-        self._chunk_sent = self._thread.submit(
-            decode.decode,
+        sent.append(self._thread.submit(self._decode, tables))
+        last, self._sent = self._sent, sent
+        results = [future.result() for future in last]
+        return self._look(results[-1]) if results else []
+
+    def close(self) -> None:
+        """Waits for the device."""
+        for sent in self._sent:
+            sent.result()
+        self._thread.shutdown()
+
+    def _lay_out(self, plans: Sequence[Plan]) -> None:
+        for lines, made, scheduler in zip(
+            self._lines, plans, self._schedulers, strict=True
+        ):
+            for slot in made.queue:
+                response = scheduler.slots[slot]
+                lines.write(slot, response, stop_ids(self._run.arch, response.request))
+
+    def _decode(self, tables: decode.Tables) -> decode.Steps:
+        """A chunk."""
+        fewer = self._fit_rows(tables)
+        self._rows, self._pages, steps = decode.decode(
             self._params,
             tables,
             self._rows,
             self._pages,
+            fewer,
             run=self._run,
             chunk=self._chunk,
             mode=self._mode,
         )
-        return [] if last is None else self._look(last)
-
-    def close(self) -> None:
-        """Waits for the device."""
-        self._take()
-        self._thread.shutdown()
-
-    def _take(self) -> decode.Steps | None:
-        """What the chunk that was sent gives; None if none was."""
-        if self._chunk_sent is None:
-            return None
-        self._rows, self._pages, steps = self._chunk_sent.result()
-        self._chunk_sent = None
         return steps
+
+    def _fit_rows(self, tables: decode.Tables) -> np.ndarray:
+        """As many rows as there are sequences: each costs, also where it is idle.
+
+        Returns:
+          When to ask again: how many sequences would do with fewer rows.
+        """
+        slots, head, tail = jax.device_get(
+            (self._rows.slots, self._rows.head, tables.tail)
+        )
+        running = (slots.reshape(self._replicas, -1) >= 0).sum(axis=1)
+        count = fit(self._most_rows, int((running + tail - head).max()))
+        if count != self._num_rows:
+            self._num_rows = count
+            self._rows = decode.resize(self._rows, count=count, run=self._run)
+        # Replicas do not wait for one another within a chunk: it is not cut short.
+        fewer = [x for x in row_counts(self._most_rows) if x < count]
+        cut = fewer and self._replicas == 1
+        return np.array([fewer[-1] if cut else 0], np.int32)
 
     def finish(self, response: Response, *, told: bool) -> None:
         """See `Scheduler.finish`."""
@@ -172,14 +198,6 @@ class Running:
             for scheduler, part in zip(self._schedulers, parts, strict=True)
             for new in scheduler.took(*part)
         ]
-
-    def _fit_rows(self) -> None:
-        """Fewer rows when few sequences are left: each costs, also where it is idle."""
-        needed = max(s.outstanding + len(s.gone) for s in self._schedulers)
-        count = fit(self._most_rows, needed)
-        if count * 2 <= self._num_rows or count > self._num_rows:
-            self._num_rows = count
-            self._rows = decode.resize(self._rows, count=count, run=self._run)
 
     def _read(self, plans: Sequence[Plan]) -> None:
         """Brings what was planned into the pages."""
@@ -308,8 +326,16 @@ _INTS = (
 
 
 def fit(most: int, needed: int) -> int:
-    """Rows for so many sequences: a power of two, or `most`."""
-    return min(most, max(_FEWEST_ROWS, _power_of_two(needed)))
+    """Rows for so many sequences: one of `row_counts`."""
+    return next(count for count in row_counts(most) if count >= min(needed, most))
+
+
+def row_counts(most: int) -> list[int]:
+    """How many rows are decoded together: powers of two and, where many rows make steps
+    long, the numbers halfway between them; `most` at most. Each count is compiled."""
+    powers = [1 << i for i in range(most.bit_length())]
+    between = [power * 3 // 2 for power in powers if power >= _FEW_ROWS]
+    return sorted({x for x in powers + between if _FEWEST_ROWS <= x < most} | {most})
 
 
 def pack(pieces: Sequence[Piece]) -> list[list[Piece]]:

@@ -18,6 +18,9 @@ import numpy as np
 from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.pool import Pool
 
+_PLANNED_TOGETHER = 128
+"""Sequences of a plan, at most."""
+
 
 @dataclass(eq=False)
 class Response:
@@ -106,8 +109,13 @@ class Scheduler:
         """Responses that wait or are being made."""
         return len(self.waiting) + len(self._admitted) + len(self._again)
 
-    def plan(self) -> Plan:
-        """Pages for all that go on, and slots for those who wait, as there are."""
+    def plan(self) -> Iterator[Plan]:
+        """Pages for all that go on, and slots for those who wait, as there are.
+
+        Yields:
+          Plans to be carried out one after the other: the device can begin to read
+          while there is more to plan.
+        """
         for slot in self.gone:
             self.slots[slot] = None
             self._free.append(slot)
@@ -117,19 +125,24 @@ class Scheduler:
         for slot, response in list(self._admitted.items()):
             if slot in self._admitted:
                 self._extend(response)
-        made = Plan([[]], [], [])
-        round_of: dict[int, int] = {}
         growing = sum(self._grows(r) for r in self._admitted.values())
+        made, round_of = Plan([[]], [], []), {}
         while self.waiting and self._free:
             response = self.waiting[0]
             if not self._admit(response, growing, made, round_of):
                 break
             self.waiting.popleft()
             growing += self._grows(response)
-        for source, _ in made.copies:
-            self.pool.drop(source)
+            if len(made.queue) == _PLANNED_TOGETHER:
+                yield self._made(made)
+                made, round_of = Plan([[]], [], []), {}
         assert self._admitted or self.gone or not self.waiting, "nobody can go on"
-        return made
+        yield self._made(made)
+
+    def _made(self, plan: Plan) -> Plan:
+        for source, _ in plan.copies:
+            self.pool.drop(source)
+        return plan
 
     def took(
         self,
