@@ -158,10 +158,14 @@ class VllmConfig(_Section):
     start_timeout_s: float = Field(900.0, gt=0)
     """Longest wait for a server to come up."""
     request_timeout_s: float = Field(600.0, gt=0)
-    """Longest wait for one response. A server of ours that takes longer hangs, and is
-    started again."""
+    """Longest wait for the responses to one prompt. A server of ours that takes longer
+    hangs, and is started again."""
     max_restarts: int = Field(3, ge=0)
     """How often servers may be lost between two transfers of weights."""
+    reproducible: bool = False
+    """Draw every group of responses from a seed of its own: the same weights then give
+    the same responses, whatever else a server does meanwhile. vLLM draws row by row for
+    it, which makes a step of hundreds of rows some times slower."""
     max_probe_diff: float = Field(0.1, gt=0)
     """Mean difference in nats between server and trainer, on probes after each transfer
     of weights, that stops the run."""

@@ -74,7 +74,7 @@ def settings(directory, **vllm):
         "args": ["--enforce-eager"],
         "env": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"},
     }
-    given = vllm if "urls" in vllm else given | vllm
+    given = {"reproducible": True} | (vllm if "urls" in vllm else given | vllm)
     values = {
         "output_dir": str(directory),
         "model": {"path": MODEL},

@@ -121,8 +121,8 @@ class Server:
 
     async def complete(
         self, tokens: Sequence[int], options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """One response to `tokens`; `options` are those of vLLM's /v1/completions."""
+    ) -> list[dict[str, Any]]:
+        """Responses to `tokens`; `options` are those of vLLM's /v1/completions."""
         body = {
             "model": self.model,
             "prompt": list(tokens),
@@ -130,12 +130,12 @@ class Server:
             "return_token_ids": True,
             **options,
         }
-        return (await self.ask("POST", "/v1/completions", body))["choices"][0]
+        return (await self.ask("POST", "/v1/completions", body))["choices"]
 
     async def score(self, tokens: Sequence[int]) -> list[float]:
         """The log-probability of every token but the first, nats."""
         options = {"max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
-        found = (await self.complete(tokens, options))["prompt_logprobs"]
+        found = (await self.complete(tokens, options))[0]["prompt_logprobs"]
         return [
             entry[str(token)]["logprob"]
             for token, entry in zip(tokens[1:], found[1:], strict=True)

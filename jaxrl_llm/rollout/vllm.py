@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import dataclasses
 import hashlib
+import math
 import queue
 import shutil
 import threading
@@ -32,6 +33,8 @@ from jaxrl_llm.rollout import probe
 from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.server import Lost, Process, Server, ServerError
 
+_Asked = tuple[Request, range]
+"""A request, and which of its samples are asked for together."""
 _NUM_PROBES, _PROBE_TOKENS = 16, 32
 _KEPT = (
     "; on a CPU, vLLM keeps the output matrix of a model that ties it to its "
@@ -81,7 +84,7 @@ class VllmEngine:
             config.data.max_prompt_length + config.rollout.max_response_length
         )
         self._version, self._restarts = -1, 0
-        self._waiting: list[tuple[Request, int]] = []
+        self._waiting: list[_Asked] = []
         self._probes: probe.Probes | None = None
         self._scores: np.ndarray | None = None
         self._loop = asyncio.new_event_loop()
@@ -97,7 +100,8 @@ class VllmEngine:
         Returns:
           rollout/probe_diff_mean and _max: |server - trainer| over the probes' tokens,
           nats; rollout/probe_followed: see `probe.followed`, if there was a transfer
-          before.
+          before; rollout/weights_write_s, _read_s and _verify_s: of the trainer
+          writing them, the servers taking them (or starting), and the probes, seconds.
 
         Raises:
           ServerError: a server cannot be used, or holds other weights than these.
@@ -109,17 +113,26 @@ class VllmEngine:
         else:
             shutil.rmtree(self._current, ignore_errors=True)  # of a load that failed
         sent = jax.jit(_cast, static_argnames="dtype")(params, dtype=jnp.bfloat16)
+        times = [time.perf_counter()]
         models.save(self._current, *self._as_taken(sent), self.tokenizer)
         del sent
+        times.append(time.perf_counter())
         self._call(self._everywhere(self._send))
+        times.append(time.perf_counter())
         self._version = version
         if first:
             self._probes = self._call(self._make_probes())
         self._scores = self._score(params)
         found = self._call(self._everywhere(self._verify))
+        times.append(time.perf_counter())
         if not first and before != self._current:
             shutil.rmtree(before)
-        return {name: max(one[name] for one in found) for name in found[0]}
+        phases = ("write", "read", "verify")
+        seconds = np.diff(times).tolist()
+        return {name: max(one[name] for one in found) for name in found[0]} | {
+            f"rollout/weights_{phase}_s": took
+            for phase, took in zip(phases, seconds, strict=True)
+        }
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues requests.
@@ -138,7 +151,11 @@ class VllmEngine:
                     f"servers take {self._max_len}"
                 )
         for request in requests:
-            self._waiting += [(request, i) for i in range(request.num_samples)]
+            samples = range(request.num_samples)
+            if request.sampling.temperature == 0:  # vLLM: no two at a time
+                self._waiting += [(request, samples[i : i + 1]) for i in samples]
+            else:
+                self._waiting.append((request, samples))
 
     def completions(self) -> Iterator[Completion]:
         """Yields completions as they finish, until nothing submitted is outstanding.
@@ -341,7 +358,7 @@ class VllmEngine:
         return probe.rows(
             [
                 [*tokens, *answer["token_ids"]]
-                for tokens, answer in zip(self._prompts, answers, strict=True)
+                for tokens, [answer] in zip(self._prompts, answers, strict=True)
             ]
         )
 
@@ -395,9 +412,12 @@ class VllmEngine:
 
     async def _answer(self, waiting: deque, found: queue.SimpleQueue) -> None:
         """Puts one completion for each of `waiting` into `found`."""
+        # Twice what a server decodes together: of a group, some end before others.
+        samples = sum(len(samples) for _, samples in waiting) / max(1, len(waiting))
+        most = math.ceil(2 * self.config.rollout.max_num_seqs / max(1, samples))
         tasks = [
             asyncio.create_task(self._serve(replica, waiting, found))
-            for _ in range(min(self.config.rollout.max_num_seqs, len(waiting)))
+            for _ in range(min(most, len(waiting)))
             for replica in self._replicas
         ]
         try:
@@ -410,27 +430,28 @@ class VllmEngine:
         self, replica: _Replica, waiting: deque, found: queue.SimpleQueue
     ) -> None:
         while waiting:
-            request, sample = waiting.popleft()
+            asked = waiting.popleft()
             starts = replica.starts
             try:
-                completion = await self._complete(replica.server, request, sample)
+                completions = await self._complete(replica.server, *asked)
             except Lost as error:
-                waiting.appendleft((request, sample))
+                waiting.appendleft(asked)
                 await self._recover(replica, starts, error)
                 continue
-            if completion is None:
-                waiting.append((request, sample))
+            if completions is None:
+                waiting.append(asked)
             else:
-                found.put(completion)
+                for completion in completions:
+                    found.put(completion)
 
     async def _complete(
-        self, server: Server, request: Request, sample: int
-    ) -> Completion | None:
-        """One response; None if the server dropped the request."""
+        self, server: Server, request: Request, samples: range
+    ) -> list[Completion] | None:
+        """Responses to one prompt; None if the server dropped any."""
         sampling = request.sampling
         stops = (*self.arch.eos_token_ids, *sampling.stop_token_ids)
-        words = [request.seed, request.prompt_id, sample]
         options = {
+            "n": len(samples),
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
@@ -439,11 +460,28 @@ class VllmEngine:
             "stop": list(sampling.stop),
             "stop_token_ids": list(stops),
             "ignore_eos": True,  # its idea of the end; ours is in stop_token_ids
-            "seed": int(np.random.SeedSequence(words).generate_state(1)[0] >> 1),
         }
-        answer = await server.complete(request.tokens, options)
-        if answer["finish_reason"] == "abort":
+        if self.config.rollout.vllm.reproducible:
+            words = [request.seed, request.prompt_id, samples[0]]
+            seed = np.random.SeedSequence(words).generate_state(1)[0]
+            options["seed"] = int(seed >> 1)
+        answers = await server.complete(request.tokens, options)
+        if any(answer["finish_reason"] == "abort" for answer in answers):
             return None
+        return [
+            self._completion(server, request, samples[answer["index"]], stops, answer)
+            for answer in answers
+        ]
+
+    def _completion(
+        self,
+        server: Server,
+        request: Request,
+        sample: int,
+        stops: Sequence[int],
+        answer: Mapping[str, Any],
+    ) -> Completion:
+        sampling = request.sampling
         tokens = np.asarray(answer["token_ids"], np.int32)
         logprobs = np.asarray(answer["logprobs"]["token_logprobs"], np.float32)
         if len(tokens) != len(logprobs) or not len(tokens):
