@@ -60,6 +60,15 @@ class Completion:
     """The training step that made the weights it was sampled with."""
     text: str
     """Decoded, without special tokens and without the stop string."""
+    top_tokens: np.ndarray | None = None
+    """int32 [t, N]: the most likely ones at every position, the first first; None where
+    none were asked for."""
+    top_logprobs: np.ndarray | None = None
+    """float32 [t, N], nats: theirs, under the distribution that was sampled from; at
+    temperature 0, where that is a single token, under softmax(logits)."""
+    prompt_logprobs: np.ndarray | None = None
+    """float32 [p - 1], nats: of the prompt's tokens but the first, under the model's
+    own distribution; None where they were not asked for."""
 
 
 @no_type_check  # JAX also builds such trees of NumPy arrays, shapes or shardings

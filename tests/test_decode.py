@@ -1,5 +1,6 @@
 """The JAX engine on a small random model, against the whole forward pass."""
 
+import dataclasses
 import math
 import re
 
@@ -90,6 +91,44 @@ def test_logprobs_are_those_of_the_forward_pass():
             raw, cooled = jax.nn.log_softmax(logits), jax.nn.log_softmax(logits / 0.7)
             np.testing.assert_allclose(completion.raw_logprobs, raw[at], atol=1e-4)
             np.testing.assert_allclose(completion.logprobs, cooled[at], atol=1e-4)
+
+
+def test_the_most_likely_tokens_are_told_to_those_who_ask():
+    asked = [
+        request(0, temperature=0.7, logprobs=3),
+        request(1, temperature=0.0, logprobs=2),
+        request(2),
+    ]
+    for one, completions in zip(asked, generate(engine(), asked), strict=True):
+        for completion in completions:
+            count = one.sampling.logprobs
+            if not count:
+                assert completion.top_tokens is completion.top_logprobs is None
+                continue
+            logits = logits_of(one, completion) / (one.sampling.temperature or 1.0)
+            ranked = np.argsort(-logits, axis=-1)[:, :count]
+            wanted = np.take_along_axis(
+                np.asarray(jax.nn.log_softmax(logits)), ranked, axis=-1
+            )
+            np.testing.assert_array_equal(completion.top_tokens, ranked)
+            np.testing.assert_allclose(completion.top_logprobs, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_prompts_are_scored_for_those_who_ask(replicas):
+    asked = [request(0), *(request(i, prompt_logprobs=True) for i in (1, 2))]
+    asked.append(dataclasses.replace(asked[1], prompt_id=3))  # from the cache
+    made = engine(axes={"data": replicas, "tensor": 1})
+    for one, completions in zip(asked, generate(made, asked), strict=True):
+        for completion in completions:
+            if not one.sampling.prompt_logprobs:
+                assert completion.prompt_logprobs is None
+                continue
+            first = dataclasses.replace(one, tokens=one.tokens[:1])
+            rest = dataclasses.replace(completion, tokens=np.array(one.tokens[1:]))
+            scores = jax.nn.log_softmax(logits_of(first, rest))
+            wanted = scores[np.arange(len(rest.tokens)), rest.tokens]
+            np.testing.assert_allclose(completion.prompt_logprobs, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ LOGITS = np.full(300, -np.inf, np.float32)
 LOGITS[TOKENS] = np.log(PROBS) + 3.0  # a constant changes nothing
 
 
-def draw_many(n=20_000, *, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, mode=None):
+def draw_many(
+    n=20_000, *, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, mode=None, top=0
+):
     keys = sampling.row_keys(
         jnp.zeros(n, jnp.uint32), jnp.zeros(n, jnp.int32), jnp.arange(n)
     )
@@ -20,7 +22,7 @@ def draw_many(n=20_000, *, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, mode
         mode = "truncated" if top_k != -1 or top_p < 1 or min_p > 0 else "tempered"
     rows = np.broadcast_to(LOGITS, (n, 300))
     options = [np.full(n, x, np.float32) for x in (temperature, top_p, min_p)]
-    return jax.jit(sampling.sample, static_argnames="mode")(
+    return jax.jit(sampling.sample, static_argnames=("mode", "top"))(
         jnp.asarray(rows),
         keys,
         jnp.zeros(n, jnp.int32),
@@ -29,6 +31,7 @@ def draw_many(n=20_000, *, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, mode
         top_p=jnp.asarray(options[1]),
         min_p=jnp.asarray(options[2]),
         mode=mode,
+        top=top,
     )
 
 
@@ -68,6 +71,21 @@ def test_raw_logprobs_ignore_temperature_and_truncation():
     sampled = draw_many(64, temperature=0.3, top_k=2)
     index = np.searchsorted(TOKENS, np.asarray(sampled.tokens))
     np.testing.assert_allclose(sampled.raw_logprobs, np.log(PROBS)[index], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, probs",
+    [({"mode": "plain"}, PROBS[:3]), ({"top_k": 2}, [2 / 3, 1 / 3, 0])],
+    ids=str,
+)
+def test_the_most_likely_tokens_are_told(options, probs):
+    sampled = draw_many(4, **options, top=3)
+    wanted = np.broadcast_to(np.asarray(probs, np.float32), (4, 3))
+    np.testing.assert_allclose(np.exp(sampled.top_logprobs), wanted, atol=1e-6)
+    kept = np.count_nonzero(probs)
+    np.testing.assert_array_equal(
+        sampled.top_tokens[:, :kept], np.broadcast_to(TOKENS[:kept], (4, kept))
+    )
 
 
 def test_draw_inverts_the_distribution_function():

@@ -211,6 +211,26 @@ def test_sampled_logprobs_are_those_of_the_distribution_drawn_from(engine, model
             np.testing.assert_allclose(completion.logprobs, wanted, atol=5e-3)
 
 
+def test_the_most_likely_tokens_are_those_of_the_jax_engine(engine, ours, model):
+    asked = ask(model[2][:4], logprobs=3, prompt_logprobs=True, max_tokens=8)
+    for (got,), (wanted,) in zip(
+        generate(engine, asked), generate(ours, asked), strict=True
+    ):
+        np.testing.assert_allclose(
+            got.prompt_logprobs, wanted.prompt_logprobs, atol=2e-2
+        )
+        # Two about as likely may change places, so by token.
+        for i in range(8):
+            mine, theirs = (
+                dict(zip(c.top_tokens[i].tolist(), c.top_logprobs[i], strict=True))
+                for c in (wanted, got)
+            )
+            both = mine.keys() & theirs.keys()
+            assert len(both) >= 2
+            for token in both:
+                assert abs(mine[token] - theirs[token]) < 2e-3
+
+
 def test_new_weights_answer_and_their_version_is_told(engine, ours, model):
     other = changed(model[1], 0.02)
     found = engine.load(other, 5)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from jaxrl_llm import models
+from jaxrl_llm import logprobs, models
 from jaxrl_llm.models import Architecture, Pages, paged
 from jaxrl_llm.models.attention import PackedAttention
 from jaxrl_llm.rollout.sampling import Mode, Sampled, row_keys, sample
@@ -91,6 +91,8 @@ class Steps:
     tokens: Int[Array, "k B"]
     logprobs: Float[Array, "k B"]
     raw_logprobs: Float[Array, "k B"]
+    top_tokens: Int[Array, "k B N"]
+    top_logprobs: Float[Array, "k B N"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def no_rows(count: int, replicas: int = 1) -> Rows:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("run", "chunk", "mode"),
+    static_argnames=("run", "chunk", "mode", "top"),
     donate_argnames=("rows", "pages"),
     compiler_options=_OPTIONS,
 )
@@ -136,6 +138,7 @@ def decode(
     run: Run,
     chunk: int,
     mode: Mode,
+    top: int = 0,
 ) -> tuple[Rows, Pages, Steps]:
     """Up to `chunk` tokens for every row; fewer if all rows stand still, or so many
     sequences have ended that `enough` rows would do."""
@@ -148,6 +151,8 @@ def decode(
             tokens=jnp.zeros((chunk, B), jnp.int32),
             logprobs=jnp.zeros((chunk, B)),
             raw_logprobs=jnp.zeros((chunk, B)),
+            top_tokens=jnp.zeros((chunk, B, top), jnp.int32),
+            top_logprobs=jnp.zeros((chunk, B, top)),
         )
 
         def goes_on(carry):
@@ -158,7 +163,9 @@ def decode(
 
         def step(_, carry):
             i, rows, pages, steps = carry
-            rows, pages, shown = _step(run, mode, params, tables, keys, rows, pages)
+            rows, pages, shown = _step(
+                run, mode, top, params, tables, keys, rows, pages
+            )
             steps = jax.tree.map(lambda all, new: all.at[i].set(new), steps, shown)
             return i + 1, _refill(tables, rows), pages, steps
 
@@ -238,6 +245,41 @@ def read_on(
     )(params, tokens, positions, tables, pages)
 
 
+@functools.partial(jax.jit, static_argnames="run")
+def score(
+    params: Any, tokens: Int[Array, "R T"], length: Int[Array, " R"], *, run: Run
+) -> Float[Array, "R T"]:
+    """Log-probability of each of the first `length` tokens but the first, nats."""
+
+    def replica(params, tokens, length):
+        place = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        there = place < length[:, None]
+        hidden, _ = paged.read(
+            run.arch,
+            params,
+            tokens,
+            place,
+            jnp.where(there, 0, 1),
+            jnp.full_like(place, -1),
+            paged.empty(run.arch, 1, 1, run.dtype),  # nothing is kept
+            dtype=run.dtype,
+            attention=run.attend_rows,
+        )
+        return logprobs.of_tokens(
+            hidden,
+            models.output_matrix(params),
+            tokens,
+            place,
+            there,
+            logit_softcap=run.arch.logit_softcap,
+        ).logprobs
+
+    of_rows = P("data")
+    return _on_replicas(replica, run.mesh, (P(), of_rows, of_rows), of_rows)(
+        params, tokens, length
+    )
+
+
 @functools.partial(jax.jit, static_argnames="run", donate_argnames="pages")
 def copy(
     pages: Pages, source: Int[Array, " c"], target: Int[Array, " c"], *, run: Run
@@ -269,6 +311,7 @@ def resize(rows: Rows, *, count: int, run: Run) -> Rows:
 def _step(
     run: Run,
     mode: Mode,
+    top: int,
     params: Any,
     tables: Tables,
     keys: Key[Array, " N"],
@@ -296,12 +339,15 @@ def _step(
         tables.top_p[at],
         tables.min_p[at],
         mode=mode,
+        top=top,
     )
     shown = Steps(
         slots=jnp.where(runs, rows.slots, -1),
         tokens=new.tokens,
         logprobs=new.logprobs,
         raw_logprobs=new.raw_logprobs,
+        top_tokens=new.top_tokens,
+        top_logprobs=new.top_logprobs,
     )
     counts = rows.counts + runs
     stopped = jnp.any(new.tokens[:, None] == tables.stop_ids[at], axis=1)

@@ -1,8 +1,9 @@
 """What every generation engine offers.
 
-`load` weights, `submit` requests, take completions as they finish. A response is a
-function of (weights, prompt, sampling, seed, prompt id, sample index) alone: it does
-not depend on which slot, batch or order produced it.
+`load` weights, `submit` requests, take completions as they finish. The JAX engine's
+response is a function of (weights, prompt, sampling, seed, prompt id, sample index)
+alone: it does not depend on which slot, batch or order produced it. vLLM's is one too
+where `rollout.vllm.reproducible` asks for it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,10 @@ class Sampling:
     """Only the smallest set of tokens whose probability reaches p."""
     min_p: float = 0.0
     """Only tokens at least min_p times as likely as the most likely one."""
+    logprobs: int = 0
+    """So many of the most likely tokens are told at every position."""
+    prompt_logprobs: bool = False
+    """Tell the prompt's log-probabilities too."""
     stop: tuple[str, ...] = ()
     """The response ends with the token that completes one of these strings."""
     stop_token_ids: tuple[int, ...] = ()
@@ -42,6 +47,8 @@ class Sampling:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+        if self.logprobs < 0:
+            raise ValueError(f"logprobs must be >= 0, got {self.logprobs}")
         if "" in self.stop:
             raise ValueError("a stop string must not be empty")
 

@@ -28,6 +28,7 @@ from jaxrl_llm.rollout.running import (
     abstract,
     abstract_inputs,
     fit,
+    row_length,
     stop_ids,
 )
 from jaxrl_llm.rollout.scheduler import Response
@@ -114,6 +115,7 @@ class JaxEngine:
         self._running: Running | None = None
         self._finished: deque[Completion] = deque()
         self._num_pages: dict[int, int] = {}
+        self._scored: tuple[Request, np.ndarray] | None = None  # the newest prompt
 
     def load(self, params: Any, version: int) -> dict[str, float]:
         """Takes weights in the training layout. Completions will carry `version`.
@@ -326,6 +328,8 @@ class JaxEngine:
                     response.tokens,
                     response.logprobs,
                     response.raw_logprobs,
+                    response.top_tokens,
+                    response.top_logprobs,
                 ):
                     del values[end:]
                 return text[: min(found)]
@@ -347,9 +351,25 @@ class JaxEngine:
                 finish_reason="length" if cut is None and not by_token else "stop",
                 weight_version=self._version,
                 text=text if cut is None else cut,
+                **_most_likely(response),
+                prompt_logprobs=self._of_prompt(response.request),
             )
             for (response, cut, by_token), text in zip(ended, whole, strict=True)
         ]
+
+    def _of_prompt(self, request: Request) -> np.ndarray | None:
+        """Its log-probabilities, if asked for. Computed apart: what is read to generate
+        may come from the cache."""
+        if not request.sampling.prompt_logprobs:
+            return None
+        if self._scored is None or self._scored[0] is not request:
+            length = len(request.tokens)
+            tokens = np.zeros((self.replicas, row_length(length)), np.int32)
+            tokens[:, :length] = request.tokens
+            lengths = np.full(self.replicas, length, np.int32)
+            found = decode.score(self._params, tokens, lengths, run=self._run)
+            self._scored = request, np.asarray(found[0, 1:length])
+        return self._scored[1]
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self._texts([tokens])[0]
@@ -362,6 +382,16 @@ class JaxEngine:
         return tokenizer.backend_tokenizer.decode_batch(
             sequences, skip_special_tokens=True
         )
+
+
+def _most_likely(response: Response) -> dict[str, np.ndarray]:
+    count = response.request.sampling.logprobs  # others may have asked for more
+    if not count:
+        return {}
+    return {
+        "top_tokens": np.stack(response.top_tokens)[:, :count],
+        "top_logprobs": np.stack(response.top_logprobs)[:, :count],
+    }
 
 
 def _bytes(tree: Any) -> int:

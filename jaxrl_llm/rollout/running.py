@@ -73,6 +73,7 @@ class Running:
         eos = len(run.arch.eos_token_ids)
         self._lines = [Lines(2 * num_rows, eos) for _ in range(self._replicas)]
         self._mode: Mode = "plain"
+        self._top = 0
         self._most_rows = num_rows
         self._num_rows = num_rows
         pages, rows = abstract(run, num_rows, num_pages)
@@ -98,8 +99,9 @@ class Running:
         for _, group in itertools.groupby(responses, lambda r: id(r.request)):
             least = min(self._schedulers, key=lambda s: s.outstanding)
             least.waiting.extend(group)
-        asked = {_mode(r.request.sampling) for r in responses}
-        self._mode = max({self._mode, *asked}, key=_MODES.index)
+        asked = {r.request.sampling for r in responses}
+        self._mode = max({self._mode, *map(_mode, asked)}, key=_MODES.index)
+        self._top = max(self._top, *(sampling.logprobs for sampling in asked))
 
     def advance(self) -> list[tuple[Response, int]]:
         """Sends the device on for another chunk, then looks at what the last one gave.
@@ -150,6 +152,7 @@ class Running:
             run=self._run,
             chunk=self._chunk,
             mode=self._mode,
+            top=self._top,
         )
         return steps
 
@@ -242,7 +245,7 @@ class Running:
         if not any(rows):
             return
         longest = max(sum(len(p.tokens) for p in row) for part in rows for row in part)
-        length = _row_length(longest)
+        length = row_length(longest)
         most = max(1, self._prefill_tokens // length)
         for start in range(0, max(map(len, rows)), most):
             parts = [part[start : start + most] for part in rows]
@@ -351,7 +354,7 @@ def pack(pieces: Sequence[Piece]) -> list[list[Piece]]:
         else:
             i = len(rows)
             rows.append([])
-            room.append(_row_length(len(rows[0][0].tokens) if i else size))
+            room.append(row_length(len(rows[0][0].tokens) if i else size))
         rows[i].append(piece)
         room[i] -= size
     return rows
@@ -416,7 +419,7 @@ def abstract_inputs(
     """Shapes, dtypes and shardings of what the host sends: to `decode.read`, with as
     many prompts as it takes at a time, and to `decode.decode`."""
     replicas, slots = run.mesh.shape["data"], 2 * num_rows
-    length = _row_length(prompt_length)
+    length = row_length(prompt_length)
     count = replicas * max(1, prefill_tokens // length)
     prompts = [jax.ShapeDtypeStruct((count, length), jnp.int32)] * 4
     scheduler = Scheduler(
@@ -447,7 +450,8 @@ def _mode(sampling: Sampling) -> Mode:
     return "plain" if sampling.temperature == 1 else "tempered"
 
 
-def _row_length(tokens: int) -> int:
+def row_length(tokens: int) -> int:
+    """Of rows that hold so many tokens: a power of two."""
     return max(_FEWEST_TOKENS, _power_of_two(tokens))
 
 

@@ -23,6 +23,11 @@ class Sampled(NamedTuple):
     """Under the distribution that was sampled from."""
     raw_logprobs: Float[Array, " B"]
     """Under softmax(logits)."""
+    top_tokens: Int[Array, "B N"]
+    """The most likely ones, the first first."""
+    top_logprobs: Float[Array, "B N"]
+    """Under the distribution that was sampled from; at temperature 0, where that is a
+    single token, under softmax(logits)."""
 
 
 def row_keys(
@@ -48,6 +53,7 @@ def sample(
     min_p: Float[Array, " B"],
     *,
     mode: Mode,
+    top: int = 0,
 ) -> Sampled:
     """Draws token number `counts` of every response.
 
@@ -56,13 +62,14 @@ def sample(
       temperature: 0 takes the most likely token, with log-probability 0.
       top_k, top_p, min_p: see `Sampling`.
       mode: static; a promise about all rows. Less is computed for less.
+      top: static; N, how many of the most likely tokens to tell.
     """
     uniforms = jax.vmap(
         lambda key, count: jax.random.uniform(jax.random.fold_in(key, count), (2,))
     )(keys, counts)
     if mode == "plain":
         tokens, logprobs = draw(logits, uniforms)
-        return Sampled(tokens, logprobs, logprobs)
+        return Sampled(tokens, logprobs, logprobs, *most_likely(logits, top))
     greedy = temperature == 0.0
     scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
     if mode == "truncated":
@@ -74,7 +81,19 @@ def sample(
         tokens,
         jnp.where(greedy, 0.0, logprobs),
         chosen - jax.nn.logsumexp(logits, axis=-1),
+        *most_likely(jnp.where(greedy[:, None], logits, scaled), top),
     )
+
+
+def most_likely(
+    logits: Float[Array, "B V"], count: int
+) -> tuple[Int[Array, "B N"], Float[Array, "B N"]]:
+    """The tokens of the largest logits, and their log-probabilities."""
+    if count == 0:
+        nothing = jnp.zeros((len(logits), 0))
+        return nothing.astype(jnp.int32), nothing
+    values, tokens = jax.lax.top_k(logits, count)
+    return tokens, values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def truncate(

@@ -31,6 +31,9 @@ class Response:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
+    top_tokens: list[np.ndarray] = field(default_factory=list)
+    """[N] each."""
+    top_logprobs: list[np.ndarray] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     slot: int = -1
     """-1: it waits."""
@@ -150,12 +153,15 @@ class Scheduler:
         tokens: np.ndarray,
         logprobs: np.ndarray,
         raw_logprobs: np.ndarray,
+        top_tokens: np.ndarray,
+        top_logprobs: np.ndarray,
     ) -> Iterator[tuple[Response, int]]:
         """Adds what a chunk gave to its responses.
 
         Args:
           slots: int [steps, rows]: whose token it is; -1: nobody's.
           tokens, logprobs, raw_logprobs: [steps, rows].
+          top_tokens, top_logprobs: [steps, rows, N].
 
         Yields:
           Every response that has new tokens, and how many it had before.
@@ -165,6 +171,10 @@ class Scheduler:
         there = there[np.argsort(of[there], kind="stable")]
         parts = np.split(there, np.flatnonzero(np.diff(of[there])) + 1)
         new, logs, raw = (x.T.ravel() for x in (tokens, logprobs, raw_logprobs))
+        top, top_logs = (
+            x.swapaxes(0, 1).reshape(len(of), x.shape[-1])
+            for x in (top_tokens, top_logprobs)
+        )
         for part in parts if len(there) else ():
             response = self.slots[of[part[0]]]
             if response is None:
@@ -173,6 +183,9 @@ class Scheduler:
             response.tokens.extend(new[part].tolist())
             response.logprobs.extend(logs[part].tolist())
             response.raw_logprobs.extend(raw[part].tolist())
+            if response.request.sampling.logprobs:
+                response.top_tokens.extend(top[part])
+                response.top_logprobs.extend(top_logs[part])
             yield response, before
 
     def finish(self, response: Response, *, told: bool) -> None:

@@ -52,6 +52,15 @@ class Lost(Exception):
         self.said = said
 
 
+def of_prompt(tokens: Sequence[int], answer: Mapping[str, Any]) -> list[float]:
+    """What an answer says of its prompt: the log-probability of every token but the
+    first, nats."""
+    return [
+        entry[str(token)]["logprob"]
+        for token, entry in zip(tokens[1:], answer["prompt_logprobs"][1:], strict=True)
+    ]
+
+
 class Server:
     """A client of one server.
 
@@ -128,6 +137,7 @@ class Server:
             "prompt": list(tokens),
             "logprobs": 0,
             "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
             **options,
         }
         return (await self.ask("POST", "/v1/completions", body))["choices"]
@@ -135,11 +145,8 @@ class Server:
     async def score(self, tokens: Sequence[int]) -> list[float]:
         """The log-probability of every token but the first, nats."""
         options = {"max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
-        found = (await self.complete(tokens, options))[0]["prompt_logprobs"]
-        return [
-            entry[str(token)]["logprob"]
-            for token, entry in zip(tokens[1:], found[1:], strict=True)
-        ]
+        [answer] = await self.complete(tokens, options)
+        return of_prompt(tokens, answer)
 
     async def reload(self, directory: Path) -> None:
         """Reads the weights of a Hugging Face directory in place of its own.

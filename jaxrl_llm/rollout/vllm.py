@@ -31,7 +31,7 @@ from jaxrl_llm.batch import Completion
 from jaxrl_llm.config import Config
 from jaxrl_llm.rollout import probe
 from jaxrl_llm.rollout.engine import Request
-from jaxrl_llm.rollout.server import Lost, Process, Server, ServerError
+from jaxrl_llm.rollout.server import Lost, Process, Server, ServerError, of_prompt
 
 _Asked = tuple[Request, range]
 """A request, and which of its samples are asked for together."""
@@ -452,6 +452,7 @@ class VllmEngine:
         stops = (*self.arch.eos_token_ids, *sampling.stop_token_ids)
         options = {
             "n": len(samples),
+            "logprobs": sampling.logprobs,
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_k": sampling.top_k,
@@ -465,6 +466,8 @@ class VllmEngine:
             words = [request.seed, request.prompt_id, samples[0]]
             seed = np.random.SeedSequence(words).generate_state(1)[0]
             options["seed"] = int(seed >> 1)
+        if sampling.prompt_logprobs:
+            options["prompt_logprobs"] = 0
         answers = await server.complete(request.tokens, options)
         if any(answer["finish_reason"] == "abort" for answer in answers):
             return None
@@ -495,6 +498,12 @@ class VllmEngine:
         )
         ends = [text.index(stop) for stop in sampling.stop if stop in text]
         greedy = sampling.temperature == 0
+        more = {}
+        if sampling.logprobs:
+            more = _most_likely(answer["logprobs"]["top_logprobs"], sampling.logprobs)
+        if sampling.prompt_logprobs:
+            found = of_prompt(request.tokens, answer)
+            more["prompt_logprobs"] = np.asarray(found, np.float32)
         return Completion(
             prompt_id=request.prompt_id,
             sample=sample,
@@ -504,10 +513,27 @@ class VllmEngine:
             finish_reason=answer["finish_reason"],
             weight_version=self._version,
             text=text[: min(ends)] if ends else text,
+            **more,
         )
 
     def _call(self, work: Coroutine) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _most_likely(
+    told: Sequence[Mapping[str, float]], count: int
+) -> dict[str, np.ndarray]:
+    """Of every position. vLLM tells the sampled token too; it says "token_id:<id>" and,
+    where JSON cannot say -inf, -9999."""
+    ranked = [
+        sorted(position.items(), key=lambda item: -item[1])[:count] for position in told
+    ]
+    ids = [[int(name.split(":")[1]) for name, _ in row] for row in ranked]
+    values = np.array([[value for _, value in row] for row in ranked], np.float32)
+    return {
+        "top_tokens": np.array(ids, np.int32),
+        "top_logprobs": np.where(values <= -9999, -np.inf, values),
+    }
 
 
 def _cast(params: Mapping[str, Any], *, dtype: Any) -> Mapping[str, Any]:
