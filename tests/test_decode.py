@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from jaxrl_llm import models
-from jaxrl_llm.rollout import decode
+from jaxrl_llm.rollout import decode, running
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
 from jaxrl_llm.rollout.jax_engine import JaxEngine
 from sharding import mesh
@@ -112,6 +112,30 @@ def test_the_most_likely_tokens_are_told_to_those_who_ask():
             )
             np.testing.assert_array_equal(completion.top_tokens, ranked)
             np.testing.assert_allclose(completion.top_logprobs, wanted, atol=1e-4)
+
+
+def test_a_chunk_ends_when_fewer_rows_would_do(monkeypatch):
+    # All fits into one chunk, which would have taken 20 rows to its end.
+    asked = [request(i, n=1, max_tokens=40 if i == 3 else 2) for i in range(20)]
+    wanted = generate(engine(decode_chunk=1), asked)
+    resize, counts = decode.resize, []
+
+    def told(rows, *, count, run):
+        counts.append(count)
+        return resize(rows, count=count, run=run)
+
+    monkeypatch.setattr(decode, "resize", told)
+    assert_same(generate(engine(decode_chunk=64, max_num_seqs=20), asked), wanted)
+    assert counts == [8]
+
+
+def test_numbers_of_rows():
+    counts = [8, 16, 32, 64, 128, 192, 256, 384, 500]
+    assert running.row_counts(500) == counts
+    assert [running.fit(500, n) for n in (0, 9, 129, 193, 400, 999)] == [
+        8, 16, 192, 256, 500, 500,
+    ]  # fmt: skip
+    assert running.row_counts(3) == [3]
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
