@@ -109,7 +109,7 @@ class Server:
         if missing:
             raise ServerError(
                 f"{self.url} has no {', '.join(missing)}; start it with "
-                "VLLM_SERVER_DEV_MODE=1 in its environment"
+                "VLLM_SERVER_DEV_MODE=1 in its environment and --runner generate"
             )
         info = await self.ask("GET", "/server_info?config_format=json")
         model = info["vllm_config"]["model_config"]

@@ -87,12 +87,18 @@ class VllmEngine:
         self._waiting: list[_Asked] = []
         self._probes: probe.Probes | None = None
         self._scores: np.ndarray | None = None
+        self._weights = self._current = self._shared_folder()
+        settings = config.rollout.vllm
+        self._replicas = self._running() if settings.urls else self._own()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._weights = self._current = self._shared_folder()
-        self._replicas = self._attach() if config.rollout.vllm.urls else self._own()
         atexit.register(self.close)
+        try:
+            self._call(self._check())
+        except BaseException:
+            self.close()
+            raise
 
     def load(self, params: Any, version: int) -> dict[str, float]:
         """Sends weights to every server, and verifies that they arrived.
@@ -222,19 +228,10 @@ class VllmEngine:
         run = hashlib.sha256(str(self._directory.absolute()).encode()).hexdigest()
         return (folder / f"jaxrl-weights-{run[:12]}").absolute()
 
-    def _attach(self) -> list[_Replica]:
+    def _running(self) -> list[_Replica]:
         settings = self.config.rollout.vllm
-        replicas = [
-            _Replica(Server(url, settings.request_timeout_s)) for url in settings.urls
-        ]
-        for replica in replicas:
-            try:
-                self._call(replica.server.check(self._max_len))
-            except Lost as error:
-                raise ServerError(
-                    f"no vLLM server answers at {replica.server.url}: {error}"
-                ) from None
-        return replicas
+        longest = settings.request_timeout_s
+        return [_Replica(Server(url, longest)) for url in settings.urls]
 
     def _own(self) -> list[_Replica]:
         settings = self.config.rollout.vllm
@@ -242,6 +239,16 @@ class VllmEngine:
         if not shutil.which(command):
             raise ServerError(f"rollout.vllm.command: there is no program {command!r}")
         return [_Replica(None, device=device) for device in settings.devices or (None,)]
+
+    async def _check(self) -> None:
+        """Reads what the running servers can do."""
+        for server in [replica.server for replica in self._replicas if replica.server]:
+            try:
+                await server.check(self._max_len)
+            except Lost as error:
+                raise ServerError(
+                    f"no vLLM server answers at {server.url}: {error}"
+                ) from None
 
     async def _everywhere(self, act: Any) -> list[Any]:
         return await asyncio.gather(*map(act, self._replicas))
@@ -267,7 +274,8 @@ class VllmEngine:
             settings.command,
             (
                 *("--model", str(self._current), "--served-model-name", "policy"),
-                *("--dtype", rollout.dtype, "--max-model-len", str(self._max_len)),
+                *("--runner", "generate", "--dtype", rollout.dtype),
+                *("--max-model-len", str(self._max_len)),
                 *("--max-num-seqs", str(rollout.max_num_seqs)),
                 *("--logprobs-mode", "processed_logprobs"),
                 *settings.args,
