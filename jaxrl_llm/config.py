@@ -199,6 +199,13 @@ class RolloutConfig(SamplingConfig):
     sequences wait for room, or are put back and go on later."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights, activations and KV cache."""
+    quantization: Literal["int8", "fp8"] | None = None
+    """Of the matrices in the jax engine's layers, a scale per output, and of what they
+    multiply, a scale per token. mismatch/ tells what it costs;
+    algorithm.rollout_correction corrects for it."""
+    kv_cache_dtype: Literal["int8", "fp8"] | None = None
+    """Of the jax engine's KV cache, a scale per head and token; `dtype` if not
+    given."""
     checksum_freq: int = Field(100, ge=0)
     """Compare checksums of the engine's weights with the trainer's at the first load
     and every so many steps; 0: never."""
@@ -514,6 +521,12 @@ def _misfits(config: Config):
         yield (
             f"rollout.vllm.urls are running servers, so rollout.vllm.{min(ours)}, "
             "which is for servers of our own, says nothing"
+        )
+    if rollout.engine != "jax" and (rollout.quantization or rollout.kv_cache_dtype):
+        yield (
+            f"rollout.quantization is {rollout.quantization} and "
+            f"rollout.kv_cache_dtype {rollout.kv_cache_dtype}, which are of the jax "
+            "engine; tell vLLM by rollout.vllm.args"
         )
     if rollout.engine != "jax" and config.placement.rollout is not None:
         yield (

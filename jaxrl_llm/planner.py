@@ -143,13 +143,15 @@ def estimate(
         decode_chunk=config.rollout.decode_chunk,
         prefill_tokens=config.rollout.prefill_tokens,
         cache_gib=config.rollout.cache_gib,
+        quantization=config.rollout.quantization,
+        kv_cache_dtype=config.rollout.kv_cache_dtype,
     )
-    state, weights = learner.abstract_state(), _bytes(engine.abstract_params())
+    state, generation = learner.abstract_state(), engine.memory(*_wave(config))
     held = {
         "weights": _bytes(state.params),
         "optimizer": _bytes(state.opt_state),
         "reference": _bytes(learner.abstract_reference()) if uses_kl(config) else 0,
-        "engine's weights": weights,
+        "engine's weights": generation["generation weights"],
     }
     held |= dict.fromkeys(config.actor.offload, 0)  # in the host's memory
     known = hardware.facts(devices[0].device_kind)
@@ -157,7 +159,7 @@ def estimate(
         device_kind=devices[0].device_kind,
         num_devices=len(devices),
         held=held,
-        cache_bytes=engine.memory(*_wave(config))["generation cache"],
+        cache_bytes=generation["generation cache"],
         programs=dict(_programs(config, learner, engine)),
         capacity=memory or (known and known[0] * _GIB),
     )

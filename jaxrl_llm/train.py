@@ -160,6 +160,8 @@ def engine_of(
                 decode_chunk=rollout.decode_chunk,
                 prefill_tokens=rollout.prefill_tokens,
                 cache_gib=rollout.cache_gib,
+                quantization=rollout.quantization,
+                kv_cache_dtype=rollout.kv_cache_dtype,
                 checksum_freq=rollout.checksum_freq,
             )
         case "vllm":

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.models import kernels, paged
+from jaxrl_llm.models.quantised import DTYPES, Quantised
 from sharding import mesh
 
 
@@ -101,13 +102,54 @@ def test_attention_over_pages_is_that_of_a_plain_loop(attend, shape, window, sof
     np.testing.assert_allclose(caches, wanted_caches, atol=1e-6)
 
 
+def rounded(x, bits):
+    """x as it is kept: the nearest of the numbers that a scale per vector allows."""
+    x = np.asarray(x, np.float64)
+    largest = {"int8": 127, "fp8": 448}[bits]
+    scale = np.float32(np.abs(x).max(axis=-1, keepdims=True)) / np.float32(largest)
+    steps = x / scale
+    if bits == "int8":
+        return scale * np.round(steps)
+    # fp8: 3 bits after the leading one, down to 2^-6.
+    unit = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(steps), 2.0**-6))) - 3)
+    return scale * unit * np.round(steps / unit)
+
+
+@pytest.mark.parametrize("bits", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    "attend",
+    [paged.attend, functools.partial(kernels.split_keys, interpret=True)],
+    ids=["reference", "kernel"],
+)
+def test_quantised_pages_hold_the_nearest_numbers(attend, bits):
+    q, k, v, _, keys, values, *where = case(**SHAPES, turns=False)
+    dtype, options = DTYPES[bits], {"window": None, "scale": 0.25, "softcap": None}
+    empty = Quantised(jnp.zeros(keys.shape, dtype), jnp.zeros(keys.shape[:-1]))
+    K, P, S, H = keys.shape
+    everywhere = jnp.arange(P * S).reshape(1, -1)
+    kept = [
+        paged.keep(empty, x.reshape(K, 1, P * S, H).transpose(1, 2, 0, 3), everywhere)
+        for x in (keys, values)
+    ]
+    got, *caches = attend(q, k, v, None, *kept, *where, **options)
+    nearest = [rounded(x, bits) for x in (k, v, keys, values)]
+    wanted, *wanted_caches = loop(
+        q, *nearest[:2], None, *nearest[2:], *where, **options
+    )
+    for cache, numbers in zip(caches, wanted_caches, strict=True):
+        found = np.float64(cache.values) * cache.scales[..., None]
+        np.testing.assert_allclose(found, numbers, atol=1e-6)
+    np.testing.assert_allclose(got[1:], wanted[1:], atol=2e-6)
+
+
 def test_the_platform_chooses():
     here = mesh.make({"data": 8, "tensor": 1})
     assert kernels.choose(here, 64) is paged.attend
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_gpu_kernel_is_lowered(head_dim):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, *DTYPES.values()], ids=str)
+def test_the_gpu_kernel_is_lowered(head_dim, dtype):
     # Without a GPU nothing more can be tried than that JAX can translate it.
     if jax.__version_info__ >= (0, 12):
         pytest.skip("JAX 0.12 lowers Triton kernels only where a GPU is")
@@ -118,11 +160,14 @@ def test_the_gpu_kernel_is_lowered(head_dim):
             ((B, 1, 12, head_dim), jnp.bfloat16),
             ((B, 1, 2, head_dim), jnp.bfloat16),
             ((B, 1, head_dim // 2), jnp.float32),
-            ((2, B * n, 64, head_dim), jnp.bfloat16),
+            ((2, B * n, 64, head_dim), dtype),
             ((B, n), jnp.int32),
             ((B, 1), jnp.int32),
         ]
     )
+    if dtype != jnp.bfloat16:
+        scales = jax.ShapeDtypeStruct(cache.shape[:-1], jnp.float32)
+        cache = Quantised(cache, scales)
     shapes = q, new, new, (angle, angle), cache, cache, tables, positions
     kernel = functools.partial(kernels.split_keys, window=1000, scale=0.1)
     lowered = jax.jit(kernel).trace(*shapes).lower(lowering_platforms=("cuda",))

@@ -36,6 +36,8 @@ def main(
     length: int = 512,
     mean: int | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    quantization: models.Bits | None = None,
+    kv_cache_dtype: models.Bits | None = None,
     max_num_seqs: int = 256,
     decode_chunk: int = 64,
     prefill_tokens: int = 8192,
@@ -61,6 +63,7 @@ def main(
       mean: draw lengths from a lognormal of this mean instead (sigma 0.8), at most
         `length`.
       dtype: of weights, activations and cache.
+      quantization, kv_cache_dtype: of the JAX engine.
       max_num_seqs: sequences decoded together.
       decode_chunk, prefill_tokens: of the JAX engine, per dispatch.
       tensor: devices of the JAX engine that share a copy of the weights.
@@ -75,8 +78,16 @@ def main(
     params = models.RandomWeights(arch).load()
     asked = _requests(arch, prompts, n, prompt_length, length, mean)
     tokens = sum(r.sampling.max_tokens * r.num_samples for r in asked)
+    eight = {"quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
     console, profiles = Console(), []
-    least = floor(arch, asked, max_num_seqs, jnp.dtype(dtype).itemsize, tensor)
+    least = floor(
+        arch,
+        asked,
+        max_num_seqs,
+        1 if quantization else jnp.dtype(dtype).itemsize,
+        1 if kv_cache_dtype else jnp.dtype(dtype).itemsize,
+        tensor,
+    )
     table = Table(
         "engine", "new tok/s", "s", "ms/step", "of floor", "weights s", "first s",
         "peak",
@@ -98,6 +109,7 @@ def main(
                         "engine": name,
                         "max_response_length": length,
                         "dtype": dtype,
+                        **({} if name == "vllm" else eight),
                         "max_num_seqs": max_num_seqs,
                         "decode_chunk": decode_chunk,
                         "prefill_tokens": prefill_tokens,
@@ -135,7 +147,8 @@ def floor(
     arch: models.Architecture,
     asked: Sequence[Request],
     rows: int,
-    itemsize: int,
+    weight_bytes: int,
+    cache_bytes: int,
     tensor: int,
 ) -> float | None:
     """Seconds that no engine can beat on these devices: weights are read once per step,
@@ -144,7 +157,8 @@ def floor(
 
     Args:
       rows: sequences decoded together on all devices.
-      itemsize: bytes of a weight, key or value.
+      weight_bytes, cache_bytes: of a weight in the layers, and of a key's or value's
+        number.
       tensor: devices that share a copy of the weights.
     """
     kind = jax.devices()[0].device_kind
@@ -152,6 +166,8 @@ def floor(
     if known is None or peak is None:
         return None
     matrix = models.num_matmul_params(arch)
+    output = arch.vocab_size * arch.hidden_size  # never quantised
+    weights = matrix * weight_bytes + output * max(0, 2 - weight_bytes)
     tokens = sum(r.sampling.max_tokens * r.num_samples for r in asked)
     longest = max(r.sampling.max_tokens for r in asked)
     attended = sum(
@@ -162,7 +178,8 @@ def floor(
     each = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim
     steps = max(tokens / rows, longest)
     count = jax.device_count()
-    read = itemsize * (steps * matrix / tensor + attended * each / count) / known[1]
+    kept = attended * each * cache_bytes
+    read = (steps * weights / tensor + kept / count) / known[1]
     prompts = 2 * matrix * sum(len(r.tokens) for r in asked) / peak
     return read + prompts / count
 

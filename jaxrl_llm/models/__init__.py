@@ -30,10 +30,13 @@ from jaxrl_llm.models.huggingface import Checkpoint, Model, load, open, save
 from jaxrl_llm.models.kernels import choose as choose_paged_attention
 from jaxrl_llm.models.paged import Pages
 from jaxrl_llm.models.parallel import partition
+from jaxrl_llm.models.quantised import DTYPES, Bits
 from jaxrl_llm.models.weights import RandomWeights, WeightSource
 
 __all__ = [
+    "DTYPES",
     "Architecture",
+    "Bits",
     "Checkpoint",
     "Model",
     "Pages",

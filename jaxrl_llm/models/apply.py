@@ -3,7 +3,8 @@
 `params` is a nested dict of arrays. Three layouts hold the same numbers: *stacked*
 (training; every weight of a layer is one array [L, ...]), *unstacked*
 (`params["layers"][i]`), and *fused* (generation; unstacked, with q, k, v and gate, up
-joined). `unstack` goes from the first to the second, `fuse` on to the third.
+joined, perhaps quantised). `unstack` goes from the first to the second, `fuse` on to
+the third.
 """
 
 import functools
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention import PackedAttention, packed
 from jaxrl_llm.models.decoder import Decoder, Init, RotaryTable, Shard, anywhere
+from jaxrl_llm.models.quantised import DTYPES, Bits, quantise
 
 Params = Any
 Remat = Literal["none", "dots", "full", "offload"]
@@ -31,26 +33,30 @@ def init(
     *,
     dtype=jnp.float32,
     stacked: bool = True,
-    fused: bool = False,
 ) -> Params:
     """Random weights: normal, deviation 1 / sqrt(fan in)."""
-    model = Decoder(arch, Init(nnx.Rngs(key), dtype), stacked=stacked, fused=fused)
+    model = Decoder(arch, Init(nnx.Rngs(key), dtype), stacked=stacked)
     return nnx.to_pure_dict(nnx.state(model))
 
 
 def abstract_params(
-    arch: Architecture, *, dtype=jnp.float32, stacked: bool = True, fused: bool = False
+    arch: Architecture, *, dtype=jnp.float32, stacked: bool = True
 ) -> Params:
     """Shapes and dtypes of `init`, without computing anything."""
-    layout = {"stacked": stacked, "fused": fused}
-    return jax.eval_shape(lambda: init(arch, jax.random.key(0), dtype=dtype, **layout))
+    return jax.eval_shape(
+        lambda: init(arch, jax.random.key(0), dtype=dtype, stacked=stacked)
+    )
 
 
 def logical_axes(
-    arch: Architecture, *, stacked: bool = True, fused: bool = False
+    arch: Architecture,
+    *,
+    stacked: bool = True,
+    fused: bool = False,
+    scaled: bool = False,
 ) -> Params:
     """A tuple of axis names for every parameter, in a tree of the same structure."""
-    model = _abstract(arch, stacked, fused)
+    model = _abstract(arch, stacked, fused, scaled)
     state = nnx.state(model)
     return nnx.to_pure_dict(
         jax.tree.map(
@@ -96,8 +102,12 @@ def unstack(params: Params, dtype) -> Params:
     }
 
 
-def fuse(layer: Params) -> Params:
-    """One unstacked layer's weights to fused; see `decoder.Layer`."""
+def fuse(layer: Params, bits: Bits | None = None) -> Params:
+    """One unstacked layer's weights to fused; see `decoder.Layer`.
+
+    Args:
+      bits: quantise the matrices; norms and biases stay as they are.
+    """
     rest = dict(layer)
     for end in ("", "_bias"):
         if f"q{end}" in rest:
@@ -108,6 +118,15 @@ def fuse(layer: Params) -> Params:
         if f"gate{end}" in rest:
             parts = [rest.pop(f"{name}{end}") for name in ("gate", "up")]
             rest[f"gate_up{end}"] = jnp.stack(parts, axis=-2)
+    if bits:
+        for name, summed in {
+            "qkv": [0],
+            "o": [0, 1],
+            "gate_up": [0],
+            "down": [0],
+        }.items():
+            values, scales = quantise(rest[name], DTYPES[bits], summed)
+            rest |= {name: values, f"{name}_scale": scales}
     return rest
 
 
@@ -244,8 +263,10 @@ def _pick(tables: list[RotaryTable], index) -> RotaryTable:
 
 
 @functools.cache
-def _abstract(arch: Architecture, stacked: bool, fused: bool) -> Decoder:
-    layout = {"stacked": stacked, "fused": fused}
+def _abstract(
+    arch: Architecture, stacked: bool, fused: bool = False, scaled: bool = False
+) -> Decoder:
+    layout = {"stacked": stacked, "fused": fused, "scaled": scaled}
     return nnx.eval_shape(
         lambda: Decoder(arch, Init(nnx.Rngs(0), jnp.float32), **layout)
     )
@@ -253,6 +274,6 @@ def _abstract(arch: Architecture, stacked: bool, fused: bool) -> Decoder:
 
 def model(arch: Architecture, params: Params, *, stacked: bool = False) -> Decoder:
     """The module that holds `params`, in whichever layout they are."""
-    fused = not stacked and "qkv" in params["layers"][0]
-    graph = nnx.graphdef(_abstract(arch, stacked, fused))
+    has = params["layers"] if stacked else params["layers"][0]
+    graph = nnx.graphdef(_abstract(arch, stacked, "qkv" in has, "qkv_scale" in has))
     return nnx.merge(graph, nnx.State(params))

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models.architecture import Architecture
+from jaxrl_llm.models.quantised import product
 
 # (queries, keys, values) -> (attended, whatever is to be kept of keys and values)
 Attend = Callable[..., tuple[Array, Any]]
@@ -32,15 +33,22 @@ class Decoder(nnx.Module):
     """Embedding, L layers, final norm, output matrix."""
 
     def __init__(
-        self, arch: Architecture, init: "Init", *, stacked: bool, fused: bool = False
+        self,
+        arch: Architecture,
+        init: "Init",
+        *,
+        stacked: bool,
+        fused: bool = False,
+        scaled: bool = False,
     ):
         self.arch = arch
         D, V = arch.hidden_size, arch.vocab_size
         self.embedding = init((V, D), ("vocab", "embed"), 0.02)
         if stacked:
-            self.layers = Layer(arch, init.stack(arch.num_layers), fused)
+            self.layers = Layer(arch, init.stack(arch.num_layers), fused, scaled)
         else:
-            layers = [Layer(arch, init, fused) for _ in range(arch.num_layers)]
+            count = range(arch.num_layers)
+            layers = [Layer(arch, init, fused, scaled) for _ in count]
             self.layers = nnx.List(layers)
         self.norm = Norm(arch, init, D)
         self.output = (
@@ -83,7 +91,7 @@ class Layer(nnx.Module):
     that heads can still be split over devices, and `gate_up` both of its halves.
     """
 
-    def __init__(self, arch: Architecture, init: "Init", fused: bool):
+    def __init__(self, arch: Architecture, init: "Init", fused: bool, scaled: bool):
         self.arch, self.fused = arch, fused
         D, F, H = arch.hidden_size, arch.intermediate_size, arch.head_dim
         N, K = arch.num_heads, arch.num_kv_heads
@@ -92,10 +100,14 @@ class Layer(nnx.Module):
         def bias(shape, axes, wanted):
             return init(shape, axes, 0.0) if wanted else None
 
+        def scale(shape, axes):
+            return init(shape, axes, None) if scaled else None
+
         self.attention_norm = Norm(arch, init, D)
         if fused:
             group, axes = (K, N // K + 2, H), ("kv_heads", None, "head")
             self.qkv = init((D, *group), ("embed", *axes), std)
+            self.qkv_scale = scale(group, axes)
             self.qkv_bias = bias(group, axes, arch.qkv_bias)
         else:
             self.q = init((D, N, H), ("embed", "heads", "head"), std)
@@ -105,6 +117,7 @@ class Layer(nnx.Module):
             self.k_bias = bias((K, H), ("kv_heads", "head"), arch.qkv_bias)
             self.v_bias = bias((K, H), ("kv_heads", "head"), arch.qkv_bias)
         self.o = init((N, H, D), ("heads", "head", "embed"), (N * H) ** -0.5)
+        self.o_scale = scale((D,), ("norm",))
         self.o_bias = bias((D,), ("norm",), arch.output_bias)
         self.q_norm = Norm(arch, init, H) if arch.qk_norm else None
         self.k_norm = Norm(arch, init, H) if arch.qk_norm else None
@@ -112,6 +125,7 @@ class Layer(nnx.Module):
         self.mlp_norm = Norm(arch, init, D)
         if fused:
             self.gate_up = init((D, 2, F), ("embed", None, "mlp"), std)
+            self.gate_up_scale = scale((2, F), (None, "mlp"))
             self.gate_up_bias = bias((2, F), (None, "mlp"), arch.mlp_bias)
         else:
             self.gate = init((D, F), ("embed", "mlp"), std)
@@ -119,6 +133,7 @@ class Layer(nnx.Module):
             self.gate_bias = bias((F,), ("mlp",), arch.mlp_bias)
             self.up_bias = bias((F,), ("mlp",), arch.mlp_bias)
         self.down = init((F, D), ("mlp", "embed"), F**-0.5)
+        self.down_scale = scale((D,), ("norm",))
         self.down_bias = bias((D,), ("norm",), arch.mlp_bias)
         self.post_mlp_norm = Norm(arch, init, D) if arch.post_norms else None
 
@@ -149,7 +164,7 @@ class Layer(nnx.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         out, kept = attend(q, k, v)
         out = shard(out, *heads)
-        return _linear("btnh,nhd->btd", out, self.o, self.o_bias), kept
+        return _linear("btnh,nhd->btd", out, self.o, self.o_bias, self.o_scale), kept
 
     def _heads(self, x):
         """Queries, keys and values."""
@@ -157,13 +172,14 @@ class Layer(nnx.Module):
             q = _linear("btd,dnh->btnh", x, self.q, self.q_bias)
             k = _linear("btd,dnh->btnh", x, self.k, self.k_bias)
             return q, k, _linear("btd,dnh->btnh", x, self.v, self.v_bias)
-        qkv = _linear("btd,dkgh->btkgh", x, self.qkv, self.qkv_bias)
+        qkv = _linear("btd,dkgh->btkgh", x, self.qkv, self.qkv_bias, self.qkv_scale)
         q = qkv[..., :-2, :].reshape(*x.shape[:2], -1, self.arch.head_dim)
         return q, qkv[..., -2, :], qkv[..., -1, :]
 
     def _mlp(self, x, shard):
         if self.fused:
-            both = _linear("btd,dcf->btcf", x, self.gate_up, self.gate_up_bias)
+            weights = self.gate_up, self.gate_up_bias, self.gate_up_scale
+            both = _linear("btd,dcf->btcf", x, *weights)
             gate, up = both[:, :, 0], both[:, :, 1]
         else:
             gate = _linear("btd,df->btf", x, self.gate, self.gate_bias)
@@ -174,7 +190,8 @@ class Layer(nnx.Module):
             case "gelu_tanh":
                 gate = jax.nn.gelu(gate, approximate=True)
         hidden = shard(gate * up, "rows", "tokens", "mlp")
-        return _linear("btf,fd->btd", hidden, self.down, self.down_bias)
+        weights = self.down, self.down_bias, self.down_scale
+        return _linear("btf,fd->btd", hidden, *weights)
 
 
 class Norm(nnx.Module):
@@ -236,8 +253,17 @@ def rotate(
     return out.astype(x.dtype)
 
 
-def _linear(equation: str, x, weight: nnx.Param, bias: nnx.Param | None):
-    out = jnp.einsum(equation, x, weight[...].astype(x.dtype))
+def _linear(
+    equation: str,
+    x,
+    weight: nnx.Param,
+    bias: nnx.Param | None,
+    scale: nnx.Param | None = None,
+):
+    if scale is None:
+        out = jnp.einsum(equation, x, weight[...].astype(x.dtype))
+    else:
+        out = product(equation, x, weight[...], scale[...]).astype(x.dtype)
     if bias is None:
         return out
     value = bias[...].astype(x.dtype)

@@ -24,8 +24,9 @@ from jaxrl_llm.models import paged
 from jaxrl_llm.models.attention import Window
 from jaxrl_llm.models.decoder import RotaryTable
 from jaxrl_llm.models.flash import platform_of
-from jaxrl_llm.models.paged import PagedAttention
+from jaxrl_llm.models.paged import Cache, PagedAttention
 from jaxrl_llm.models.parallel import on_each_device
+from jaxrl_llm.models.quantised import Quantised, quantise
 
 _FEWEST_KEYS = 128
 """That are worth a program of their own."""
@@ -76,8 +77,8 @@ def split_keys(
     k: Float[Array, "B 1 K H"],
     v: Float[Array, "B 1 K H"],
     rotary: RotaryTable,
-    keys: Float[Array, "K P S H"],
-    values: Float[Array, "K P S H"],
+    keys: Cache,
+    values: Cache,
     tables: Int[Array, "B n"],
     positions: Int[Array, "B 1"],
     *,
@@ -85,7 +86,7 @@ def split_keys(
     scale: float,
     softcap: float | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "B 1 N H"], Float[Array, "K P S H"], Float[Array, "K P S H"]]:
+) -> tuple[Float[Array, "B 1 N H"], Cache, Cache]:
     """`paged.attend` on a GPU. Rows, heads and parts of the keys run side by side; what
     the parts found is then joined by their weights. Queries and the new key are rotated
     on the way; new key and value are written by the part that they belong to.
@@ -100,7 +101,11 @@ def split_keys(
     splits = min(-(-_PROGRAMS // (B * K)), -(-n * S // _FEWEST_KEYS))
     per_split = -(-n // splits)
     splits = -(-n // per_split)
-    cache = pl.BlockSpec((None, *keys.shape[1:]), lambda b, k, s: (k, 0, 0, 0))
+    caches, form = jax.tree.flatten((keys, values))
+
+    def of_head(x):
+        zeros = (0,) * (x.ndim - 1)
+        return pl.BlockSpec((None, *x.shape[1:]), lambda b, k, s: (k, *zeros))
 
     def of_part(*block):
         zeros = (0,) * len(block)
@@ -112,9 +117,10 @@ def split_keys(
         pl.BlockSpec((None, None, H // 2), lambda b, k, s: (b, 0, 0))
         for _ in rotary or ()
     ]
-    out, peak, total, keys, values = pl.pallas_call(
+    out, peak, total, *caches = pl.pallas_call(
         functools.partial(
             _split,
+            num_caches=len(caches),
             window=window,
             scale=scale,
             softcap=softcap,
@@ -128,30 +134,28 @@ def split_keys(
             pl.BlockSpec((None, None, G, H), lambda b, k, s: (b, k, 0, 0)),
             pl.BlockSpec((None, None, 1, H), lambda b, k, s: (b, 0, k, 0)),
             pl.BlockSpec((None, None, 1, H), lambda b, k, s: (b, 0, k, 0)),
-            cache,
-            cache,
+            *map(of_head, caches),
             *angles,
         ],
-        out_specs=[of_part(G, H), of_part(G), of_part(G), cache, cache],
+        out_specs=[of_part(G, H), of_part(G), of_part(G), *map(of_head, caches)],
         out_shape=[
             jax.ShapeDtypeStruct(
                 (B, splits, K, G, H), q.dtype if splits == 1 else jnp.float32
             ),
             jax.ShapeDtypeStruct((B, splits, K, G), jnp.float32),
             jax.ShapeDtypeStruct((B, splits, K, G), jnp.float32),
-            jax.ShapeDtypeStruct(keys.shape, keys.dtype),
-            jax.ShapeDtypeStruct(values.shape, values.dtype),
+            *[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in caches],
         ],
-        input_output_aliases={5: 3, 6: 4},
+        input_output_aliases={5 + i: 3 + i for i in range(len(caches))},
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=4),
         interpret=interpret,
         name="split_keys",
-    )(tables, positions, q.reshape(B, K, G, H), k, v, keys, values, *(rotary or ()))
+    )(tables, positions, q.reshape(B, K, G, H), k, v, *caches, *(rotary or ()))
     if splits > 1:
         weight = jnp.exp(peak - peak.max(axis=1, keepdims=True)) * total
         weight /= jnp.maximum(weight.sum(axis=1, keepdims=True), 1e-30)
         out = (weight[..., None] * out).sum(axis=1)
-    return out.reshape(q.shape).astype(q.dtype), keys, values
+    return out.reshape(q.shape).astype(q.dtype), *jax.tree.unflatten(form, caches)
 
 
 def _split(
@@ -160,18 +164,21 @@ def _split(
     q,  # [G, H]
     k_new,  # [1, H]
     v_new,
-    _keys,  # `keys` and `values` are where these are
-    _values,
-    *rotary_and_results,  # cosines and sines [H / 2], if any; then:
+    *others,  # caches; cosines and sines [H / 2], if any; results
+    num_caches: int,
     window: int | None,
     scale: float,
     softcap: float | None,
     per_split: int,
     wait: Callable[[], None],
 ):
-    # out [G, H], peaks and totals [G], keys and values [P, S, H]
-    *rotary, out, peaks, totals, keys, values = rotary_and_results
-    (G, H), S, position = q.shape, keys.shape[1], positions[0]
+    # Caches are where they were before: keys [P, S, H] and, quantised, their scales
+    # [P, S]; values likewise.
+    caches = others[-num_caches:]
+    keys, values = caches[: num_caches // 2], caches[num_caches // 2 :]
+    # out [G, H], peaks and totals [G]
+    *rotary, out, peaks, totals = others[num_caches:-num_caches]
+    (G, H), S, position = q.shape, keys[0].shape[1], positions[0]
     rows = max(16, 1 << (G - 1).bit_length())  # tensor cores take no fewer
     of_head = jnp.arange(rows) < G
     of_head_each = jnp.broadcast_to(of_head[:, None], (rows, H))
@@ -181,20 +188,26 @@ def _split(
     if window is not None:
         first = jnp.maximum(first, jnp.maximum(position - window + 1, 0) // S)
     own = jnp.maximum(position, 0) // S
-    mine = jnp.broadcast_to((position >= 0) & (own >= first) & (own < last), (1, H))
-    for cache, new in (
+    mine = (position >= 0) & (own >= first) & (own < last)
+    for (cache, *scales), new in (
         (keys, _rotated(k_new, 1, rotary, jnp.ones((1, H), bool))),
         (values, v_new[...]),
     ):
-        place = cache.at[tables[own], pl.ds(position % S, 1), :]
-        triton.store(place, new.astype(cache.dtype), mask=mine)
+        place = tables[own], pl.ds(position % S, 1)
+        if scales:
+            new, its_scale = quantise(new, cache.dtype)
+            here = jnp.broadcast_to(mine, (1,))
+            triton.store(scales[0].at[place], its_scale, mask=here)
+        here = jnp.broadcast_to(mine, (1, H))
+        triton.store(cache.at[*place, :], new.astype(cache.dtype), mask=here)
     wait()
 
     def page(i, carry):
         peak, total, acc = carry
         at = tables[i]
-        k, v = keys[at].astype(queries.dtype), values[at].astype(queries.dtype)
+        k, v = (cache[0][at].astype(queries.dtype) for cache in (keys, values))
         scores = scale * triton.dot(queries, k.T, allow_tf32=False)
+        scores = _scaled(scores, keys, at)
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         distance = position - (i * S + jnp.arange(S))
@@ -204,7 +217,8 @@ def _split(
         scores = jnp.where(seen[None, :], scores, -1e30)
         new = jnp.maximum(peak, scores.max(axis=1))
         shrink, probs = jnp.exp(peak - new), jnp.exp(scores - new[:, None])
-        products = triton.dot(probs.astype(v.dtype), v, allow_tf32=False)
+        weights = _scaled(probs, values, at).astype(v.dtype)
+        products = triton.dot(weights, v, allow_tf32=False)
         return (
             new,
             total * shrink + probs.sum(axis=1),
@@ -221,6 +235,11 @@ def _split(
     triton.store(out.at[pl.ds(0, rows), :], mean.astype(out.dtype), mask=of_head_each)
     triton.store(peaks.at[pl.ds(0, rows)], peak, mask=of_head)
     triton.store(totals.at[pl.ds(0, rows)], total, mask=of_head)
+
+
+def _scaled(x, cache, page):
+    """x [G, S] times the scales of a page's keys or values, if they have any."""
+    return x * cache[1][page][None] if len(cache) > 1 else x
 
 
 def _rotated(x, rows: int, rotary, mask):
@@ -244,20 +263,20 @@ def on_tpu(
     k: Float[Array, "B 1 K H"],
     v: Float[Array, "B 1 K H"],
     rotary: RotaryTable,
-    keys: Float[Array, "K P S H"],
-    values: Float[Array, "K P S H"],
+    keys: Cache,
+    values: Cache,
     tables: Int[Array, "B n"],
     positions: Int[Array, "B 1"],
     *,
     window: Window,
     scale: float,
     softcap: float | None = None,
-) -> tuple[Float[Array, "B 1 N H"], Float[Array, "K P S H"], Float[Array, "K P S H"]]:
+) -> tuple[Float[Array, "B 1 N H"], Cache, Cache]:
     """`paged.attend` by JAX's paged attention for TPUs, which has no windows: they go
-    to the reference."""
+    to the reference, and so do quantised caches."""
     from jax.experimental.pallas.ops.tpu import paged_attention as library
 
-    if window is not None:
+    if window is not None or isinstance(keys, Quantised):
         return paged.attend(
             q, k, v, rotary, keys, values, tables, positions,
             window=window, scale=scale, softcap=softcap,

@@ -24,9 +24,12 @@ from jaxrl_llm.models.apply import Params, model
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention import PackedAttention, Window
 from jaxrl_llm.models.decoder import RotaryTable, rotate
+from jaxrl_llm.models.quantised import Quantised, like, plain
 
 PagedAttention = Callable[..., tuple[Any, Any, Any]]
 """`attend`, or something of the same arguments and results."""
+Cache = Float[Array, "K P S H"] | Quantised
+"""Keys, or values, of one layer; quantised, a scale [K P S] for each."""
 
 
 @no_type_check  # JAX also builds such trees of shapes or shardings
@@ -35,8 +38,8 @@ PagedAttention = Callable[..., tuple[Any, Any, Any]]
 class Pages:
     """Keys and values of every layer."""
 
-    keys: tuple[Float[Array, "K P S H"], ...]
-    values: tuple[Float[Array, "K P S H"], ...]
+    keys: tuple[Cache, ...]
+    values: tuple[Cache, ...]
 
     @property
     def size(self) -> int:
@@ -45,13 +48,15 @@ class Pages:
 
 
 def empty(arch: Architecture, num_pages: int, page_size: int, dtype: Any) -> Pages:
-    """Pages of zeros."""
+    """Pages of zeros; quantised if `dtype` has 8 bits."""
     shape = arch.num_kv_heads, num_pages, page_size, arch.head_dim
-    layers = range(arch.num_layers)
-    return Pages(
-        tuple(jnp.zeros(shape, dtype) for _ in layers),
-        tuple(jnp.zeros(shape, dtype) for _ in layers),
-    )
+
+    def zeros() -> Cache:
+        values = jnp.zeros(shape, dtype)
+        return Quantised(values, jnp.zeros(shape[:-1])) if bits == 8 else values
+
+    bits, layers = 8 * jnp.dtype(dtype).itemsize, range(arch.num_layers)
+    return Pages(tuple(zeros() for _ in layers), tuple(zeros() for _ in layers))
 
 
 def places(
@@ -63,17 +68,21 @@ def places(
 
 
 def keep(
-    cache: Float[Array, "K P S H"],
-    new: Float[Array, "B T K H"],
-    places: Int[Array, "B T"],
-) -> Float[Array, "K P S H"]:
+    cache: Cache, new: Float[Array, "B T K H"], places: Int[Array, "B T"]
+) -> Cache:
     """The cache with new keys, or values, at their places."""
     (_, P, S, _), at = cache.shape, places.reshape(-1)
     # Every place is another, also those outside, where writes are dropped: with places
     # that could meet, a GPU writes atomically, and waits where many are the same.
     at = jnp.where(at < 0, P * S + jnp.arange(len(at)), at)
-    new = new.reshape(-1, *new.shape[2:]).swapaxes(0, 1).astype(cache.dtype)
-    return cache.at[:, at // S, at % S].set(new, mode="drop", unique_indices=True)
+    new = new.reshape(-1, *new.shape[2:]).swapaxes(0, 1)
+    return jax.tree.map(
+        lambda x, new: x.at[:, at // S, at % S].set(
+            new, mode="drop", unique_indices=True
+        ),
+        cache,
+        like(new, cache),
+    )
 
 
 def copy(pages: Pages, source: Int[Array, " c"], target: Int[Array, " c"]) -> Pages:
@@ -112,10 +121,11 @@ def read(
 
     def attend_row(i, q, k, v, rotary, keys, values):
         q, k = rotated(q, k, rotary)
+        # Later tokens see what is kept, so these do too.
         found = attention(
             q,
-            k,
-            v,
+            plain(like(k, keys), dtype),
+            plain(like(v, values), dtype),
             sequence_ids,
             positions,
             window=arch.window_of_layer[i],
@@ -173,15 +183,15 @@ def attend(
     k: Float[Array, "B T K H"],
     v: Float[Array, "B T K H"],
     rotary: RotaryTable,
-    keys: Float[Array, "K P S H"],
-    values: Float[Array, "K P S H"],
+    keys: Cache,
+    values: Cache,
     tables: Int[Array, "B n"],
     positions: Int[Array, "B T"],
     *,
     window: Window,
     scale: float,
     softcap: float | None = None,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "K P S H"], Float[Array, "K P S H"]]:
+) -> tuple[Float[Array, "B T N H"], Cache, Cache]:
     """Rotates queries and new keys, keeps keys and values at their positions, then
     computes softmax(cap(scale * q k^T)) v over the positions up to each query's own.
 
@@ -205,7 +215,10 @@ def attend(
     def page(j, carry):
         peak, total, out = carry
         at = jax.lax.dynamic_index_in_dim(tables, j, axis=1, keepdims=False)
-        k, v = keys[:, at].astype(q.dtype), values[:, at].astype(q.dtype)
+        k, v = (
+            plain(jax.tree.map(lambda x: x[:, at], cache), q.dtype)
+            for cache in (keys, values)
+        )
         scores = scale * jnp.einsum(
             "kbqh,kbsh->kbqs", q, k, preferred_element_type=jnp.float32
         )

@@ -101,6 +101,8 @@ class Run:
 
     arch: Architecture
     dtype: Any
+    cache_dtype: Any
+    """Of keys and values; one of 8 bits: quantised."""
     mesh: Mesh
     """Axes "data" and "tensor"."""
     attend: paged.PagedAttention
@@ -261,7 +263,7 @@ def score(
             place,
             jnp.where(there, 0, 1),
             jnp.full_like(place, -1),
-            paged.empty(run.arch, 1, 1, run.dtype),  # nothing is kept
+            paged.empty(run.arch, 1, 1, run.cache_dtype),  # nothing is kept
             dtype=run.dtype,
             attention=run.attend_rows,
         )

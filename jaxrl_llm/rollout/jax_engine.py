@@ -47,6 +47,8 @@ class JaxEngine:
         the second. Of many processes, each generates what it is asked on its own
         devices, without the others; `load` is what they do together.
       dtype: of weights, activations and cache.
+      quantization: of the matrices in the layers, and of what they multiply.
+      kv_cache_dtype: of the cache, if not `dtype`.
       max_model_len: tokens of the longest prompt with its response.
       max_num_seqs: sequences decoded together, on all devices; more wait.
       decode_chunk: steps per dispatch.
@@ -72,6 +74,8 @@ class JaxEngine:
         decode_chunk: int,
         prefill_tokens: int = 8192,
         cache_gib: float | int | None = None,
+        quantization: models.Bits | None = None,
+        kv_cache_dtype: models.Bits | None = None,
         checksum_freq: int = 100,
     ):
         if max_model_len > arch.max_positions:
@@ -91,6 +95,7 @@ class JaxEngine:
         self._run = decode.Run(
             arch=arch,
             dtype=jnp.dtype(dtype),
+            cache_dtype=models.DTYPES.get(kv_cache_dtype, jnp.dtype(dtype)),
             mesh=self.mesh,
             attend=models.choose_paged_attention(self.mesh, arch.head_dim),
             attend_rows=models.choose_attention(
@@ -106,10 +111,13 @@ class JaxEngine:
             functools.partial(models.unstack, dtype=dtype),
             out_shardings=self._param_shardings,
         )
-        fused = models.logical_axes(arch, stacked=False, fused=True)
+        fused = models.logical_axes(
+            arch, stacked=False, fused=True, scaled=quantization is not None
+        )
         self._fused_shardings = rules.to_shardings(fused, self.mesh, rules.GENERATE)
         self._fuse = jax.jit(
-            models.fuse, out_shardings=self._fused_shardings["layers"][0]
+            functools.partial(models.fuse, bits=quantization),
+            out_shardings=self._fused_shardings["layers"][0],
         )
         self._waiting: list[Response] = []
         self._running: Running | None = None
@@ -168,13 +176,24 @@ class JaxEngine:
             self._param_shardings,
         )
 
+    def _abstract_fused(self) -> Any:
+        """Shapes, dtypes and shardings of the weights as they are used."""
+        params = self.abstract_params()
+        layer = jax.eval_shape(self._fuse, params["layers"][0])
+        layers = {i: layer for i in params["layers"]}
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            params | {"layers": layers},
+            self._fused_shardings,
+        )
+
     def memory(self, num_rows: int, num_tokens: int) -> dict[str, int]:
         """Bytes of weights and cache on each device, while `num_rows` responses wait,
         each with its prompt at most `num_tokens` long."""
         rows = self._fit(num_rows)
         pages, _ = abstract(self._run, rows, self._wanted_pages(rows))
         return {
-            "generation weights": _bytes(self.abstract_params()),
+            "generation weights": _bytes(self._abstract_fused()),
             "generation cache": _bytes(pages),
         }
 
@@ -187,13 +206,7 @@ class JaxEngine:
         """Reading prompts, and a chunk of decoding, from shapes alone."""
         rows = self._fit(num_responses)
         run, count = self._run, self._wanted_pages(rows)
-        params = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            models.abstract_params(
-                self.arch, dtype=run.dtype, stacked=False, fused=True
-            ),
-            self._fused_shardings,
-        )
+        params = self._abstract_fused()
         pages, state = abstract(run, rows, count)
         prompts, tables = abstract_inputs(
             run, rows, self._width, prompt_length, self._prefill_tokens

@@ -407,7 +407,7 @@ def abstract(
     """
     replicas = run.mesh.shape["data"]
     pages = jax.eval_shape(
-        lambda: paged.empty(run.arch, replicas * num_pages, PAGE_SIZE, run.dtype)
+        lambda: paged.empty(run.arch, replicas * num_pages, PAGE_SIZE, run.cache_dtype)
     )
     rows = jax.eval_shape(lambda: decode.no_rows(num_rows, replicas))
     return _laid_out(run, pages, P("tensor", "data")), _laid_out(run, rows, P("data"))

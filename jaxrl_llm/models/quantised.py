@@ -1,0 +1,93 @@
+"""Numbers of 8 bits: vectors that have a scale each, x = values * scale.
+
+Source: "vector-wise quantization" of Dettmers et al. 2022 (arXiv:2208.07339).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, no_type_check
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+Bits = Literal["int8", "fp8"]
+DTYPES = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
+
+
+@no_type_check  # JAX also builds such trees of shapes or shardings
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Quantised:
+    """Vectors along the last axis."""
+
+    values: Shaped[Array, "*B H"]
+    scales: Float[Array, "*B"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the values."""
+        return self.values.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Of the values."""
+        return self.values.dtype
+
+
+def quantise(
+    x: Float[Array, "..."], dtype: Any, axes: Sequence[int] = (-1,)
+) -> tuple[Shaped[Array, "..."], Float[Array, "..."]]:
+    """Values, and float32 scales: max|x| over `axes` / the largest number of `dtype`.
+
+    `axes` are gone from the scales.
+    """
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    largest = float(jnp.iinfo(dtype).max if whole else jnp.finfo(dtype).max)
+    x = x.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(x), axis=tuple(axes), keepdims=True) / largest
+    values = x / jnp.maximum(scales, 1e-30)
+    if whole:
+        values = jnp.floor(values + 0.5)
+    return values.astype(dtype), jnp.squeeze(scales, tuple(axes))
+
+
+def product(
+    equation: str,
+    x: Float[Array, "..."],
+    weights: Shaped[Array, "..."],
+    scales: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """`jnp.einsum(equation, x, weights * scales)`, float32, with x quantised likewise:
+    a scale for each vector that is summed over, so that 8-bit numbers are multiplied.
+
+    Args:
+      scales: of the weights, as the result without the axes that are those of x.
+    """
+    inputs, result = equation.split("->")
+    inner = [i for i, name in enumerate(inputs.split(",")[0]) if name not in result]
+    values, own = quantise(x, weights.dtype, inner)
+    exact = jnp.issubdtype(weights.dtype, jnp.integer)
+    sums = jnp.einsum(
+        equation,
+        values,
+        weights,
+        preferred_element_type=jnp.int32 if exact else jnp.float32,
+    )
+    own = own.reshape(*own.shape, *(1,) * (sums.ndim - own.ndim))
+    scales = jnp.expand_dims(scales, tuple(range(sums.ndim - scales.ndim)))
+    return sums.astype(jnp.float32) * own * scales
+
+
+def like(x: Float[Array, "*B H"], cache: Any) -> Any:
+    """x in the form of a cache: cast, or quantised."""
+    if isinstance(cache, Quantised):
+        return Quantised(*quantise(x, cache.dtype))
+    return x.astype(cache.dtype)
+
+
+def plain(x: Any, dtype: Any) -> Float[Array, "*B H"]:
+    """The numbers that x, an array or quantised, stands for."""
+    if isinstance(x, Quantised):
+        return (x.values.astype(jnp.float32) * x.scales[..., None]).astype(dtype)
+    return x.astype(dtype)

@@ -1,0 +1,55 @@
+"""Numbers of 8 bits, against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from jaxrl_llm import models
+from jaxrl_llm.models import quantised
+
+
+def test_scale_is_the_largest_over_127():
+    x = jnp.array([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]])
+    values, scales = quantised.quantise(x, jnp.int8)
+    np.testing.assert_array_equal(values, [[64, -127, 32], [0, 0, 0]])
+    np.testing.assert_allclose(scales, [2 / 127, 0], rtol=1e-6)
+
+
+def test_fp8_keeps_three_bits_after_the_first():
+    values, scales = quantised.quantise(
+        jnp.array([448.0, 17.0, 0.3]), jnp.float8_e4m3fn
+    )
+    np.testing.assert_array_equal(np.float32(values), [448, 16, 0.3125])
+    assert scales == 1
+
+
+def test_products_are_sums_of_whole_numbers():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 3, 4, 8)).astype(np.float32)
+    w = rng.normal(size=(4, 8, 5)).astype(np.float32)
+    own, scale = np.abs(x).max(axis=(2, 3)) / 127, np.abs(w).max(axis=(0, 1)) / 127
+    sums = np.einsum(
+        "btnh,nhd->btd",
+        np.round(x / own[..., None, None]).astype(int),
+        np.round(w / scale).astype(int),
+    )
+    values, scales = quantised.quantise(jnp.asarray(w), jnp.int8, (0, 1))
+    got = quantised.product("btnh,nhd->btd", jnp.asarray(x), values, scales)
+    np.testing.assert_allclose(got, sums * own[..., None] * scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits, step", [("int8", 1 / 254), ("fp8", 1 / 16)])
+def test_fused_matrices_are_near_what_they_were(bits, step):
+    params = models.unstack(models.init(tiny.arch(), jax.random.key(0)), jnp.float32)
+    whole = models.fuse(params["layers"][0])
+    eight = models.fuse(params["layers"][0], bits)
+    for name in ("qkv", "o", "gate_up", "down"):
+        assert eight[name].dtype.itemsize == 1
+        scale = np.asarray(eight[f"{name}_scale"])
+        largest = np.abs(whole[name]).max(axis=(0, 1) if name == "o" else 0)
+        off = np.abs(np.float32(eight[name]) * scale - whole[name])
+        assert (off <= 1.001 * step * largest).all() and off.max() > 0
+    kept = set(whole) - {"qkv", "o", "gate_up", "down"}
+    assert all((eight[name] is whole[name]) or name.endswith("norm") for name in kept)
