@@ -200,8 +200,8 @@ class RolloutConfig(SamplingConfig):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights, activations and KV cache."""
     quantization: Literal["int8", "fp8"] | None = None
-    """Of the matrices in the jax engine's layers, a scale per output, and of what they
-    multiply, a scale per token. mismatch/ tells what it costs;
+    """Of the matrices in the jax engine's layers, a scale per output; fp8 also of what
+    they multiply, a scale per token. mismatch/ tells what it costs in precision;
     algorithm.rollout_correction corrects for it."""
     kv_cache_dtype: Literal["int8", "fp8"] | None = None
     """Of the jax engine's KV cache, a scale per head and token; `dtype` if not

@@ -263,7 +263,7 @@ def _linear(
     if scale is None:
         out = jnp.einsum(equation, x, weight[...].astype(x.dtype))
     else:
-        out = product(equation, x, weight[...], scale[...]).astype(x.dtype)
+        out = product(equation, x, weight[...], scale[...])
     if bias is None:
         return out
     value = bias[...].astype(x.dtype)

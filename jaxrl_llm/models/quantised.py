@@ -58,25 +58,25 @@ def product(
     weights: Shaped[Array, "..."],
     scales: Float[Array, "..."],
 ) -> Float[Array, "..."]:
-    """`jnp.einsum(equation, x, weights * scales)`, float32, with x quantised likewise:
-    a scale for each vector that is summed over, so that 8-bit numbers are multiplied.
+    """`jnp.einsum(equation, x, weights * scales)`, in the dtype of x.
+
+    With weights of fp8, x is quantised likewise, a scale for each vector that is summed
+    over: processors multiply such numbers faster. With int8, x stays as it is, which
+    costs less precision.
 
     Args:
       scales: of the weights, as the result without the axes that are those of x.
     """
-    inputs, result = equation.split("->")
-    inner = [i for i, name in enumerate(inputs.split(",")[0]) if name not in result]
-    values, own = quantise(x, weights.dtype, inner)
-    exact = jnp.issubdtype(weights.dtype, jnp.integer)
-    sums = jnp.einsum(
-        equation,
-        values,
-        weights,
-        preferred_element_type=jnp.int32 if exact else jnp.float32,
-    )
-    own = own.reshape(*own.shape, *(1,) * (sums.ndim - own.ndim))
+    if jnp.issubdtype(weights.dtype, jnp.integer):
+        sums, own = jnp.einsum(equation, x, weights.astype(x.dtype)), 1.0
+    else:
+        inputs, result = equation.split("->")
+        inner = [i for i, name in enumerate(inputs.split(",")[0]) if name not in result]
+        values, own = quantise(x, weights.dtype, inner)
+        sums = jnp.einsum(equation, values, weights, preferred_element_type=jnp.float32)
+        own = own.reshape(*own.shape, *(1,) * (sums.ndim - own.ndim))
     scales = jnp.expand_dims(scales, tuple(range(sums.ndim - scales.ndim)))
-    return sums.astype(jnp.float32) * own * scales
+    return (sums.astype(jnp.float32) * own * scales).astype(x.dtype)
 
 
 def like(x: Float[Array, "*B H"], cache: Any) -> Any:

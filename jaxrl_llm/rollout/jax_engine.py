@@ -47,7 +47,7 @@ class JaxEngine:
         the second. Of many processes, each generates what it is asked on its own
         devices, without the others; `load` is what they do together.
       dtype: of weights, activations and cache.
-      quantization: of the matrices in the layers, and of what they multiply.
+      quantization: of the matrices in the layers; fp8 also of what they multiply.
       kv_cache_dtype: of the cache, if not `dtype`.
       max_model_len: tokens of the longest prompt with its response.
       max_num_seqs: sequences decoded together, on all devices; more wait.
