@@ -24,7 +24,7 @@ from jaxrl_llm import metrics, models, profile
 from jaxrl_llm.bench import hardware, shapes
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
 from jaxrl_llm.train import engine_of
-from sharding import mesh
+from sharding import mesh, rules
 
 
 def main(
@@ -36,6 +36,7 @@ def main(
     length: int = 512,
     mean: int | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    trained_dtype: Literal["float32", "bfloat16"] = "float32",
     quantization: models.Bits | None = None,
     kv_cache_dtype: models.Bits | None = None,
     max_num_seqs: int = 256,
@@ -63,6 +64,8 @@ def main(
       mean: draw lengths from a lognormal of this mean instead (sigma 0.8), at most
         `length`.
       dtype: of weights, activations and cache.
+      trained_dtype: of the weights that the engines are given, which lie on the devices
+        too, split over all of them.
       quantization, kv_cache_dtype: of the JAX engine.
       max_num_seqs: sequences decoded together.
       decode_chunk, prefill_tokens: of the JAX engine, per dispatch.
@@ -75,7 +78,12 @@ def main(
         64 tokens of every response.
     """
     arch = dataclasses.replace(shapes.find(model), eos_token_ids=())
-    params = models.RandomWeights(arch).load()
+    count = jax.device_count()
+    partition = rules.Partition(mesh.make({"fsdp": count}), rules.TRAIN)
+    params = models.RandomWeights(arch).load(
+        dtype=jnp.dtype(trained_dtype),
+        shardings=partition.shardings(models.logical_axes(arch)),
+    )
     asked = _requests(arch, prompts, n, prompt_length, length, mean)
     tokens = sum(r.sampling.max_tokens * r.num_samples for r in asked)
     eight = {"quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
@@ -91,7 +99,8 @@ def main(
     table = Table(
         "engine", "new tok/s", "s", "ms/step", "of floor", "weights s", "first s",
         "peak",
-        title=f"{model}, {prompts} x {n} responses, {tokens:,} new tokens",
+        title=f"{model} on {count} x {jax.devices()[0].device_kind}, {prompts} x {n} "
+        f"responses, {tokens:,} new tokens",
     )  # fmt: skip
     for name in engines:
         with tempfile.TemporaryDirectory() as directory:
@@ -119,7 +128,7 @@ def main(
                 },
                 "jaxrl bench rollout",
             )
-            axes = mesh.fill({"data": -1, "tensor": tensor}, jax.device_count())
+            axes = mesh.fill({"data": -1, "tensor": tensor}, count)
             on, probes = mesh.make(axes), [request.tokens for request in asked]
             tokenizer = _tokenizer(arch.vocab_size)
             with closing(engine_of(config, arch, tokenizer, on, probes)) as engine:
