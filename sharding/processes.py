@@ -79,7 +79,9 @@ def place(tree: Any, sharding: Sharding) -> Any:
 
     def put(x: Any) -> jax.Array:
         x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        return jax.make_array_from_callback(
+            x.shape, sharding, lambda index: x[index], dtype=x.dtype
+        )
 
     return jax.tree.map(put, tree)
 

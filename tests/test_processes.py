@@ -11,6 +11,7 @@ import sys
 import time
 
 import jax
+import layouts
 import numpy as np
 import pytest
 import yaml
@@ -22,6 +23,7 @@ from jaxrl_llm import launch, metrics, train
 from jaxrl_llm.checkpoint import Checkpoints
 from sharding import mesh, processes
 
+SAME, OTHER = layouts.same_devices(), layouts.other_devices()
 HERE = pathlib.Path(__file__).parent
 DEVICES, STEPS, LOST_AFTER_S = 4, 3, 5
 
@@ -228,6 +230,56 @@ def test_the_others_stop_and_say_why_one_failed():
             assert last == "ValueError: no luck"
         else:
             assert "process 1 of 3" in last and "failed: no luck" in last, said
+
+
+RESHARD = """
+import sys
+import jax, numpy as np
+from sharding import checksum, plan, processes, reshard
+address, count, index, some = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+with processes.joined(address, count, index, start_timeout_s=60):
+    import layouts
+    bits = np.random.default_rng(0).integers(0, 2**32, (24, 48), np.uint32)
+    for of in (layouts.same_devices(), layouts.other_devices()):
+        for name in [name for name in of if name in some or not some]:
+            held = processes.place(bits, of[name])
+            source = {other: held for other in of}
+            target = {
+                other: jax.ShapeDtypeStruct(bits.shape, bits.dtype, sharding=of[other])
+                for other in of
+            }
+            way = plan.plan(source, target)
+            moved = reshard.reshard(source, way)
+            for other, x in moved.items():
+                assert x.sharding == of[other]
+                for shard in x.addressable_shards:
+                    np.testing.assert_array_equal(shard.data, bits[shard.index])
+            checksum.verify(moved, way, checksum.expected(source, way))
+            print("moved", name, flush=True)
+"""
+FROM = ["data2 fsdp4", "middle three"]
+
+
+@pytest.mark.parametrize(
+    "count, some",
+    [(2, FROM), pytest.param(2, [], marks=pytest.mark.slow),
+     pytest.param(4, FROM, marks=pytest.mark.slow)],
+    ids=["two", "two, every pair", "four"],
+)  # fmt: skip
+def test_every_bit_arrives_between_processes(count, some):
+    def command(address, index):
+        return ["-c", RESHARD, address, str(count), str(index), *some]
+
+    group = Group(
+        count,
+        command,
+        JAX_NUM_CPU_DEVICES=str(8 // count),
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    )
+    with group:
+        for said, status in group.wait():
+            assert status == 0, said
+            assert said.count("moved ") == len(some or [*SAME, *OTHER])
 
 
 @pytest.fixture(scope="module")
