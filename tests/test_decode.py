@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from jaxrl_llm import models
-from jaxrl_llm.rollout import decode, running
+from jaxrl_llm.rollout import decode, jax_engine, running
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
 from jaxrl_llm.rollout.jax_engine import JaxEngine
 from sharding import mesh
@@ -351,6 +351,20 @@ def test_completions_that_nobody_took_are_there_the_next_time():
     found = [first, *made.completions()]
     asked = [(r.prompt_id, i) for r in REQUESTS[:4] for i in range(r.num_samples)]
     assert sorted((c.prompt_id, c.sample) for c in found) == sorted(asked)
+
+
+def test_a_cache_leaves_free_what_programs_need(monkeypatch):
+    made = engine(max_num_seqs=64, prefill_tokens=64)
+    sizes = [x.memory_analysis() for x in made.compile(64, 128).values()]
+    working = max(size.temp_size_in_bytes for size in sizes)
+    page = made.memory(1, 1)["generation cache"] // made._wanted_pages(made._fit(1))
+    wanted = made._wanted_pages(64)
+    assert wanted * page > working  # so that there is something to share out
+    for free in (working + wanted * page // 2, 4 * wanted * page):
+        monkeypatch.setattr(jax_engine, "_free_bytes", lambda device, free=free: free)
+        pages = made._affordable_pages(64)
+        assert pages * page + working <= free
+        assert pages == min(wanted, int(0.95 * (free - working) / page))
 
 
 def test_too_little_memory_for_one_sequence_is_said():

@@ -236,8 +236,8 @@ RESHARD = """
 import sys
 import jax, numpy as np
 from sharding import checksum, plan, processes, reshard
-address, count, index, some = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
-with processes.joined(address, count, index, start_timeout_s=60):
+address, count, index, *some = sys.argv[1:]
+with processes.joined(address, int(count), int(index), start_timeout_s=60):
     import layouts
     bits = np.random.default_rng(0).integers(0, 2**32, (24, 48), np.uint32)
     for of in (layouts.same_devices(), layouts.other_devices()):

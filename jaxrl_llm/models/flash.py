@@ -35,8 +35,8 @@ def choose(
     """
     found, platform = attention.packed, platform_of(partition.mesh)
     if wanted == "auto" and platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
-        found = functools.partial(cudnn, max_sequences=max_sequences)
-    elif wanted == "auto" and platform == "tpu":
+        return across(partition, functools.partial(cudnn, max_sequences=max_sequences))
+    if wanted == "auto" and platform == "tpu":
         return across(partition, splash)
     return across(partition, found) if partition.parts("tokens") > 1 else found
 

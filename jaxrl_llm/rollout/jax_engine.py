@@ -34,8 +34,9 @@ from jaxrl_llm.rollout.running import (
 from jaxrl_llm.rollout.scheduler import Response
 from sharding import checksum, plan, processes, reshard, rules
 
-_SHARE_OF_FREE = 0.9
-"""Of the memory that is free when generation begins, for the cache."""
+_SHARE_OF_FREE = 0.95
+"""Of the memory that is free when generation begins and that programs do not need, for
+the cache: the rest is lost between arrays."""
 
 
 class JaxEngine:
@@ -54,7 +55,7 @@ class JaxEngine:
       decode_chunk: steps per dispatch.
       prefill_tokens: of prompts, read per dispatch and replica.
       cache_gib: memory for keys and values on each device. Not given: what the longest
-        sequences need, if 90 % of the free memory suffices.
+        sequences need, or what is free and programs do not need, if that is less.
       checksum_freq: verify the weights at the first load and whenever their version is
         a multiple of this; 0: never.
 
@@ -310,14 +311,13 @@ class JaxEngine:
         wanted = self._wanted_pages(rows)
         page = _bytes(abstract(self._run, 1, 1)[0])
         device = self.mesh.devices.flat[0]
-        room, said = None, device.memory_stats()
         if self._cache_gib is not None:
             room, name = self._cache_gib * 2**30, "rollout.cache_gib allows"
-        elif said and "bytes_limit" in said:
-            room, name = said["bytes_limit"] - said["bytes_in_use"], "are free:"
-            room *= _SHARE_OF_FREE
-        if room is None:
-            return wanted
+        elif (free := _free_bytes(device)) is None or wanted * page <= free / 2:
+            return wanted  # programs do not need as much again
+        else:
+            needed = self._most_working_bytes(rows)
+            room, name = _SHARE_OF_FREE * (free - needed), "are free:"
         count = min(wanted, int(room / page))
         if count <= self._width:
             raise ValueError(
@@ -326,6 +326,12 @@ class JaxEngine:
                 f"{name} {room / 2**30:.3g} GiB"
             )
         return count
+
+    def _most_working_bytes(self, rows: int) -> int:
+        """What programs need on a device besides weights and cache."""
+        programs = self.compile(rows * self.replicas, self._max_model_len)
+        sizes = [program.memory_analysis() for program in programs.values()]
+        return max(size.temp_size_in_bytes for size in sizes)
 
     def _cut(self, response: Response, before: int) -> str | None:
         """Cuts a response after the first token that completes a stop string, and
@@ -405,6 +411,14 @@ def _most_likely(response: Response) -> dict[str, np.ndarray]:
         "top_tokens": np.stack(response.top_tokens)[:, :count],
         "top_logprobs": np.stack(response.top_logprobs)[:, :count],
     }
+
+
+def _free_bytes(device: jax.Device) -> int | None:
+    """Memory that nothing uses; None where that is not counted."""
+    said = device.memory_stats()
+    if not said or "bytes_limit" not in said:
+        return None
+    return said["bytes_limit"] - said["bytes_in_use"]
 
 
 def _bytes(tree: Any) -> int:
