@@ -48,10 +48,6 @@ class Policy:
         )
         self.rows = self.partition.sharding("rows", "tokens")
         self.layout = layout(config, self.partition, actor.micro_batch_size)
-        # Tokens whose logits exist at once, 4,096 a device: every chunk ends in a sum
-        # of the output matrix' gradient over devices.
-        rows, parts = self.layout.rows_multiple, self.partition.parts("tokens")
-        self._chunk = 4096 * rows * parts
         self._score = self._in_micro_batches(self.logprobs)
         self._concentration = self._in_micro_batches(self._sum_pi_squared)
 
@@ -104,34 +100,54 @@ class Policy:
     def logprobs(self, params: Any, rows: TrainBatch) -> logprobs.Logprobs:
         """Log-probability and entropy of every response token, at the temperature it
         was sampled at."""
-        hidden, matrix, asked = self._asked(params, rows)
-        found = logprobs.of_tokens(
-            hidden,
-            matrix,
-            asked.tokens,
-            asked.positions,
-            asked.response_mask,
-            previous=batches.previous_tokens(asked),
-            temperature=self.config.rollout.temperature,
-            logit_softcap=self.arch.logit_softcap,
-            entropy_gradient=self.config.actor.entropy_coeff != 0,
-            chunk=self._chunk,
-        )
+
+        def of_rows(hidden, matrix, asked):
+            return logprobs.of_tokens(
+                hidden,
+                matrix,
+                asked.tokens,
+                asked.positions,
+                asked.response_mask,
+                previous=batches.previous_tokens(asked),
+                temperature=self.config.rollout.temperature,
+                logit_softcap=self.arch.logit_softcap,
+                entropy_gradient=self.config.actor.entropy_coeff != 0,
+            )
+
+        found = self._by_rows(of_rows)(*self._asked(params, rows))
         return logprobs.Logprobs(*(self._join(x, rows.tokens.shape) for x in found))
 
     def _sum_pi_squared(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
-        hidden, matrix, asked = self._asked(params, rows)
-        found = logprobs.sum_pi_squared(
-            hidden,
-            matrix,
-            asked.positions,
-            asked.response_mask,
-            previous=batches.previous_tokens(asked),
-            temperature=self.config.rollout.temperature,
-            logit_softcap=self.arch.logit_softcap,
-            chunk=self._chunk,
-        )
+        def of_rows(hidden, matrix, asked):
+            return logprobs.sum_pi_squared(
+                hidden,
+                matrix,
+                asked.positions,
+                asked.response_mask,
+                previous=batches.previous_tokens(asked),
+                temperature=self.config.rollout.temperature,
+                logit_softcap=self.arch.logit_softcap,
+            )
+
+        found = self._by_rows(of_rows)(*self._asked(params, rows))
         return self._join(found, rows.tokens.shape)
+
+    def _by_rows(self, function: Callable) -> Callable:
+        """`function` of hidden states, output matrix and rows, by each device on rows
+        of its own: what is summed over tokens, as the matrix' gradient, meets once, not
+        after each chunk of them."""
+        names = self.partition.axes("rows") + self.partition.axes("tokens")
+        axes = tuple(axis for axis in names if self.mesh.shape[axis] > 1)
+        if not axes:
+            return function
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            axis_names=set(axes),
+            in_specs=(P(axes), P(), P(axes)),
+            out_specs=P(axes),
+            check_vma=False,
+        )
 
     def _asked(self, params: Any, rows: TrainBatch):
         """Hidden states, output matrix, and rows, taken apart where devices share
