@@ -129,8 +129,8 @@ class TrainMeshConfig(_Section):
 
 
 Dimension = Literal[
-    "layers", "vocab", "embed", "mlp", "heads", "kv_heads", "head", "norm", "rows",
-    "tokens", "residual",
+    "layers", "vocab", "embed", "mlp", "heads", "kv_heads", "head", "norm", "looked_up",
+    "rows", "tokens", "residual",
 ]  # fmt: skip
 TrainAxis = Literal["data", "fsdp", "expert", "context", "tensor"]
 TrainRules = dict[Dimension, TrainAxis | tuple[TrainAxis, ...] | None]

@@ -3,7 +3,7 @@
 This is the one place of the shift by one: what a model computes at index t - 1 predicts
 the token at index t, and from here on index t of every array talks about token t.
 
-Shapes: R = rows, T = tokens in a row, D = model, V = vocabulary.
+Shapes: R = rows, T = tokens in a row, D = model, V = vocabulary, d = D or a part of it.
 """
 
 import functools
@@ -25,7 +25,7 @@ class Logprobs(NamedTuple):
 
 def of_tokens(
     hidden: Float[Array, "R T D"],
-    output_matrix: Float[Array, "V D"],
+    output_matrix: Float[Array, "V d"],
     tokens: Int[Array, "R T"],
     positions: Int[Array, "R T"],
     mask: Bool[Array, "R T"],
@@ -35,6 +35,7 @@ def of_tokens(
     logit_softcap: float | None = None,
     entropy_gradient: bool = True,
     chunk: int = 4096,
+    split: tuple[str, ...] = (),
 ) -> Logprobs:
     """Log-probability and entropy of the tokens that `mask` asks for.
 
@@ -55,11 +56,14 @@ def of_tokens(
       previous: where in its row the token before each stands; to its left if not given.
       logit_softcap: softcap(x) = cap * tanh(x / cap); None for the identity.
       entropy_gradient: if False, the entropy is a constant to differentiation.
-      chunk: logits exist for about so many tokens at a time, over all devices.
+      chunk: logits exist for about so many tokens at a time.
+      split: axes of a `jax.shard_map` around this, over which `output_matrix` is split
+        along D and rows are split too. Its parts meet here, in the dtype of `hidden`;
+        their gradients are summed over these axes in float32, once.
     """
     size = min(max(1, chunk // tokens.shape[0]), tokens.shape[1])
     mask = mask & (positions > 0)
-    how = _How(temperature, logit_softcap, entropy_gradient, size)
+    how = _How(temperature, logit_softcap, entropy_gradient, size, split)
     with jax.named_scope("logprobs"):
         return Logprobs(*_score(hidden, output_matrix, tokens, mask, previous, how))
 
@@ -86,7 +90,7 @@ def before(
 
 def sum_pi_squared(
     hidden: Float[Array, "R T D"],
-    output_matrix: Float[Array, "V D"],
+    output_matrix: Float[Array, "V d"],
     positions: Int[Array, "R T"],
     mask: Bool[Array, "R T"],
     *,
@@ -94,6 +98,7 @@ def sum_pi_squared(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     chunk: int = 4096,
+    split: tuple[str, ...] = (),
 ) -> Float[Array, "R T"]:
     """How sure the policy was before each token: 1 if it knew, 1 / V if it had no idea.
 
@@ -102,9 +107,9 @@ def sum_pi_squared(
     0.0 where `mask` is False. Arguments as in `of_tokens`; not for differentiation.
     """
     size = min(max(1, chunk // mask.shape[0]), mask.shape[1])
-    matrix = output_matrix.astype(hidden.dtype)
     mask = mask & (positions > 0)
-    how = _How(temperature, logit_softcap, False, size)
+    how = _How(temperature, logit_softcap, False, size, split)
+    matrix = _whole(output_matrix, hidden.dtype, how)
     chosen = _choose(hidden, mask, previous, size)
 
     def of_chunk(i, found):
@@ -125,6 +130,7 @@ class _How(NamedTuple):
     logit_softcap: float | None
     entropy_gradient: bool
     size: int
+    split: tuple[str, ...]
 
 
 class _Chosen(NamedTuple):
@@ -165,6 +171,13 @@ def _back(x: Float[Array, "R n"], chosen: _Chosen, mask) -> Float[Array, "R T"]:
     return jnp.where(mask, found, 0.0)
 
 
+def _whole(matrix, dtype, how: _How) -> Float[Array, "V D"]:
+    matrix = matrix.astype(dtype)
+    if not how.split:
+        return matrix
+    return jax.lax.all_gather(matrix, how.split, axis=1, tiled=True)
+
+
 def _columns(x: Array, i, size: int) -> Array:
     return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis=1)
 
@@ -188,7 +201,7 @@ def _score(hidden, output_matrix, tokens, mask, previous, how: _How):
 
 
 def _score_forward(hidden, output_matrix, tokens, mask, previous, how: _How):
-    matrix = output_matrix.astype(hidden.dtype)
+    matrix = _whole(output_matrix, hidden.dtype, how)
     chosen = _choose(hidden, mask, previous, how.size)
     tokens = jnp.take_along_axis(tokens, chosen.order, axis=1)
 
@@ -217,7 +230,7 @@ def _score_backward(how: _How, kept, cotangents):
     d logits[v] = g * [v = token] - p[v] * (g + e * (logits[v] - sum(p * logits)))
     """
     hidden, output_matrix, tokens, mask, previous, total, mean = kept
-    matrix = output_matrix.astype(hidden.dtype)
+    matrix = _whole(output_matrix, hidden.dtype, how)
     chosen = _choose(hidden, mask, previous, how.size)
     there = jnp.arange(tokens.shape[1])[None] <= chosen.rank[:, -1:]
     of_logprob, of_entropy = (
@@ -248,6 +261,10 @@ def _score_backward(how: _How, kept, cotangents):
 
     zeros = jnp.zeros_like(chosen.hidden), jnp.zeros(matrix.shape, jnp.float32)
     d_known, d_matrix = jax.lax.fori_loop(0, chosen.chunks, of_chunk, zeros)
+    if how.split:
+        d_matrix = jax.lax.psum_scatter(
+            d_matrix, how.split, scatter_dimension=1, tiled=True
+        )
     if previous is None:  # what was known before a token serves only that token
         rank = jnp.roll(jnp.maximum(chosen.rank, 0), -1, axis=1)
         d_hidden = jnp.take_along_axis(d_known, rank[..., None], axis=1)

@@ -101,7 +101,7 @@ class Policy:
         """Log-probability and entropy of every response token, at the temperature it
         was sampled at."""
 
-        def of_rows(hidden, matrix, asked):
+        def of_rows(hidden, matrix, asked, split):
             return logprobs.of_tokens(
                 hidden,
                 matrix,
@@ -112,13 +112,14 @@ class Policy:
                 temperature=self.config.rollout.temperature,
                 logit_softcap=self.arch.logit_softcap,
                 entropy_gradient=self.config.actor.entropy_coeff != 0,
+                split=split,
             )
 
         found = self._by_rows(of_rows)(*self._asked(params, rows))
         return logprobs.Logprobs(*(self._join(x, rows.tokens.shape) for x in found))
 
     def _sum_pi_squared(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
-        def of_rows(hidden, matrix, asked):
+        def of_rows(hidden, matrix, asked, split):
             return logprobs.sum_pi_squared(
                 hidden,
                 matrix,
@@ -127,24 +128,27 @@ class Policy:
                 previous=batches.previous_tokens(asked),
                 temperature=self.config.rollout.temperature,
                 logit_softcap=self.arch.logit_softcap,
+                split=split,
             )
 
         found = self._by_rows(of_rows)(*self._asked(params, rows))
         return self._join(found, rows.tokens.shape)
 
     def _by_rows(self, function: Callable) -> Callable:
-        """`function` of hidden states, output matrix and rows, by each device on rows
-        of its own: what is summed over tokens, as the matrix' gradient, meets once, not
-        after each chunk of them."""
+        """`function` of hidden states, output matrix, rows, and the axes that the
+        matrix is split over, by each device on rows of its own: what is summed over
+        tokens, as the matrix' gradient, meets once, not after each chunk of them."""
         names = self.partition.axes("rows") + self.partition.axes("tokens")
         axes = tuple(axis for axis in names if self.mesh.shape[axis] > 1)
+        split = tuple(a for a in self.partition.axes("embed") if a in axes)
+        function = functools.partial(function, split=split)
         if not axes:
             return function
         return jax.shard_map(
             function,
             mesh=self.mesh,
             axis_names=set(axes),
-            in_specs=(P(axes), P(), P(axes)),
+            in_specs=(P(axes), P(None, split), P(axes)),
             out_specs=P(axes),
             check_vma=False,
         )
@@ -167,7 +171,7 @@ class Policy:
             unroll=models.choose_unroll(self.mesh, actor.unroll),
             shard=partition.constrain,
         )
-        matrix = partition.constrain(models.output_matrix(params), "vocab", None)
+        matrix = models.output_matrix(params)
         if partition.parts("tokens") == 1:
             return hidden, matrix, rows
         hidden, rows = jax.tree.map(self._take_apart, (hidden, rows))

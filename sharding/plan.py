@@ -61,6 +61,14 @@ class Route:
         """Elements that each device receives."""
         return _sizes((t.target, t.box) for t in self.moved)
 
+    @property
+    def copies(self) -> bool:
+        """Whether each device gets, as it is, all that some device holds."""
+        return all(
+            self.held[t.source] == t.box == self.wanted[t.target]
+            for t in (*self.kept, *self.moved)
+        )
+
     @functools.cached_property
     def cut(self) -> Mapping[int, int]:
         """Elements that each device cuts out of what it holds in order to send them."""
@@ -162,6 +170,16 @@ class Move:
     """Paths of the target arrays."""
 
     @property
+    def copies(self) -> bool:
+        """Whether it takes no more than copies of what devices hold."""
+        return (
+            not self.stacked
+            and len(self.parts) == 1
+            and self.parts[0].dtype == self.dtype
+            and self.parts[0].route.copies
+        )
+
+    @property
     def wire_bytes(self) -> int:
         """Bytes per element while moving: casts to less come before, others after."""
         return min(self.dtype.itemsize, self.parts[0].dtype.itemsize)
@@ -194,7 +212,7 @@ class Plan:
     """Everything `reshard` is going to do. `print` shows it as a table."""
 
     chunks: tuple[Chunk, ...]
-    """Each is one compiled program; equal chunks share theirs."""
+    """Each is one compiled program, and copies; equal chunks share their program."""
     source: Any
     target: Any
     """Trees of `jax.ShapeDtypeStruct` with a sharding."""
@@ -268,7 +286,7 @@ def working_bytes(chunk: Chunk) -> int:
     """What a chunk's program needs on a device besides its arguments and results: room
     for what it receives, and for what it sends that is not all of what it holds."""
     needed: dict[int, int] = {}
-    for move in chunk:
+    for move in (move for move in chunk if not move.copies):
         for part in move.parts:
             for of in (part.route.received, part.route.cut):
                 for device, count in of.items():

@@ -45,9 +45,31 @@ def test_every_bit_arrives_by_the_fewest_bytes(of, name):
     for other in of:
         assert moved[other].sharding == of[other]
         np.testing.assert_array_equal(bits(moved[other]), BITS)
+    # What moves as it lies is copied, by no program.
     [program] = reshard.programs(made)
     count = collective_bytes.received(program.as_text(), 8)
+    for device in range(8):
+        copied = [m for m in made.moves if m.copies]
+        count[device] += sum(
+            4 * m.parts[0].route.received.get(device, 0) for m in copied
+        )
     assert count == list(made.minimum.values())
+
+
+def test_whole_blocks_are_copied_by_no_program():
+    source = {
+        "w": jax.device_put(BITS, SAME["fsdp8"]),
+        "kept": jax.device_put(BITS, SAME["tensor8"]),
+    }
+    to = {"w": SAME["reversed devices"], "kept": SAME["tensor8"]}
+    made = plan.plan(source, abstract(source, to))
+    assert reshard.programs(made) == []
+    moved = reshard.reshard(source, made, donate=True)
+    assert {name: x.sharding for name, x in moved.items()} == to
+    assert all(x.is_deleted() for x in source.values())
+    for x in moved.values():
+        np.testing.assert_array_equal(x, BITS)
+    assert set(made.received.values()) == {4 * BITS.size // 8}
 
 
 def filled(tree):
@@ -158,7 +180,7 @@ def test_a_donated_source_is_gone():
 
 
 @pytest.mark.parametrize(
-    "target", ["tensor8", "data4 tensor2", "replicas", "reversed devices"]
+    "target", ["tensor8", "data4 tensor2", "replicas", "three axes"]
 )
 def test_the_compilers_peak_is_within_a_chunk_of_the_plans(target):
     # One device's share of each array is 96 kB or more, so that nothing else counts.

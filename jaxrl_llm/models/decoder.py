@@ -59,9 +59,10 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "B T"], dtype, shard: Shard = anywhere
     ) -> Float[Array, "B T D"]:
         """Token embeddings in the compute dtype."""
-        table = shard(self.embedding[...], "vocab", None)
-        x = shard(jnp.take(table, tokens, axis=0), "rows", "tokens", None)
-        x = x.astype(dtype)
+        x = jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
+        # Each device looks up its part of the width, of all rows, and then exchanges
+        # tokens for the rest: they are fewer bytes than the table.
+        x = shard(shard(x, "looked_up", None, "embed"), "rows", "tokens", None)
         if self.arch.embed_scale:
             x = x * jnp.asarray(self.arch.hidden_size**0.5, dtype)
         return x
