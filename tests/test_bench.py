@@ -93,9 +93,9 @@ def test_every_way_of_resharding_is_charged_the_same_bytes(measured):
         ways.setdefault(line["way"], []).append(line)
     moving = ["reshard, 1 MiB", "reshard, 64 MiB"]
     assert {way: [line["by"] for line in found] for way, found in ways.items()} == {
-        "FSDP to tensor-2": [*moving, "jit", "device_put"],
-        "trainer to engine": moving,
-        "half to half": [*moving, "device_put"],
+        "fsdp-to-tensor": [*moving, "jit", "device_put"],
+        "trainer-to-engine": moving,
+        "half-to-half": [*moving, "device_put"],
     }
     for found in ways.values():
         assert len({line["bytes"] for line in found}) == 1
@@ -106,7 +106,7 @@ def test_every_way_of_resharding_is_charged_the_same_bytes(measured):
     # outputs, 64 x 32 keys and values and 3 matrices of 64 x 128. Norms are everywhere;
     # of all others each device of the second half gets a quarter.
     count = 64 * 513 + 2 * (2 * 64 + 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
-    assert ways["half to half"][0]["bytes"] == pytest.approx(2 * count / 4, rel=0.01)
+    assert ways["half-to-half"][0]["bytes"] == pytest.approx(2 * count / 4, rel=0.01)
 
 
 def test_an_unknown_measurement_is_refused_with_those_there_are():

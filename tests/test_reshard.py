@@ -180,7 +180,7 @@ def test_a_donated_source_is_gone():
 
 
 @pytest.mark.parametrize(
-    "target", ["tensor8", "data4 tensor2", "replicas", "three axes"]
+    "target", ["tensor8", "data4 tensor2", "replicas", "data2 tensor4"]
 )
 def test_the_compilers_peak_is_within_a_chunk_of_the_plans(target):
     # One device's share of each array is 96 kB or more, so that nothing else counts.

@@ -9,7 +9,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,15 @@ from sharding import checksum, mesh, plan, reshard, rules
 _LINK = ((r"\bA100\b", 300e9), (r"\bH[12]00\b", 450e9), (r"\bB200\b", 900e9))
 
 
+Way = Literal["fsdp-to-tensor", "trainer-to-engine", "half-to-half"]
+
+
 def main(
     model: str = "qwen2.5-7b",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     tensor: int | None = None,
     chunk_mib: tuple[int, ...] = (1024,),
+    ways: tuple[Way, ...] = get_args(Way),
     steps: int = 5,
 ) -> None:
     """Times the weights' way from FSDP over all devices to tensor parallel, to one
@@ -42,6 +46,7 @@ def main(
       dtype: of the weights; of the engine's where the trainer's are float32.
       tensor: devices that generation splits heads over; all if not given.
       chunk_mib: bounds on what one program moves.
+      ways: which of these to time.
       steps: timed transfers after one that is not; their median counts.
 
     Raises:
@@ -53,16 +58,16 @@ def main(
         raise ValueError(f"two halves need an even number of devices, got {count}")
     generate = mesh.make(mesh.fill({"data": -1, "tensor": tensor or count}, count))
     layout = functools.partial(_layout, shapes.find(model))
-    pairs = {
-        f"FSDP to tensor-{tensor or count}": (
+    pairs: dict[Way, tuple[Any, Any]] = {
+        "fsdp-to-tensor": (
             layout(_fsdp(devices), rules.TRAIN, dtype),
             layout(generate, rules.GENERATE, dtype),
         ),
-        "trainer to engine": (
+        "trainer-to-engine": (
             layout(_fsdp(devices), rules.TRAIN, "float32"),
             layout(generate, rules.GENERATE, dtype, stacked=False),
         ),
-        "half to half": (
+        "half-to-half": (
             layout(_fsdp(devices[:half]), rules.TRAIN, dtype),
             layout(_fsdp(devices[half:]), rules.TRAIN, dtype),
         ),
@@ -72,8 +77,8 @@ def main(
         "times as fast as device_put",
         title=f"{model} on {count} x {devices[0].device_kind}",
     )  # fmt: skip
-    for name, (source, target) in pairs.items():
-        for found in _compare(source, target, chunk_mib, steps):
+    for name in ways:
+        for found in _compare(*pairs[name], chunk_mib, steps):
             print(json.dumps({"model": model, "way": name, **found}), flush=True)
             table.add_row(name, *_row(found))
     Console().print(table)

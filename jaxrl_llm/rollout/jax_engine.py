@@ -85,7 +85,7 @@ class JaxEngine:
                 "positions"
             )
         self.arch, self.tokenizer = arch, tokenizer
-        self._devices, self.mesh = set(mesh.devices.flat), mesh.local_mesh
+        self.mesh = mesh.local_mesh
         self.replicas = self.mesh.shape["data"]
         self._rows = -(-max_num_seqs // self.replicas)
         self._max_model_len, self._chunk = max_model_len, decode_chunk
@@ -107,10 +107,6 @@ class JaxEngine:
         )
         self._param_shardings = rules.to_shardings(
             models.logical_axes(arch, stacked=False), mesh, rules.GENERATE
-        )
-        self._cast = jax.jit(
-            functools.partial(models.unstack, dtype=dtype),
-            out_shardings=self._param_shardings,
         )
         fused = models.logical_axes(
             arch, stacked=False, fused=True, scaled=quantization is not None
@@ -141,14 +137,10 @@ class JaxEngine:
             )
         freq, first = self._checksum_freq, self._version == -1
         self._params = None  # free the old copy before the new one is made
-        devices = {d for x in jax.tree.leaves(params) for d in x.sharding.device_set}
-        if devices == self._devices:
-            moved = self._cast(params)  # one program, XLA's own collectives
-        else:
-            moved = reshard.reshard(params, self._way_of(params))
-        travels = len(devices | self._devices) > 1
+        way = self._way_of(params)
+        moved = reshard.reshard(params, way)
+        travels = len(way.devices) > 1
         if travels and freq and (first or version % freq == 0):
-            way = self._way_of(params)
             checksum.verify(moved, way, checksum.expected(params, way))
         moved = processes.here(moved, self.mesh)
         layers = moved["layers"]  # one at a time: two copies of all would not fit
