@@ -26,7 +26,15 @@ from jaxrl_llm.models.critic import abstract_critic, critic_axes, init_critic, v
 from jaxrl_llm.models.families import architecture
 from jaxrl_llm.models.flash import choose as choose_attention
 from jaxrl_llm.models.flash import choose_unroll
-from jaxrl_llm.models.huggingface import Checkpoint, Model, load, open, save
+from jaxrl_llm.models.huggingface import (
+    Checkpoint,
+    Classifier,
+    Model,
+    load,
+    open,
+    open_classifier,
+    save,
+)
 from jaxrl_llm.models.kernels import choose as choose_paged_attention
 from jaxrl_llm.models.paged import Pages
 from jaxrl_llm.models.parallel import partition
@@ -38,6 +46,7 @@ __all__ = [
     "Architecture",
     "Bits",
     "Checkpoint",
+    "Classifier",
     "Model",
     "Pages",
     "RandomWeights",
@@ -61,6 +70,7 @@ __all__ = [
     "num_matmul_params",
     "num_params",
     "open",
+    "open_classifier",
     "output_matrix",
     "partition",
     "save",

@@ -20,7 +20,7 @@ class Critic(nnx.Module):
     """Final hidden state -> value, which starts at 0 for every state."""
 
     def __init__(self, arch: Architecture, init: Init):
-        self.decoder = Decoder(_headless(arch), init, stacked=True)
+        self.decoder = Decoder(headless(arch), init, stacked=True)
         self.weight = init((arch.hidden_size,), ("embed",), 0.0)
         self.bias = init((), (), 0.0)
 
@@ -75,7 +75,7 @@ def values(
     Arguments as in `forward`.
     """
     hidden = forward(
-        _headless(arch),
+        headless(arch),
         params["decoder"],
         tokens,
         positions,
@@ -90,7 +90,8 @@ def values(
     return jnp.einsum("rtd,d->rt", hidden.astype(jnp.float32), weight) + params["bias"]
 
 
-def _headless(arch: Architecture) -> Architecture:
+def headless(arch: Architecture) -> Architecture:
+    """A decoder without output matrix."""
     return dataclasses.replace(arch, tie_embeddings=True)
 
 

@@ -10,7 +10,7 @@ Source: the configuration and modelling files of transformers 5.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxrl_llm.models.architecture import Architecture, Rope
@@ -87,6 +87,15 @@ _CLASSES = {
     "gemma3_text": "Gemma3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
 }
+_CLASSIFIERS = {
+    "llama": "LlamaForSequenceClassification",
+    "mistral": "MistralForSequenceClassification",
+    "qwen2": "Qwen2ForSequenceClassification",
+    "qwen3": "Qwen3ForSequenceClassification",
+    "gemma2": "Gemma2ForSequenceClassification",
+    "gemma3_text": "Gemma3TextForSequenceClassification",
+    "smollm3": "SmolLM3ForSequenceClassification",
+}
 # Keys that change no number, whatever they hold.
 _HARMLESS = frozenset(
     """
@@ -132,7 +141,10 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def architecture(
-    config: Config, generation_config: Config | None = None
+    config: Config,
+    generation_config: Config | None = None,
+    *,
+    classifier: bool = False,
 ) -> Architecture:
     """What a config.json describes.
 
@@ -140,11 +152,13 @@ def architecture(
       config: the parsed config.json.
       generation_config: the parsed generation_config.json; tokens that end a response
         are those of either file.
+      classifier: the file may also be of a decoder with a head for classification,
+        which is no part of the architecture.
 
     Raises:
       ValueError: the family, or a field's value, is not supported.
     """
-    family = _family(config)
+    family = _family(config, [_CLASSES, _CLASSIFIERS] if classifier else [_CLASSES])
     c = _read(family, config)
     L, gemma = c["num_hidden_layers"], family.startswith("gemma")
     types = _layer_types(family, c)
@@ -206,7 +220,7 @@ def config(arch: Architecture) -> dict[str, Any]:
     return made
 
 
-def _family(config: Config) -> str:
+def _family(config: Config, known: Sequence[Mapping[str, str]]) -> str:
     family = config.get("model_type")
     if family not in _FAMILIES:
         raise ValueError(
@@ -214,10 +228,11 @@ def _family(config: Config) -> str:
             f"supported: {', '.join(_FAMILIES)}"
         )
     classes = config.get("architectures")
-    if classes and list(classes) != [_CLASSES[family]]:
+    if classes and list(classes) not in [[of_family[family]] for of_family in known]:
+        supported = [name for of_family in known for name in of_family.values()]
         raise ValueError(
             f"config.json: architectures {classes} is not supported; "
-            f"supported: {', '.join(_CLASSES.values())}"
+            f"supported: {', '.join(supported)}"
         )
     return family
 

@@ -19,10 +19,13 @@ from safetensors.numpy import save_file
 from jaxrl_llm.models import families, weights
 from jaxrl_llm.models.apply import Params, abstract_params
 from jaxrl_llm.models.architecture import Architecture
+from jaxrl_llm.models.critic import headless
 from jaxrl_llm.models.gguf import GGUFFile
 from sharding import processes
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_HEAD = "score.weight"
+_COMPUTED = "rotary_emb.inv_freq"
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -56,18 +59,51 @@ class Checkpoint:
         Raises:
           ValueError: a tensor is missing, unknown or of the wrong shape.
         """
-        tied = self.arch.tie_embeddings
+        needless = {"lm_head.weight"} if self.arch.tie_embeddings else set()
         return weights.read(
             self.arch,
             self._tensors,
             self._form,
             dtype=dtype,
             shardings=shardings,
-            ignored=lambda name: (
-                name.endswith("rotary_emb.inv_freq")
-                or (tied and name == "lm_head.weight")
-            ),
+            ignored=lambda name: name in needless or name.endswith(_COMPUTED),
         )
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A decoder with a head of one number, whose weights have not been read yet; see
+    `open_classifier`."""
+
+    arch: Architecture
+    """Of the decoder, which has no output matrix."""
+    tokenizer: Any
+    """A transformers tokenizer; None if the directory has none."""
+    _tensors: weights.Tensors
+
+    def load(self, *, dtype: Any, shardings: Any) -> Params:
+        """Reads the weights as `critic.values` takes them, with bias 0; every device
+        only what it will hold.
+
+        Args:
+          dtype: of the parameters.
+          shardings: a sharding for every parameter.
+        """
+        decoder = weights.read(
+            self.arch,
+            self._tensors,
+            "huggingface",
+            dtype=dtype,
+            shardings=shardings["decoder"],
+            ignored=_beside_a_decoder,
+        )
+        head = self._tensors.read(_HEAD, (slice(0, 1), slice(None)))[0]
+        zero = np.zeros((), jnp.dtype(dtype))
+        return {
+            "decoder": decoder,
+            "weight": processes.place(head.astype(zero.dtype), shardings["weight"]),
+            "bias": processes.place(zero, shardings["bias"]),
+        }
 
 
 def open(
@@ -88,25 +124,62 @@ def open(
     path = os.fspath(path)
     if path.startswith("package:"):
         path = _in_package(path)
-    local = Path(path).expanduser()
-    if revision is not None and local.exists():
-        raise ValueError(f"revision={revision!r} has no meaning for the local {path}")
     if isinstance(tokenizer, str | os.PathLike):
-        folder = Path(tokenizer)
-        tokenizer = _tokenizer(folder if folder.is_dir() else _download(tokenizer))
+        tokenizer = _tokenizer(_folder(os.fspath(tokenizer)))
     if path.endswith(".gguf"):
+        local = Path(path).expanduser()
+        _check_revision(local, revision)
         if not local.is_file():
             raise ValueError(f"{path}: no such file")
         file = GGUFFile(local)
         own = file.tokenizer() if tokenizer is None else tokenizer
         return Checkpoint(file.architecture(), own, file, "gguf")
-    folder = local if local.is_dir() else _download(path, revision)
+    folder = _folder(path, revision)
     arch = families.architecture(
         _json(folder / "config.json"),
         _json(folder / "generation_config.json", default={}),
     )
     own = _tokenizer(folder) if tokenizer is None else tokenizer
     return Checkpoint(arch, own, _SafetensorsFolder(folder), "huggingface")
+
+
+def open_classifier(
+    path: str | os.PathLike, *, revision: str | None = None
+) -> Classifier:
+    """Finds a `...ForSequenceClassification` of one label, such as a reward model, and
+    reads everything but its weights.
+
+    Args:
+      path: a Hugging Face directory or hub id.
+      revision: branch, tag or commit; hub ids only.
+
+    Raises:
+      ValueError: nothing is there, it is not supported, its head is missing or of
+        several labels, or another tensor is missing, unknown or of the wrong shape.
+    """
+    folder = _folder(os.fspath(path), revision)
+    arch = headless(
+        families.architecture(_json(folder / "config.json"), classifier=True)
+    )
+    tensors = _SafetensorsFolder(folder)
+    shape = tensors.shapes().get(_HEAD)
+    if shape is None:
+        raise ValueError(
+            f"{tensors.where(_HEAD)}: tensor {_HEAD} is missing; a language model has "
+            "no head that scores, a ...ForSequenceClassification has"
+        )
+    if shape != (1, arch.hidden_size):
+        raise ValueError(
+            f"{tensors.where(_HEAD)}: tensor {_HEAD} has shape {shape}, not "
+            f"{(1, arch.hidden_size)}; num_labels must be 1"
+        )
+    weights.check(arch, tensors, "huggingface", _beside_a_decoder)
+    return Classifier(arch, _tokenizer(folder), tensors)
+
+
+def _beside_a_decoder(name: str) -> bool:
+    """Whether a classifier's tensor is none of its decoder."""
+    return name in (_HEAD, "lm_head.weight") or name.endswith(_COMPUTED)
 
 
 def load(
@@ -244,6 +317,18 @@ def _in_package(path: str) -> str:
             return str(Path(location) / file)
     shipped = sorted(p.name for p in Path(location).glob("*.gguf"))
     raise ValueError(f"{path}: package {name} has no file {file!r}; it has {shipped}")
+
+
+def _folder(path: str, revision: str | None = None) -> Path:
+    """The directory, or the local copy of a hub id."""
+    local = Path(path).expanduser()
+    _check_revision(local, revision)
+    return local if local.is_dir() else _download(path, revision)
+
+
+def _check_revision(local: Path, revision: str | None) -> None:
+    if revision is not None and local.exists():
+        raise ValueError(f"revision={revision!r} has no meaning for the local {local}")
 
 
 def _download(name: str, revision: str | None = None) -> Path:

@@ -180,10 +180,10 @@ def read(
     abstract = abstract_params(arch, dtype=dtype)
     if shardings is not None:
         rules.check_divides(abstract, shardings)
+    check(arch, tensors, form, ignored)
     of_path: dict[str, list[Place]] = {}
     for place in places(arch, form):
         of_path.setdefault(place.path, []).append(place)
-    _check(tensors, abstract, of_path, ignored)
 
     def parameter(path: str, leaf: jax.ShapeDtypeStruct, sharding) -> jax.Array:
         def part(index: Slices) -> np.ndarray:
@@ -231,9 +231,15 @@ def write(
         yield place.name, stored, value
 
 
-def _check(tensors: Tensors, abstract: Params, of_path, ignored) -> None:
-    shapes, leaves = tensors.shapes(), flat(abstract)
-    needed = {place.name: place for group in of_path.values() for place in group}
+def check(
+    arch: Architecture, tensors: Tensors, form: str, ignored: Callable[[str], bool]
+) -> None:
+    """Raises ValueError if a tensor is missing, unexpected or of the wrong shape.
+
+    Arguments as in `read`.
+    """
+    shapes, leaves = tensors.shapes(), flat(abstract_params(arch))
+    needed = {place.name: place for place in places(arch, form)}
     for name, place in needed.items():
         if name not in shapes:
             raise ValueError(f"{tensors.where(name)}: tensor {name} is missing")
