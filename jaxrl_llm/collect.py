@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float32
@@ -10,9 +11,10 @@ from jaxtyping import Float32
 from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.config import Config, SamplingConfig
 from jaxrl_llm.records import Records
-from jaxrl_llm.rewards import Scores
+from jaxrl_llm.reward_model import RewardModel
+from jaxrl_llm.rewards import RewardFunction, Scores, score
 from jaxrl_llm.rewards.scoring import join
-from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
+from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate_together
 from sharding import processes
 
 ROLLOUT, VALIDATION, ORDER, RESAMPLE = range(4)  # independent streams of random numbers
@@ -37,8 +39,7 @@ class Groups:
 def collect(
     config: Config, engine: Engine, score: Score, records: Records, step: int
 ) -> Groups:
-    """The groups of one step. Of many processes, each generates and scores its share
-    of the prompts; then all have all groups.
+    """The groups of one step, in all processes the same.
 
     With `algorithm.filter_groups` (dynamic sampling), batches are generated until there
     are enough groups whose responses differ in worth; what is more than enough is not
@@ -53,10 +54,15 @@ def collect(
     parts: list[Groups] = []
     for attempt in itertools.count():
         with records.phase("gen"):
-            asked = processes.share(next(records.prompt_batches))
-            rollouts = generate(engine, requests(config, asked, step, attempt))
+            asked = next(records.prompt_batches)
+            rollouts = generate_together(engine, requests(config, asked, step, attempt))
         with records.phase("reward"):
-            made = _of_all(asked, rollouts, score(asked, rollouts))
+            made = Groups(
+                asked=asked,
+                rollouts=rollouts,
+                scores=score(asked, rollouts),
+                num_generated=len(asked),
+            )
         parts.append(_take(made, differing(made.scores, how.metric)) if how else made)
         found = sum(len(part.asked) for part in parts)
         if how is None or found >= wanted:
@@ -73,11 +79,45 @@ def collect(
     if config.algorithm.adv_estimator != "remax":
         return groups
     with records.phase("gen"):
-        asked = processes.share(groups.asked)
-        greedy = generate(engine, greedily(requests(config, asked, step)))
+        greedy = generate_together(
+            engine, greedily(requests(config, groups.asked, step))
+        )
     with records.phase("reward"):
-        made = _of_all(asked, greedy, score(asked, greedy))
-    return replace(groups, baselines=made.scores.total[:, 0])
+        baselines = score(groups.asked, greedy).total[:, 0]
+    return replace(groups, baselines=baselines)
+
+
+def score_together(
+    functions: Sequence[RewardFunction],
+    model: RewardModel | None,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Completion]],
+    *,
+    timeout_s: float,
+    on_error: Literal["raise", "zero"],
+) -> Scores:
+    """What responses are worth. Of many processes, each runs the functions on its share
+    of the prompts; all call it with the same ones and get all scores.
+
+    The model is on the devices of all, so all ask it together. Its scores are then what
+    one more function returns.
+
+    Args:
+      timeout_s: as of `rewards.score`, of the functions.
+      on_error: as of `rewards.score`.
+
+    Raises:
+      RewardError: a function or the model failed and on_error is "raise".
+    """
+    terms = list(functions)
+    if model is not None:
+        known = processes.share(model.score(prompts, completions).tolist())
+        terms.append(model.as_function([x for group in known for x in group]))
+    mine, answers = processes.share(prompts), processes.share(completions)
+    made = None
+    if mine:
+        made = score(terms, mine, answers, timeout_s=timeout_s, on_error=on_error)
+    return join([part for part in processes.gather(made) if part])
 
 
 def differing(scores: Scores, metric: str) -> list[int]:
@@ -135,16 +175,6 @@ def seed(config: Config, stream: int, step: int, attempt: int = 0) -> int:
     """A 32-bit seed for one purpose in one step; nothing random has other state."""
     words = [config.seed, stream, step, attempt]
     return int(np.random.SeedSequence(words).generate_state(1)[0])
-
-
-def _of_all(
-    asked: Sequence[Prompt], rollouts: Sequence[Sequence[Completion]], scores: Scores
-) -> Groups:
-    """The groups of all processes, from the share of this one."""
-    made = Groups(
-        asked=asked, rollouts=rollouts, scores=scores, num_generated=len(asked)
-    )
-    return _join(processes.gather(made))
 
 
 def _take(groups: Groups, prompts: Sequence[int]) -> Groups:

@@ -371,6 +371,33 @@ class RewardFunctionConfig(_Section):
     """Keyword arguments passed to the function."""
 
 
+class RewardModelConfig(_Section):
+    """A model that scores prompt and response, one more term of the reward by the name
+    reward_model."""
+
+    path: str
+    """A Hugging Face directory or hub id of a ...ForSequenceClassification with one
+    label, that reads the policy's tokens."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    weight: float = 1.0
+    """Its scores are multiplied by it."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Rows per forward pass; as actor.micro_batch_size if not given. Changes memory and
+    speed, never the result."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of weights and activations; the score is float32."""
+    offload: bool = False
+    """Weights wait in the host's memory while nothing is scored."""
+    attention: Literal["auto", "xla"] = "auto"
+    """As actor.attention."""
+    unroll: Literal["auto", "never", "always"] = "auto"
+    """As actor.unroll."""
+    mesh: TrainMeshConfig = TrainMeshConfig()
+    rules: TrainRules = {}
+    """As actor.rules."""
+
+
 class OverlongBufferConfig(_Section):
     """A penalty that grows over the last tokens a response may have (DAPO)."""
 
@@ -381,9 +408,11 @@ class OverlongBufferConfig(_Section):
 
 
 class RewardConfig(_Section):
-    """What a response is worth: the weighted sum of the functions."""
+    """What a response is worth: the weighted sum of the functions and the model."""
 
-    functions: tuple[RewardFunctionConfig, ...]
+    functions: tuple[RewardFunctionConfig, ...] = ()
+    model: RewardModelConfig | None = None
+    """None if not given."""
     overlong_buffer: OverlongBufferConfig | None = None
     """In training, takes a penalty off the reward of responses that are nearly too
     long; off if not given."""
@@ -395,8 +424,8 @@ class RewardConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RewardConfig":
-        if not self.functions:
-            raise ValueError("functions is empty; give at least one")
+        if not self.functions and self.model is None:
+            raise ValueError("functions is empty; give at least one, or a model")
         return self
 
 
@@ -452,6 +481,8 @@ class PlacementConfig(_Section):
     """Its group; the actor's if not given."""
     reference: str | None = None
     """Of the KL term's reference policy; the actor's if not given."""
+    reward: str | None = None
+    """Of the reward model; the actor's if not given."""
     rollout: str | None = None
     """Of the jax engine; the actor's if not given."""
 
@@ -462,9 +493,9 @@ class PlacementConfig(_Section):
                 numbers(text)
             except ValueError as error:
                 raise ValueError(f"group {name}: {error}") from None
-        used = {self.actor, self.critic, self.reference, self.rollout} - {None}
-        for role in ("actor", "critic", "reference", "rollout"):
-            group = getattr(self, role)
+        roles = ("actor", "critic", "reference", "reward", "rollout")
+        used = {role: getattr(self, role) for role in roles}
+        for role, group in used.items():
             if group is not None and group not in self.groups:
                 raise ValueError(
                     f"{role} is {group}, which is none of the groups "
@@ -472,7 +503,7 @@ class PlacementConfig(_Section):
                 )
         if self.groups and self.actor is None:
             raise ValueError("actor: needed, one of the groups; the others follow it")
-        idle = [name for name in self.groups if name not in used]
+        idle = [name for name in self.groups if name not in used.values()]
         if idle:
             raise ValueError(f"group {', '.join(idle)} has no role")
         return self
@@ -533,6 +564,11 @@ def _misfits(config: Config):
             f"placement.rollout is {config.placement.rollout}, but rollout.engine is "
             f"{rollout.engine}, whose servers have devices of their own"
         )
+    if config.placement.reward is not None and config.reward.model is None:
+        yield (
+            f"placement.reward is {config.placement.reward}, but there is no "
+            "reward.model to place"
+        )
     longest = data.max_prompt_length + rollout.max_response_length
     if actor.pack_length is not None and actor.pack_length < longest:
         yield (
@@ -569,6 +605,8 @@ def _misfits(config: Config):
         "critic.mesh": config.critic.mesh,
         "rollout.mesh": rollout.mesh,
     }
+    if config.reward.model:
+        meshes["reward.model.mesh"] = config.reward.model.mesh
     for name, given in meshes.items():
         sizes = given.model_dump()
         for axis, size in sizes.items():

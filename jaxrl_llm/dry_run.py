@@ -58,16 +58,16 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
 
     def add(role: str, sizes: dict[str, int]) -> None:
         held = memory.setdefault(group_of[role], {})
-        # Actor and critic are updated one after the other.
-        peaks = [peak for of in (held, sizes) if (peak := of.get(_UPDATE))]
-        held |= sizes | ({_UPDATE: max(peaks)} if peaks else {})
+        # What computes does so one after the other.
+        peaks = [peak for of in (held, sizes) if (peak := of.get(_PEAK))]
+        held |= sizes | ({_PEAK: max(peaks)} if peaks else {})
 
     add(
         "actor",
         {
             "weights": _bytes(state.params),
             "optimizer": _bytes(state.opt_state),
-            _UPDATE: learner.update_memory().temp_size_in_bytes,
+            _PEAK: learner.update_memory().temp_size_in_bytes,
         },
     )
     add(
@@ -85,15 +85,22 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
             {
                 "critic's weights": _bytes(judge.params),
                 "critic's optimizer": _bytes(judge.opt_state),
-                _UPDATE: peak,
+                _PEAK: peak,
             },
         )
+    if job.reward_model:
+        model, kept = job.reward_model, "reward model"
+        if config.reward.model.offload:  # there while it scores
+            kept = _PEAK
+        sizes = {_PEAK: model.memory(learner.largest_rows()).temp_size_in_bytes}
+        sizes[kept] = sizes.get(kept, 0) + _bytes(model.abstract_params())
+        add("reward", sizes)
     if uses_kl(config):
         add("reference", {"reference": _bytes(learner.abstract_reference())})
     return memory
 
 
-_UPDATE = "update (gradients, activations)"
+_PEAK = "gradients, activations"
 
 
 def _bytes(tree: Any) -> int:

@@ -16,9 +16,7 @@ from jaxrl_llm import metrics as measures
 from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.config import RolloutConfig, SamplingConfig, ValConfig
 from jaxrl_llm.rewards import Scores
-from jaxrl_llm.rewards.scoring import join
-from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
-from sharding import processes
+from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate_together
 
 Score = Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], Scores]
 
@@ -44,8 +42,8 @@ def validate(
     seed: int,
     step: int,
 ) -> Validation:
-    """Answers every question n times sampled and, if asked to, once greedily. Of many
-    processes, each answers its share of the questions.
+    """Answers every question n times sampled and, if asked to, once greedily. All
+    processes call it.
 
     The same seed draws the same random numbers each time, so that two validations of
     one run differ only by their weights.
@@ -85,7 +83,6 @@ def validate(
             top_p=sampling.top_p,
             min_p=sampling.min_p,
         )
-        mine = processes.share(prompts)
         requests = [
             Request(
                 prompt_id=prompt.id,
@@ -94,13 +91,10 @@ def validate(
                 seed=seed,
                 sampling=limits,
             )
-            for prompt in mine
+            for prompt in prompts
         ]
-        answered = generate(engine, requests)
-        made = (answered, score(mine, answered)) if mine else None
-        made = [part for part in processes.gather(made) if part]
-        completions = [group for part, _ in made for group in part]
-        scores = join([part for _, part in made])
+        completions = generate_together(engine, requests)
+        scores = score(prompts, completions)
         correct = scores.total >= config.threshold
         records = measures.rollout_records(
             step, "val", kind, prompts, completions, scores, correct=correct

@@ -122,13 +122,15 @@ def estimate(
       memory: bytes that a device has; its data sheet's if not given.
 
     Raises:
-      ValueError: a mesh or an array does not fit, or there is a critic or another
-        engine, whose programs are not planned.
+      ValueError: a mesh or an array does not fit, or there is a critic, a reward
+        model or another engine, whose programs are not planned.
     """
     if config.algorithm.adv_estimator == "gae":
         raise ConfigError(
             "algorithm.adv_estimator gae: a critic's update is not planned"
         )
+    if config.reward.model:
+        raise ConfigError("reward.model: a reward model's scoring is not planned")
     if config.placement.groups:
         raise ConfigError("placement.groups: only plans of all devices for all roles")
     meshes, source = make_meshes(config, devices), models.RandomWeights(arch)

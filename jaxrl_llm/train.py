@@ -36,13 +36,23 @@ from jaxrl_llm import (
 )
 from jaxrl_llm import config as configs
 from jaxrl_llm.batch import TrainBatch
-from jaxrl_llm.collect import ORDER, RESAMPLE, VALIDATION, Groups, Score, collect, seed
+from jaxrl_llm.collect import (
+    ORDER,
+    RESAMPLE,
+    VALIDATION,
+    Groups,
+    Score,
+    collect,
+    score_together,
+    seed,
+)
 from jaxrl_llm.config import Config, ConfigError, PlacementConfig
 from jaxrl_llm.console import before_after, whereabouts
 from jaxrl_llm.critic import Critic
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.records import Records
-from jaxrl_llm.rewards import RewardFunction, resolve, score
+from jaxrl_llm.reward_model import RewardModel
+from jaxrl_llm.rewards import RewardFunction, resolve
 from jaxrl_llm.rewards.functions import overlong_penalty
 from jaxrl_llm.rollout.engine import Engine
 from sharding import mesh, processes
@@ -58,13 +68,15 @@ class Job:
     score: Score
     """What responses to train on are worth."""
     weights: tuple[float, ...]
-    """Of the reward functions of `score`."""
+    """Of the terms of `score`."""
     score_held_out: Score
     """The same without what only shapes training (`reward.overlong_buffer`)."""
     engine: Engine
     learner: Learner
     critic: Critic | None
     """None for estimators without one."""
+    reward_model: RewardModel | None
+    """None if the reward is made of functions alone."""
 
 
 def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Job:
@@ -81,6 +93,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     meshes = make_meshes(config)
     functions = resolve(config.reward) if rewards is None else rewards
     names = [function.name for function in functions]
+    names += [RewardModel.name] if config.reward.model else []
     if len(set(names)) != len(names):
         raise ConfigError(f"reward functions need different names, got {names}")
     wanted = config.algorithm.filter_groups
@@ -97,14 +110,17 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     check_lengths(config, source.arch)
     data = prompts.load(config.data, source.tokenizer)
     shaped = [*functions, *shaping(config)]
+    model = None
+    if config.reward.model:
+        model = RewardModel(config, source, meshes["reward"])
     how = {"timeout_s": config.reward.timeout_s, "on_error": config.reward.on_error}
     return Job(
         config=config,
         source=source,
         data=data,
-        score=functools.partial(score, shaped, **how),
-        weights=tuple(function.weight for function in shaped),
-        score_held_out=functools.partial(score, functions, **how),
+        score=functools.partial(score_together, shaped, model, **how),
+        weights=tuple(term.weight for term in (*shaped, model) if term is not None),
+        score_held_out=functools.partial(score_together, functions, model, **how),
         engine=engine_of(
             config,
             source.arch,
@@ -114,6 +130,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         ),
         learner=Learner(config, source, meshes["actor"], meshes["reference"]),
         critic=Critic(config, source, meshes["critic"]) if has_critic(config) else None,
+        reward_model=model,
     )
 
 
@@ -332,7 +349,8 @@ def has_critic(config: Config) -> bool:
 def make_meshes(
     config: Config, devices: Sequence[jax.Device] | None = None
 ) -> dict[str, jax.sharding.Mesh]:
-    """The mesh of each role (actor, reference, critic, rollout) over its devices.
+    """The mesh of each role (actor, reference, critic, reward, rollout) over its
+    devices; reward only if there is a reward model.
 
     Args:
       devices: all of them; those of this run if not given.
@@ -353,6 +371,8 @@ def make_meshes(
         "critic": ("critic.mesh", config.critic.mesh),
         "rollout": ("rollout.mesh", config.rollout.mesh),
     }
+    if config.reward.model:
+        wanted["reward"] = ("reward.model.mesh", config.reward.model.mesh)
     made, group_of = {}, placed(placement)
     for role, (name, sizes) in wanted.items():
         group = group_of[role]
@@ -376,6 +396,7 @@ def placed(placement: PlacementConfig) -> dict[str, str]:
         "actor": actor,
         "reference": placement.reference or actor,
         "critic": placement.critic or actor,
+        "reward": placement.reward or actor,
         "rollout": placement.rollout or actor,
     }
 
@@ -550,7 +571,7 @@ def train(
         data set's path as in a configuration file.
       reward: name of a built-in reward, or a function with TRL's signature
         f(prompts, completions, completion_ids, **columns) -> list of numbers; or
-        several.
+        several; or [], if `settings` give a reward.model.
       val_prompts: held-out questions, for the validation before and after.
       settings: anything else a configuration file can say, by dotted key:
         {"actor.optim.lr": 1e-5, "rollout.n": 16}.

@@ -94,7 +94,7 @@ def test_a_configuration_cannot_be_changed():
         ),
         ("--rollout.dtype=float16", "rollout.dtype: Input should be 'float32' or"),
         ("--model.path=3", "model.path: Input should be a valid string, got 3"),
-        ("--reward.functions=[]", "reward: functions is empty; give at least one"),
+        ("--reward.functions=[]", "reward: functions is empty; give at least one, or"),
         ("--trainer={}", "trainer.total_training_steps: needed but not given"),
         ("--trainer.loggers=[wandbb]", "trainer.loggers.0: Input should be 'tensor"),
         # Values that do not fit each other.

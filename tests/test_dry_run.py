@@ -46,7 +46,7 @@ def test_memory_is_that_of_the_arrays(job):
     # numbers of 4 bytes.
     assert memory["generation cache"] == 2 * 2 * (8 + 4 + 1) * 64 * 2 * 8 * 4
     assert memory["reference"] == memory["weights"]
-    assert memory["update (gradients, activations)"] > memory["weights"]
+    assert memory["gradients, activations"] > memory["weights"]
 
 
 def test_it_prints_the_run_and_writes_nothing(job, capsys):

@@ -14,6 +14,7 @@ import jax
 import layouts
 import numpy as np
 import pytest
+import tiny
 import yaml
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -429,6 +430,22 @@ def test_two_processes_do_so_with_other_algorithms(changes, values, cache, tmp_p
         for count in (2, 1)
     ]
     assert_same_run(*runs)
+
+
+@pytest.mark.slow
+def test_four_processes_ask_a_reward_model_together(values, cache, tmp_path):
+    changes = [
+        f"--reward.model.path={tiny.reward_model(tmp_path / 'judge')}",
+        "--reward.model.dtype=float32",
+        "--algorithm.adv_estimator=remax",
+    ]
+    runs = [
+        trained(count, values, tmp_path / str(count), cache, changes)
+        for count in (4, 1)
+    ]
+    assert_same_run(*runs)
+    line = metrics.read(runs[0])[1]
+    assert line["reward/reward_model/mean"] != 0 != line["reward/small_ids/mean"]
 
 
 def reached(run, step):

@@ -1,9 +1,13 @@
 """The smallest tokenizer and the smallest model that behave like real ones."""
 
+import json
 import os
+import pathlib
 import time
 
 import jax
+import numpy as np
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -71,6 +75,21 @@ def checkpoint(directory, **overrides) -> str:
     params = init(made, jax.random.key(0))
     save(directory, made, params, end, dtype="float32")
     return str(directory)
+
+
+def reward_model(directory, **overrides) -> str:
+    """`checkpoint` with a head that scores in place of the output matrix."""
+    folder = pathlib.Path(checkpoint(directory, **overrides))
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    tensors = load_file(weights)
+    width = tensors["model.norm.weight"].size
+    del tensors["lm_head.weight"]
+    head = np.random.default_rng(0).standard_normal((1, width))
+    save_file(tensors | {"score.weight": head.astype(np.float32)}, weights)
+    said = json.loads(config.read_text())
+    said |= {"architectures": ["LlamaForSequenceClassification"]}
+    config.write_text(json.dumps(said))
+    return str(folder)
 
 
 def small_ids(completion_ids: list[list[int]]) -> list[float]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from jaxrl_llm.batch import Completion
+from sharding import processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,3 +118,12 @@ def generate(engine: Engine, requests: Sequence[Request]) -> list[list[Completio
         [found[request.prompt_id, sample] for sample in range(request.num_samples)]
         for request in requests
     ]
+
+
+def generate_together(
+    engine: Engine, requests: Sequence[Request]
+) -> list[list[Completion]]:
+    """`generate`, of many processes by each for its share of the requests; all call it
+    with the same ones and get all completions."""
+    parts = processes.gather(generate(engine, processes.share(requests)))
+    return [group for part in parts for group in part]
