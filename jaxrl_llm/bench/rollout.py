@@ -5,6 +5,7 @@ Every response is as long as its limit: random weights never stop by themselves.
 
 import dataclasses
 import json
+import shlex
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -43,12 +44,8 @@ def main(
     decode_chunk: int = 64,
     prefill_tokens: int = 8192,
     tensor: int = 1,
-    vllm_command: tuple[str, ...] = (
-        "python",
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-    ),
-    vllm_args: tuple[str, ...] = (),
+    vllm_command: str = "python -m vllm.entrypoints.openai.api_server",
+    vllm_args: str = "",
     rounds: int = 2,
     profiled: bool = False,
 ) -> None:
@@ -70,8 +67,8 @@ def main(
       max_num_seqs: sequences decoded together.
       decode_chunk, prefill_tokens: of the JAX engine, per dispatch.
       tensor: devices of the JAX engine that share a copy of the weights.
-      vllm_command: starts vLLM's API server.
-      vllm_args: more arguments of it. Trainer and server share a device by
+      vllm_command: starts vLLM's API server, as a shell would split it.
+      vllm_args: more arguments of it, likewise. Trainer and server share a device by
         XLA_PYTHON_CLIENT_MEM_FRACTION and --gpu-memory-utilization.
       rounds: timed calls and transfers of weights; the median counts.
       profiled: print where the device's time goes while the JAX engine makes the first
@@ -104,7 +101,10 @@ def main(
     )  # fmt: skip
     for name in engines:
         with tempfile.TemporaryDirectory() as directory:
-            servers = {"command": vllm_command, "args": vllm_args}
+            servers = {
+                "command": shlex.split(vllm_command),
+                "args": shlex.split(vllm_args),
+            }
             config = configs.parse(
                 {
                     "output_dir": directory,
