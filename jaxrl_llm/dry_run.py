@@ -1,5 +1,9 @@
-"""What a run would be: checked, counted and compiled, without reading the weights."""
+"""What a run would be: checked, counted and compiled, without reading the weights.
 
+`show` of a run on these devices, `show_plan` of a step on any.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,9 +12,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_llm import models
+from jaxrl_llm import models, planner
+from jaxrl_llm.config import Config
 from jaxrl_llm.config_algorithm import uses_kl
 from jaxrl_llm.console import progress
+from jaxrl_llm.planner import Estimate
 from jaxrl_llm.train import Job, placed
 from sharding import processes
 
@@ -67,7 +73,7 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
         {
             "weights": _bytes(state.params),
             "optimizer": _bytes(state.opt_state),
-            _UPDATE: learner.update_memory().temp_size_in_bytes,
+            _UPDATE: _temporary(learner.lower_largest_update()),
         },
     )
     add(
@@ -79,7 +85,7 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
     )
     if critic:
         judge = critic.abstract_state()
-        peak = critic.update_memory(learner.largest_rows()).temp_size_in_bytes
+        peak = _temporary(critic.lower_update(learner.largest_rows()))
         add(
             "critic",
             {
@@ -94,6 +100,81 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
 
 
 _UPDATE = "update (gradients, activations)"
+
+
+def show_plan(config: Config, estimates: Sequence[Estimate]) -> None:
+    """Prints memory, traffic and time per device of every group, and what to change."""
+    console = Console()
+    for found in estimates:
+        console.print(_memory(found))
+        console.print(_work(found))
+        where = f"{found.group}: " if len(estimates) > 1 else ""
+        if found.capacity:
+            said = planner.advice(config, found)
+            console.print(
+                where + ("does not fit; change one or more of" if said else "fits")
+            )
+            for line in said:
+                console.print(f"  {line}", markup=False, highlight=False)
+
+
+def show_measured(estimates: Sequence[Estimate], held: int, peak: int | None) -> None:
+    """Prints what `planner.measure` found beside what was planned, of the fullest
+    device."""
+    table = Table("per device", "planned GiB", "measured GiB", "measured / planned")
+    planned = {
+        "held": (max(sum(found.held.values()) for found in estimates), held),
+        "peak": (max(found.peak_bytes for found in estimates), peak),
+    }
+    for name, (wanted, found) in planned.items():
+        cells = ["not counted", ""]
+        if found is not None:
+            cells = [f"{found / _GIB:.3f}", f"{found / wanted:.3f}"]
+        table.add_row(name, f"{wanted / _GIB:.3f}", *cells)
+    Console().print(table)
+
+
+def _memory(found: Estimate) -> Table:
+    title = f"{found.group}, {found.num_devices} x {found.device_kind}"
+    table = Table("memory per device", "GiB", title=title)
+    for name, size in found.held.items():
+        table.add_row(name, f"{size / _GIB:.2f}")
+    for name, program in found.programs.items():
+        table.add_row(f"+ {name}", f"{program.extra_bytes / _GIB:.2f}")
+    if found.wanted_cache_bytes:
+        cache = f"{found.cache_bytes / _GIB:.2f}"
+        if found.cache_bytes < found.wanted_cache_bytes:
+            cache += f" of {found.wanted_cache_bytes / _GIB:.2f} wanted"
+        table.add_row("of prefill and decode: KV cache", cache)
+    table.add_row("peak", f"{found.peak_bytes / _GIB:.2f}")
+    if found.capacity:
+        table.add_row("there is", f"{found.capacity / _GIB:.2f}")
+    return table
+
+
+def _work(found: Estimate) -> Table:
+    table = Table(
+        "per device and step", "runs", "TFLOP", "GB memory", "GB received", "s at least"
+    )
+    for name, program in found.programs.items():
+        seconds, received = found.seconds(program), program.received_bytes
+        table.add_row(
+            name,
+            str(program.runs),
+            f"{program.flops / 1e12:.4g}",
+            f"{program.memory_traffic / 1e9:.4g}",
+            "too large" if received is None else f"{received / 1e9:.4g}",
+            "" if seconds is None else f"{seconds:.3g}",
+        )
+    times = [found.seconds(program) for program in found.programs.values()]
+    if None not in times:
+        table.add_row("all", "", "", "", "", f"{sum(times):.3g}")
+    return table
+
+
+def _temporary(program: jax.stages.Lowered) -> int:
+    """Bytes that it needs besides arguments and results."""
+    return program.compile().memory_analysis().temp_size_in_bytes
 
 
 def _bytes(tree: Any) -> int:

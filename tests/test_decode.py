@@ -301,7 +301,12 @@ def test_aborted_responses_do_not_come():
 def test_the_cache_is_written_in_place(kept, name, size):
     made = engine(decode_chunk=4, kv_cache_dtype=kept)
     with jax.debug_nans(False):  # which keeps what is donated
-        compiled = made.compile(num_responses=64, prompt_length=30)
+        compiled = {
+            name: program.compile()
+            for name, program in made.lower(
+                64, num_prompts=64, prompt_length=30
+            ).items()
+        }
     for program in compiled.values():
         text = program.as_text()
         cache = re.search(rf"{name}(\[2,\d+,64,8\])", text)

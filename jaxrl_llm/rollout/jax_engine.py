@@ -84,7 +84,7 @@ class JaxEngine:
                 "positions"
             )
         self.arch, self.tokenizer = arch, tokenizer
-        self._devices, self.mesh = set(mesh.devices.flat), mesh.local_mesh
+        self.devices, self.mesh = set(mesh.devices.flat), mesh.local_mesh
         self.replicas = self.mesh.shape["data"]
         self._rows = -(-max_num_seqs // self.replicas)
         self._max_model_len, self._chunk = max_model_len, decode_chunk
@@ -141,11 +141,11 @@ class JaxEngine:
         freq, first = self._checksum_freq, self._version == -1
         self._params = None  # free the old copy before the new one is made
         devices = {d for x in jax.tree.leaves(params) for d in x.sharding.device_set}
-        if devices == self._devices:
+        if devices == self.devices:
             moved = self._cast(params)  # one program, XLA's own collectives
         else:
             moved = reshard.reshard(params, self._way_of(params))
-        travels = len(devices | self._devices) > 1
+        travels = len(devices | self.devices) > 1
         if travels and freq and (first or version % freq == 0):
             way = self._way_of(params)
             checksum.verify(moved, way, checksum.expected(params, way))
@@ -187,11 +187,17 @@ class JaxEngine:
             self._fused_shardings,
         )
 
-    def memory(self, num_rows: int, num_tokens: int) -> dict[str, int]:
+    def memory(
+        self, num_rows: int, num_tokens: int, free: float | int | None = None
+    ) -> dict[str, int]:
         """Bytes of weights and cache on each device, while `num_rows` responses wait,
-        each with its prompt at most `num_tokens` long."""
+        each with its prompt at most `num_tokens` long.
+
+        Args:
+          free: bytes on each device when generation begins; None: enough.
+        """
         rows = self._fit(num_rows)
-        pages, _ = abstract(self._run, rows, self._wanted_pages(rows))
+        pages, _ = abstract(self._run, rows, self._affordable_pages(rows, free))
         return {
             "generation weights": _bytes(self._abstract_fused()),
             "generation cache": _bytes(pages),
@@ -200,25 +206,48 @@ class JaxEngine:
     def close(self) -> None:
         """Nothing: it runs in this process only."""
 
-    def compile(
-        self, num_responses: int, prompt_length: int
-    ) -> dict[str, jax.stages.Compiled]:
-        """Reading prompts, and a chunk of decoding, from shapes alone."""
+    def lower(
+        self,
+        num_responses: int,
+        num_prompts: int,
+        prompt_length: int,
+        free: float | int | None = None,
+    ) -> dict[str, jax.stages.Lowered]:
+        """Reading prompts, and a chunk of decoding, from shapes alone.
+
+        Args:
+          num_responses: that are decoded together, to `num_prompts` in all.
+          free: as of `memory`.
+        """
         rows = self._fit(num_responses)
-        run, count = self._run, self._wanted_pages(rows)
+        run, count = self._run, self._affordable_pages(rows, free)
         params = self._abstract_fused()
         pages, state = abstract(run, rows, count)
         prompts, tables = abstract_inputs(
-            run, rows, self._width, prompt_length, self._prefill_tokens
+            run,
+            rows,
+            self._width,
+            -(-num_prompts // self.replicas),
+            prompt_length,
+            self._prefill_tokens,
         )
         decoding = {"run": run, "chunk": self._chunk, "mode": "plain"}
         enough = jax.ShapeDtypeStruct((1,), jnp.int32)
         return {
-            "prefill": decode.read.lower(params, *prompts, pages, run=run).compile(),
+            "prefill": decode.read.lower(params, *prompts, pages, run=run),
             "decode": decode.decode.lower(
                 params, tables, state, pages, enough, **decoding
-            ).compile(),
+            ),
         }
+
+    def lower_load(self, params: Any) -> jax.stages.Lowered:
+        """What moves weights of these shapes here, if they are on the same devices."""
+        return self._cast.lower(params)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of one layer's weights on each device, as they are used."""
+        return _bytes(self._abstract_fused()["layers"][0])
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues requests.
@@ -285,7 +314,7 @@ class JaxEngine:
     def _start(self, num_responses: int) -> Running:
         rows = self._fit(num_responses)
         if rows not in self._num_pages:
-            self._num_pages[rows] = self._affordable_pages(rows)
+            self._num_pages[rows] = self._num_pages_for(rows)
         return Running(
             self._run,
             self._params,
@@ -305,27 +334,43 @@ class JaxEngine:
         those that wait to begin."""
         return 1 + self._width * rows * 3 // 2
 
-    def _affordable_pages(self, rows: int) -> int:
-        """As many as wanted, if there is memory for them."""
-        wanted = self._wanted_pages(rows)
-        page = _bytes(abstract(self._run, 1, 1)[0])
-        device = self.mesh.devices.flat[0]
-        room, said = None, device.memory_stats()
-        if self._cache_gib is not None:
-            room, name = self._cache_gib * 2**30, "rollout.cache_gib allows"
-        elif said and "bytes_limit" in said:
-            room, name = said["bytes_limit"] - said["bytes_in_use"], "are free:"
-            room *= _SHARE_OF_FREE
+    def _affordable_pages(self, rows: int, free: float | int | None) -> int:
+        """As many as wanted, if there is memory for them, and at least the fewest."""
+        wanted, room = self._wanted_pages(rows), self._room(free)
         if room is None:
             return wanted
-        count = min(wanted, int(room / page))
-        if count <= self._width:
+        return max(self._width + 1, min(wanted, int(room / self._page_bytes())))
+
+    def _room(self, free: float | int | None) -> float | int | None:
+        """Bytes for the cache; None if there are enough."""
+        if self._cache_gib is not None:
+            return self._cache_gib * 2**30
+        return None if free is None else _SHARE_OF_FREE * free
+
+    def _page_bytes(self) -> int:
+        """Of one page in every layer, on each device."""
+        return _bytes(abstract(self._run, 1, 1)[0])
+
+    def _num_pages_for(self, rows: int) -> int:
+        """`_affordable_pages` with the memory that is free now.
+
+        Raises:
+          ValueError: there is not enough for one sequence.
+        """
+        said, free = self.mesh.devices.flat[0].memory_stats(), None
+        if said and "bytes_limit" in said:
+            free = said["bytes_limit"] - said["bytes_in_use"]
+        room, page = self._room(free), self._page_bytes()
+        if room is not None and room < (self._width + 1) * page:
+            name = (
+                "are free:" if self._cache_gib is None else "rollout.cache_gib allows"
+            )
             raise ValueError(
                 f"one sequence of {self._max_model_len} tokens needs "
                 f"{(self._width + 1) * page / 2**30:.3g} GiB of cache on each device, "
                 f"{name} {room / 2**30:.3g} GiB"
             )
-        return count
+        return self._affordable_pages(rows, free)
 
     def _cut(self, response: Response, before: int) -> str | None:
         """Cuts a response after the first token that completes a stop string, and
