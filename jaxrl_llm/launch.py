@@ -148,6 +148,7 @@ def _plan(rest: list[str]) -> None:
     if "--topology" in given:
         jax.config.update("jax_platforms", "cpu")  # nothing here is needed
         devices = planner.tpu(given["--topology"])
+        host = planner.host_of(given["--topology"])
     else:
         count = given.get("--devices", "")
         if not count.isdecimal() or count == "0":
@@ -155,14 +156,14 @@ def _plan(rest: list[str]) -> None:
                 "jaxrl plan needs --topology, such as v5p:4x4x4, or a number of "
                 f"--devices; got {count or 'neither'}"
             )
-        devices, usable = planner.here(int(count))
+        host, (devices, usable) = None, planner.here(int(count))
         memory = memory or usable
     if "--measure" in given and list(devices) != jax.devices():
         raise ConfigError(
             f"--measure runs steps on the {jax.device_count()} devices that are here; "
             "the plan is for others"
         )
-    found = planner.estimate(config, devices, memory, console.progress)
+    found = planner.estimate(config, devices, memory, console.progress, host)
     dry_run.show_plan(config, found)
     if "--measure" in given:
         with console.progress(f"running {steps} steps"):

@@ -26,7 +26,7 @@ from jaxrl_llm.critic import Critic
 from jaxrl_llm.learner import Learner, needs_old_logprobs, updates_per_step
 from jaxrl_llm.rollout.jax_engine import JaxEngine
 from jaxrl_llm.train import engine_of, has_critic, make_meshes, placed
-from sharding import plan, reshard
+from sharding import mesh, plan, reshard
 
 Watch = Callable[[str], AbstractContextManager[Any]]
 """Called with what is being done while it is done, such as `console.progress`."""
@@ -113,6 +113,14 @@ def tpu(topology: str) -> Sequence[jax.Device]:
     return found.devices
 
 
+def host_of(topology: str) -> Sequence[jax.Device]:
+    """A slice as large as what a host of `topology` has, such as v5e:2x2 of v5e:4x4."""
+    kind, _, sizes = topology.partition(":")
+    own = [chip.coords for chip in tpu(topology) if chip.process_index == 0]
+    sides = [1 + max(axis) - min(axis) for axis in zip(*own, strict=True)]
+    return tpu(f"{kind}:{'x'.join(map(str, sides[: 1 + sizes.count('x')]))}")
+
+
 def here(count: int) -> tuple[Sequence[jax.Device], int | None]:
     """The accelerators of this machine if there are so many, and the memory that
     programs may use of each; else simulated CPU devices, whose kernels differ."""
@@ -135,11 +143,14 @@ def estimate(
     devices: Sequence[jax.Device],
     memory: float | int | None = None,
     watch: Watch = nullcontext,
+    host: Sequence[jax.Device] | None = None,
 ) -> list[Estimate]:
     """Compiles every program of a step for `devices`. One estimate per group.
 
     Args:
       memory: bytes that a device has; its data sheet's if not given.
+      host: what one of several processes has, each of which generates by itself. The
+        compiler for a slice makes no programs for a part of it: this is its own slice.
 
     Raises:
       ValueError: a mesh or an array does not fit, or generation is another engine's,
@@ -177,7 +188,16 @@ def estimate(
     rollout["engine's weights"] = wanted["generation weights"]
     free = None if capacity is None else capacity - sum(rollout.values())
     cache = engine.memory(*wave, free)["generation cache"]
-    work[group_of["rollout"]] |= _generating(config, engine, meshes["rollout"], free)
+    alone = meshes["rollout"]
+    if _processes(alone) > 1:
+        alone = mesh.make(alone.local_mesh.shape, host)
+    work[group_of["rollout"]] |= _generating(
+        config,
+        engine_of(config, arch, None, alone, []),
+        _wave(config, meshes["rollout"]),
+        _processes(meshes["rollout"]),
+        free,
+    )
 
     compiled: dict[str, dict[str, Program]] = {group: {} for group in held}
     for group, programs in work.items():
@@ -188,7 +208,7 @@ def estimate(
     with watch("compiling reshard"):
         for role, program in _moving(learner, engine, rollout).items():
             compiled[group_of[role]]["reshard"] = program
-    counts = {group_of[role]: mesh.size for role, mesh in meshes.items()}
+    counts = {group_of[role]: on.size for role, on in meshes.items()}
     generates = {group_of["rollout"]: (cache, wanted["generation cache"])}
     return [
         Estimate(
@@ -312,14 +332,14 @@ def _reference(config: Config, learner: Learner, size: int) -> dict[str, _Work]:
     }
 
 
-def _critic(config: Config, arch: models.Architecture, mesh: jax.sharding.Mesh):
+def _critic(config: Config, arch: models.Architecture, on: jax.sharding.Mesh):
     """A critic of random weights, of the shape that `critic.model` names."""
     wanted = config.critic.model
     if wanted.path is not None:
         arch = architecture(wanted.path, wanted.revision)
         alone = config.critic.model_copy(update={"model": CriticModelConfig()})
         config = config.model_copy(update={"critic": alone})
-    return Critic(config, models.RandomWeights(arch), mesh)
+    return Critic(config, models.RandomWeights(arch), on)
 
 
 def _judging(config: Config, critic: Critic, learner: Learner) -> dict[str, _Work]:
@@ -357,12 +377,14 @@ def _judging(config: Config, critic: Critic, learner: Learner) -> dict[str, _Wor
 def _generating(
     config: Config,
     engine: JaxEngine,
-    mesh: jax.sharding.Mesh,
+    largest: tuple[int, int],
+    processes: int,
     free: float | int | None,
 ) -> dict[str, _Work]:
-    """The engine's programs, with `free` bytes for them on each device."""
-    rollout, arch, count = config.rollout, engine.arch, mesh.size
-    (wave, longest), processes = _wave(config, mesh), _processes(mesh)
+    """The programs of the engine of one of `processes`, for `largest` as of `_wave`,
+    with `free` bytes on each device."""
+    rollout, arch, count = config.rollout, engine.arch, processes * engine.mesh.size
+    wave, longest = largest
     size = engine.memory(wave, longest, free)
     weights, cache = size["generation weights"], size["generation cache"]
     prompts, prompt = config.data.train_batch_size, config.data.max_prompt_length
@@ -370,7 +392,9 @@ def _generating(
     matrix, heads = models.num_matmul_params(arch), arch.num_heads * arch.head_dim
     shape = arch.num_layers, arch.num_heads, arch.head_dim
     read = metrics.train_flops(matrix, prompts * prompt, prompts * prompt**2, *shape)
-    reads = -(-prompts * prompt // (rollout.prefill_tokens * mesh.shape["data"]))
+    reads = -(
+        -prompts * prompt // (rollout.prefill_tokens * engine.replicas * processes)
+    )
     waves, mean = -(-responses // (wave * processes)), prompt + response / 2
     attended = 4 * heads * arch.num_layers * mean
 
@@ -410,7 +434,7 @@ def _moving(
     traffic = {"actor": _bytes(params), "rollout": before}
     # The old copy goes before the new one comes, whose layers are then joined.
     joining = before + engine.layer_bytes - weights
-    if set(learner.mesh.devices.flat) == engine.devices:
+    if engine.shares_devices(params):
         return {
             "actor": _Work(
                 lower=lambda: engine.lower_load(params),
@@ -422,14 +446,27 @@ def _moving(
                 memory_traffic=sum(traffic.values()),
             ).compile()
         }
-    way = plan.plan(params, target)
-    # Arguments are blocks that were cut out, or zeros; all devices have results.
+    way, source = plan.plan(params, target), jax.tree.leaves(params)[0].sharding
+    together = source.device_set == jax.tree.leaves(target)[0].sharding.device_set
     peaks, made = {"actor": 0, "rollout": joining}, 0
     for chunk, compiled in zip(way.chunks, reshard.programs(way), strict=True):
-        peaks["actor"] = max(peaks["actor"], _peak(compiled))
-        peaks["rollout"] = max(peaks["rollout"], made + _peak(compiled) - weights)
+        size = _peak(compiled)
+        if together:  # else blocks are cut out, and zeros where there are none
+            size -= compiled.memory_analysis().argument_size_in_bytes
+        peaks["actor"] = max(peaks["actor"], size)
+        peaks["rollout"] = max(peaks["rollout"], made + size - weights)
         made += sum(move.wanted_bytes for move in chunk)
     received = max(way.received.values())
+    if together:
+        return {
+            "actor": Program(
+                extra_bytes=peaks["rollout"],
+                runs=1,
+                flops=0.0,
+                memory_traffic=sum(traffic.values()),
+                received_bytes=received,
+            )
+        }
     return {
         role: Program(
             extra_bytes=peaks[role],
@@ -458,12 +495,10 @@ def _training_flops(config: Config, arch: models.Architecture) -> float:
     )
 
 
-def _weights_read(
-    arch: models.Architecture, mesh: jax.sharding.Mesh, dtype: str
-) -> int:
+def _weights_read(arch: models.Architecture, on: jax.sharding.Mesh, dtype: str) -> int:
     """Bytes of all weights that a device multiplies with."""
     width = jnp.dtype(dtype).itemsize
-    return width * models.num_params(arch) // mesh.shape["tensor"]
+    return width * models.num_params(arch) // on.shape["tensor"]
 
 
 def _longest(config: Config) -> int:
@@ -471,16 +506,16 @@ def _longest(config: Config) -> int:
     return config.data.max_prompt_length + config.rollout.max_response_length
 
 
-def _wave(config: Config, mesh: jax.sharding.Mesh) -> tuple[int, int]:
+def _wave(config: Config, on: jax.sharding.Mesh) -> tuple[int, int]:
     """Responses that a process decodes together, and tokens of each with its prompt."""
-    prompts = -(-config.data.train_batch_size // _processes(mesh))
+    prompts = -(-config.data.train_batch_size // _processes(on))
     return min(prompts * config.rollout.n, config.rollout.max_num_seqs), _longest(
         config
     )
 
 
-def _processes(mesh: jax.sharding.Mesh) -> int:
-    return len({device.process_index for device in mesh.devices.flat})
+def _processes(on: jax.sharding.Mesh) -> int:
+    return len({device.process_index for device in on.devices.flat})
 
 
 def _bytes(tree: Any) -> int:

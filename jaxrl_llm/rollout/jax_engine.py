@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from jaxrl_llm import models
 from jaxrl_llm.batch import Completion
@@ -84,7 +84,7 @@ class JaxEngine:
                 "positions"
             )
         self.arch, self.tokenizer = arch, tokenizer
-        self.devices, self.mesh = set(mesh.devices.flat), mesh.local_mesh
+        self._devices, self.mesh = tuple(mesh.devices.flat), mesh.local_mesh
         self.replicas = self.mesh.shape["data"]
         self._rows = -(-max_num_seqs // self.replicas)
         self._max_model_len, self._chunk = max_model_len, decode_chunk
@@ -140,12 +140,12 @@ class JaxEngine:
             )
         freq, first = self._checksum_freq, self._version == -1
         self._params = None  # free the old copy before the new one is made
-        devices = {d for x in jax.tree.leaves(params) for d in x.sharding.device_set}
-        if devices == self.devices:
+        if self.shares_devices(params):
             moved = self._cast(params)  # one program, XLA's own collectives
         else:
             moved = reshard.reshard(params, self._way_of(params))
-        travels = len(devices | self.devices) > 1
+        devices = {d for x in jax.tree.leaves(params) for d in x.sharding.device_set}
+        travels = len(devices.union(self._devices)) > 1
         if travels and freq and (first or version % freq == 0):
             way = self._way_of(params)
             checksum.verify(moved, way, checksum.expected(params, way))
@@ -156,6 +156,18 @@ class JaxEngine:
         }
         self._version = version
         return {}
+
+    def shares_devices(self, params: Any) -> bool:
+        """Whether weights are on the engine's devices, counted in the same order; a
+        program takes no other. Meshes of other axes walk a TPU's torus otherwise."""
+
+        def order(sharding: Sharding) -> tuple[jax.Device, ...]:
+            if isinstance(sharding, NamedSharding):
+                return tuple(sharding.mesh.devices.flat)
+            return tuple(sharding.device_set)
+
+        orders = {order(x.sharding) for x in jax.tree.leaves(params)}
+        return orders == {self._devices}
 
     def _way_of(self, params: Any) -> plan.Plan:
         """How weights in this layout come here.
