@@ -12,7 +12,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_llm import models, planner
+from jaxrl_llm import models
 from jaxrl_llm.config import Config
 from jaxrl_llm.config_algorithm import uses_kl
 from jaxrl_llm.console import progress
@@ -110,12 +110,53 @@ def show_plan(config: Config, estimates: Sequence[Estimate]) -> None:
         console.print(_work(found))
         where = f"{found.group}: " if len(estimates) > 1 else ""
         if found.capacity:
-            said = planner.advice(config, found)
+            said = advice(config, found)
             console.print(
                 where + ("does not fit; change one or more of" if said else "fits")
             )
             for line in said:
                 console.print(f"  {line}", markup=False, highlight=False)
+
+
+def advice(config: Config, found: Estimate) -> list[str]:
+    """What to change where memory does not suffice; empty if it does."""
+    if found.capacity is None or found.peak_bytes <= found.capacity:
+        return []
+    held, room = sum(found.held.values()), found.capacity
+    worst = max(found.programs, key=lambda name: found.programs[name].extra_bytes)
+    whose = "critic" if worst in ("values", "critic's update") else "actor"
+    section = getattr(config, whose)
+    said, size = [], config.rollout.mesh.tensor
+    if held > room / 2:
+        learns = "weights" in found.held
+        if learns and config.actor.mesh.data != 1:
+            said.append(
+                "actor.mesh: data 1 and fsdp -1, to split all weights and moments"
+            )
+        if learns and "optimizer" not in config.actor.offload:
+            said.append("actor.offload: [optimizer], which waits in the host's memory")
+        engine = found.held.get("engine's weights", 0)
+        if engine > held / 4 and size < found.num_devices:
+            said.append(
+                f"rollout.mesh.tensor: {2 * size}, to split the engine's weights"
+            )
+        needed = -(-held * found.num_devices // int(room / 2))
+        said.append(f"about {needed} devices, to keep half of each for activations")
+    match worst:
+        case "prefill" | "decode":
+            half = config.rollout.max_num_seqs // 2
+            said.append(f"rollout.max_num_seqs: {half}, for half the cache")
+            said.append(f"rollout.mesh.tensor: {2 * size}, to split weights and cache")
+        case "reshard":
+            said.append(f"rollout.mesh.tensor: {2 * size}, to split what arrives")
+        case _:
+            micro = section.micro_batch_size or config.actor.micro_batch_size
+            if section.remat != "full":
+                said.append(f"{whose}.remat: full")
+            if micro is None or micro > 1:
+                said.append(f"{whose}.micro_batch_size: {(micro or 2) // 2}")
+            said.append(f"{whose}.mesh.tensor: twice as many, to split activations")
+    return said
 
 
 def show_measured(estimates: Sequence[Estimate], held: int, peak: int | None) -> None:

@@ -137,7 +137,8 @@ def _processes(rest: list[str]) -> tuple[AbstractContextManager[None], list[str]
 def _plan(rest: list[str]) -> None:
     import jax
 
-    from jaxrl_llm import console, dry_run, planner
+    from jaxrl_llm import console, dry_run, planner, workload
+    from jaxrl_llm.bench import step
 
     given, rest = _options(rest, ("--topology", "--devices", "--memory", "--measure"))
     config, _ = _config("plan", rest)
@@ -167,7 +168,8 @@ def _plan(rest: list[str]) -> None:
     dry_run.show_plan(config, found)
     if "--measure" in given:
         with console.progress(f"running {steps} steps"):
-            held, peak = planner.measure(config, int(steps))
+            arch = workload.architecture(config.model.path, config.model.revision)
+            held, peak = step.measure(config, arch, int(steps))
         dry_run.show_measured(found, held, peak)
 
 

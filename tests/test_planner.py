@@ -4,8 +4,8 @@ import gc
 import jax
 import pytest
 
-from jaxrl_llm import config, dry_run, launch, models, planner
-from jaxrl_llm.bench import shapes
+from jaxrl_llm import config, dry_run, launch, models, planner, workload
+from jaxrl_llm.bench import shapes, step
 
 GIB = 2**30
 
@@ -77,7 +77,7 @@ def test_every_program_of_a_step_is_there(planned):
 
 def test_what_does_not_fit_gets_advice_and_what_fits_none(planned):
     def advised(memory):
-        return planner.advice(settings(), planned.__class__(
+        return dry_run.advice(settings(), planned.__class__(
             **{**vars(planned), "capacity": memory}
         ))  # fmt: skip
 
@@ -87,7 +87,7 @@ def test_what_does_not_fit_gets_advice_and_what_fits_none(planned):
 
 
 def test_a_step_takes_as_long_as_what_is_slowest():
-    program = planner.Program(
+    program = workload.Program(
         extra_bytes=0, runs=1, flops=197e12, memory_traffic=8.2e11,
         received_bytes=3 * 9e10,
     )  # fmt: skip
@@ -221,7 +221,7 @@ def test_a_run_needs_the_memory_that_was_planned(planned):
     jax.clear_caches()
     gc.collect()
     before = programs()
-    held, _ = planner.measure(settings(), 1)
+    held, _ = step.measure(settings(), shapes.find("tiny"), 1)
     sizes = {}
     for name, size in programs() - before:
         sizes[name] = max(size, sizes.get(name, 0))

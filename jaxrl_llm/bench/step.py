@@ -19,11 +19,11 @@ from jaxrl_llm import config as configs
 from jaxrl_llm import estimate, grpo, metrics, models
 from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.bench import shapes
-from jaxrl_llm.config import Config
+from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.rewards import resolve, score
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
-from jaxrl_llm.train import engine_of, make_meshes
+from jaxrl_llm.train import engine_of, has_critic, make_meshes
 
 
 class _Numbers:
@@ -123,6 +123,42 @@ def run(
         timer = metrics.Timer()
         state, found = _step(config, learner, engine, state, timer, mean, step)
         yield {**timer.metrics(), **found}, state
+
+
+def measure(
+    config: Config, arch: models.Architecture, steps: int
+) -> tuple[int, int | None]:
+    """Runs steps of `config` on the devices that are here, on random weights, with
+    everything as long as it may be.
+
+    Returns:
+      Bytes held after the last step, of the fullest device; and the most that its
+      allocator has handed out in this process, None where there is none that counts.
+
+    Raises:
+      ConfigError: it has a critic or a penalty in the reward, which are not run so.
+    """
+    if has_critic(config) or config.algorithm.use_kl_in_reward:
+        raise ConfigError(
+            "--measure: runs without a critic and without a penalty in the reward; got "
+            f"algorithm.adv_estimator {config.algorithm.adv_estimator}, "
+            f"algorithm.use_kl_in_reward {config.algorithm.use_kl_in_reward}"
+        )
+    held = 0
+    for _ in run(config, arch, steps):
+        held = max(_live_bytes().values())
+    peak = metrics.memory().get("perf/max_memory_allocated_gb")
+    return held, None if peak is None else round(peak * 2**30)
+
+
+def _live_bytes() -> dict[int, int]:
+    """Of all arrays that there are, by device id. Two may share a buffer."""
+    sizes: dict[int, dict[int, int]] = {}
+    for x in jax.live_arrays():
+        for shard in x.addressable_shards:
+            place = shard.data.unsafe_buffer_pointer()
+            sizes.setdefault(shard.device.id, {})[place] = shard.data.nbytes
+    return {device: sum(of.values()) for device, of in sizes.items()}
 
 
 def _step(
