@@ -3,6 +3,7 @@
 `show` of a run on these devices, `show_plan` of a step on any.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,41 +123,53 @@ def advice(config: Config, found: Estimate) -> list[str]:
     """What to change where memory does not suffice; empty if it does."""
     if found.capacity is None or found.peak_bytes <= found.capacity:
         return []
-    held, room = sum(found.held.values()), found.capacity
-    worst = max(found.programs, key=lambda name: found.programs[name].extra_bytes)
-    whose = "critic" if worst in ("values", "critic's update") else "actor"
-    section = getattr(config, whose)
-    said, size = [], config.rollout.mesh.tensor
-    if held > room / 2:
-        learns = "weights" in found.held
-        if learns and config.actor.mesh.data != 1:
+    held, said = sum(found.held.values()), []
+    size, engine = config.rollout.mesh.tensor, found.held.get("engine's weights", 0)
+    # An engine does not leave its host.
+    divides = engine and 2 * size <= found.num_devices // found.num_processes
+    if held > found.capacity / 2:
+        if "weights" in found.held and config.actor.mesh.data != 1:
             said.append(
                 "actor.mesh: data 1 and fsdp -1, to split all weights and moments"
             )
-        if learns and "optimizer" not in config.actor.offload:
-            said.append("actor.offload: [optimizer], which waits in the host's memory")
-        engine = found.held.get("engine's weights", 0)
-        if engine > held / 4 and size < found.num_devices:
-            said.append(
-                f"rollout.mesh.tensor: {2 * size}, to split the engine's weights"
-            )
-        needed = -(-held * found.num_devices // int(room / 2))
+        for name in ("reference", "optimizer"):
+            if found.held.get(name):
+                said.append(
+                    f"actor.offload: [{name}], which waits in the host's memory"
+                )
+        if engine > held / 4 and config.rollout.quantization is None:
+            said.append("rollout.quantization: int8, for half the engine's weights")
+        needed = -(-held * found.num_devices // int(found.capacity / 2))
         said.append(f"about {needed} devices, to keep half of each for activations")
-    match worst:
-        case "prefill" | "decode":
-            half = config.rollout.max_num_seqs // 2
-            said.append(f"rollout.max_num_seqs: {half}, for half the cache")
-            said.append(f"rollout.mesh.tensor: {2 * size}, to split weights and cache")
-        case "reshard":
-            said.append(f"rollout.mesh.tensor: {2 * size}, to split what arrives")
-        case _:
-            micro = section.micro_batch_size or config.actor.micro_batch_size
-            if section.remat != "full":
-                said.append(f"{whose}.remat: full")
-            if micro is None or micro > 1:
-                said.append(f"{whose}.micro_batch_size: {(micro or 2) // 2}")
-            said.append(f"{whose}.mesh.tensor: twice as many, to split activations")
+    if divides:
+        said.append(f"rollout.mesh.tensor: {2 * size}, to split weights and cache")
+    over = {
+        name
+        for name, program in found.programs.items()
+        if held + program.extra_bytes > found.capacity
+    }
+    if over & {"prefill", "decode"}:
+        most = max(found.programs[name].extra_bytes for name in ("prefill", "decode"))
+        room = (found.cache_bytes + found.capacity - held - most) / _GIB
+        said += [f"rollout.cache_gib: {math.floor(10 * room) / 10}"] * (room >= 0.1)
+    for whose, names in {
+        "actor": {"update", "log-probabilities", "reference's log-probabilities"},
+        "critic": {"values", "critic's update"},
+    }.items():
+        if over & names:
+            said += _smaller(config, whose)
     return said
+
+
+def _smaller(config: Config, whose: str) -> list[str]:
+    """What makes the activations of the actor or the critic fewer."""
+    section, said = getattr(config, whose), []
+    micro = section.micro_batch_size or config.actor.micro_batch_size
+    if section.remat != "full":
+        said.append(f"{whose}.remat: full")
+    if micro is None or micro > 1:
+        said.append(f"{whose}.micro_batch_size: {(micro or 2) // 2}")
+    return [*said, f"{whose}.mesh.tensor: twice as many, to split activations"]
 
 
 def show_measured(estimates: Sequence[Estimate], held: int, peak: int | None) -> None:

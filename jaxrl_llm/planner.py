@@ -37,6 +37,8 @@ class Estimate:
     """Of `placement.groups`, or all devices."""
     device_kind: str
     num_devices: int
+    num_processes: int
+    """That share them."""
     held: Mapping[str, int]
     """Bytes of what stays from step to step."""
     cache_bytes: int
@@ -184,6 +186,7 @@ def estimate(
             group=group,
             device_kind=devices[0].device_kind,
             num_devices=counts[group],
+            num_processes=processes,
             held=held[group],
             cache_bytes=generates.get(group, (0, 0))[0],
             wanted_cache_bytes=generates.get(group, (0, 0))[1],

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm import models
 from jaxrl_llm.rollout import decode, running
@@ -74,6 +76,15 @@ def assert_same(some, others, atol=1e-5):
 
 
 REQUESTS = [request(i) for i in range(5)]
+
+
+def test_weights_come_from_devices_in_another_order():
+    # As from a TPU's training mesh, whose axes walk the torus another way.
+    turned = mesh.make({"data": 4}, jax.devices()[3::-1])
+    params = jax.device_put(PARAMS, NamedSharding(turned, P()))
+    axes = {"data": 2, "tensor": 2}
+    found = engine(params, axes=axes), engine(axes=axes)
+    assert_same(*(generate(made, REQUESTS) for made in found))
 
 
 def test_greedy_tokens_are_the_argmax_of_the_forward_pass():

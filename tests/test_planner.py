@@ -92,7 +92,8 @@ def test_a_step_takes_as_long_as_what_is_slowest():
         received_bytes=3 * 9e10,
     )  # fmt: skip
     found = planner.Estimate(
-        group="all devices", device_kind="TPU v5 lite", num_devices=1, held={},
+        group="all devices", device_kind="TPU v5 lite", num_devices=1,
+        num_processes=1, held={},
         cache_bytes=0, wanted_cache_bytes=0, programs={"update": program},
         capacity=None,
     )  # fmt: skip
@@ -195,6 +196,19 @@ def test_steps_are_measured_only_on_the_devices_of_the_plan(
     path.write_text(settings().model_dump_json(exclude_unset=True))
     assert launch.main(["plan", str(path), "--devices", "4", "--measure", "1"]) == 2
     assert "on the 8 devices that are here" in capsys.readouterr().err
+
+
+def test_what_a_compiler_gives_up_on_is_planned_by_its_own_count():
+    def lower():
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
+            "for HLO temporaries (16.50G) exceeds available HBM (15.75G)."
+        )
+
+    program = workload.Work(
+        lower=lower, kept=2 * GIB, num_devices=1, runs=1, flops=0.0, memory_traffic=0
+    ).compile()
+    assert program.extra_bytes == 14.5 * GIB and program.received_bytes is None
 
 
 def test_another_engine_is_refused():

@@ -88,6 +88,7 @@ def test_generation_does_not_leave_a_host():
 
     assert hosts(mesh.make(axes, chips)) == [2, 2, 2, 2]
     assert hosts(mesh.make_by_process(axes, chips)) == [1, 1, 1, 1]
+    assert len(planner.host_of("v5e:4x4")) == 4 == len(planner.host_of("v5p:2x4x4"))
 
 
 @pytest.mark.slow  # tests/test_planner.py compiles a smaller one
