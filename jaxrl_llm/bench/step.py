@@ -5,6 +5,7 @@ engine are those of a run; only the texts mean nothing.
 """
 
 import dataclasses
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -146,6 +147,7 @@ def measure(
         )
     held = 0
     for _ in run(config, arch, steps):
+        gc.collect()  # what Python has not let go of yet does not stay
         held = max(_live_bytes().values())
     peak = metrics.memory().get("perf/max_memory_allocated_gb")
     return held, None if peak is None else round(peak * 2**30)
