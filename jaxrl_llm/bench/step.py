@@ -133,7 +133,7 @@ def measure(
     everything as long as it may be.
 
     Returns:
-      Bytes held after the last step, of the fullest device; and the most that its
+      Bytes held after the last step, more than before, of the fullest device; and the most that its
       allocator has handed out in this process, None where there is none that counts.
 
     Raises:
@@ -145,10 +145,10 @@ def measure(
             f"algorithm.adv_estimator {config.algorithm.adv_estimator}, "
             f"algorithm.use_kl_in_reward {config.algorithm.use_kl_in_reward}"
         )
-    held = 0
+    held, others = 0, _live_bytes()
     for _ in run(config, arch, steps):
         gc.collect()  # what Python has not let go of yet does not stay
-        held = max(_live_bytes().values())
+        held = max(size - others.get(on, 0) for on, size in _live_bytes().items())
     peak = metrics.memory().get("perf/max_memory_allocated_gb")
     return held, None if peak is None else round(peak * 2**30)
 
