@@ -133,8 +133,9 @@ def measure(
     everything as long as it may be.
 
     Returns:
-      Bytes held after the last step, more than before, of the fullest device; and the most that its
-      allocator has handed out in this process, None where there is none that counts.
+      Bytes held after the last step besides what was there before, of the fullest
+      device; and the most that its allocator has handed out in this process, None where
+      there is none that counts.
 
     Raises:
       ConfigError: it has a critic or a penalty in the reward, which are not run so.
