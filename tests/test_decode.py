@@ -12,7 +12,7 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_llm import models
+from jaxrl_llm import collectives, models
 from jaxrl_llm.rollout import decode, running
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
 from jaxrl_llm.rollout.jax_engine import JaxEngine
@@ -394,3 +394,14 @@ def test_what_cannot_be_answered_is_refused():
             sampling=Sampling(max_tokens=1),
         )
         engine().submit([empty])
+
+
+def test_collectives_of_a_chunk_are_those_of_its_steps():
+    def received(chunk):
+        made = engine(axes={"data": 1, "tensor": 2}, decode_chunk=chunk)
+        program = made.lower(8, num_prompts=8, prompt_length=30)["decode"].compile()
+        return collectives.received(program.as_text(), num_devices=2)
+
+    # Eight steps pass between two looks at whether to go on, or one.
+    assert received(8) * 7 == pytest.approx(received(7) * 8, rel=0.01)
+    assert received(16) == pytest.approx(2 * received(8), rel=0.01)
