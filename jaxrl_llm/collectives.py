@@ -76,12 +76,29 @@ def _trips(line: str, lines) -> int:
     if known:
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", line)
-    limits = [
-        int(number)
-        for other in (lines[condition[1]][1] if condition else ())
-        for number in re.findall(r"s32\[\]\S* constant\((\d+)\)", other)
-    ]
+    if condition is None:
+        return 1
+    limits = _limits(condition[1], lines) or _constants(condition[1], lines).values()
     return max([1, *limits])
+
+
+def _limits(name: str, lines) -> list[int]:
+    """Numbers that a scalar must be less than in `name` or in what it calls."""
+    numbers, found = _constants(name, lines), []
+    for line in lines[name][1]:
+        less = re.search(r"= pred\[\]\S* compare\((.*?)\), direction=LT", line)
+        names = re.findall(r"%([\w.-]+)", less[1]) if less else []
+        found += [numbers[other] for other in names if other in numbers]
+        for other in _CALLED.findall(line):
+            found += _limits(other, lines) if other in lines else []
+    return found
+
+
+def _constants(name: str, lines) -> dict[str, int]:
+    """Whole numbers in a computation, by the name of the instruction."""
+    known = r"%([\w.-]+) = s32\[\]\S* constant\((\d+)\)"
+    pairs = (re.search(known, line) for line in lines[name][1])
+    return {pair[1]: int(pair[2]) for pair in pairs if pair}
 
 
 def _bytes(match: re.Match, line: str, num_devices: int) -> int:

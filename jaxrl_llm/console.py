@@ -211,11 +211,14 @@ def whereabouts(run_dir: str | Path, *, console: Console | None = None) -> None:
 
 @contextmanager
 def progress(description: str, *, console: Console | None = None) -> Iterator[None]:
-    """A spinner while the block runs, and then how long it took."""
+    """A spinner and the time so far while the block runs; then how long it took."""
     console = console or Console()
     start = time.perf_counter()
     if console.is_terminal and not console.is_jupyter:
-        with console.status(Text(description)):
+        text = TextColumn("{task.description}", markup=False)
+        columns = SpinnerColumn(), text, TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True) as shown:
+            shown.add_task(description)
             yield
     else:
         yield

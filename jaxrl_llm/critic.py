@@ -20,7 +20,7 @@ from jaxrl_llm import grpo, logprobs, models, optimizer, ppo
 from jaxrl_llm.batch import TrainBatch, pad_rows, previous_tokens
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.learner import abstract_state, first_state, split, state_shardings
-from jaxrl_llm.models import Checkpoint
+from jaxrl_llm.models import WeightSource
 from jaxrl_llm.policy import attention, layout, partition
 from sharding import processes
 
@@ -38,7 +38,7 @@ class Critic:
       ValueError: there is no such model.
     """
 
-    def __init__(self, config: Config, source: Checkpoint, mesh: Mesh):
+    def __init__(self, config: Config, source: WeightSource, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self._source = _open(config, source)
         self.arch = self._source.arch
@@ -46,9 +46,10 @@ class Critic:
         self._mini_batch = (
             critic.ppo_mini_batch_size or config.actor.ppo_mini_batch_size
         )
-        self._epochs = critic.ppo_epochs or config.actor.ppo_epochs
+        self.epochs = critic.ppo_epochs or config.actor.ppo_epochs
         prompts = config.data.train_batch_size
-        count = self._epochs * -(-prompts // (self._mini_batch or prompts))
+        count = self.epochs * -(-prompts // (self._mini_batch or prompts))
+        self.updates_per_step = count
         self.optimizer = optimizer.make(critic.optim, total_steps, count)
         self.schedule = optimizer.schedule(critic.optim, total_steps, count)
         self._partition = partition(
@@ -140,7 +141,7 @@ class Critic:
           The next state, and metrics averaged over the optimizer steps.
         """
         collected = []
-        for epoch in range(self._epochs):
+        for epoch in range(self.epochs):
             for part in self._parts(batch, epoch, seed):
                 state, metrics = self._update(state, self._on_devices(part))
                 collected.append(metrics)
@@ -148,16 +149,15 @@ class Critic:
         means["critic/lr"] = float(self.schedule(int(state.step) - 1))
         return jax.block_until_ready(state), means
 
-    def update_memory(self, batch: TrainBatch) -> Any:
-        """The compiler's memory analysis of an update with (a part of) `batch`."""
+    def lower_update(self, batch: TrainBatch) -> jax.stages.Lowered:
+        """An update with (a part of) `batch`, from shapes alone."""
         known = dict.fromkeys(("values", "returns"), batch.sampler_logprobs)
         part = self._parts(dataclasses.replace(batch, **known), 0, 0)[0]
-        rows = jax.eval_shape(lambda: self._padded(part))
-        rows = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows), rows
-        )
-        compiled = self._update.lower(self.abstract_state(), rows).compile()
-        return compiled.memory_analysis()
+        return self._update.lower(self.abstract_state(), self._abstract(part))
+
+    def lower_judging(self, batch: TrainBatch) -> jax.stages.Lowered:
+        """The values of rows of these shapes, from shapes alone."""
+        return self._judge.lower(self.abstract_state().params, self._abstract(batch))
 
     def state_shardings(self) -> grpo.TrainState:
         """Of every array of the state."""
@@ -195,11 +195,17 @@ class Critic:
             batch, -(-num_rows // rows) * rows, -(-length // tokens) * tokens
         )
 
+    def _abstract(self, batch: TrainBatch) -> TrainBatch:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows),
+            jax.eval_shape(lambda: self._padded(batch)),
+        )
+
     def _on_devices(self, batch: TrainBatch) -> TrainBatch:
         return processes.place(self._padded(batch), self._rows)
 
 
-def _open(config: Config, source: Checkpoint) -> Checkpoint:
+def _open(config: Config, source: WeightSource) -> WeightSource:
     """The checkpoint the critic starts from."""
     model = config.critic.model
     if model.path is None:

@@ -1,5 +1,10 @@
-"""What a run would be: checked, counted and compiled, without reading the weights."""
+"""What a run would be: checked, counted and compiled, without reading the weights.
 
+`show` of a run on these devices, `show_plan` of a step on any.
+"""
+
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import models
+from jaxrl_llm.config import Config
 from jaxrl_llm.config_algorithm import uses_kl
 from jaxrl_llm.console import progress
+from jaxrl_llm.planner import Estimate
 from jaxrl_llm.train import Job, placed
 from sharding import processes
 
@@ -67,7 +74,7 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
         {
             "weights": _bytes(state.params),
             "optimizer": _bytes(state.opt_state),
-            _PEAK: learner.update_memory().temp_size_in_bytes,
+            _PEAK: _temporary(learner.lower_largest_update()),
         },
     )
     add(
@@ -79,7 +86,7 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
     )
     if critic:
         judge = critic.abstract_state()
-        peak = critic.update_memory(learner.largest_rows()).temp_size_in_bytes
+        peak = _temporary(critic.lower_update(learner.largest_rows()))
         add(
             "critic",
             {
@@ -101,6 +108,134 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
 
 
 _PEAK = "gradients, activations"
+
+
+def show_plan(config: Config, estimates: Sequence[Estimate]) -> None:
+    """Prints memory, traffic and time per device of every group, and what to change."""
+    console = Console()
+    for found in estimates:
+        console.print(_memory(found))
+        console.print(_work(found))
+        where = f"{found.group}: " if len(estimates) > 1 else ""
+        if found.capacity:
+            said = advice(config, found)
+            console.print(
+                where + ("does not fit; change one or more of" if said else "fits")
+            )
+            for line in said:
+                console.print(f"  {line}", markup=False, highlight=False)
+
+
+def advice(config: Config, found: Estimate) -> list[str]:
+    """What to change where memory does not suffice; empty if it does."""
+    if found.capacity is None or found.peak_bytes <= found.capacity:
+        return []
+    held, said = sum(found.held.values()), []
+    size, engine = config.rollout.mesh.tensor, found.held.get("engine's weights", 0)
+    # An engine does not leave its host.
+    divides = engine and 2 * size <= found.num_devices // found.num_processes
+    if held > found.capacity / 2:
+        if "weights" in found.held and config.actor.mesh.data != 1:
+            said.append(
+                "actor.mesh: data 1 and fsdp -1, to split all weights and moments"
+            )
+        for name in ("reference", "optimizer"):
+            if found.held.get(name):
+                said.append(
+                    f"actor.offload: [{name}], which waits in the host's memory"
+                )
+        if engine > held / 4 and config.rollout.quantization is None:
+            said.append("rollout.quantization: int8, for half the engine's weights")
+        needed = -(-held * found.num_devices // int(found.capacity / 2))
+        said.append(f"about {needed} devices, to keep half of each for activations")
+    if divides:
+        said.append(f"rollout.mesh.tensor: {2 * size}, to split weights and cache")
+    over = {
+        name
+        for name, program in found.programs.items()
+        if held + program.extra_bytes > found.capacity
+    }
+    if over & {"prefill", "decode"}:
+        most = max(found.programs[name].extra_bytes for name in ("prefill", "decode"))
+        room = (found.cache_bytes + found.capacity - held - most) / _GIB
+        said += [f"rollout.cache_gib: {math.floor(10 * room) / 10}"] * (room >= 0.1)
+    for whose, names in {
+        "actor": {"update", "log-probabilities", "reference's log-probabilities"},
+        "critic": {"values", "critic's update"},
+    }.items():
+        if over & names:
+            said += _smaller(config, whose)
+    return said
+
+
+def _smaller(config: Config, whose: str) -> list[str]:
+    """What makes the activations of the actor or the critic fewer."""
+    section, said = getattr(config, whose), []
+    micro = section.micro_batch_size or config.actor.micro_batch_size
+    if section.remat != "full":
+        said.append(f"{whose}.remat: full")
+    if micro is None or micro > 1:
+        said.append(f"{whose}.micro_batch_size: {(micro or 2) // 2}")
+    return [*said, f"{whose}.mesh.tensor: twice as many, to split activations"]
+
+
+def show_measured(estimates: Sequence[Estimate], held: int, peak: int | None) -> None:
+    """Prints what `planner.measure` found beside what was planned, of the fullest
+    device."""
+    table = Table("per device", "planned GiB", "measured GiB", "measured / planned")
+    planned = {
+        "held": (max(sum(found.held.values()) for found in estimates), held),
+        "peak": (max(found.peak_bytes for found in estimates), peak),
+    }
+    for name, (wanted, found) in planned.items():
+        cells = ["not counted", ""]
+        if found is not None:
+            cells = [f"{found / _GIB:.3f}", f"{found / wanted:.3f}"]
+        table.add_row(name, f"{wanted / _GIB:.3f}", *cells)
+    Console().print(table)
+
+
+def _memory(found: Estimate) -> Table:
+    title = f"{found.group}, {found.num_devices} x {found.device_kind}"
+    table = Table("memory per device", "GiB", title=title)
+    for name, size in found.held.items():
+        table.add_row(name, f"{size / _GIB:.2f}")
+    for name, program in found.programs.items():
+        table.add_row(f"+ {name}", f"{program.extra_bytes / _GIB:.2f}")
+    if found.wanted_cache_bytes:
+        cache = f"{found.cache_bytes / _GIB:.2f}"
+        if found.cache_bytes < found.wanted_cache_bytes:
+            cache += f" of {found.wanted_cache_bytes / _GIB:.2f} wanted"
+        table.add_row("of prefill and decode: KV cache", cache)
+    table.add_row("peak", f"{found.peak_bytes / _GIB:.2f}")
+    if found.capacity:
+        table.add_row("there is", f"{found.capacity / _GIB:.2f}")
+    return table
+
+
+def _work(found: Estimate) -> Table:
+    table = Table(
+        "per device and step", "runs", "TFLOP", "GB memory", "GB received", "s at least"
+    )
+    for name, program in found.programs.items():
+        seconds, received = found.seconds(program), program.received_bytes
+        table.add_row(
+            name,
+            str(program.runs),
+            f"{program.flops / 1e12:.4g}",
+            f"{program.memory_traffic / 1e9:.4g}",
+            "too large" if received is None else f"{received / 1e9:.4g}",
+            "" if seconds is None else f"{seconds:.3g}",
+        )
+    times = [found.seconds(program) for program in found.programs.values()]
+    if None not in times:
+        table.add_row("all", "", "", "", "", f"{sum(times):.3g}")
+    return table
+
+
+def _temporary(program: jax.stages.Lowered) -> int:
+    """Bytes that it needs besides arguments and results."""
+    return program.compile().memory_analysis().temp_size_in_bytes
 
 
 def _bytes(tree: Any) -> int:

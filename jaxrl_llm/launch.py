@@ -8,13 +8,14 @@
     jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE]
     jaxrl convert SOURCE DIRECTORY
     jaxrl report RUN_DIR
-    jaxrl plan CONFIG.yaml (--topology v5p:4x4x4 | --devices 8 [--memory 141GB])
-                           [--section.key VALUE ...]
+    jaxrl plan CONFIG.yaml (--topology v5p:4x4x4 | --devices 8 [--measure STEPS])
+                           [--memory 141GB] [--section.key VALUE ...]
     jaxrl bench NAME ...
 
 `jaxrl VERB --help` lists what a verb takes.
 """
 
+import importlib.util
 import os
 import re
 import sys
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"unknown verb {given[0]!r}; one of {', '.join(verbs)}")
     # Only its tokenizers are used: that PyTorch is missing is no news.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    _start_no_absent_tpu()
     try:
         verbs[given[0]](given[1:])
     except (ValueError, ImportError, OSError) as error:
@@ -65,6 +67,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"{error}\n(JAXRL_TRACEBACK=1 shows where)")
     return 0
+
+
+def _start_no_absent_tpu() -> None:
+    """JAX tries to start a TPU wherever libtpu is installed, which `plan` only compiles
+    with: half a second and a page of warnings where there is none."""
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    if any(path.read_text().strip() == _GOOGLE for path in vendors):
+        return
+    # What libtpu would otherwise ask a machine of Google's for.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    if importlib.util.find_spec("jax_plugins") is None:  # nor anything else
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+_GOOGLE = "0x1ae0"
+"""On the PCI bus, as in `jax._src.hardware_utils`."""
 
 
 def _fail(message: str) -> int:
@@ -118,13 +137,19 @@ def _processes(rest: list[str]) -> tuple[AbstractContextManager[None], list[str]
 def _plan(rest: list[str]) -> None:
     import jax
 
-    from jaxrl_llm import planner
+    from jaxrl_llm import console, dry_run, planner, workload
+    from jaxrl_llm.bench import step
 
-    given, rest = _options(rest, ("--topology", "--devices", "--memory"))
+    given, rest = _options(rest, ("--topology", "--devices", "--memory", "--measure"))
     config, _ = _config("plan", rest)
+    steps = given.get("--measure", "1")
+    if not steps.isdecimal() or steps == "0":
+        raise ConfigError(f"--measure is a number of steps, got {steps!r}")
     memory = _bytes(given["--memory"]) if "--memory" in given else None
     if "--topology" in given:
+        jax.config.update("jax_platforms", "cpu")  # nothing here is needed
         devices = planner.tpu(given["--topology"])
+        host = planner.host_of(given["--topology"])
     else:
         count = given.get("--devices", "")
         if not count.isdecimal() or count == "0":
@@ -132,10 +157,20 @@ def _plan(rest: list[str]) -> None:
                 "jaxrl plan needs --topology, such as v5p:4x4x4, or a number of "
                 f"--devices; got {count or 'neither'}"
             )
-        jax.config.update("jax_num_cpu_devices", int(count))
-        devices = jax.devices()
-    found = planner.estimate(config, planner.architecture(config), devices, memory)
-    planner.show(config, found)
+        host, (devices, usable) = None, planner.here(int(count))
+        memory = memory or usable
+    if "--measure" in given and list(devices) != jax.devices():
+        raise ConfigError(
+            f"--measure runs steps on the {jax.device_count()} devices that are here; "
+            "the plan is for others"
+        )
+    found = planner.estimate(config, devices, memory, console.progress, host)
+    dry_run.show_plan(config, found)
+    if "--measure" in given:
+        with console.progress(f"running {steps} steps"):
+            arch = workload.architecture(config.model.path, config.model.revision)
+            held, peak = step.measure(config, arch, int(steps))
+        dry_run.show_measured(found, held, peak)
 
 
 def _options(rest: list[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:

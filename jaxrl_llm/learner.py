@@ -152,28 +152,28 @@ class Learner:
 
     def compile_update(self, batch: TrainBatch) -> jax.stages.Compiled:
         """The update of the state with rows of these shapes, compiled."""
+        return self.lower_update(batch).compile()
+
+    def lower_update(self, batch: TrainBatch) -> jax.stages.Lowered:
+        """The update of the state with rows of these shapes."""
         rows = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.policy.rows),
             batch,
         )
-        return self._update.lower(self.abstract_state(), rows).compile()
-
-    def update_memory(self) -> Any:
-        """The compiler's memory analysis of the largest update that can occur."""
-        return self.compile_largest_update().memory_analysis()
+        return self._update.lower(self.abstract_state(), rows)
 
     def compile_largest_update(self) -> jax.stages.Compiled:
+        """The largest update that can occur, compiled."""
+        return self.lower_largest_update().compile()
+
+    def lower_largest_update(self) -> jax.stages.Lowered:
         """The update with rows in which everything is as long as it may be."""
         batch = self.largest_rows()
         if uses_kl(self.config):
             batch = dataclasses.replace(batch, ref_logprobs=batch.sampler_logprobs)
         if needs_old_logprobs(self.config):
             batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
-        return self.compile_update(self._parts(batch, 0, 0)[0])
-
-    def compile_largest_scoring(self) -> jax.stages.Compiled:
-        """The log-probabilities of all rows under one policy."""
-        return self.policy.compile_scoring(self.largest_rows())
+        return self.lower_update(self._parts(batch, 0, 0)[0])
 
     def update(
         self, state: grpo.TrainState, batch: TrainBatch, seed: int

@@ -1,62 +1,50 @@
 """What a step would take on devices that need not be here: memory, traffic, time.
 
-The programs of a run - update, log-probabilities, prefill, decode, reshard - are
-compiled from shapes by the compiler of the devices asked for, with every prompt and
+The programs of a run - update, log-probabilities, values, prefill, decode, reshard -
+are compiled from shapes by the compiler of the devices asked for, with every prompt and
 response as long as it may be. Memory and collectives are the compiler's; operations and
 memory traffic are counted by formula, since a compiler counts a loop's body once. Times
-are lower bounds, which have not been compared with runs. For GPUs the programs are
-compiled for simulated CPU devices, with their kernels.
+are lower bounds, which have not been compared with runs. `dry_run` prints it all.
 """
 
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from rich.console import Console
-from rich.table import Table
 
-from jaxrl_llm import collectives, metrics, models
-from jaxrl_llm.bench import hardware, shapes
+from jaxrl_llm import metrics, models, workload
+from jaxrl_llm.bench import hardware
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.config_algorithm import uses_kl
-from jaxrl_llm.learner import Learner, needs_old_logprobs, updates_per_step
-from jaxrl_llm.rollout.jax_engine import JaxEngine
-from jaxrl_llm.train import make_meshes
-from sharding import plan, reshard
+from jaxrl_llm.learner import Learner
+from jaxrl_llm.train import engine_of, has_critic, make_meshes, placed
+from jaxrl_llm.workload import Program, Work
+from sharding import mesh
 
+Watch = Callable[[str], AbstractContextManager[Any]]
+"""Called with what is being done while it is done, such as `console.progress`."""
 _GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Program:
-    """One compiled program on one device, and what a step makes of it."""
-
-    extra_bytes: int
-    """Peak above everything that stays."""
-    runs: int
-    """Per step."""
-    flops: float
-    """Per step; by formula."""
-    memory_traffic: float | int
-    """Bytes read and written per step that cannot be avoided; by formula."""
-    received_bytes: float | int
-    """From other devices, per step; from the compiled program."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What one device holds and does."""
+    """What one device of a group holds and does."""
 
+    group: str
+    """Of `placement.groups`, or all devices."""
     device_kind: str
     num_devices: int
+    num_processes: int
+    """That share them."""
     held: Mapping[str, int]
     """Bytes of what stays from step to step."""
     cache_bytes: int
     """Of the programs' extra: keys and values."""
+    wanted_cache_bytes: int
+    """The same if memory sufficed."""
     programs: Mapping[str, Program]
     capacity: float | int | None
     """Bytes that a device has; None if not known."""
@@ -64,7 +52,9 @@ class Estimate:
     @property
     def peak_bytes(self) -> int:
         """While the program runs that needs most."""
-        most = max(program.extra_bytes for program in self.programs.values())
+        most = max(
+            (program.extra_bytes for program in self.programs.values()), default=0
+        )
         return sum(self.held.values()) + most
 
     def seconds(self, program: Program) -> float | None:
@@ -74,7 +64,7 @@ class Estimate:
             metrics.peak_flops(self.device_kind),
             hardware.facts(self.device_kind),
         )
-        if peak is None or known is None:
+        if peak is None or known is None or program.received_bytes is None:
             return None
         _, memory_rate, link = known
         return max(
@@ -94,6 +84,8 @@ def tpu(topology: str) -> Sequence[jax.Device]:
 
     # There is no machine to ask, and no chip that two processes could want.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
@@ -102,242 +94,106 @@ def tpu(topology: str) -> Sequence[jax.Device]:
     return found.devices
 
 
-def architecture(config: Config) -> models.Architecture:
-    """Of a name of `bench.shapes` or of a checkpoint; weights are not read."""
-    path = config.model.path
-    if path.lower() in shapes.NAMES or path.endswith(".json"):
-        return shapes.find(path)
-    return models.open(path, revision=config.model.revision).arch
+def host_of(topology: str) -> Sequence[jax.Device]:
+    """A slice as large as what a host of `topology` has, such as v5e:2x2 of v5e:4x4."""
+    kind, _, sizes = topology.partition(":")
+    own = [chip.coords for chip in tpu(topology) if chip.process_index == 0]
+    sides = [1 + max(axis) - min(axis) for axis in zip(*own, strict=True)]
+    return tpu(f"{kind}:{'x'.join(map(str, sides[: 1 + sizes.count('x')]))}")
+
+
+def here(count: int) -> tuple[Sequence[jax.Device], int | None]:
+    """The accelerators of this machine if there are so many, and the memory that
+    programs may use of each; else simulated CPU devices, whose kernels differ."""
+    jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices()
+    if devices[0].platform == "cpu" or len(devices) != count:
+        return jax.devices("cpu")[:count], None
+    return devices, (devices[0].memory_stats() or {}).get("bytes_limit")
 
 
 def estimate(
     config: Config,
-    arch: models.Architecture,
     devices: Sequence[jax.Device],
     memory: float | int | None = None,
-) -> Estimate:
-    """Compiles every program of a step for `devices`.
+    watch: Watch = nullcontext,
+    host: Sequence[jax.Device] | None = None,
+) -> list[Estimate]:
+    """Compiles every program of a step for `devices`. One estimate per group.
 
     Args:
       memory: bytes that a device has; its data sheet's if not given.
+      host: what one of several processes has, each of which generates by itself. The
+        compiler for a slice makes no programs for a part of it: this is its own slice.
 
     Raises:
-      ValueError: a mesh or an array does not fit, or there is a critic, a reward
-        model or another engine, whose programs are not planned.
+      ValueError: a mesh or an array does not fit, there is a reward model, whose
+        programs are not planned, or generation is another engine's.
     """
-    if config.algorithm.adv_estimator == "gae":
+    if config.rollout.engine != "jax":
         raise ConfigError(
-            "algorithm.adv_estimator gae: a critic's update is not planned"
+            f"rollout.engine {config.rollout.engine}: only what the jax engine needs "
+            "can be planned"
         )
     if config.reward.model:
         raise ConfigError("reward.model: a reward model's scoring is not planned")
-    if config.placement.groups:
-        raise ConfigError("placement.groups: only plans of all devices for all roles")
-    meshes, source = make_meshes(config, devices), models.RandomWeights(arch)
+    meshes, group_of = make_meshes(config, devices), placed(config.placement)
+    arch = workload.architecture(config.model.path, config.model.revision)
+    source, known = models.RandomWeights(arch), hardware.facts(devices[0].device_kind)
+    capacity = memory or (known and known[0] * _GIB)
+    held: dict[str, dict[str, int]] = {group_of[role]: {} for role in meshes}
+    work: dict[str, dict[str, Work]] = {group: {} for group in held}
+
     learner = Learner(config, source, meshes["actor"], meshes["reference"])
-    engine = JaxEngine(
-        arch,
-        None,
-        mesh=meshes["rollout"],
-        dtype=jnp.dtype(config.rollout.dtype),
-        max_model_len=_wave(config)[1],
-        max_num_seqs=config.rollout.max_num_seqs,
-        decode_chunk=config.rollout.decode_chunk,
-        prefill_tokens=config.rollout.prefill_tokens,
-        cache_gib=config.rollout.cache_gib,
-        quantization=config.rollout.quantization,
-        kv_cache_dtype=config.rollout.kv_cache_dtype,
-    )
-    state, generation = learner.abstract_state(), engine.memory(*_wave(config))
-    held = {
-        "weights": _bytes(state.params),
-        "optimizer": _bytes(state.opt_state),
-        "reference": _bytes(learner.abstract_reference()) if uses_kl(config) else 0,
-        "engine's weights": generation["generation weights"],
-    }
-    held |= dict.fromkeys(config.actor.offload, 0)  # in the host's memory
-    known = hardware.facts(devices[0].device_kind)
-    return Estimate(
-        device_kind=devices[0].device_kind,
-        num_devices=len(devices),
-        held=held,
-        cache_bytes=generation["generation cache"],
-        programs=dict(_programs(config, learner, engine)),
-        capacity=memory or (known and known[0] * _GIB),
+    held[group_of["actor"]] |= workload.held_by("", learner.abstract_state())
+    work[group_of["actor"]] |= workload.learning(config, learner)
+    if uses_kl(config):
+        size = workload.bytes_of(learner.abstract_reference())
+        held[group_of["reference"]]["reference"] = size
+        work[group_of["reference"]] |= workload.reference(config, learner, size)
+    if has_critic(config):
+        critic = workload.critic_of(config, arch, meshes["critic"])
+        state = critic.abstract_state()
+        held[group_of["critic"]] |= workload.held_by("critic's ", state)
+        work[group_of["critic"]] |= workload.judging(config, critic, learner)
+    for group in held.values():  # in the host's memory
+        group |= {name: 0 for name in config.actor.offload if name in group}
+
+    engine = engine_of(config, arch, None, meshes["rollout"], [])
+    rollout, alone = held[group_of["rollout"]], meshes["rollout"]
+    wave, processes = workload.wave_of(config, alone), workload.processes_of(alone)
+    wanted = engine.memory(*wave)
+    rollout["engine's weights"] = wanted["generation weights"]
+    free = None if capacity is None else capacity - sum(rollout.values())
+    cache = engine.memory(*wave, free)["generation cache"]
+    if processes > 1:
+        alone = mesh.make(alone.local_mesh.shape, host)
+    work[group_of["rollout"]] |= workload.generating(
+        config, engine_of(config, arch, None, alone, []), wave, processes, free
     )
 
-
-def _programs(
-    config: Config, learner: Learner, engine: JaxEngine
-) -> Iterator[tuple[str, Program]]:
-    arch, count = learner.arch, learner.mesh.size
-    state, weights = learner.abstract_state(), _bytes(engine.abstract_params())
-    rows, (wave, longest) = learner.largest_rows().tokens.shape, _wave(config)
-    prompts, prompt = config.data.train_batch_size, config.data.max_prompt_length
-    responses, response = prompts * config.rollout.n, longest - prompt
-    matrix, heads = models.num_matmul_params(arch), arch.num_heads * arch.head_dim
-
-    def training_flops(sequences: int, length: int) -> float:
-        size = sequences * length, sequences * length**2
-        shape = arch.num_layers, arch.num_heads, arch.head_dim
-        return metrics.train_flops(matrix, *size, *shape) / count
-
-    def program(compiled, kept: int, runs: int, flops: float, traffic: float | int):
-        sizes = compiled.memory_analysis()
-        return Program(
-            extra_bytes=sizes.argument_size_in_bytes
-            + sizes.output_size_in_bytes
-            - sizes.alias_size_in_bytes
-            + sizes.temp_size_in_bytes
-            - kept,
-            runs=runs,
-            flops=flops,
-            memory_traffic=traffic,
-            received_bytes=runs * collectives.received(compiled.as_text(), count),
+    compiled: dict[str, dict[str, Program]] = {group: {} for group in held}
+    for group, programs in work.items():
+        for name, program in programs.items():
+            where = f" on {group}" if config.placement.groups else ""
+            with watch(f"compiling {name}{where}"):
+                compiled[group][name] = program.compile()
+    with watch("compiling reshard"):
+        for role, program in workload.moving(learner, engine, rollout).items():
+            compiled[group_of[role]]["reshard"] = program
+    counts = {group_of[role]: on.size for role, on in meshes.items()}
+    generates = {group_of["rollout"]: (cache, wanted["generation cache"])}
+    return [
+        Estimate(
+            group=group,
+            device_kind=devices[0].device_kind,
+            num_devices=counts[group],
+            num_processes=processes,
+            held=held[group],
+            cache_bytes=generates.get(group, (0, 0))[0],
+            wanted_cache_bytes=generates.get(group, (0, 0))[1],
+            programs=compiled[group],
+            capacity=capacity,
         )
-
-    width = jnp.dtype(config.actor.dtype).itemsize
-    each = width * models.num_params(arch) // learner.mesh.shape["tensor"]
-    whole, passes = training_flops(responses, longest), updates_per_step(config)
-    epochs = config.actor.ppo_epochs
-    micro = -(-rows[0] // (config.actor.micro_batch_size or rows[0]))
-    # Weights are read forward and twice backward, and the state once per update.
-    traffic = 3 * each * micro * epochs + 2 * passes * _bytes(state)
-    again = 4 / 3 if config.actor.remat == "full" else 1
-    update = learner.compile_largest_update()
-    yield (
-        "update",
-        program(update, _bytes(state), passes, again * whole * epochs, traffic),
-    )
-    policies = uses_kl(config) + needs_old_logprobs(config)
-    if policies:
-        yield (
-            "log-probabilities",
-            program(
-                learner.compile_largest_scoring(),
-                _bytes(state.params),
-                policies,
-                policies * whole / 3,
-                policies * each * micro,
-            ),
-        )
-    waves, chunk = -(-responses // wave), config.rollout.decode_chunk
-    compiled = engine.compile(wave, prompt)
-    reads = -(-prompts * prompt // (config.rollout.prefill_tokens * engine.replicas))
-    flops = training_flops(prompts, prompt) / 3
-    read = program(compiled["prefill"], weights, reads, flops, reads * weights)
-    yield "prefill", read
-    cache = engine.memory(wave, longest)["generation cache"]
-    tokens, mean = responses * response, prompt + response / 2
-    attended = 4 * heads * arch.num_layers * mean
-    yield (
-        "decode",
-        program(
-            compiled["decode"],
-            weights,
-            waves * -(-response // chunk),
-            tokens * (2 * matrix + attended) / count,
-            waves * response * (weights + cache * mean / longest),
-        ),
-    )
-    way = plan.plan(state.params, engine.abstract_params())
-    reshard.programs(way)  # that it compiles
-    yield (
-        "reshard",
-        Program(
-            extra_bytes=way.peak_extra_bytes() - weights,
-            runs=1,
-            flops=0.0,
-            memory_traffic=_bytes(state.params) + weights,
-            received_bytes=max(way.received.values()),
-        ),
-    )
-
-
-def advice(config: Config, found: Estimate) -> list[str]:
-    """What to change where memory does not suffice; empty if it does."""
-    if found.capacity is None or found.peak_bytes <= found.capacity:
-        return []
-    held, room = sum(found.held.values()), found.capacity
-    worst = max(found.programs, key=lambda name: found.programs[name].extra_bytes)
-    said, size = [], config.rollout.mesh.tensor
-    if held > room / 2:
-        if config.actor.mesh.data != 1:
-            said.append(
-                "actor.mesh: data 1 and fsdp -1, to split all weights and moments"
-            )
-        if not config.actor.offload:
-            said.append("actor.offload: [optimizer], which waits in the host's memory")
-        if found.held["engine's weights"] > held / 4 and size < found.num_devices:
-            said.append(
-                f"rollout.mesh.tensor: {2 * size}, to split the engine's weights"
-            )
-        needed = -(-held * found.num_devices // int(room / 2))
-        said.append(f"about {needed} devices, to keep half of each for activations")
-    match worst:
-        case "update" | "log-probabilities":
-            micro = config.actor.micro_batch_size
-            if config.actor.remat != "full":
-                said.append("actor.remat: full")
-            if micro is None or micro > 1:
-                said.append(f"actor.micro_batch_size: {(micro or 2) // 2}")
-            said.append("actor.mesh.tensor: twice as many, to split activations")
-        case "prefill" | "decode":
-            half = config.rollout.max_num_seqs // 2
-            said.append(f"rollout.max_num_seqs: {half}, for half the cache")
-            said.append(f"rollout.mesh.tensor: {2 * size}, to split weights and cache")
-    return said
-
-
-def show(config: Config, found: Estimate) -> None:
-    """Prints memory, traffic and time per device, and what to change."""
-    console, programs = Console(), found.programs
-    memory = Table(
-        "memory per device", "GiB", title=f"{found.num_devices} x {found.device_kind}"
-    )
-    for name, size in found.held.items():
-        memory.add_row(name, f"{size / _GIB:.2f}")
-    for name, program in programs.items():
-        memory.add_row(f"+ {name}", f"{program.extra_bytes / _GIB:.2f}")
-    memory.add_row("of prefill and decode: KV cache", f"{found.cache_bytes / _GIB:.2f}")
-    memory.add_row("peak", f"{found.peak_bytes / _GIB:.2f}")
-    if found.capacity:
-        memory.add_row("there is", f"{found.capacity / _GIB:.2f}")
-    console.print(memory)
-    work = Table(
-        "per device and step", "runs", "TFLOP", "GB memory", "GB received", "s at least"
-    )
-    for name, program in programs.items():
-        seconds = found.seconds(program)
-        work.add_row(
-            name,
-            str(program.runs),
-            f"{program.flops / 1e12:.4g}",
-            f"{program.memory_traffic / 1e9:.4g}",
-            f"{program.received_bytes / 1e9:.4g}",
-            "" if seconds is None else f"{seconds:.3g}",
-        )
-    times = [found.seconds(program) for program in programs.values()]
-    if None not in times:
-        work.add_row("all", "", "", "", "", f"{sum(times):.3g}")
-    console.print(work)
-    if found.capacity:
-        said = advice(config, found)
-        console.print("does not fit; change one or more of" if said else "fits")
-        for line in said:
-            console.print(f"  {line}", markup=False, highlight=False)
-
-
-def _wave(config: Config) -> tuple[int, int]:
-    """Responses decoded together, and tokens of each with its prompt."""
-    rows = config.data.train_batch_size * config.rollout.n
-    longest = config.data.max_prompt_length + config.rollout.max_response_length
-    return min(rows, config.rollout.max_num_seqs), longest
-
-
-def _bytes(tree: Any) -> int:
-    """On one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
+        for group in held
+    ]

@@ -77,21 +77,23 @@ class Policy:
         """`logprobs.sum_pi_squared` of all response tokens."""
         return self._fetch(self._concentration(params, self.on_devices(batch)), batch)
 
-    def compile_scoring(self, batch: TrainBatch) -> jax.stages.Compiled:
-        """The program of `score` for rows of these shapes."""
+    def lower_scoring(self, batch: TrainBatch, dtype: Any) -> jax.stages.Lowered:
+        """The program of `score` for weights of `dtype` and rows of these shapes."""
         rows = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows), batch
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows),
+            jax.eval_shape(lambda: self._padded(batch)),
         )
-        return self._score.lower(self.abstract_params(jnp.float32), rows).compile()
+        return self._score.lower(self.abstract_params(dtype), rows)
 
     def on_devices(self, batch: TrainBatch) -> TrainBatch:
         """Rows split over the mesh, with empty ones so that they can be."""
+        return processes.place(self._padded(batch), self.rows)
+
+    def _padded(self, batch: TrainBatch) -> TrainBatch:
         num_rows, length = batch.tokens.shape
         rows, tokens = self.layout.rows_multiple, self.layout.length_multiple
         size = -(-num_rows // rows) * rows, -(-length // tokens) * tokens
-        if size != batch.tokens.shape:
-            batch = batches.pad_rows(batch, *size)
-        return processes.place(batch, self.rows)
+        return batch if size == (num_rows, length) else batches.pad_rows(batch, *size)
 
     def _fetch(self, found: Float[Array, "R2 T2"], batch: TrainBatch) -> np.ndarray:
         num_rows, length = batch.tokens.shape

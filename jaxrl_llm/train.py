@@ -381,7 +381,9 @@ def make_meshes(
             axes = mesh.fill(sizes.model_dump(), len(groups[group]))
         except ValueError as error:
             raise ConfigError(f"{where}: {error}") from None
-        made[role] = mesh.make(axes, groups[group])
+        # Processes generate by themselves, each on its own devices.
+        make = mesh.make_by_process if role == "rollout" else mesh.make
+        made[role] = make(axes, groups[group])
     _check_processes(config, made["rollout"])
     return made
 
@@ -403,7 +405,8 @@ def placed(placement: PlacementConfig) -> dict[str, str]:
 
 def _check_processes(config: Config, rollout: jax.sharding.Mesh) -> None:
     """Raises ConfigError if many processes cannot share the work of generating."""
-    count, prompts = jax.process_count(), config.data.train_batch_size
+    count = len({device.process_index for device in rollout.devices.flat})
+    prompts = config.data.train_batch_size
     if count == 1:
         return
     if config.placement.groups:
@@ -421,7 +424,7 @@ def _check_processes(config: Config, rollout: jax.sharding.Mesh) -> None:
             f"data.train_batch_size {prompts} leaves some of {count} processes without "
             f"a prompt; use at least {count}"
         )
-    tensor, devices = rollout.shape["tensor"], jax.local_device_count()
+    tensor, devices = rollout.shape["tensor"], rollout.size // count
     if rollout.local_mesh.shape["tensor"] != tensor:
         raise ConfigError(
             f"rollout.mesh.tensor {tensor} spans processes of {devices} devices each, "

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jaxrl_llm import models
+from jaxrl_llm import collectives, models
 from jaxrl_llm.rollout import decode, jax_engine, running
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
 from jaxrl_llm.rollout.jax_engine import JaxEngine
@@ -74,6 +76,15 @@ def assert_same(some, others, atol=1e-5):
 
 
 REQUESTS = [request(i) for i in range(5)]
+
+
+def test_weights_come_from_devices_in_another_order():
+    # As from a TPU's training mesh, whose axes walk the torus another way.
+    turned = mesh.make({"data": 4}, jax.devices()[3::-1])
+    params = jax.device_put(PARAMS, NamedSharding(turned, P()))
+    axes = {"data": 2, "tensor": 2}
+    found = engine(params, axes=axes), engine(axes=axes)
+    assert_same(*(generate(made, REQUESTS) for made in found))
 
 
 def test_greedy_tokens_are_the_argmax_of_the_forward_pass():
@@ -301,7 +312,12 @@ def test_aborted_responses_do_not_come():
 def test_the_cache_is_written_in_place(kept, name, size):
     made = engine(decode_chunk=4, kv_cache_dtype=kept)
     with jax.debug_nans(False):  # which keeps what is donated
-        compiled = made.compile(num_responses=64, prompt_length=30)
+        compiled = {
+            name: program.compile()
+            for name, program in made.lower(
+                64, num_prompts=64, prompt_length=30
+            ).items()
+        }
     for program in compiled.values():
         text = program.as_text()
         cache = re.search(rf"{name}(\[2,\d+,64,8\])", text)
@@ -355,14 +371,15 @@ def test_completions_that_nobody_took_are_there_the_next_time():
 
 def test_a_cache_leaves_free_what_programs_need(monkeypatch):
     made = engine(max_num_seqs=64, prefill_tokens=64)
-    sizes = [x.memory_analysis() for x in made.compile(64, 128).values()]
+    programs = made.lower(64, num_prompts=64, prompt_length=128).values()
+    sizes = [program.compile().memory_analysis() for program in programs]
     working = max(size.temp_size_in_bytes for size in sizes)
     page = made.memory(1, 1)["generation cache"] // made._wanted_pages(made._fit(1))
     wanted = made._wanted_pages(64)
     assert wanted * page > working  # so that there is something to share out
     for free in (working + wanted * page // 2, 4 * wanted * page):
         monkeypatch.setattr(jax_engine, "_free_bytes", lambda device, free=free: free)
-        pages = made._affordable_pages(64)
+        pages = made._num_pages_for(64)
         assert pages * page + working <= free
         assert pages == min(wanted, int(0.95 * (free - working) / page))
 
@@ -392,3 +409,14 @@ def test_what_cannot_be_answered_is_refused():
             sampling=Sampling(max_tokens=1),
         )
         engine().submit([empty])
+
+
+def test_collectives_of_a_chunk_are_those_of_its_steps():
+    def received(chunk):
+        made = engine(axes={"data": 1, "tensor": 2}, decode_chunk=chunk)
+        program = made.lower(8, num_prompts=8, prompt_length=30)["decode"].compile()
+        return collectives.received(program.as_text(), num_devices=2)
+
+    # Eight steps pass between two looks at whether to go on, or one.
+    assert received(8) * 7 == pytest.approx(received(7) * 8, rel=0.01)
+    assert received(16) == pytest.approx(2 * received(8), rel=0.01)

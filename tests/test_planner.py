@@ -1,13 +1,16 @@
+import collections
+import gc
+
 import jax
 import pytest
 
-from jaxrl_llm import config, launch, models, planner
-from jaxrl_llm.bench import shapes
+from jaxrl_llm import config, dry_run, launch, models, planner, workload
+from jaxrl_llm.bench import shapes, step
 
 GIB = 2**30
 
 
-def settings(**more):
+def settings(changed=None, **more):
     values = {
         "output_dir": "unused",
         "model": {"path": "tiny"},
@@ -21,12 +24,21 @@ def settings(**more):
         "actor": {"use_kl_loss": True, "micro_batch_size": 8, **more},
         "trainer": {"total_training_steps": 1},
     }
-    return config.parse(values, "test")
+    return config.parse(values | (changed or {}), "test")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def donation():
+    """`debug_nans`, which the tests set, keeps what is donated."""
+    jax.config.update("jax_debug_nans", False)
+    yield
+    jax.config.update("jax_debug_nans", True)
 
 
 @pytest.fixture(scope="module")
-def planned():
-    return planner.estimate(settings(), shapes.find("tiny"), jax.devices())
+def planned(donation):
+    [found] = planner.estimate(settings(), jax.devices())
+    return found
 
 
 def test_what_stays_is_the_size_of_its_arrays(planned):
@@ -52,7 +64,7 @@ def test_every_program_of_a_step_is_there(planned):
     chunk = settings().rollout.decode_chunk
     assert runs == {
         "update": 1,
-        "log-probabilities": 1,
+        "reference's log-probabilities": 1,
         "prefill": 1,
         "decode": 128 // chunk,
         "reshard": 1,
@@ -65,7 +77,7 @@ def test_every_program_of_a_step_is_there(planned):
 
 def test_what_does_not_fit_gets_advice_and_what_fits_none(planned):
     def advised(memory):
-        return planner.advice(settings(), planned.__class__(
+        return dry_run.advice(settings(), planned.__class__(
             **{**vars(planned), "capacity": memory}
         ))  # fmt: skip
 
@@ -75,13 +87,15 @@ def test_what_does_not_fit_gets_advice_and_what_fits_none(planned):
 
 
 def test_a_step_takes_as_long_as_what_is_slowest():
-    program = planner.Program(
+    program = workload.Program(
         extra_bytes=0, runs=1, flops=197e12, memory_traffic=8.2e11,
         received_bytes=3 * 9e10,
     )  # fmt: skip
     found = planner.Estimate(
-        device_kind="TPU v5 lite", num_devices=1, held={}, cache_bytes=0,
-        programs={"update": program}, capacity=None,
+        group="all devices", device_kind="TPU v5 lite", num_devices=1,
+        num_processes=1, held={},
+        cache_bytes=0, wanted_cache_bytes=0, programs={"update": program},
+        capacity=None,
     )  # fmt: skip
     assert found.seconds(program) == pytest.approx(3)
 
@@ -92,7 +106,13 @@ def test_every_program_compiles_for_a_tpu(capsys, tmp_path):
     path.write_text(settings().model_dump_json(exclude_unset=True))
     assert launch.main(["plan", str(path), "--topology", "v5e:2x4"]) == 0
     shown = capsys.readouterr().out
-    for name in ("update", "log-probabilities", "prefill", "decode", "reshard"):
+    for name in (
+        "update",
+        "reference's log-probabilities",
+        "prefill",
+        "decode",
+        "reshard",
+    ):
         assert f"+ {name}" in shown
     assert "8 x TPU v5 lite" in shown and "15.75" in shown and "fits" in shown
 
@@ -102,6 +122,7 @@ def test_every_program_compiles_for_a_tpu(capsys, tmp_path):
     [
         ([], "needs --topology, such as v5p:4x4x4, or a number of --devices; got nei"),
         (["--devices", "many"], "got many"),
+        (["--devices", "8", "--measure", "few"], "a number of steps, got 'few'"),
         (["--devices", "8", "--memory", "lots"], "such as 141GB or 80GiB, got 'lots'"),
     ],
 )
@@ -112,11 +133,128 @@ def test_what_is_missing_is_said(arguments, message, capsys, tmp_path):
     assert message in capsys.readouterr().err
 
 
-def test_a_critic_is_refused():
-    gae = settings().model_copy(
-        update={"algorithm": settings().algorithm.model_copy(
-            update={"adv_estimator": "gae"}
-        )}
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="a critic's update is not planned"):
-        planner.estimate(gae, shapes.find("tiny"), jax.devices())
+GAE = {"algorithm": {"adv_estimator": "gae"}}
+
+
+def test_a_critic_is_held_judges_and_learns():
+    [found] = planner.estimate(settings(GAE, use_kl_loss=False), jax.devices())
+    # The policy's shape, tied matrices and all, and one number per width as its head.
+    assert found.held["critic's weights"] == pytest.approx(
+        found.held["weights"], rel=0.02
+    )
+    assert {"values", "critic's update"} < found.programs.keys()
+    assert found.programs["critic's update"].flops == found.programs["update"].flops
+    assert found.programs["values"].flops * 4 == found.programs["update"].flops
+
+
+def test_every_group_is_planned_by_itself():
+    placement = {
+        "groups": {"learn": "0-3", "judge": "4,5", "generate": "6-7"},
+        "actor": "learn",
+        "critic": "judge",
+        "rollout": "generate",
+    }
+    found = planner.estimate(
+        settings(GAE | {"placement": placement}), jax.devices(), memory=1e9
+    )
+    count = models.num_params(shapes.find("tiny"))
+    plans = {one.group: one for one in found}
+    assert {name: set(one.held) for name, one in plans.items()} == {
+        "learn": {"weights", "optimizer", "reference"},
+        "judge": {"critic's weights", "critic's optimizer"},
+        "generate": {"engine's weights"},
+    }
+    assert {name: set(one.programs) for name, one in plans.items()} == {
+        "learn": {"update", "reference's log-probabilities", "reshard"},
+        "judge": {"values", "critic's update"},
+        "generate": {"prefill", "decode", "reshard"},
+    }
+    for name, devices in {"learn": 4, "judge": 2}.items():
+        whose = "critic's " if name == "judge" else ""
+        assert plans[name].num_devices == devices
+        assert plans[name].held[f"{whose}weights"] == pytest.approx(
+            4 * count / devices, rel=0.05
+        )
+    moved = plans["generate"].programs["reshard"].received_bytes
+    assert moved == plans["generate"].held["engine's weights"]
+    assert plans["learn"].programs["reshard"].received_bytes == 0
+    assert plans["learn"].programs["reshard"].extra_bytes > 0
+
+
+def test_the_cache_takes_what_memory_leaves_it():
+    [found] = planner.estimate(settings(), jax.devices(), memory=600_000)
+    page = 2 * 2 * 64 * 1 * 16 * 2  # 2 layers, keys and values, one head of 16
+    free = 600_000 - sum(found.held.values())
+    assert found.cache_bytes == 0.9 * free // page * page < found.wanted_cache_bytes
+
+
+def test_steps_are_measured_only_on_the_devices_of_the_plan(
+    monkeypatch, capsys, tmp_path
+):
+    monkeypatch.setattr(planner, "here", lambda count: (jax.devices()[:count], None))
+    path = tmp_path / "config.yaml"
+    path.write_text(settings().model_dump_json(exclude_unset=True))
+    assert launch.main(["plan", str(path), "--devices", "4", "--measure", "1"]) == 2
+    assert "on the 8 devices that are here" in capsys.readouterr().err
+
+
+def test_what_a_compiler_gives_up_on_is_planned_by_its_own_count():
+    def lower():
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
+            "for HLO temporaries (16.50G) exceeds available HBM (15.75G)."
+        )
+
+    program = workload.Work(
+        lower=lower, kept=2 * GIB, num_devices=1, runs=1, flops=0.0, memory_traffic=0
+    ).compile()
+    assert program.extra_bytes == 14.5 * GIB and program.received_bytes is None
+
+
+def test_another_engine_is_refused():
+    vllm = settings(
+        {"rollout": {"engine": "vllm", "vllm": {"urls": ["http://localhost:1"]}}}
+    )
+    with pytest.raises(config.ConfigError, match="rollout.engine vllm"):
+        planner.estimate(vllm, jax.devices())
+
+
+def programs():
+    """(name, bytes with arguments and results) of all that are loaded."""
+    found = collections.Counter()
+    for executable in jax.devices()[0].client.live_executables():
+        of = executable.get_compiled_memory_stats()
+        size = of.argument_size_in_bytes + of.output_size_in_bytes
+        size += of.temp_size_in_bytes - of.alias_size_in_bytes
+        found[executable.hlo_modules()[0].name, size] += 1
+    return found
+
+
+def test_a_run_needs_the_memory_that_was_planned(planned):
+    """Measured: arrays that live after a step, and the programs that the step ran."""
+    jax.clear_caches()
+    gc.collect()
+    before = programs()
+    held, _ = step.measure(settings(), shapes.find("tiny"), 1)
+    sizes = {}
+    for name, size in programs() - before:
+        sizes[name] = max(size, sizes.get(name, 0))
+    assert held == pytest.approx(sum(planned.held.values()), rel=0.01)
+    stays = {
+        "update": ("jit_update", ["weights", "optimizer"]),
+        "reference's log-probabilities": ("jit_whole", ["reference"]),
+        "prefill": ("jit_read", ["engine's weights"]),
+        "decode": ("jit_decode", ["engine's weights"]),
+    }
+    for name, (module, kept) in stays.items():
+        wanted = planned.programs[name].extra_bytes + sum(map(planned.held.get, kept))
+        assert wanted == pytest.approx(sizes[module], rel=0.01), name
+
+
+def test_what_was_measured_is_printed_beside_the_plan(planned, capsys):
+    held, peak = sum(planned.held.values()), planned.peak_bytes
+    dry_run.show_measured([planned], held, round(1.05 * peak))
+    dry_run.show_measured([planned], held, None)
+    shown = capsys.readouterr().out
+    assert "1.000" in shown and "1.050" in shown
+    assert "not counted" in shown  # a CPU has no allocator that counts

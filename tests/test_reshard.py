@@ -63,7 +63,7 @@ def test_whole_blocks_are_copied_by_no_program():
     }
     to = {"w": SAME["reversed devices"], "kept": SAME["tensor8"]}
     made = plan.plan(source, abstract(source, to))
-    assert reshard.programs(made) == []
+    assert set(reshard.programs(made)) == {None}
     moved = reshard.reshard(source, made, donate=True)
     assert {name: x.sharding for name, x in moved.items()} == to
     assert all(x.is_deleted() for x in source.values())

@@ -398,9 +398,8 @@ def test_grpo_raises_the_score(tiny_model, saved, tmp_path):
 
 def test_no_plan_is_made_of_it(tiny_model, tmp_path):
     config = settings(tmp_path, tiny_model, "nowhere")
-    arch = models.open(tiny_model).arch
     with pytest.raises(ConfigError, match="a reward model's scoring is not planned"):
-        planner.estimate(config, arch, jax.devices())
+        planner.estimate(config, jax.devices())
 
 
 def test_the_python_api_takes_a_model_alone(tiny_model, saved, tmp_path):

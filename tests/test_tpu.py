@@ -1,13 +1,15 @@
-"""The real TPU compiler takes the update as it is; no TPU is needed for that."""
+"""What the real TPU compiler makes of our programs; no TPU is needed for that."""
 
 import dataclasses
 import os
 
+import jax
 import pytest
 
-from jaxrl_llm import config, models
+from jaxrl_llm import config, models, planner
 from jaxrl_llm.bench import shapes
 from jaxrl_llm.learner import Learner
+from jaxrl_llm.rollout.jax_engine import JaxEngine
 from sharding import mesh
 
 pytest.importorskip("libtpu", reason="the TPU compiler is the package libtpu")
@@ -49,6 +51,44 @@ def make_learner(chips, **actor):
     )
     devices = mesh.make({"data": 2, "fsdp": 4, "tensor": 1}, chips)
     return Learner(settings, models.RandomWeights(arch), devices)
+
+
+def test_a_decoding_step_does_not_copy_its_cache():
+    arch = dataclasses.replace(
+        shapes.find("smollm2-135m"),
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=128,
+        rope_of_layer=(0, 0),
+        window_of_layer=(None, None),
+        vocab_size=1024,
+    )
+    engine = JaxEngine(
+        arch,
+        None,
+        mesh=mesh.make({"data": 2, "tensor": 2}, planner.tpu("v5e:2x2")),
+        dtype="bfloat16",
+        max_model_len=4096,
+        max_num_seqs=128,
+        decode_chunk=8,
+    )
+    with jax.debug_nans(False):  # which keeps what is donated
+        program = engine.lower(128, 128, 64)["decode"].compile()
+    cache = engine.memory(128, 4096)["generation cache"]
+    assert program.memory_analysis().temp_size_in_bytes < cache / 4
+
+
+def test_generation_does_not_leave_a_host():
+    # 16 chips in a square, 2 x 2 at each of 4 hosts: a row of four belongs to two.
+    chips, axes = planner.tpu("v5e:4x4"), {"data": 4, "tensor": 4}
+
+    def hosts(made):
+        return [len({chip.process_index for chip in row}) for row in made.devices]
+
+    assert hosts(mesh.make(axes, chips)) == [2, 2, 2, 2]
+    assert hosts(mesh.make_by_process(axes, chips)) == [1, 1, 1, 1]
+    assert len(planner.host_of("v5e:4x4")) == 4 == len(planner.host_of("v5p:2x4x4"))
 
 
 @pytest.mark.slow  # tests/test_planner.py compiles a smaller one

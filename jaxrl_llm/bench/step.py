@@ -5,32 +5,35 @@ engine are those of a run; only the texts mean nothing.
 """
 
 import dataclasses
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import config as configs
-from jaxrl_llm import estimate, metrics, models
+from jaxrl_llm import estimate, grpo, metrics, models
 from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.bench import shapes
-from jaxrl_llm.config import Config
+from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.rewards import resolve, score
-from jaxrl_llm.rollout.engine import Request, Sampling, generate
-from jaxrl_llm.rollout.jax_engine import JaxEngine
-from sharding import mesh
+from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
+from jaxrl_llm.train import engine_of, has_critic, make_meshes
 
 
 class _Numbers:
     """Stands for a tokenizer: every token is its number."""
 
-    def decode(self, tokens: Sequence[int], skip_special_tokens: bool) -> str:
-        return " ".join(map(str, tokens))
+    def batch_decode(
+        self, sequences: Sequence[Sequence[int]], skip_special_tokens: bool
+    ) -> list[str]:
+        return [" ".join(map(str, tokens)) for tokens in sequences]
 
 
 def main(
@@ -92,36 +95,84 @@ def main(
         },
         "jaxrl bench step",
     )
-    arch, count = shapes.find(model), jax.device_count()
-    learner = Learner(
-        config,
-        models.RandomWeights(arch),
-        mesh.make({"data": 1, "fsdp": count, "tensor": 1}),
-    )
-    engine = JaxEngine(
-        dataclasses.replace(arch, eos_token_ids=()),
-        _Numbers(),
-        mesh=mesh.make({"data": count, "tensor": 1}),
-        dtype=jnp.dtype(dtype),
-        max_model_len=config.data.max_prompt_length
-        + config.rollout.max_response_length,
-        max_num_seqs=max_num_seqs,
-        decode_chunk=decode_chunk,
-    )
-    state, measured = learner.start(), []
-    engine.load(state.params, 0)
-    for step in range(steps + 1):
-        timer = metrics.Timer()
-        state, found = _step(config, learner, engine, state, timer, mean, step)
-        measured.append({**timer.metrics(), **found})
+    arch = shapes.find(model)
+    measured = [found for found, _ in run(config, arch, steps + 1, mean)]
     medians = {
         name: float(np.median([line[name] for line in measured[1:]]))
         for name in measured[-1]
     }
-    _show(medians, arch, count)
+    _show(medians, arch, jax.device_count())
 
 
-def _step(config: Config, learner: Learner, engine, state, timer, mean: int, step: int):
+def run(
+    config: Config, arch: models.Architecture, steps: int, mean: int | None = None
+) -> Iterator[tuple[dict[str, float], Any]]:
+    """Whole steps of `config`, without a critic, on random weights of a shape: what
+    each measured, and the state after it.
+
+    Args:
+      mean: of the lengths of responses; all as long as they may be if not given.
+    """
+    meshes = make_meshes(config)
+    source = models.RandomWeights(arch)
+    learner = Learner(config, source, meshes["actor"], meshes["reference"])
+    endless = dataclasses.replace(arch, eos_token_ids=())
+    engine = engine_of(config, endless, _Numbers(), meshes["rollout"], [])
+    state = learner.start()
+    engine.load(state.params, 0)
+    for step in range(steps):
+        timer = metrics.Timer()
+        state, found = _step(config, learner, engine, state, timer, mean, step)
+        yield {**timer.metrics(), **found}, state
+
+
+def measure(
+    config: Config, arch: models.Architecture, steps: int
+) -> tuple[int, int | None]:
+    """Runs steps of `config` on the devices that are here, on random weights, with
+    everything as long as it may be.
+
+    Returns:
+      Bytes held after the last step besides what was there before, of the fullest
+      device; and the most that its allocator has handed out in this process, None where
+      there is none that counts.
+
+    Raises:
+      ConfigError: it has a critic or a penalty in the reward, which are not run so.
+    """
+    if has_critic(config) or config.algorithm.use_kl_in_reward:
+        raise ConfigError(
+            "--measure: runs without a critic and without a penalty in the reward; got "
+            f"algorithm.adv_estimator {config.algorithm.adv_estimator}, "
+            f"algorithm.use_kl_in_reward {config.algorithm.use_kl_in_reward}"
+        )
+    held, others = 0, _live_bytes()
+    for _ in run(config, arch, steps):
+        gc.collect()  # what Python has not let go of yet does not stay
+        held = max(size - others.get(on, 0) for on, size in _live_bytes().items())
+    peak = metrics.memory().get("perf/max_memory_allocated_gb")
+    return held, None if peak is None else round(peak * 2**30)
+
+
+def _live_bytes() -> dict[int, int]:
+    """Of all arrays that there are, by device id. Two may share a buffer."""
+    sizes: dict[int, dict[int, int]] = {}
+    for x in jax.live_arrays():
+        for shard in x.addressable_shards:
+            place = shard.data.unsafe_buffer_pointer()
+            sizes.setdefault(shard.device.id, {})[place] = shard.data.nbytes
+    return {device: sum(of.values()) for device, of in sizes.items()}
+
+
+def _step(
+    config: Config,
+    learner: Learner,
+    engine: Engine,
+    state: grpo.TrainState,
+    timer: metrics.Timer,
+    mean: int | None,
+    step: int,
+):
     rng = np.random.default_rng(step)
     asked = [
         Prompt(
@@ -136,28 +187,12 @@ def _step(config: Config, learner: Learner, engine, state, timer, mean: int, ste
         )
         for p in range(config.data.train_batch_size)
     ]
-    G, sigma, cap = config.rollout.n, 0.8, config.rollout.max_response_length
-    drawn = rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, (len(asked), G))
-    lengths = np.clip(drawn, 1, cap).astype(int).tolist()
+    G, cap = config.rollout.n, config.rollout.max_response_length
+    lengths = np.full((len(asked), G), cap)
+    if mean is not None:
+        lengths = _drawn(rng, mean, lengths)
     with timer("gen"):
-        # Random weights never stop by themselves: every response gets its own limit.
-        alone = generate(
-            engine,
-            [
-                Request(
-                    prompt_id=p.id * G + g,
-                    tokens=p.tokens,
-                    num_samples=1,
-                    seed=step,
-                    sampling=Sampling(max_tokens=lengths[p.id][g]),
-                )
-                for p in asked
-                for g in range(G)
-            ],
-        )
-        rollouts = [
-            [_sample(alone[p.id * G + g][0], p, g) for g in range(G)] for p in asked
-        ]
+        rollouts = _responses(engine, asked, lengths.tolist(), step)
     with timer("reward"):
         scores = score(
             resolve(config.reward), asked, rollouts, timeout_s=60.0, on_error="raise"
@@ -178,13 +213,46 @@ def _step(config: Config, learner: Learner, engine, state, timer, mean: int, ste
         state, learned = learner.update(state, rows, seed=step)
     with timer("update_weights"):
         engine.load(state.params, step + 1)
-    sizes = np.array(lengths).ravel() + config.data.max_prompt_length
+    sizes = lengths.ravel() + config.data.max_prompt_length
     return state, {
         "tokens": float(sizes.sum()),
         "new_tokens": float(np.sum(lengths)),
         "squares": float((sizes**2).sum()),
         "token_efficiency": learned["perf/token_efficiency"],
     }
+
+
+def _drawn(
+    rng: np.random.Generator, mean: int, most: Int[np.ndarray, "P G"]
+) -> Int[np.ndarray, "P G"]:
+    """Lognormal lengths."""
+    sigma = 0.8
+    drawn = rng.lognormal(np.log(mean) - sigma**2 / 2, sigma, most.shape)
+    return np.clip(drawn, 1, most).astype(int)
+
+
+def _responses(
+    engine: Engine, asked: Sequence[Prompt], lengths: list[list[int]], seed: int
+) -> list[list[Completion]]:
+    """Responses of these lengths. Random weights never stop by themselves, so each gets
+    its own limit; where all are equal they are asked for as in a run."""
+    count, limits = len(lengths[0]), {x for of in lengths for x in of}
+    each = 1 if len(limits) > 1 else count
+    requests = [
+        Request(
+            prompt_id=p.id * count + g,
+            tokens=p.tokens,
+            num_samples=each,
+            seed=seed,
+            sampling=Sampling(max_tokens=lengths[p.id][g]),
+        )
+        for p in asked
+        for g in range(0, count, each)
+    ]
+    found = [one for of in generate(engine, requests) for one in of]
+    return [
+        [_sample(found[p.id * count + g], p, g) for g in range(count)] for p in asked
+    ]
 
 
 def _sample(completion: Completion, prompt: Prompt, sample: int) -> Completion:

@@ -283,7 +283,7 @@ def on_tpu(
         )  # fmt: skip
     q, k = paged.rotated(q, k, rotary)
     places = paged.places(tables, positions, keys.shape[2])
-    keys, values = paged.keep(keys, k, places), paged.keep(values, v, places)
+    keys, values = _keep_by_head(keys, k, places), _keep_by_head(values, v, places)
     blocks = next(i for i in (8, 4, 2, 1) if tables.shape[1] % i == 0)
     found = library.paged_attention(
         q[:, 0] * jnp.asarray(scale, q.dtype),
@@ -295,3 +295,18 @@ def on_tpu(
         pages_per_compute_block=blocks,
     )
     return found[:, None], keys, values
+
+
+def _keep_by_head(
+    cache: Float[Array, "K P S H"],
+    new: Float[Array, "B 1 K H"],
+    places: Int[Array, "B 1"],
+) -> Float[Array, "K P S H"]:
+    """`paged.keep`, written head by head. A TPU writes all heads of a place at once
+    only into a cache of another order than the kernel reads, and copies the whole cache
+    from one to the other, in every layer and step."""
+    (K, P, S, _), at = cache.shape, places.reshape(-1)
+    at = jnp.where(at < 0, P * S + jnp.arange(len(at)), at)[None]
+    return cache.at[jnp.arange(K)[:, None], at // S, at % S].set(
+        new[:, 0].swapaxes(0, 1), mode="drop", unique_indices=True
+    )

@@ -157,22 +157,27 @@ def decode(
             top_logprobs=jnp.zeros((chunk, B, top)),
         )
 
+        # Counted by rounds of a few steps, as collectives are counted by their loops.
+        few = math.gcd(_UNWATCHED, chunk)
+
         def goes_on(carry):
             i, rows, _, _ = carry
             left = jnp.sum(rows.slots >= 0) + tables.tail[0] - rows.head[0]
             go_on = jnp.any(_runs(tables, rows)) & (left > enough[0])
-            return (i < chunk) & go_on
+            return (i < chunk // few) & go_on
 
-        def step(_, carry):
+        def step(j, carry):
             i, rows, pages, steps = carry
             rows, pages, shown = _step(
                 run, mode, top, params, tables, keys, rows, pages
             )
-            steps = jax.tree.map(lambda all, new: all.at[i].set(new), steps, shown)
-            return i + 1, _refill(tables, rows), pages, steps
+            at = i * few + j
+            steps = jax.tree.map(lambda all, new: all.at[at].set(new), steps, shown)
+            return i, _refill(tables, rows), pages, steps
 
         def unwatched(carry):
-            return jax.lax.fori_loop(0, math.gcd(_UNWATCHED, chunk), step, carry)
+            i, *others = jax.lax.fori_loop(0, few, step, carry)
+            return (i + 1, *others)
 
         start = (0, _refill(tables, rows), pages, nothing)
         _, rows, pages, steps = jax.lax.while_loop(goes_on, unwatched, start)

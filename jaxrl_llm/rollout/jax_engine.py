@@ -34,7 +34,7 @@ from jaxrl_llm.rollout.running import (
 from jaxrl_llm.rollout.scheduler import Response
 from sharding import checksum, plan, processes, reshard, rules
 
-_SHARE_OF_FREE = 0.95
+_SHARE_OF_REST = 0.95
 """Of the memory that is free when generation begins and that programs do not need, for
 the cache: the rest is lost between arrays."""
 
@@ -180,11 +180,17 @@ class JaxEngine:
             self._fused_shardings,
         )
 
-    def memory(self, num_rows: int, num_tokens: int) -> dict[str, int]:
+    def memory(
+        self, num_rows: int, num_tokens: int, free: float | int | None = None
+    ) -> dict[str, int]:
         """Bytes of weights and cache on each device, while `num_rows` responses wait,
-        each with its prompt at most `num_tokens` long."""
+        each with its prompt at most `num_tokens` long.
+
+        Args:
+          free: bytes on each device when generation begins; None: enough.
+        """
         rows = self._fit(num_rows)
-        pages, _ = abstract(self._run, rows, self._wanted_pages(rows))
+        pages, _ = abstract(self._run, rows, self._affordable_pages(rows, free))
         return {
             "generation weights": _bytes(self._abstract_fused()),
             "generation cache": _bytes(pages),
@@ -193,25 +199,44 @@ class JaxEngine:
     def close(self) -> None:
         """Nothing: it runs in this process only."""
 
-    def compile(
-        self, num_responses: int, prompt_length: int
-    ) -> dict[str, jax.stages.Compiled]:
-        """Reading prompts, and a chunk of decoding, from shapes alone."""
+    def lower(
+        self,
+        num_responses: int,
+        num_prompts: int,
+        prompt_length: int,
+        free: float | int | None = None,
+    ) -> dict[str, jax.stages.Lowered]:
+        """Reading prompts, and a chunk of decoding, from shapes alone.
+
+        Args:
+          num_responses: that are decoded together, to `num_prompts` in all.
+          free: as of `memory`.
+        """
         rows = self._fit(num_responses)
-        run, count = self._run, self._wanted_pages(rows)
+        run, count = self._run, self._affordable_pages(rows, free)
         params = self._abstract_fused()
         pages, state = abstract(run, rows, count)
         prompts, tables = abstract_inputs(
-            run, rows, self._width, prompt_length, self._prefill_tokens
+            run,
+            rows,
+            self._width,
+            -(-num_prompts // self.replicas),
+            prompt_length,
+            self._prefill_tokens,
         )
         decoding = {"run": run, "chunk": self._chunk, "mode": "plain"}
         enough = jax.ShapeDtypeStruct((1,), jnp.int32)
         return {
-            "prefill": decode.read.lower(params, *prompts, pages, run=run).compile(),
+            "prefill": decode.read.lower(params, *prompts, pages, run=run),
             "decode": decode.decode.lower(
                 params, tables, state, pages, enough, **decoding
-            ).compile(),
+            ),
         }
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of one layer's weights on each device, as they are used."""
+        return _bytes(self._abstract_fused()["layers"][0])
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues requests.
@@ -278,7 +303,7 @@ class JaxEngine:
     def _start(self, num_responses: int) -> Running:
         rows = self._fit(num_responses)
         if rows not in self._num_pages:
-            self._num_pages[rows] = self._affordable_pages(rows)
+            self._num_pages[rows] = self._num_pages_for(rows)
         return Running(
             self._run,
             self._params,
@@ -298,31 +323,59 @@ class JaxEngine:
         those that wait to begin."""
         return 1 + self._width * rows * 3 // 2
 
-    def _affordable_pages(self, rows: int) -> int:
-        """As many as wanted, if there is memory for them."""
-        wanted = self._wanted_pages(rows)
-        page = _bytes(abstract(self._run, 1, 1)[0])
-        device = self.mesh.devices.flat[0]
+    def _affordable_pages(
+        self, rows: int, free: float | int | None, needed: int | None = None
+    ) -> int:
+        """As many as wanted, if there is memory for them, and at least the fewest.
+
+        Args:
+          needed: bytes that programs work in; a tenth of `free` if not given.
+        """
+        wanted, room = self._wanted_pages(rows), self._room(free, needed)
+        if room is None:
+            return wanted
+        return max(self._width + 1, min(wanted, int(room / self._page_bytes())))
+
+    def _room(self, free: float | int | None, needed: int | None) -> float | int | None:
+        """Bytes for the cache; None if there are enough."""
         if self._cache_gib is not None:
-            room, name = self._cache_gib * 2**30, "rollout.cache_gib allows"
-        elif (free := _free_bytes(device)) is None or wanted * page <= free / 2:
-            return wanted  # programs do not need as much again
-        else:
-            needed = self._most_working_bytes(rows)
-            room, name = _SHARE_OF_FREE * (free - needed), "are free:"
-        count = min(wanted, int(room / page))
-        if count <= self._width:
+            return self._cache_gib * 2**30
+        if free is None:
+            return None
+        return 0.9 * free if needed is None else _SHARE_OF_REST * (free - needed)
+
+    def _page_bytes(self) -> int:
+        """Of one page in every layer, on each device."""
+        return _bytes(abstract(self._run, 1, 1)[0])
+
+    def _num_pages_for(self, rows: int) -> int:
+        """`_affordable_pages` with the memory that is free now.
+
+        Raises:
+          ValueError: there is not enough for one sequence.
+        """
+        page, needed = self._page_bytes(), None
+        free = _free_bytes(self.mesh.devices.flat[0])
+        if self._cache_gib is None and free is not None:
+            if self._wanted_pages(rows) * page > free / 2:
+                needed = self._most_working_bytes(rows)
+        room = self._room(free, needed)
+        if room is not None and room < (self._width + 1) * page:
+            name = (
+                "are free:" if self._cache_gib is None else "rollout.cache_gib allows"
+            )
             raise ValueError(
                 f"one sequence of {self._max_model_len} tokens needs "
                 f"{(self._width + 1) * page / 2**30:.3g} GiB of cache on each device, "
                 f"{name} {room / 2**30:.3g} GiB"
             )
-        return count
+        return self._affordable_pages(rows, free, needed)
 
     def _most_working_bytes(self, rows: int) -> int:
         """What programs need on a device besides weights and cache."""
-        programs = self.compile(rows * self.replicas, self._max_model_len)
-        sizes = [program.memory_analysis() for program in programs.values()]
+        count = rows * self.replicas
+        programs = self.lower(count, count, self._max_model_len).values()
+        sizes = [program.compile().memory_analysis() for program in programs]
         return max(size.temp_size_in_bytes for size in sizes)
 
     def _cut(self, response: Response, before: int) -> str | None:

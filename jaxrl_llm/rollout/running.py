@@ -414,14 +414,19 @@ def abstract(
 
 
 def abstract_inputs(
-    run: decode.Run, num_rows: int, width: int, prompt_length: int, prefill_tokens: int
+    run: decode.Run,
+    num_rows: int,
+    width: int,
+    num_prompts: int,
+    prompt_length: int,
+    prefill_tokens: int,
 ) -> tuple[list[jax.ShapeDtypeStruct], decode.Tables]:
     """Shapes, dtypes and shardings of what the host sends: to `decode.read`, with as
-    many prompts as it takes at a time, and to `decode.decode`."""
+    many of `num_prompts` a replica as it takes at a time, and to `decode.decode`."""
     replicas, slots = run.mesh.shape["data"], 2 * num_rows
     length = row_length(prompt_length)
-    count = replicas * max(1, prefill_tokens // length)
-    prompts = [jax.ShapeDtypeStruct((count, length), jnp.int32)] * 4
+    count = min(_power_of_two(num_prompts), max(1, prefill_tokens // length))
+    prompts = [jax.ShapeDtypeStruct((replicas * count, length), jnp.int32)] * 4
     scheduler = Scheduler(
         Pool(1, PAGE_SIZE), num_slots=slots, width=width, chunk=1, most_read=1
     )

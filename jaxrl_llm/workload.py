@@ -1,0 +1,343 @@
+"""The programs of a step from shapes: who runs what, how often, on how much.
+
+A program's memory and what it receives from other devices are its compiler's figures;
+operations and memory traffic are formulas, since a compiler counts a loop's body once.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrl_llm import collectives, metrics, models
+from jaxrl_llm.bench import shapes
+from jaxrl_llm.config import Config, CriticModelConfig
+from jaxrl_llm.critic import Critic
+from jaxrl_llm.learner import Learner, needs_old_logprobs, updates_per_step
+from jaxrl_llm.rollout.jax_engine import JaxEngine
+from sharding import plan, reshard
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """One compiled program on one device, and what a step makes of it."""
+
+    extra_bytes: int
+    """Peak above everything that stays."""
+    runs: int
+    """Per step."""
+    flops: float
+    """Per step; by formula."""
+    memory_traffic: float | int
+    """Bytes read and written per step that cannot be avoided; by formula."""
+    received_bytes: float | int | None
+    """From other devices, per step; from the compiled program. None if the compiler
+    gave up: a device's memory does not suffice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A program that is not compiled yet; fields as of `Program`."""
+
+    lower: Callable[[], jax.stages.Lowered]
+    kept: int
+    """Bytes of its arguments, and of its results, that stay."""
+    least: int = 0
+    """Extra that is needed just before or after it."""
+    num_devices: int
+    runs: int
+    flops: float
+    memory_traffic: float | int
+
+    def compile(self) -> Program:
+        """The program, as far as the devices' memory lets its compiler go."""
+        received = None
+        try:
+            compiled = self.lower().compile()
+            total = _peak(compiled)
+            received = collectives.received(compiled.as_text(), self.num_devices)
+        except jax.errors.JaxRuntimeError as error:
+            # The compiler of a TPU knows its memory, and how much more it would need.
+            needed = re.search(r"\(([\d.]+)G\) exceeds available HBM", str(error))
+            if needed is None:
+                raise
+            total = int(float(needed[1]) * _GIB)
+        return Program(
+            extra_bytes=max(total - self.kept, self.least),
+            runs=self.runs,
+            flops=self.flops,
+            memory_traffic=self.memory_traffic,
+            received_bytes=received and self.runs * received,
+        )
+
+
+def _peak(compiled: jax.stages.Compiled) -> int:
+    """Bytes on a device with the program's arguments and results."""
+    sizes = compiled.memory_analysis()
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        - sizes.alias_size_in_bytes
+        + sizes.temp_size_in_bytes
+    )
+
+
+def held_by(whose: str, state: Any) -> dict[str, int]:
+    """Bytes of a training state on each device, by purpose."""
+    return {
+        f"{whose}weights": bytes_of(state.params),
+        f"{whose}optimizer": bytes_of(state.opt_state),
+    }
+
+
+def learning(config: Config, learner: Learner) -> dict[str, Work]:
+    """The policy's programs."""
+    state, rows = learner.abstract_state(), learner.largest_rows()
+    params, actor = bytes_of(state.params), config.actor
+    whole = _training_flops(config, learner.arch) / learner.mesh.size
+    each, micro = _weights_read(learner.arch, learner.mesh, actor.dtype), 1
+    if actor.micro_batch_size:
+        micro = -(-rows.tokens.shape[0] // actor.micro_batch_size)
+    epochs, updates = actor.ppo_epochs, updates_per_step(config)
+    # What waits in the host's memory comes for the update and is not held otherwise.
+    away = bytes_of(state.opt_state) if "optimizer" in actor.offload else 0
+    found = {
+        "update": Work(
+            lower=learner.lower_largest_update,
+            kept=bytes_of(state) - away,
+            num_devices=learner.mesh.size,
+            runs=updates,
+            flops=(4 / 3 if actor.remat == "full" else 1) * whole * epochs,
+            # Weights are read forward and twice backward, the state once per update.
+            memory_traffic=3 * each * micro * epochs + 2 * updates * bytes_of(state),
+        )
+    }
+    # The concentration, which some baselines need, takes what log-probabilities take.
+    baseline = config.algorithm.adv_estimator.endswith("optimal_token_baseline")
+    passes = needs_old_logprobs(config) + baseline
+    if passes:
+        found["log-probabilities"] = Work(
+            lower=lambda: learner.policy.lower_scoring(rows, jnp.float32),
+            kept=params,
+            num_devices=learner.mesh.size,
+            runs=passes,
+            flops=passes * whole / 3,
+            memory_traffic=passes * each * micro,
+        )
+    return found
+
+
+def reference(config: Config, learner: Learner, size: int) -> dict[str, Work]:
+    """The log-probabilities of the reference, whose weights have `size` bytes."""
+    policy, rows, actor = learner.reference_policy, learner.largest_rows(), config.actor
+    micro = -(-rows.tokens.shape[0] // (actor.micro_batch_size or len(rows.tokens)))
+    return {
+        "reference's log-probabilities": Work(
+            lower=lambda: policy.lower_scoring(rows, jnp.dtype(actor.dtype)),
+            kept=0 if "reference" in actor.offload else size,
+            num_devices=policy.mesh.size,
+            runs=1,
+            flops=_training_flops(config, learner.arch) / 3 / policy.mesh.size,
+            memory_traffic=micro
+            * _weights_read(learner.arch, policy.mesh, actor.dtype),
+        )
+    }
+
+
+def critic_of(config: Config, arch: models.Architecture, on: Mesh):
+    """A critic of random weights, of the shape that `critic.model` names."""
+    wanted = config.critic.model
+    if wanted.path is not None:
+        arch = architecture(wanted.path, wanted.revision)
+        alone = config.critic.model_copy(update={"model": CriticModelConfig()})
+        config = config.model_copy(update={"critic": alone})
+    return Critic(config, models.RandomWeights(arch), on)
+
+
+def judging(config: Config, critic: Critic, learner: Learner) -> dict[str, Work]:
+    """The critic's programs."""
+    state, rows, section = (
+        critic.abstract_state(),
+        learner.largest_rows(),
+        config.critic,
+    )
+    whole = _training_flops(config, critic.arch) / critic.mesh.size
+    each = _weights_read(critic.arch, critic.mesh, section.dtype)
+    size = section.micro_batch_size or config.actor.micro_batch_size
+    micro = -(-len(rows.tokens) // (size or len(rows.tokens)))
+    updates, epochs = critic.updates_per_step, critic.epochs
+    return {
+        "values": Work(
+            lower=lambda: critic.lower_judging(rows),
+            kept=bytes_of(state.params),
+            num_devices=critic.mesh.size,
+            runs=1,
+            flops=whole / 3,
+            memory_traffic=each * micro,
+        ),
+        "critic's update": Work(
+            lower=lambda: critic.lower_update(rows),
+            kept=bytes_of(state),
+            num_devices=critic.mesh.size,
+            runs=updates,
+            flops=(4 / 3 if section.remat == "full" else 1) * whole * epochs,
+            memory_traffic=3 * each * micro * epochs + 2 * updates * bytes_of(state),
+        ),
+    }
+
+
+def generating(
+    config: Config,
+    engine: JaxEngine,
+    largest: tuple[int, int],
+    processes: int,
+    free: float | int | None,
+) -> dict[str, Work]:
+    """The programs of the engine of one of `processes`, for `largest` as of `wave_of`,
+    with `free` bytes on each device."""
+    rollout, arch, count = config.rollout, engine.arch, processes * engine.mesh.size
+    wave, longest = largest
+    size = engine.memory(wave, longest, free)
+    weights, cache = size["generation weights"], size["generation cache"]
+    prompts, prompt = config.data.train_batch_size, config.data.max_prompt_length
+    responses, response = prompts * rollout.n, rollout.max_response_length
+    matrix, heads = models.num_matmul_params(arch), arch.num_heads * arch.head_dim
+    shape = arch.num_layers, arch.num_heads, arch.head_dim
+    read = metrics.train_flops(matrix, prompts * prompt, prompts * prompt**2, *shape)
+    reads = -(
+        -prompts * prompt // (rollout.prefill_tokens * engine.replicas * processes)
+    )
+    waves, mean = -(-responses // (wave * processes)), prompt + response / 2
+    attended = 4 * heads * arch.num_layers * mean
+
+    def lower() -> dict[str, jax.stages.Lowered]:
+        return engine.lower(wave, -(-prompts // processes), prompt, free)
+
+    return {
+        "prefill": Work(
+            lower=lambda: lower()["prefill"],
+            kept=weights,
+            num_devices=engine.mesh.size,
+            runs=reads,
+            flops=read / 3 / count,
+            memory_traffic=reads * weights,
+        ),
+        "decode": Work(
+            lower=lambda: lower()["decode"],
+            kept=weights,
+            num_devices=engine.mesh.size,
+            runs=waves * -(-response // rollout.decode_chunk),
+            flops=responses * response * (2 * matrix + attended) / count,
+            memory_traffic=waves * response * (weights + cache * mean / longest),
+        ),
+    }
+
+
+def moving(
+    learner: Learner, engine: JaxEngine, held: Mapping[str, int]
+) -> dict[str, Program]:
+    """The weights' way to the engine, by the role whose devices have a part in it.
+
+    Args:
+      held: by the engine's devices.
+    """
+    params, target = learner.abstract_state().params, engine.abstract_params()
+    weights, before = held["engine's weights"], bytes_of(target)
+    traffic = {"actor": bytes_of(params), "rollout": before}
+    # The old copy goes before the new one comes, whose layers are then joined.
+    joining = before + engine.layer_bytes - weights
+    way, source = plan.plan(params, target), jax.tree.leaves(params)[0].sharding
+    together = source.device_set == jax.tree.leaves(target)[0].sharding.device_set
+    peaks, made = {"actor": 0, "rollout": joining}, 0
+    for chunk, compiled in zip(way.chunks, reshard.programs(way), strict=True):
+        size = sum(move.wanted_bytes for move in chunk)
+        if compiled is not None:
+            size = _peak(compiled)
+            if together:  # else blocks are cut out, and zeros where there are none
+                size -= compiled.memory_analysis().argument_size_in_bytes
+        peaks["actor"] = max(peaks["actor"], size)
+        peaks["rollout"] = max(peaks["rollout"], made + size - weights)
+        made += sum(move.wanted_bytes for move in chunk)
+    received = max(way.received.values())
+    if together:
+        return {
+            "actor": Program(
+                extra_bytes=peaks["rollout"],
+                runs=1,
+                flops=0.0,
+                memory_traffic=sum(traffic.values()),
+                received_bytes=received,
+            )
+        }
+    return {
+        role: Program(
+            extra_bytes=peaks[role],
+            runs=1,
+            flops=0.0,
+            memory_traffic=traffic[role],
+            received_bytes=received if role == "rollout" else 0,
+        )
+        for role in peaks
+    }
+
+
+def _training_flops(config: Config, arch: models.Architecture) -> float:
+    """Forward and backward, of a step's prompts and responses, on all devices."""
+    responses, longest = (
+        config.data.train_batch_size * config.rollout.n,
+        _longest(config),
+    )
+    return metrics.train_flops(
+        models.num_matmul_params(arch),
+        responses * longest,
+        responses * longest**2,
+        arch.num_layers,
+        arch.num_heads,
+        arch.head_dim,
+    )
+
+
+def _weights_read(arch: models.Architecture, on: Mesh, dtype: str) -> int:
+    """Bytes of all weights that a device multiplies with."""
+    width = jnp.dtype(dtype).itemsize
+    return width * models.num_params(arch) // on.shape["tensor"]
+
+
+def _longest(config: Config) -> int:
+    """Tokens of a prompt with its response."""
+    return config.data.max_prompt_length + config.rollout.max_response_length
+
+
+def wave_of(config: Config, on: Mesh) -> tuple[int, int]:
+    """Responses that a process decodes together, and tokens of each with its prompt."""
+    prompts = -(-config.data.train_batch_size // processes_of(on))
+    return min(prompts * config.rollout.n, config.rollout.max_num_seqs), _longest(
+        config
+    )
+
+
+def processes_of(on: Mesh) -> int:
+    """How many have devices of the mesh."""
+    return len({device.process_index for device in on.devices.flat})
+
+
+def bytes_of(tree: Any) -> int:
+    """On one device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def architecture(path: str, revision: str | None = None) -> models.Architecture:
+    """Of a name of `bench.shapes` or of a checkpoint; weights are not read."""
+    if path.lower() in shapes.NAMES or path.endswith(".json"):
+        return shapes.find(path)
+    return models.open(path, revision=revision).arch
