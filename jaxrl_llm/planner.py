@@ -22,7 +22,7 @@ from jaxrl_llm.config_algorithm import uses_kl
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.train import engine_of, has_critic, make_meshes, placed
 from jaxrl_llm.workload import Program, Work
-from sharding import mesh
+from sharding import mesh, processes
 
 Watch = Callable[[str], AbstractContextManager[Any]]
 """Called with what is being done while it is done, such as `console.progress`."""
@@ -161,15 +161,15 @@ def estimate(
 
     engine = engine_of(config, arch, None, meshes["rollout"], [])
     rollout, alone = held[group_of["rollout"]], meshes["rollout"]
-    wave, processes = workload.wave_of(config, alone), workload.processes_of(alone)
+    wave, count = workload.wave_of(config, alone), processes.of(alone)
     wanted = engine.memory(*wave)
     rollout["engine's weights"] = wanted["generation weights"]
     free = None if capacity is None else capacity - sum(rollout.values())
     cache = engine.memory(*wave, free)["generation cache"]
-    if processes > 1:
+    if count > 1:
         alone = mesh.make(alone.local_mesh.shape, host)
     work[group_of["rollout"]] |= workload.generating(
-        config, engine_of(config, arch, None, alone, []), wave, processes, free
+        config, engine_of(config, arch, None, alone, []), wave, count, free
     )
 
     compiled: dict[str, dict[str, Program]] = {group: {} for group in held}
@@ -188,7 +188,7 @@ def estimate(
             group=group,
             device_kind=devices[0].device_kind,
             num_devices=counts[group],
-            num_processes=processes,
+            num_processes=count,
             held=held[group],
             cache_bytes=generates.get(group, (0, 0))[0],
             wanted_cache_bytes=generates.get(group, (0, 0))[1],

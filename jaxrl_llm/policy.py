@@ -117,7 +117,7 @@ class Policy:
                 split=split,
             )
 
-        found = self._by_rows(of_rows)(*self._asked(params, rows))
+        found = self._by_rows(of_rows, *self._asked(params, rows))
         return logprobs.Logprobs(*(self._join(x, rows.tokens.shape) for x in found))
 
     def _sum_pi_squared(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
@@ -133,27 +133,30 @@ class Policy:
                 split=split,
             )
 
-        found = self._by_rows(of_rows)(*self._asked(params, rows))
+        found = self._by_rows(of_rows, *self._asked(params, rows))
         return self._join(found, rows.tokens.shape)
 
-    def _by_rows(self, function: Callable) -> Callable:
-        """`function` of hidden states, output matrix, rows, and the axes that the
-        matrix is split over, by each device on rows of its own: what is summed over
-        tokens, as the matrix' gradient, meets once, not after each chunk of them."""
+    def _by_rows(self, function: Callable, hidden, matrix, rows: TrainBatch):
+        """`function` of these and of the axes that the matrix is split over, by each
+        device on rows of its own: what is summed over tokens, as the matrix' gradient,
+        meets once, not after each chunk of them. Rows that are too few for that are
+        the compiler's to split."""
         names = self.partition.axes("rows") + self.partition.axes("tokens")
         axes = tuple(axis for axis in names if self.mesh.shape[axis] > 1)
+        if hidden.shape[0] % math.prod(self.mesh.shape[axis] for axis in axes):
+            axes = ()
         split = tuple(a for a in self.partition.axes("embed") if a in axes)
         function = functools.partial(function, split=split)
-        if not axes:
-            return function
-        return jax.shard_map(
-            function,
-            mesh=self.mesh,
-            axis_names=set(axes),
-            in_specs=(P(axes), P(None, split), P(axes)),
-            out_specs=P(axes),
-            check_vma=False,
-        )
+        if axes:
+            function = jax.shard_map(
+                function,
+                mesh=self.mesh,
+                axis_names=set(axes),
+                in_specs=(P(axes), P(None, split), P(axes)),
+                out_specs=P(axes),
+                check_vma=False,
+            )
+        return function(hidden, matrix, rows)
 
     def _asked(self, params: Any, rows: TrainBatch):
         """Hidden states, output matrix, and rows, taken apart where devices share

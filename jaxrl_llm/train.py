@@ -405,8 +405,7 @@ def placed(placement: PlacementConfig) -> dict[str, str]:
 
 def _check_processes(config: Config, rollout: jax.sharding.Mesh) -> None:
     """Raises ConfigError if many processes cannot share the work of generating."""
-    count = len({device.process_index for device in rollout.devices.flat})
-    prompts = config.data.train_batch_size
+    count, prompts = processes.of(rollout), config.data.train_batch_size
     if count == 1:
         return
     if config.placement.groups:

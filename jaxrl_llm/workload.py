@@ -20,7 +20,7 @@ from jaxrl_llm.config import Config, CriticModelConfig
 from jaxrl_llm.critic import Critic
 from jaxrl_llm.learner import Learner, needs_old_logprobs, updates_per_step
 from jaxrl_llm.rollout.jax_engine import JaxEngine
-from sharding import plan, reshard
+from sharding import plan, processes, reshard
 
 _GIB = 2**30
 
@@ -197,12 +197,12 @@ def generating(
     config: Config,
     engine: JaxEngine,
     largest: tuple[int, int],
-    processes: int,
+    num_processes: int,
     free: float | int | None,
 ) -> dict[str, Work]:
-    """The programs of the engine of one of `processes`, for `largest` as of `wave_of`,
-    with `free` bytes on each device."""
-    rollout, arch, count = config.rollout, engine.arch, processes * engine.mesh.size
+    """The programs of the engine of one of `num_processes`, for `largest` as of
+    `wave_of`, with `free` bytes on each device."""
+    rollout, arch, count = config.rollout, engine.arch, num_processes * engine.mesh.size
     wave, longest = largest
     size = engine.memory(wave, longest, free)
     weights, cache = size["generation weights"], size["generation cache"]
@@ -212,13 +212,13 @@ def generating(
     shape = arch.num_layers, arch.num_heads, arch.head_dim
     read = metrics.train_flops(matrix, prompts * prompt, prompts * prompt**2, *shape)
     reads = -(
-        -prompts * prompt // (rollout.prefill_tokens * engine.replicas * processes)
+        -prompts * prompt // (rollout.prefill_tokens * engine.replicas * num_processes)
     )
-    waves, mean = -(-responses // (wave * processes)), prompt + response / 2
+    waves, mean = -(-responses // (wave * num_processes)), prompt + response / 2
     attended = 4 * heads * arch.num_layers * mean
 
     def lower() -> dict[str, jax.stages.Lowered]:
-        return engine.lower(wave, -(-prompts // processes), prompt, free)
+        return engine.lower(wave, -(-prompts // num_processes), prompt, free)
 
     return {
         "prefill": Work(
@@ -317,15 +317,10 @@ def _longest(config: Config) -> int:
 
 def wave_of(config: Config, on: Mesh) -> tuple[int, int]:
     """Responses that a process decodes together, and tokens of each with its prompt."""
-    prompts = -(-config.data.train_batch_size // processes_of(on))
+    prompts = -(-config.data.train_batch_size // processes.of(on))
     return min(prompts * config.rollout.n, config.rollout.max_num_seqs), _longest(
         config
     )
-
-
-def processes_of(on: Mesh) -> int:
-    """How many have devices of the mesh."""
-    return len({device.process_index for device in on.devices.flat})
 
 
 def bytes_of(tree: Any) -> int:

@@ -44,6 +44,11 @@ def leads() -> bool:
     return jax.process_index() == 0
 
 
+def of(mesh: Mesh) -> int:
+    """How many processes have devices of the mesh."""
+    return len({device.process_index for device in mesh.devices.flat})
+
+
 def share(items: Sequence[Item]) -> Sequence[Item]:
     """This process' part: consecutive items, as many as any other has or one fewer."""
     index, count = jax.process_index(), jax.process_count()

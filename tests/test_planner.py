@@ -147,6 +147,7 @@ def test_a_critic_is_held_judges_and_learns():
     assert found.programs["values"].flops * 4 == found.programs["update"].flops
 
 
+@pytest.mark.slow
 def test_every_group_is_planned_by_itself():
     placement = {
         "groups": {"learn": "0-3", "judge": "4,5", "generate": "6-7"},

@@ -112,7 +112,7 @@ def test_work_that_processes_cannot_share_is_refused(change, message, monkeypatc
     }
     for key, value in change.items():
         configs.put(values, key.split("."), value)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "of", lambda mesh: 2)
     with pytest.raises(configs.ConfigError, match=message):
         train.make_meshes(configs.parse(values, "values"))
 
