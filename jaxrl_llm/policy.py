@@ -103,7 +103,7 @@ class Policy:
         """Log-probability and entropy of every response token, at the temperature it
         was sampled at."""
 
-        def of_rows(hidden, matrix, asked, split):
+        def of_rows(hidden, matrix, asked, split, chunk):
             return logprobs.of_tokens(
                 hidden,
                 matrix,
@@ -115,13 +115,14 @@ class Policy:
                 logit_softcap=self.arch.logit_softcap,
                 entropy_gradient=self.config.actor.entropy_coeff != 0,
                 split=split,
+                chunk=chunk,
             )
 
         found = self._by_rows(of_rows, *self._asked(params, rows))
         return logprobs.Logprobs(*(self._join(x, rows.tokens.shape) for x in found))
 
     def _sum_pi_squared(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
-        def of_rows(hidden, matrix, asked, split):
+        def of_rows(hidden, matrix, asked, split, chunk):
             return logprobs.sum_pi_squared(
                 hidden,
                 matrix,
@@ -131,32 +132,36 @@ class Policy:
                 temperature=self.config.rollout.temperature,
                 logit_softcap=self.arch.logit_softcap,
                 split=split,
+                chunk=chunk,
             )
 
         found = self._by_rows(of_rows, *self._asked(params, rows))
         return self._join(found, rows.tokens.shape)
 
     def _by_rows(self, function: Callable, hidden, matrix, rows: TrainBatch):
-        """`function` of these and of the axes that the matrix is split over, by each
-        device on rows of its own: what is summed over tokens, as the matrix' gradient,
-        meets once, not after each chunk of them. Rows that are too few for that are
-        the compiler's to split."""
+        """`function` of these, of the axes that the matrix is split over, and of how
+        many tokens' logits may exist at once, 4,096 a device.
+
+        On GPUs each device does so with rows of its own: what is summed over tokens, as
+        the matrix' gradient, meets once, not after each chunk of them. A TPU's compiler
+        splits such sums so that no chip holds all of them, which here is worth more;
+        and rows that are too few for all devices are the compiler's too.
+        """
         names = self.partition.axes("rows") + self.partition.axes("tokens")
         axes = tuple(axis for axis in names if self.mesh.shape[axis] > 1)
-        if hidden.shape[0] % math.prod(self.mesh.shape[axis] for axis in axes):
-            axes = ()
+        parts = math.prod(self.mesh.shape[axis] for axis in axes)
+        if not axes or models.platform_of(self.mesh) == "tpu" or len(hidden) % parts:
+            matrix = self.partition.constrain(matrix, "vocab", None)
+            return function(hidden, matrix, rows, split=(), chunk=4096 * parts)
         split = tuple(a for a in self.partition.axes("embed") if a in axes)
-        function = functools.partial(function, split=split)
-        if axes:
-            function = jax.shard_map(
-                function,
-                mesh=self.mesh,
-                axis_names=set(axes),
-                in_specs=(P(axes), P(None, split), P(axes)),
-                out_specs=P(axes),
-                check_vma=False,
-            )
-        return function(hidden, matrix, rows)
+        return jax.shard_map(
+            functools.partial(function, split=split, chunk=4096),
+            mesh=self.mesh,
+            axis_names=set(axes),
+            in_specs=(P(axes), P(None, split), P(axes)),
+            out_specs=P(axes),
+            check_vma=False,
+        )(hidden, matrix, rows)
 
     def _asked(self, params: Any, rows: TrainBatch):
         """Hidden states, output matrix, and rows, taken apart where devices share

@@ -25,7 +25,7 @@ from jaxrl_llm.models.attention import shared_prompts
 from jaxrl_llm.models.critic import abstract_critic, critic_axes, init_critic, values
 from jaxrl_llm.models.families import architecture
 from jaxrl_llm.models.flash import choose as choose_attention
-from jaxrl_llm.models.flash import choose_unroll
+from jaxrl_llm.models.flash import choose_unroll, platform_of
 from jaxrl_llm.models.huggingface import (
     Checkpoint,
     Classifier,
@@ -73,6 +73,7 @@ __all__ = [
     "open_classifier",
     "output_matrix",
     "partition",
+    "platform_of",
     "save",
     "shared_prompts",
     "unstack",
