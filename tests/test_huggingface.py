@@ -239,6 +239,21 @@ def test_a_config_from_a_file_is_saved_as_it_was(saved, tmp_path):
     assert generation == {"eos_token_id": [7, 9], "bos_token_id": 3}
 
 
+@pytest.mark.parametrize("arch", [models.architecture(CONFIG), tiny.arch()])
+def test_embeddings_can_be_saved_as_an_output_matrix_too(arch, tmp_path):
+    tied = dataclasses.replace(arch, tie_embeddings=True)
+    if json.loads(arch.source):
+        source = json.loads(arch.source) | {"tie_word_embeddings": True}
+        tied = dataclasses.replace(tied, source=json.dumps(source))
+    params = random_params(tied)
+    both = params | {"output": params["embedding"]}
+    models.save(tmp_path / "out", models.untied(tied), both, None, dtype=jnp.float32)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    loaded = models.load(tmp_path / "out").params
+    np.testing.assert_array_equal(loaded["output"], params["embedding"])
+
+
 def test_an_architecture_that_its_file_would_not_describe_is_not_saved(tmp_path):
     arch = models.architecture(CONFIG)
     params = random_params(arch)

@@ -44,11 +44,21 @@ def rng(request):
     return np.random.default_rng(request.param)
 
 
-def simulate(rng, *, num_pages, size, rows, chunk, prompts, stop_early=0.0):
+def simulate(
+    rng, *, num_pages, size, rows, chunk, prompts, stop_early=0.0, most=(4, 4, 5)
+):
     """Runs random requests; checks at every step that what a sequence reads is what was
-    written for it. Returns how often a response was put back."""
+    written for it. Returns how often a response was put back.
+
+    Prompts, samples and responses are shorter than `most`, in pages; or equal to it
+    where that is negative."""
+
+    def drawn(most, unit=1):
+        return -most * unit if most < 0 else int(rng.integers(1, most * unit))
+
     scheduler = Scheduler(
         Pool(num_pages, size),
+        num_rows=rows,
         num_slots=2 * rows,
         width=num_pages,
         chunk=chunk,
@@ -59,14 +69,14 @@ def simulate(rng, *, num_pages, size, rows, chunk, prompts, stop_early=0.0):
     begin, queue = {}, []
     asked = []
     for p in range(prompts):
-        length = int(rng.integers(1, 4 * size))
+        length = drawn(most[0], size)
         tokens = tuple(rng.integers(0, 2, length).tolist())
         request = Request(
             prompt_id=p,
             tokens=tokens,
-            num_samples=int(rng.integers(1, 4)),
+            num_samples=drawn(most[1]),
             seed=0,
-            sampling=Sampling(max_tokens=int(rng.integers(1, 5 * size))),
+            sampling=Sampling(max_tokens=drawn(most[2], size)),
         )
         asked += [Response(request, i) for i in range(request.num_samples)]
     scheduler.waiting.extend(asked)
@@ -184,13 +194,21 @@ def test_without_room_responses_are_put_back_and_none_is_lost(
     assert simulate(rng, **sizes) > 0
 
 
+def test_nothing_is_read_ahead_that_must_be_given_up(rng):
+    # Four sequences of seven pages fit, and one page is left.
+    sizes = {"num_pages": 30, "size": 4, "rows": 4, "chunk": 3, "prompts": 12}
+    assert simulate(rng, **sizes, most=(-2, -1, -5)) == 0
+
+
 def test_responses_that_the_host_stops_make_room(rng):
     sizes = {"num_pages": 16, "size": 4, "rows": 3, "chunk": 5, "prompts": 12}
     simulate(rng, **sizes, stop_early=0.3)
 
 
 def test_the_page_to_copy_from_may_be_the_only_one_there_is():
-    scheduler = Scheduler(Pool(2, size=8), num_slots=2, width=1, chunk=4, most_read=8)
+    scheduler = Scheduler(
+        Pool(2, size=8), num_rows=1, num_slots=2, width=1, chunk=4, most_read=8
+    )
     request = Request(
         prompt_id=0, tokens=(1, 2, 3), num_samples=2, seed=0,
         sampling=Sampling(max_tokens=2),

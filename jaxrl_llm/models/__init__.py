@@ -23,7 +23,7 @@ from jaxrl_llm.models.apply import (
 from jaxrl_llm.models.architecture import Architecture, Rope
 from jaxrl_llm.models.attention import shared_prompts
 from jaxrl_llm.models.critic import abstract_critic, critic_axes, init_critic, values
-from jaxrl_llm.models.families import architecture
+from jaxrl_llm.models.families import architecture, untied
 from jaxrl_llm.models.flash import choose as choose_attention
 from jaxrl_llm.models.flash import choose_unroll, platform_of
 from jaxrl_llm.models.huggingface import (
@@ -77,5 +77,6 @@ __all__ = [
     "save",
     "shared_prompts",
     "unstack",
+    "untied",
     "values",
 ]

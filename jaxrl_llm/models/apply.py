@@ -121,9 +121,9 @@ def fuse(layer: Params, bits: Bits | None = None) -> Params:
     if bits:
         for name, summed in {
             "qkv": [0],
-            "o": [0, 1],
+            "o": [1, 2],
             "gate_up": [0],
-            "down": [0],
+            "down": [1],
         }.items():
             values, scales = quantise(rest[name], DTYPES[bits], summed)
             rest |= {name: values, f"{name}_scale": scales}

@@ -90,6 +90,9 @@ class Layer(nnx.Module):
 
     Fused, `qkv` holds for every key/value head its queries, then its key and value, so
     that heads can still be split over devices, and `gate_up` both of its halves.
+
+    Every matrix begins with its axis "embed", also those that write to the residual:
+    what is split along another axis would be transposed to be gathered.
     """
 
     def __init__(self, arch: Architecture, init: "Init", fused: bool, scaled: bool):
@@ -117,7 +120,7 @@ class Layer(nnx.Module):
             self.q_bias = bias((N, H), ("heads", "head"), arch.qkv_bias)
             self.k_bias = bias((K, H), ("kv_heads", "head"), arch.qkv_bias)
             self.v_bias = bias((K, H), ("kv_heads", "head"), arch.qkv_bias)
-        self.o = init((N, H, D), ("heads", "head", "embed"), (N * H) ** -0.5)
+        self.o = init((D, N, H), ("embed", "heads", "head"), (N * H) ** -0.5)
         self.o_scale = scale((D,), ("norm",))
         self.o_bias = bias((D,), ("norm",), arch.output_bias)
         self.q_norm = Norm(arch, init, H) if arch.qk_norm else None
@@ -133,7 +136,7 @@ class Layer(nnx.Module):
             self.up = init((D, F), ("embed", "mlp"), std)
             self.gate_bias = bias((F,), ("mlp",), arch.mlp_bias)
             self.up_bias = bias((F,), ("mlp",), arch.mlp_bias)
-        self.down = init((F, D), ("mlp", "embed"), F**-0.5)
+        self.down = init((D, F), ("embed", "mlp"), F**-0.5)
         self.down_scale = scale((D,), ("norm",))
         self.down_bias = bias((D,), ("norm",), arch.mlp_bias)
         self.post_mlp_norm = Norm(arch, init, D) if arch.post_norms else None
@@ -165,7 +168,7 @@ class Layer(nnx.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         out, kept = attend(q, k, v)
         out = shard(out, *heads)
-        return _linear("btnh,nhd->btd", out, self.o, self.o_bias, self.o_scale), kept
+        return _linear("btnh,dnh->btd", out, self.o, self.o_bias, self.o_scale), kept
 
     def _heads(self, x):
         """Queries, keys and values."""
@@ -192,7 +195,7 @@ class Layer(nnx.Module):
                 gate = jax.nn.gelu(gate, approximate=True)
         hidden = shard(gate * up, "rows", "tokens", "mlp")
         weights = self.down, self.down_bias, self.down_scale
-        return _linear("btf,fd->btd", hidden, *weights)
+        return _linear("btf,df->btd", hidden, *weights)
 
 
 class Norm(nnx.Module):

@@ -220,6 +220,14 @@ def config(arch: Architecture) -> dict[str, Any]:
     return made
 
 
+def untied(arch: Architecture) -> Architecture:
+    """The same model with an output matrix of its own."""
+    made = json.loads(arch.source)
+    if "model_type" in made:
+        made["tie_word_embeddings"] = False
+    return dataclasses.replace(arch, tie_embeddings=False, source=json.dumps(made))
+
+
 def _family(config: Config, known: Sequence[Mapping[str, str]]) -> str:
     family = config.get("model_type")
     if family not in _FAMILIES:

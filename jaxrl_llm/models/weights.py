@@ -72,9 +72,10 @@ class Stored(NamedTuple):
 
 _VECTOR = ((0,),)
 _MATRIX = ((1,), (0,))
+_MATRIX_IN = ((0,), (1,))
 _HEADS_OUT = ((1, 2), (0,))
 _HEADS_BIAS = ((0, 1),)
-_HEADS_IN = ((2,), (0, 1))
+_HEADS_IN = ((0,), (1, 2))
 
 _LAYER = {
     "attention_norm.scale": Stored(
@@ -95,7 +96,7 @@ _LAYER = {
     ),
     "gate": Stored("mlp.gate_proj.weight", "ffn_gate.weight", _MATRIX),
     "up": Stored("mlp.up_proj.weight", "ffn_up.weight", _MATRIX),
-    "down": Stored("mlp.down_proj.weight", "ffn_down.weight", _MATRIX),
+    "down": Stored("mlp.down_proj.weight", "ffn_down.weight", _MATRIX_IN),
     "gate_bias": Stored("mlp.gate_proj.bias", "ffn_gate.bias", _VECTOR),
     "up_bias": Stored("mlp.up_proj.bias", "ffn_up.bias", _VECTOR),
     "down_bias": Stored("mlp.down_proj.bias", "ffn_down.bias", _VECTOR),

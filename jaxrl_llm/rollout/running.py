@@ -63,6 +63,7 @@ class Running:
         self._schedulers = [
             Scheduler(
                 Pool(num_pages, PAGE_SIZE),
+                num_rows=num_rows,
                 num_slots=2 * num_rows,
                 width=width,
                 chunk=chunk,
@@ -74,6 +75,7 @@ class Running:
         self._lines = [Lines(2 * num_rows, eos) for _ in range(self._replicas)]
         self._mode: Mode = "plain"
         self._top = 0
+        self._longest = 0  # of all responses asked for, at most
         self._most_rows = num_rows
         self._num_rows = num_rows
         pages, rows = abstract(run, num_rows, num_pages)
@@ -102,6 +104,7 @@ class Running:
         asked = {r.request.sampling for r in responses}
         self._mode = max({self._mode, *map(_mode, asked)}, key=_MODES.index)
         self._top = max(self._top, *(sampling.logprobs for sampling in asked))
+        self._longest = max(self._longest, *(s.max_tokens for s in asked))
 
     def advance(self) -> list[tuple[Response, int]]:
         """Sends the device on for another chunk, then looks at what the last one gave.
@@ -162,6 +165,9 @@ class Running:
         Returns:
           When to ask again: how many sequences would do with fewer rows.
         """
+        if self._longest <= self._chunk:
+            # It would save a few steps, and another program takes longer to compile.
+            return np.zeros(1, np.int32)
         slots, head, tail = jax.device_get(
             (self._rows.slots, self._rows.head, tables.tail)
         )

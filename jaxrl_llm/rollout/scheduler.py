@@ -84,6 +84,7 @@ class Scheduler:
 
     Args:
       pool: holds at least the longest sequence.
+      num_rows: sequences that the device decodes together.
       num_slots: sequences in the device's tables.
       width: n, pages of the longest sequence.
       chunk: steps of a chunk.
@@ -91,9 +92,17 @@ class Scheduler:
     """
 
     def __init__(
-        self, pool: Pool, *, num_slots: int, width: int, chunk: int, most_read: int
+        self,
+        pool: Pool,
+        *,
+        num_rows: int,
+        num_slots: int,
+        width: int,
+        chunk: int,
+        most_read: int,
     ):
         self.pool, self._chunk, self._most_read = pool, chunk, most_read
+        self._num_rows = num_rows
         self.waiting: deque[Response] = deque()
         self.slots: list[Response | None] = [None] * num_slots
         """Whose tokens the device's are."""
@@ -106,6 +115,7 @@ class Scheduler:
         self._free = list(range(num_slots))[::-1]
         self._admitted: dict[int, Response] = {}  # by slot, oldest first
         self._again: list[Response] = []  # may get tokens of the chunk that runs
+        self._ended, self._ended_tokens = 0, 0
 
     @property
     def outstanding(self) -> int:
@@ -129,13 +139,19 @@ class Scheduler:
             if slot in self._admitted:
                 self._extend(response)
         growing = sum(self._grows(r) for r in self._admitted.values())
+        likely = sum(self._likely_growth(r) for r in self._admitted.values())
         made, round_of = Plan([[]], [], []), {}
         while self.waiting and self._free:
             response = self.waiting[0]
-            if not self._admit(response, growing, made, round_of):
+            # Who gets no row yet takes only what others are not likely to need: to read
+            # what must be given up again would be in vain.
+            ahead = len(self._admitted) >= self._num_rows
+            spare = max(growing, likely) if ahead else growing
+            if not self._admit(response, spare, made, round_of):
                 break
             self.waiting.popleft()
             growing += self._grows(response)
+            likely += self._likely_growth(response)
             if len(made.queue) == _PLANNED_TOGETHER:
                 yield self._made(made)
                 made, round_of = Plan([[]], [], []), {}
@@ -194,6 +210,8 @@ class Scheduler:
         Args:
           told: the device knows.
         """
+        self._ended += 1
+        self._ended_tokens += len(response.tokens)
         slot = response.slot
         self.slots[slot] = None
         if response in self._again:
@@ -223,12 +241,12 @@ class Scheduler:
     def _admit(
         self,
         response: Response,
-        growing: int,
+        spare: int,
         made: Plan,
         round_of: dict[int, int],
     ) -> bool:
-        """Gives a response a slot and pages, if there are enough for those that grow
-        too, and plans what must be read or copied."""
+        """Gives a response a slot and pages, if so many are left for others, and plans
+        what must be read or copied."""
         size, known = self.pool.size, response.position
         beginning = response.sequence[:known]
         whole = known // size
@@ -237,9 +255,9 @@ class Scheduler:
         for page in found:
             self.pool.hold(page)
         count = self._pages_soon(response) - len(shared)
-        if source and len(self.pool) < count + growing:
+        if source and len(self.pool) < count + spare:
             self.pool.drop(source.pop())  # it may be the very page that is missing
-        if len(self.pool) < count + growing:
+        if len(self.pool) < count + spare:
             for page in shared:
                 self.pool.drop(page)
             return False
@@ -294,6 +312,14 @@ class Scheduler:
 
     def _grows(self, response: Response) -> bool:
         return len(response.pages) < self._pages(response.end)
+
+    def _likely_growth(self, response: Response) -> int:
+        """Pages it lacks to become as long as others were, or as long as it may."""
+        end = response.end
+        if self._ended:
+            mean = self._ended_tokens // self._ended
+            end = min(end, max(response.position, len(response.request.tokens) + mean))
+        return max(0, self._pages(end) - len(response.pages))
 
     def _pages(self, positions: int) -> int:
         return -(-positions // self.pool.size)

@@ -8,7 +8,6 @@ current weights, and what it had not answered is asked again.
 
 import asyncio
 import atexit
-import dataclasses
 import hashlib
 import math
 import queue
@@ -213,7 +212,7 @@ class VllmEngine:
         device = servers[0] if servers else jax.default_backend()
         if device != "cpu" or not self.arch.tie_embeddings:
             return self.arch, params
-        untied = dataclasses.replace(self.arch, tie_embeddings=False)
+        untied = models.untied(self.arch)
         return untied, params | {"output": params["embedding"]}
 
     def _shared_folder(self) -> Path:
