@@ -117,10 +117,11 @@ class VllmEngine:
             shutil.rmtree(self._weights, ignore_errors=True)  # of a run that was killed
         else:
             shutil.rmtree(self._current, ignore_errors=True)  # of a load that failed
-        sent = jax.jit(_cast, static_argnames="dtype")(params, dtype=jnp.bfloat16)
         times = [time.perf_counter()]
-        models.save(self._current, *self._as_taken(sent), self.tokenizer)
-        del sent
+        # One tensor at a time is cast and comes to the host.
+        models.save(
+            self._current, *self._as_taken(params), self.tokenizer, dtype=jnp.bfloat16
+        )
         times.append(time.perf_counter())
         self._call(self._everywhere(self._send))
         times.append(time.perf_counter())
@@ -541,7 +542,3 @@ def _most_likely(
         "top_tokens": np.array(ids, np.int32),
         "top_logprobs": np.where(values <= -9999, -np.inf, values),
     }
-
-
-def _cast(params: Mapping[str, Any], *, dtype: Any) -> Mapping[str, Any]:
-    return jax.tree.map(lambda x: x.astype(dtype), params)
