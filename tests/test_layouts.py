@@ -150,7 +150,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_others(axes, model, tmp_path
 @pytest.mark.parametrize(
     "axes, actor, message",
     [
-        ({"tensor": 3}, {}, "layers.down: dimension 1 of shape .* of size 3"),
+        ({"tensor": 3}, {}, "layers.down: dimension 2 of shape .* of size 3"),
         ({"context": 2}, {"pack_length": 33}, "do not divide actor.pack_length 33"),
         (
             {"context": 2},

@@ -434,7 +434,12 @@ def abstract_inputs(
     count = min(_power_of_two(num_prompts), max(1, prefill_tokens // length))
     prompts = [jax.ShapeDtypeStruct((replicas * count, length), jnp.int32)] * 4
     scheduler = Scheduler(
-        Pool(1, PAGE_SIZE), num_slots=slots, width=width, chunk=1, most_read=1
+        Pool(1, PAGE_SIZE),
+        num_rows=num_rows,
+        num_slots=slots,
+        width=width,
+        chunk=1,
+        most_read=1,
     )
     tables = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((replicas * len(x), *x.shape[1:]), x.dtype),
