@@ -21,7 +21,7 @@ from jaxrl_llm.batch import TrainBatch, pad_rows, previous_tokens
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.learner import abstract_state, first_state, split, state_shardings
 from jaxrl_llm.models import WeightSource
-from jaxrl_llm.policy import attention, layout, partition
+from jaxrl_llm.policy import COMPILER_OPTIONS, attention, layout, partition
 from sharding import processes
 
 
@@ -78,6 +78,7 @@ class Critic:
             ),
             donate_argnums=0,
             out_shardings=(self.state_shardings(), None),
+            compiler_options=COMPILER_OPTIONS,
         )
         self._judge = jax.jit(self._values_in_micro_batches)
 

@@ -25,7 +25,7 @@ from jaxrl_llm.config import Config
 from jaxrl_llm.config_algorithm import RolloutCorrectionConfig, uses_kl
 from jaxrl_llm.correction import Correction
 from jaxrl_llm.models import WeightSource
-from jaxrl_llm.policy import Policy
+from jaxrl_llm.policy import COMPILER_OPTIONS, Policy
 from sharding import plan, processes, reshard
 
 
@@ -73,6 +73,7 @@ class Learner:
             ),
             donate_argnums=0,
             out_shardings=(self.state_shardings(), None),
+            compiler_options=COMPILER_OPTIONS,
         )
         self._copy = jax.jit(
             lambda params: jax.tree.map(

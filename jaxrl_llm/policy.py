@@ -20,6 +20,13 @@ from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.models import Architecture
 from sharding import processes, rules
 
+COMPILER_OPTIONS = {
+    f"xla_gpu_{which}_combine_threshold_bytes": 2**28
+    for which in ("all_gather", "reduce_scatter")
+}
+"""Of updates: a layer's weights come together at once, and so do its gradients: 1 %
+faster on two H100 than in parts of 30 MB. Other platforms take no notice."""
+
 
 class Policy:
     """Everything about a policy but its weights.
@@ -103,59 +110,59 @@ class Policy:
         """Log-probability and entropy of every response token, at the temperature it
         was sampled at."""
 
-        def of_rows(hidden, matrix, asked, split, chunk):
+        def of_rows(hidden, matrix, asked, **how):
             return logprobs.of_tokens(
                 hidden,
                 matrix,
                 asked.tokens,
                 asked.positions,
                 asked.response_mask,
-                previous=batches.previous_tokens(asked),
-                temperature=self.config.rollout.temperature,
-                logit_softcap=self.arch.logit_softcap,
                 entropy_gradient=self.config.actor.entropy_coeff != 0,
-                split=split,
-                chunk=chunk,
+                **how,
             )
 
         found = self._by_rows(of_rows, *self._asked(params, rows))
         return logprobs.Logprobs(*(self._join(x, rows.tokens.shape) for x in found))
 
     def _sum_pi_squared(self, params: Any, rows: TrainBatch) -> Float[Array, "R T"]:
-        def of_rows(hidden, matrix, asked, split, chunk):
+        def of_rows(hidden, matrix, asked, **how):
             return logprobs.sum_pi_squared(
-                hidden,
-                matrix,
-                asked.positions,
-                asked.response_mask,
-                previous=batches.previous_tokens(asked),
-                temperature=self.config.rollout.temperature,
-                logit_softcap=self.arch.logit_softcap,
-                split=split,
-                chunk=chunk,
+                hidden, matrix, asked.positions, asked.response_mask, **how
             )
 
         found = self._by_rows(of_rows, *self._asked(params, rows))
         return self._join(found, rows.tokens.shape)
 
     def _by_rows(self, function: Callable, hidden, matrix, rows: TrainBatch):
-        """`function` of these, of the axes that the matrix is split over, and of how
-        many tokens' logits may exist at once, 4,096 a device.
+        """`function` of these, and of what `logprobs.of_tokens` has to know besides;
+        the logits of 4,096 tokens a device may exist at once.
 
         On GPUs each device does so with rows of its own: what is summed over tokens, as
         the matrix' gradient, meets once, not after each chunk of them. A TPU's compiler
         splits such sums so that no chip holds all of them, which here is worth more;
         and rows that are too few for all devices are the compiler's too.
         """
+
+        def of_rows(hidden, matrix, rows, **how):
+            return function(
+                hidden,
+                matrix,
+                rows,
+                previous=batches.previous_tokens(rows),
+                temperature=self.config.rollout.temperature,
+                logit_softcap=self.arch.logit_softcap,
+                **how,
+            )
+
         names = self.partition.axes("rows") + self.partition.axes("tokens")
         axes = tuple(axis for axis in names if self.mesh.shape[axis] > 1)
         parts = math.prod(self.mesh.shape[axis] for axis in axes)
         if not axes or models.platform_of(self.mesh) == "tpu" or len(hidden) % parts:
             matrix = self.partition.constrain(matrix, "vocab", None)
-            return function(hidden, matrix, rows, split=(), chunk=4096 * parts)
+            return of_rows(hidden, matrix, rows, chunk=4096 * parts)
         split = tuple(a for a in self.partition.axes("embed") if a in axes)
         return jax.shard_map(
-            functools.partial(function, split=split, chunk=4096),
+            functools.partial(of_rows, split=split, chunk=4096),
             mesh=self.mesh,
             axis_names=set(axes),
             in_specs=(P(axes), P(None, split), P(axes)),

@@ -131,7 +131,7 @@ def test_the_most_likely_tokens_are_told_to_those_who_ask():
 
 
 def test_a_chunk_ends_when_fewer_rows_would_do(monkeypatch):
-    # All fits into one chunk, which would have taken 20 rows to its end.
+    # The first chunk would have taken 20 rows to its end.
     asked = [request(i, n=1, max_tokens=40 if i == 3 else 2) for i in range(20)]
     wanted = generate(engine(decode_chunk=1), asked)
     resize, counts = decode.resize, []
@@ -141,8 +141,11 @@ def test_a_chunk_ends_when_fewer_rows_would_do(monkeypatch):
         return resize(rows, count=count, run=run)
 
     monkeypatch.setattr(decode, "resize", told)
-    assert_same(generate(engine(decode_chunk=64, max_num_seqs=20), asked), wanted)
+    assert_same(generate(engine(decode_chunk=32, max_num_seqs=20), asked), wanted)
     assert counts == [8]
+    counts.clear()  # where no response is longer than a chunk, one program does it all
+    assert_same(generate(engine(decode_chunk=40, max_num_seqs=20), asked), wanted)
+    assert counts == []
 
 
 def test_numbers_of_rows():
