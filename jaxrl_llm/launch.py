@@ -82,6 +82,20 @@ def _start_no_absent_tpu() -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+def _keep_compiled() -> None:
+    """Programs of GPUs and TPUs stay in the user's cache: the next start of a run does
+    not compile again. A CPU's are quickly made, and hold for that model of CPU only.
+
+    JAX_COMPILATION_CACHE_DIR names another folder; empty, it keeps none.
+    """
+    import jax
+
+    if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = str(Path(home) / "jaxrl_llm")
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
 _GOOGLE = "0x1ae0"
 """On the PCI bus, as in `jax._src.hardware_utils`."""
 
@@ -99,6 +113,7 @@ def _train(rest: list[str]) -> None:
     joined, rest = _processes(rest)
     config, flags = _config("train", rest, flags=("--dry-run",))
     with joined:
+        _keep_compiled()
         job = train.build(config)
         if "--dry-run" in flags:
             dry_run.show(job)
@@ -112,6 +127,7 @@ def _evaluate(rest: list[str]) -> None:
     joined, rest = _processes(rest)
     config, _ = _config("evaluate", rest)
     with joined:
+        _keep_compiled()
         train.evaluate_only(train.build(config))
 
 
@@ -269,6 +285,7 @@ def generate(
     texts = [*prompts, *(file.read_text().splitlines() if file else [])]
     if not texts:
         raise ConfigError("nothing to answer: give --prompts TEXT or --file FILE")
+    _keep_compiled()
     if system is not None and not chat:
         raise ConfigError("--system is a chat message, but --no-chat asks for none")
     loaded = models.load(model)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 import yaml
 
@@ -108,6 +109,28 @@ def test_where_a_mistake_is_can_be_shown(monkeypatch):
     monkeypatch.setenv("JAXRL_TRACEBACK", "1")
     with pytest.raises(ValueError, match="no such file"):
         launch.main(["train", "none.yaml"])
+
+
+@pytest.mark.parametrize(
+    "backend, named, kept",
+    [
+        ("gpu", None, "HOME/jaxrl_llm"),
+        ("gpu", "", None),  # the user wants none
+        ("gpu", "/elsewhere", None),  # JAX has read it
+        ("cpu", None, None),
+    ],
+)
+def test_compiled_programs_are_kept(monkeypatch, tmp_path, backend, named, kept):
+    found = {}
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax.config, "update", found.__setitem__)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if named is not None:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", named)
+    launch._keep_compiled()
+    wanted = kept and kept.replace("HOME", str(tmp_path))
+    assert found == ({"jax_compilation_cache_dir": wanted} if kept else {})
 
 
 def test_the_shell_gets_status_and_message():
