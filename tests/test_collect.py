@@ -167,6 +167,7 @@ def test_long_responses_cost_in_training_only(weights, tmp_path):
         assert r["reward"] == pytest.approx(mean_id([r["tokens"]])[0])
 
 
+@pytest.mark.slow
 def test_a_refreshed_reference_is_the_policy_and_survives_a_restart(weights, tmp_path):
     changed = GRPO | {
         "actor.use_kl_loss": True,
@@ -206,6 +207,7 @@ def test_a_token_baseline_gets_what_it_needs(weights, tmp_path, estimator):
     assert np.isfinite(lines[1]["actor/pg_loss"]) and lines[1]["actor/grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_pf_ppo_trains_on_the_best_and_the_worst_only(weights, tmp_path):
     config = make_config(
         weights,

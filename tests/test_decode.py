@@ -250,7 +250,9 @@ def test_after_the_first_calls_nothing_compiles():
     assert [program._cache_size() for program in programs] == before
 
 
-@pytest.mark.parametrize("kept", [None, "int8", "fp8"])
+@pytest.mark.parametrize(
+    "kept", [None, "int8", pytest.param("fp8", marks=pytest.mark.slow)]
+)
 def test_responses_put_back_for_want_of_memory_go_on_exactly(kept):
     # A page holds 64 tokens. Six are four sequences of 80, one page of the prompt
     # shared: others wait, and some are put back after their first page is full.

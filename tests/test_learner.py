@@ -217,7 +217,9 @@ def test_each_rematerialisation_keeps_less(tiny_model):
 SEVERAL = {"ppo_mini_batch_size": 2, "ppo_epochs": 2}
 
 
-@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize(
+    "share_prompts", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_mini_batches_are_the_same_in_any_layout(tiny_model, share_prompts):
     layout = {"pack_length": 32, "share_prompts": share_prompts}
     got = step(tiny_model, micro_batch_size=1, **layout, **SEVERAL)

@@ -136,6 +136,7 @@ def test_what_is_missing_is_said(arguments, message, capsys, tmp_path):
 GAE = {"algorithm": {"adv_estimator": "gae"}}
 
 
+@pytest.mark.slow
 def test_a_critic_is_held_judges_and_learns():
     [found] = planner.estimate(settings(GAE, use_kl_loss=False), jax.devices())
     # The policy's shape, tied matrices and all, and one number per width as its head.
@@ -182,6 +183,7 @@ def test_every_group_is_planned_by_itself():
     assert plans["learn"].programs["reshard"].extra_bytes > 0
 
 
+@pytest.mark.slow
 def test_the_cache_takes_what_memory_leaves_it():
     [found] = planner.estimate(settings(), jax.devices(), memory=600_000)
     page = 2 * 2 * 64 * 1 * 16 * 2  # 2 layers, keys and values, one head of 16

@@ -402,6 +402,7 @@ def test_no_plan_is_made_of_it(tiny_model, tmp_path):
         planner.estimate(config, jax.devices())
 
 
+@pytest.mark.slow
 def test_the_python_api_takes_a_model_alone(tiny_model, saved, tmp_path):
     result = train.train(
         tiny_model,
@@ -428,6 +429,7 @@ APART = {
 }
 
 
+@pytest.mark.slow
 def test_a_group_of_its_own_gives_the_same_numbers(tiny_model, saved, tmp_path):
     found = []
     for name, placement in (("together", {}), ("apart", APART)):

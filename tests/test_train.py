@@ -231,6 +231,7 @@ def what_a_run_says(run):
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(finished, values, cache, tmp_path):
     run = tmp_path / "killed"
     config = write_config(values, run)
@@ -307,6 +308,7 @@ def test_another_run_is_not_mixed_into_one(finished, override, message, capsys):
     assert config.read_text() == before
 
 
+@pytest.mark.slow
 def test_three_prompts_five_samples_and_four_rows_at_a_time_work(
     tiny_model, values, tmp_path
 ):
