@@ -118,10 +118,8 @@ class VllmEngine:
         else:
             shutil.rmtree(self._current, ignore_errors=True)  # of a load that failed
         times = [time.perf_counter()]
-        # One tensor at a time is cast and comes to the host.
-        models.save(
-            self._current, *self._as_taken(params), self.tokenizer, dtype=jnp.bfloat16
-        )
+        # One tensor at a time is rounded to bfloat16 and comes to the host.
+        models.save(self._current, *self._as_taken(params), self.tokenizer)
         times.append(time.perf_counter())
         self._call(self._everywhere(self._send))
         times.append(time.perf_counter())
