@@ -492,4 +492,5 @@ def launched(values: dict, directory: pathlib.Path) -> list[dict[str, float]]:
     env = {name: value for name, value in os.environ.items() if name not in mine}
     command = [sys.executable, "-m", "jaxrl_llm", "train", str(path)]
     subprocess.run(command, env=env, check=True)
-    return [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
