@@ -285,9 +285,9 @@ def generate(
     texts = [*prompts, *(file.read_text().splitlines() if file else [])]
     if not texts:
         raise ConfigError("nothing to answer: give --prompts TEXT or --file FILE")
-    _keep_compiled()
     if system is not None and not chat:
         raise ConfigError("--system is a chat message, but --no-chat asks for none")
+    _keep_compiled()
     loaded = models.load(model)
     on_cpu = jax.default_backend() == "cpu"
     before = [] if system is None else [{"role": "system", "content": system}]
