@@ -205,13 +205,16 @@ class Scheduler:
             yield response, before
 
     def finish(self, response: Response, *, told: bool) -> None:
-        """A response is complete, or not wanted any more.
+        """A response is complete.
 
         Args:
           told: the device knows.
         """
         self._ended += 1
         self._ended_tokens += len(response.tokens)
+        self._let_go(response, told)
+
+    def _let_go(self, response: Response, told: bool) -> None:
         slot = response.slot
         self.slots[slot] = None
         if response in self._again:
@@ -233,7 +236,7 @@ class Scheduler:
             meant([*self._admitted.values(), *self._again]),
         )
         for response in running:
-            self.finish(response, told=False)
+            self._let_go(response, told=False)
         for response in waiting:
             self.waiting.remove(response)
         return running + waiting
