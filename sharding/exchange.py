@@ -3,7 +3,8 @@
 XLA's partitioner, given two shardings, gathers whole arrays for many pairs of meshes: a
 data axis that comes or goes is enough. So the collectives are chosen here. A regular
 pattern is one all-to-all or one all-gather; any other is rounds of sends, in each of
-which a device sends at most one box and receives at most one.
+which a device sends at most one box and receives at most one. Two devices that swap
+halves send them too: an all-to-all would pack and unpack what stays as well.
 """
 
 import functools
@@ -111,9 +112,9 @@ def _regular(way: Route, order: tuple[int, ...]) -> AllToAll | AllGather | None:
             if _offsets(box, way.held[i]) != _along(split, b, size):
                 return None
     rows = tuple(tuple(map(order.index, group)) for group in sorted(groups))
-    if split:
-        return AllToAll(rows, split[0], concat[0])
-    return AllGather(rows, concat[0])
+    if not split:
+        return AllGather(rows, concat[0])
+    return AllToAll(rows, split[0], concat[0]) if len(rows[0]) > 2 else None
 
 
 def _sends(way: Route, order: tuple[int, ...]) -> Sends:

@@ -20,6 +20,7 @@ def same_devices():
         "fsdp2 tensor4": _named({"f": 2, "t": 4}, "f", "t"),
         "data2 fsdp2 tensor2": _named({"d": 2, "f": 2, "t": 2}, "f", "t"),
         "data2 fsdp4": _named({"d": 2, "f": 4}, "f"),
+        "data4 fsdp2": _named({"d": 4, "f": 2}, "f"),
         "tensor8": _named({"t": 8}, None, "t"),
         "data2 tensor4": _named({"d": 2, "t": 4}, None, "t"),
         "data4 tensor2": _named({"d": 4, "t": 2}, None, "t"),

@@ -160,6 +160,7 @@ def test_regular_patterns_are_one_collective():
     assert found("fsdp4 tensor2", "data4 tensor2") is AllGather
     assert found("data2 fsdp4", "data2 tensor4") is AllToAll
     assert found("fsdp8", "reversed devices") is Sends
+    assert found("data4 fsdp2", "data4 tensor2") is Sends
 
 
 @pytest.mark.parametrize("target", ["tensor8", "fsdp8"], ids=str)

@@ -33,7 +33,7 @@ def main(
     model: str = "qwen2.5-7b",
     dtype: Literal["bfloat16", "float32"] = "bfloat16",
     tensor: int | None = None,
-    chunk_mib: tuple[int, ...] = (1024,),
+    chunk_mib: tuple[int, ...] = (1024, 4096),
     ways: tuple[Way, ...] = get_args(Way),
     steps: int = 5,
 ) -> None:
