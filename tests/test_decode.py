@@ -416,6 +416,16 @@ def test_what_cannot_be_answered_is_refused():
         engine().submit([empty])
 
 
+def test_a_device_receives_the_logits_of_its_own_rows_only():
+    made = engine(axes={"data": 1, "tensor": 2})
+    program = made.lower(8, num_prompts=8, prompt_length=30)["decode"].compile()
+    found = re.findall(r"= \(?\w+\[([\d,]+)\]\S* all-gather\(", program.as_text())
+    assert found and all(
+        math.prod(map(int, shape.split(","))) < 8 * ARCH.vocab_size / 2
+        for shape in found
+    )
+
+
 def test_collectives_of_a_chunk_are_those_of_its_steps():
     def received(chunk):
         made = engine(axes={"data": 1, "tensor": 2}, decode_chunk=chunk)

@@ -16,7 +16,7 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
@@ -337,7 +337,9 @@ def _step(
         dtype=run.dtype,
         attention=run.attend,
     )
-    new: Sampled = sample(
+    new = _by_rows(
+        functools.partial(sample, mode=mode, top=top),
+        run.mesh,
         models.logits(run.arch, params, hidden[:, 0]),
         keys[at],
         rows.counts,
@@ -345,8 +347,6 @@ def _step(
         tables.top_k[at],
         tables.top_p[at],
         tables.min_p[at],
-        mode=mode,
-        top=top,
     )
     shown = Steps(
         slots=jnp.where(runs, rows.slots, -1),
@@ -367,6 +367,26 @@ def _step(
         counts=counts,
     )
     return rows, pages, shown
+
+
+def _by_rows(
+    draw: Callable[..., Sampled], mesh: Mesh, logits: Float[Array, "B V"], *of_rows: Any
+) -> Sampled:
+    """draw(logits, *of_rows), each device of "tensor" for its share of the rows. It
+    receives their logits only, instead of all rows' from the rest of the vocabulary."""
+    tensor = mesh.shape["tensor"]
+    if tensor == 1 or len(logits) % tensor:
+        return draw(logits, *of_rows)
+    within = jax.sharding.get_abstract_mesh()  # of the replicas, if there are many
+    if within.empty:
+        within = mesh
+
+    def lay(x: Array, *axes: str | None) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(within, P(*axes)))
+
+    # Whole before and afterwards, or the compiler would split by rows there as well.
+    logits = lay(lay(logits, None, "tensor"), "tensor")
+    return jax.tree.map(lay, draw(logits, *map(lay, of_rows)))
 
 
 def _runs(tables: Tables, rows: Rows) -> Bool[Array, " B"]:
