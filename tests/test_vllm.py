@@ -261,7 +261,7 @@ def skipped(engine, model, monkeypatch):
 def partial(engine, model, monkeypatch):
     old = model[1]
 
-    def save(directory, arch, params, tokenizer, saved=models.save):
+    def save(directory, arch, params, tokenizer, saved=models.save, **how):
         half = arch.num_layers // 2
         layers = jax.tree.map(
             lambda new, before: jnp.concatenate(
@@ -270,15 +270,15 @@ def partial(engine, model, monkeypatch):
             params["layers"],
             old["layers"],
         )
-        saved(directory, arch, params | {"layers": layers}, tokenizer)
+        saved(directory, arch, params | {"layers": layers}, tokenizer, **how)
 
     monkeypatch.setattr(models, "save", save)
 
 
 def wrong(engine, model, monkeypatch):
-    def save(directory, arch, params, tokenizer, saved=models.save):
+    def save(directory, arch, params, tokenizer, saved=models.save, **how):
         layers = jax.tree.map(lambda x: x[::-1], params["layers"])
-        saved(directory, arch, params | {"layers": layers}, tokenizer)
+        saved(directory, arch, params | {"layers": layers}, tokenizer, **how)
 
     monkeypatch.setattr(models, "save", save)
 
@@ -376,7 +376,7 @@ def test_a_running_server_must_take_the_longest_sequence(engine, model, tmp_path
 
 
 def test_weights_that_a_server_cannot_read_are_an_error(engine, model, monkeypatch):
-    def save(directory, *_):
+    def save(directory, *_, **__):
         directory.mkdir(parents=True)
 
     with monkeypatch.context() as patch:

@@ -7,6 +7,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -214,8 +215,8 @@ def save(
 ) -> None:
     """Writes a directory that transformers reads; it appears complete or not at all.
 
-    At most `max_shard_bytes` of weights are in host memory at a time. All processes
-    call it, and the first writes.
+    At most twice `max_shard_bytes` of weights are in host memory at a time. All
+    processes call it, and the first writes.
 
     Args:
       directory: must not exist, or be empty.
@@ -399,14 +400,21 @@ def _write_weights(
         if files[-1] and sum(held for _, held, _ in files[-1]) + size > max_bytes:
             files.append([])
         files[-1].append((name, size, value))
-    weight_map = {}
-    for i, tensors in enumerate(files):
-        file = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
-        file = _WEIGHTS if len(files) == 1 else file
-        # transformers refuses a file without a format, and knows no "jax".
-        values = {name: value() for name, _, value in tensors}
-        save_file(values, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(values, file)
+    weight_map: dict[str, str] = {}
+    writing: Future | None = None
+    # A file is written while the next one's tensors come from the devices.
+    with ThreadPoolExecutor(max_workers=1) as writer:
+        for i, tensors in enumerate(files):
+            file = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
+            file = _WEIGHTS if len(files) == 1 else file
+            values = {name: value() for name, _, value in tensors}
+            weight_map |= dict.fromkeys(values, file)
+            if writing:
+                writing.result()
+            # transformers refuses a file without a format, and knows no "jax".
+            writing = writer.submit(save_file, values, folder / file, {"format": "pt"})
+        if writing:
+            writing.result()
     if len(files) > 1:
         total = sum(size for tensors in files for _, size, _ in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -4,6 +4,7 @@ A file keeps one matrix [out, in] per layer. Here weights are [in, out], heads h
 axis of their own, and layers are stacked; every device reads only its own part.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -209,27 +210,30 @@ def write(
     the parameters are spread over several.
     """
     leaves = flat(params)
-
-    @jax.jit
-    def whole(x):
-        return x.astype(dtype)
-
-    @jax.jit
-    def one(x, i):
-        return jax.lax.dynamic_index_in_dim(x, i, keepdims=False).astype(dtype)
-
     for place in places(arch, "huggingface"):
         leaf = leaves[place.path]
         shape = leaf.shape if place.layer is None else leaf.shape[1:]
         stored = _stored_shape(place, shape)
 
         def value(place=place, leaf=leaf, stored=stored) -> np.ndarray:
-            x = whole(leaf) if place.layer is None else one(leaf, place.layer)
-            folded = [axis for group in place.axes for axis in group]
-            x = processes.fetch(x).transpose(folded).reshape(stored)
-            return np.ascontiguousarray(x)
+            axes = tuple(axis for group in place.axes for axis in group)
+            how = {"axes": axes, "shape": stored, "dtype": jnp.dtype(dtype)}
+            if place.layer is None:
+                return processes.fetch(_as_stored(leaf, **how))
+            return processes.fetch(_layer_as_stored(leaf, place.layer, **how))
 
         yield place.name, stored, value
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "shape", "dtype"))
+def _as_stored(x, *, axes, shape, dtype):
+    return x.astype(dtype).transpose(axes).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "shape", "dtype"))
+def _layer_as_stored(x, layer, *, axes, shape, dtype):
+    x = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    return _as_stored(x, axes=axes, shape=shape, dtype=dtype)
 
 
 def check(

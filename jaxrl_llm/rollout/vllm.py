@@ -119,7 +119,12 @@ class VllmEngine:
             shutil.rmtree(self._current, ignore_errors=True)  # of a load that failed
         times = [time.perf_counter()]
         # One tensor at a time is rounded to bfloat16 and comes to the host.
-        models.save(self._current, *self._as_taken(params), self.tokenizer)
+        models.save(
+            self._current,
+            *self._as_taken(params),
+            self.tokenizer,
+            max_shard_bytes=10**9,  # that reading and writing overlap
+        )
         times.append(time.perf_counter())
         self._call(self._everywhere(self._send))
         times.append(time.perf_counter())
