@@ -17,8 +17,8 @@ from jaxrl_llm import models
 from jaxrl_llm.config import Config
 from jaxrl_llm.config_algorithm import uses_kl
 from jaxrl_llm.console import progress
+from jaxrl_llm.job import Job, placed
 from jaxrl_llm.planner import Estimate
-from jaxrl_llm.train import Job, placed
 from sharding import processes
 
 _GIB = 2**30

@@ -109,12 +109,13 @@ def _fail(message: str) -> int:
 
 def _train(rest: list[str]) -> None:
     from jaxrl_llm import dry_run, train
+    from jaxrl_llm.job import build
 
     joined, rest = _processes(rest)
     config, flags = _config("train", rest, flags=("--dry-run",))
     with joined:
         _keep_compiled()
-        job = train.build(config)
+        job = build(config)
         if "--dry-run" in flags:
             dry_run.show(job)
         else:
@@ -122,13 +123,14 @@ def _train(rest: list[str]) -> None:
 
 
 def _evaluate(rest: list[str]) -> None:
-    from jaxrl_llm import train
+    from jaxrl_llm.job import build
+    from jaxrl_llm.train import evaluate_only
 
     joined, rest = _processes(rest)
     config, _ = _config("evaluate", rest)
     with joined:
         _keep_compiled()
-        train.evaluate_only(train.build(config))
+        evaluate_only(build(config))
 
 
 def _processes(rest: list[str]) -> tuple[AbstractContextManager[None], list[str]]:

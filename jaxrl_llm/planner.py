@@ -19,8 +19,8 @@ from jaxrl_llm import metrics, models, workload
 from jaxrl_llm.bench import hardware
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.config_algorithm import uses_kl
+from jaxrl_llm.job import engine_of, has_critic, make_meshes, placed
 from jaxrl_llm.learner import Learner
-from jaxrl_llm.train import engine_of, has_critic, make_meshes, placed
 from jaxrl_llm.workload import Program, Work
 from sharding import mesh, processes
 

@@ -11,6 +11,7 @@ from test_critic import make_config, newest
 
 from jaxrl_llm import collect, metrics, train
 from jaxrl_llm.config import ConfigError
+from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardFunction, Scores
 from jaxrl_llm.rewards.functions import overlong_penalty
 from jaxrl_llm.rewards.scoring import join
@@ -42,7 +43,7 @@ def of_odd_prompts(prompts, completion_ids, **columns):
 
 
 def run(config, reward):
-    job = train.build(config, [RewardFunction(name="given", function=reward)])
+    job = build(config, [RewardFunction(name="given", function=reward)])
     train.run(job)
     return job, metrics.read(config.output_dir)
 
@@ -113,7 +114,7 @@ def test_differing_groups_by_hand():
 
 def test_a_prompt_that_comes_back_gets_other_responses(weights, tmp_path):
     config = make_config(weights, tmp_path, **GRPO)
-    job = train.build(config, [RewardFunction(name="given", function=mean_id)])
+    job = build(config, [RewardFunction(name="given", function=mean_id)])
     job.engine.load(job.learner.read_weights("float32"), 0)
     asked = job.data.train[:1]
     first, again, other = (
@@ -217,7 +218,7 @@ def test_pf_ppo_trains_on_the_best_and_the_worst_only(weights, tmp_path):
             "trainer.total_training_steps": 1,
         },
     )
-    job = train.build(config, [RewardFunction(name="given", function=mean_id)])
+    job = build(config, [RewardFunction(name="given", function=mean_id)])
     rewards = np.array([[0.5, 0.1], [0.2, 0.9]], np.float32)
     rows, _ = two_groups(job)
     drawn = train.draw_again(job, rows, rewards, 1)

@@ -15,6 +15,7 @@ from jaxrl_llm import config as configs
 from jaxrl_llm.batch import Completion, Prompt, make_rows
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.critic import Critic
+from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardFunction
 from sharding import mesh
 
@@ -124,7 +125,7 @@ def high(prompts, completions, completion_ids, **columns):
 
 
 def run(config):
-    job = train.build(config, [RewardFunction(name="high", function=high)])
+    job = build(config, [RewardFunction(name="high", function=high)])
     train.run(job)
     return job
 

@@ -4,7 +4,8 @@ import jax
 import pytest
 import tiny
 
-from jaxrl_llm import config, dry_run, models, train
+from jaxrl_llm import config, dry_run, models
+from jaxrl_llm.job import build
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def job(tmp_path_factory):
         "reward": {"functions": [{"name": "exact"}]},
         "trainer": {"total_training_steps": 1},
     }
-    return train.build(config.parse(values, "test"))
+    return build(config.parse(values, "test"))
 
 
 def test_memory_is_that_of_the_arrays(job):

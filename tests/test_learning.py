@@ -9,6 +9,7 @@ from test_train import cache, values  # noqa: F401  (fixtures)
 
 from jaxrl_llm import config as configs
 from jaxrl_llm import metrics, train
+from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardFunction
 
 SEQUENCE_MEAN = {"actor.loss_agg_mode": "seq-mean-token-mean"}
@@ -81,7 +82,7 @@ def test_the_reward_rises(values, tmp_path, family):  # noqa: F811
     # Two updates per step, so that ratios move away from 1; nothing but the learning.
     arguments += ["--actor.ppo_mini_batch_size=2", "--data.val=null"]
     config = configs.parse(configs.override(whole, arguments), "test")
-    result = train.run(train.build(config))
+    result = train.run(build(config))
     rewards = result.table()["critic/rewards/mean"].dropna()
     assert rewards.iloc[-2:].mean() > rewards.iloc[0] + 0.1
 
@@ -101,7 +102,7 @@ def test_the_adaptive_coefficient_holds_the_kl_near_its_target(tmp_path, held):
     }
     config = make_config(tiny.checkpoint(tmp_path / "tiny"), tmp_path, **changed)
     reward = RewardFunction(name="given", function=mean_id)
-    train.run(train.build(config, [reward]))
+    train.run(build(config, [reward]))
     lines = metrics.read(config.output_dir)[-60:]
     kl = np.mean([line["actor/reward_kl_penalty"] for line in lines])
     assert 0.1 < kl < 0.4 if held else kl > 2

@@ -7,6 +7,7 @@ import tiny
 from jaxrl_llm import config as configs
 from jaxrl_llm import dry_run, metrics, train
 from jaxrl_llm.config import ConfigError
+from jaxrl_llm.job import build, make_meshes
 from jaxrl_llm.rewards import RewardFunction
 from sharding import mesh
 
@@ -47,7 +48,7 @@ def folder(tmp_path_factory):
 
 def job(folder, name, **placement):
     config = configs.parse(values(folder, name, **placement), "test")
-    return train.build(config, [RewardFunction(name="high", function=high)])
+    return build(config, [RewardFunction(name="high", function=high)])
 
 
 PLACEMENTS = {
@@ -139,14 +140,14 @@ def test_roles_are_where_they_are_placed(folder):
 )
 def test_what_does_not_fit_is_said(folder, placement, message):
     with pytest.raises(ConfigError, match=message):
-        train.make_meshes(configs.parse(values(folder, "no", **placement), "test"))
+        make_meshes(configs.parse(values(folder, "no", **placement), "test"))
 
 
 def test_a_mesh_is_filled_from_its_group(folder):
     given = values(folder, "fill", **PLACEMENTS["split"])
     given["actor"]["mesh"] = {"fsdp": 2, "tensor": -1}
     given["actor"]["ref_mesh"] = {"data": -1, "fsdp": 1}
-    made = train.make_meshes(configs.parse(given, "test"))
+    made = make_meshes(configs.parse(given, "test"))
     shapes = {
         role: {k: v for k, v in m.shape.items() if v > 1} for role, m in made.items()
     }
@@ -158,7 +159,7 @@ def test_a_mesh_is_filled_from_its_group(folder):
     }
     given["actor"]["mesh"] = {"fsdp": 8}
     with pytest.raises(ConfigError, match="actor.mesh on learn: .* does not fit 4"):
-        train.make_meshes(configs.parse(given, "test"))
+        make_meshes(configs.parse(given, "test"))
 
 
 def test_device_numbers():

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrl_llm import config as configs
 from jaxrl_llm import launch, metrics, train
 from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.job import build, make_meshes
 from sharding import mesh, processes
 
 SAME, OTHER = layouts.same_devices(), layouts.other_devices()
@@ -114,7 +115,7 @@ def test_work_that_processes_cannot_share_is_refused(change, message, monkeypatc
         configs.put(values, key.split("."), value)
     monkeypatch.setattr(processes, "of", lambda mesh: 2)
     with pytest.raises(configs.ConfigError, match=message):
-        train.make_meshes(configs.parse(values, "values"))
+        make_meshes(configs.parse(values, "values"))
 
 
 class Group:
@@ -360,7 +361,7 @@ def alone(values, cache, tmp_path_factory):
 
 
 def final_state(directory):
-    job = train.build(configs.load(directory / "config.yaml"))
+    job = build(configs.load(directory / "config.yaml"))
     with Checkpoints(directory / "checkpoints", 9) as checkpoints:
         step, state, _ = checkpoints.restore(train.abstract_state(job))
     assert step == STEPS

@@ -16,6 +16,7 @@ from jaxrl_llm import dry_run, metrics, models, planner, train
 from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.collect import score_together
 from jaxrl_llm.config import ConfigError
+from jaxrl_llm.job import build
 from jaxrl_llm.reward_model import RewardModel, is_last
 from jaxrl_llm.rewards import RewardError, RewardFunction
 from sharding import mesh
@@ -231,7 +232,7 @@ def test_a_language_model_is_refused_by_the_tensor_it_lacks(
         with pytest.raises(
             ConfigError, match="reward.model.path .*tensor score.weight is missing"
         ):
-            train.build(config)
+            build(config)
 
 
 def test_a_tensor_that_is_missing_is_named_before_anything_is_read(tmp_path):
@@ -257,7 +258,7 @@ def test_a_model_that_does_not_fit_is_refused(
 ):
     config = settings(tmp_path, tiny_model, saved("Qwen2", **changed))
     with pytest.raises(ConfigError, match=f"reward.model.path .*{message}"):
-        train.build(config)
+        build(config)
 
 
 def test_a_model_of_other_tokens_is_refused(tiny_model, tmp_path):
@@ -271,7 +272,7 @@ def test_a_model_of_other_tokens_is_refused(tiny_model, tmp_path):
     file.write_text(json.dumps(tokenizer))
     config = settings(tmp_path, tiny_model, str(path))
     with pytest.raises(ConfigError, match="'A' is token .*they must read the same"):
-        train.build(config)
+        build(config)
 
 
 def test_a_policy_cannot_start_from_a_model_without_output(saved, tmp_path):
@@ -311,7 +312,7 @@ def test_what_makes_no_run_is_refused(changed, message, tiny_model, tmp_path):
 def test_a_function_and_the_model_need_different_names(tiny_model, saved, tmp_path):
     config = settings(tmp_path, tiny_model, saved("Llama"))
     with pytest.raises(ConfigError, match="different names.*reward_model"):
-        train.build(config, [RewardFunction(name="reward_model", function=length)])
+        build(config, [RewardFunction(name="reward_model", function=length)])
 
 
 class Broken(RewardModel):
@@ -342,7 +343,7 @@ def length(completion_ids, **_):
 
 
 def run(config, rewards=()):
-    job = train.build(config, list(rewards))
+    job = build(config, list(rewards))
     return job, train.run(job)
 
 
@@ -455,7 +456,7 @@ def test_it_lies_where_it_is_placed_and_is_counted_there(tiny_model, saved, tmp_
         "reward.model.mesh": {"fsdp": 1, "tensor": 2},
     }
     config = settings(tmp_path, tiny_model, saved("Llama"), **changed)
-    job = train.build(config)
+    job = build(config)
     model = job.reward_model
     job.score(*answered())
     ids = {d.id for x in jax.tree.leaves(model._kept) for d in x.sharding.device_set}
@@ -468,6 +469,6 @@ def test_it_lies_where_it_is_placed_and_is_counted_there(tiny_model, saved, tmp_
     # Weights that wait in the host's memory come back for the pass.
     section = config.reward.model.model_copy(update={"offload": True})
     reward = config.reward.model_copy(update={"model": section})
-    waits = train.build(config.model_copy(update={"reward": reward}))
+    waits = build(config.model_copy(update={"reward": reward}))
     peak = dry_run.memory_per_device(waits)["judge"]
     assert peak == {"gradients, activations": sum(held.values())}

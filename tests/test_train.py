@@ -20,6 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxrl_llm import config as configs
 from jaxrl_llm import launch, metrics, models, records, train
 from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardError
 
 STEPS, PROMPTS, SAMPLES = 8, 4, 8
@@ -156,7 +157,7 @@ def test_every_response_is_written_with_its_reward(finished):
 
 def final_params(result):
     """The weights of the newest checkpoint, as they are."""
-    job = train.build(configs.load(result.directory / "config.yaml"))
+    job = build(configs.load(result.directory / "config.yaml"))
     with Checkpoints(result.directory / "checkpoints", 9) as checkpoints:
         step, state, _ = checkpoints.restore(train.abstract_state(job))
     assert step == state.actor.step == STEPS

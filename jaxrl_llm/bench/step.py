@@ -21,10 +21,10 @@ from jaxrl_llm import estimate, grpo, metrics, models
 from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.bench import shapes
 from jaxrl_llm.config import Config, ConfigError
+from jaxrl_llm.job import engine_of, has_critic, make_meshes
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.rewards import resolve, score
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
-from jaxrl_llm.train import engine_of, has_critic, make_meshes
 
 
 class _Numbers:
