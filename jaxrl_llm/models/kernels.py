@@ -232,9 +232,10 @@ def _split(
     )
     peak, total, acc = jax.lax.fori_loop(first, last, page, start)
     mean = acc / jnp.maximum(total, 1e-30)[:, None]
-    triton.store(out.at[pl.ds(0, rows), :], mean.astype(out.dtype), mask=of_head_each)
-    triton.store(peaks.at[pl.ds(0, rows)], peak, mask=of_head)
-    triton.store(totals.at[pl.ds(0, rows)], total, mask=of_head)
+    there = jnp.arange(rows)
+    triton.store(out.at[_each(rows, H)], mean.astype(out.dtype), mask=of_head_each)
+    triton.store(peaks.at[there], peak, mask=of_head)
+    triton.store(totals.at[there], total, mask=of_head)
 
 
 def _scaled(x, cache, page):
@@ -245,17 +246,24 @@ def _scaled(x, cache, page):
 def _rotated(x, rows: int, rotary, mask):
     """`rotate` of x [rows, H], read from where it is."""
     H = x.shape[-1]
-    whole = triton.load(x.at[pl.ds(0, rows), :], mask=mask, other=0.0)
+    row, column = _each(rows, H)
+    whole = triton.load(x.at[row, column], mask=mask, other=0.0)
     if not rotary:
         return whole
     at, (cos, sin) = jnp.arange(H), rotary
-    row = jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, H))
-    partner = jnp.broadcast_to(((at + H // 2) % H)[None], (rows, H))
-    other = triton.load(x.at[row, partner], mask=mask, other=0.0)
+    other = triton.load(x.at[row, (column + H // 2) % H], mask=mask, other=0.0)
     angle = at % (H // 2)
     turned = jnp.where(at < H // 2, -1.0, 1.0) * triton.load(sin.at[angle])
     out = whole.astype(jnp.float32) * triton.load(cos.at[angle])[None]
     return (out + other.astype(jnp.float32) * turned[None]).astype(x.dtype)
+
+
+def _each(rows: int, columns: int):
+    """Indices of every place. Unlike a slice they may lead over the edge, if masked."""
+    return tuple(
+        jnp.broadcast_to(x, (rows, columns))
+        for x in (jnp.arange(rows)[:, None], jnp.arange(columns)[None])
+    )
 
 
 def on_tpu(
