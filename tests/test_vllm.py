@@ -431,7 +431,7 @@ def test_a_server_that_cannot_work_is_one_clear_error(model, tmp_path, vllm, mes
         assert f"The end of {tmp_path}/vllm-0.log:" in str(caught.value)
 
 
-def test_no_server_outlives_a_trainer_that_is_killed(tmp_path):
+def test_nothing_outlives_a_trainer_that_is_killed(tmp_path):
     program = f"""
         import sys, pathlib
         sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
@@ -440,7 +440,7 @@ def test_no_server_outlives_a_trainer_that_is_killed(tmp_path):
         model = loaded, loaded.params, [(1, 2, 3)] * 4
         engine = test_vllm.make(model, pathlib.Path({str(tmp_path)!r}))
         engine.load(loaded.params, 0)
-        print("up", test_vllm.processes(engine), flush=True)
+        print("up", test_vllm.processes(engine), engine._weights, flush=True)
         import time; time.sleep(600)
     """
     trainer = subprocess.Popen(
@@ -452,15 +452,16 @@ def test_no_server_outlives_a_trainer_that_is_killed(tmp_path):
     timer = threading.Timer(300, trainer.kill)
     timer.start()
     lines = (line for line in trainer.stdout if line.startswith("up"))
-    group = int(next(lines).split()[1])
+    _, group, weights = next(lines).split()
+    group, weights = int(group), pathlib.Path(weights)
     timer.cancel()
-    assert alive(group)
+    assert alive(group) and weights.exists()
     trainer.kill()
     trainer.communicate()
     end = time.monotonic() + 30
-    while alive(group) and time.monotonic() < end:
+    while (alive(group) or weights.exists()) and time.monotonic() < end:
         time.sleep(0.2)
-    assert not alive(group)
+    assert not alive(group) and not weights.exists()
 
 
 def test_five_steps_learn_as_with_the_jax_engine(tmp_path):

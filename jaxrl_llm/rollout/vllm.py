@@ -12,6 +12,8 @@ import hashlib
 import math
 import queue
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -35,6 +37,9 @@ from jaxrl_llm.rollout.server import Lost, Process, Server, ServerError, of_prom
 _Asked = tuple[Request, range]
 """A request, and which of its samples are asked for together."""
 _NUM_PROBES, _PROBE_TOKENS = 16, 32
+_REMOVE = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], True)"
+"""Removes a folder when standard input closes, even if by the end of a killed trainer:
+it may be gigabytes of shared memory."""
 _KEPT = (
     "; on a CPU, vLLM keeps the output matrix of a model that ties it to its "
     "embeddings: start the server with "
@@ -89,6 +94,11 @@ class VllmEngine:
         self._weights = self._current = self._shared_folder()
         settings = config.rollout.vllm
         self._replicas = self._running() if settings.urls else self._own()
+        self._remover = subprocess.Popen(
+            [sys.executable, "-c", _REMOVE, self._weights],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -204,7 +214,7 @@ class VllmEngine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        shutil.rmtree(self._weights, ignore_errors=True)
+        self._remover.communicate()
 
     def _as_taken(self, params: Any) -> tuple[models.Architecture, Any]:
         """The model as servers can take new weights of it.
