@@ -9,7 +9,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from jaxrl_llm import models
-from jaxrl_llm.models import weights
+from jaxrl_llm.models import huggingface, weights
 from jaxrl_llm.models.architecture import Rope
 from sharding import mesh, rules
 
@@ -280,6 +280,23 @@ def test_save_never_overwrites_and_leaves_nothing_behind(saved, tmp_path):
     with pytest.raises(OSError, match="disk full"):
         models.save(tmp_path / "out", tiny.arch(), params, Broken())
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("failing", ["00001-of", "00002-of", "00003-of-00003"])
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path, monkeypatch, failing):
+    arch, begun = tiny.arch(), []
+
+    def write(values, path, *_):
+        begun.append(path.name)
+        if failing in path.name:
+            raise OSError("disk full")
+
+    monkeypatch.setattr(huggingface, "save_file", write)
+    params = random_params(arch)
+    with pytest.raises(OSError, match="disk full"):
+        models.save(tmp_path / "out", arch, params, None, max_shard_bytes=30_000)
+    assert failing in begun[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_save_refuses_other_parameters(tmp_path):
