@@ -81,7 +81,8 @@ def pattern(part: Part, order: tuple[int, ...]) -> AllToAll | AllGather | Sends:
 
 
 def _regular(way: Route, order: tuple[int, ...]) -> AllToAll | AllGather | None:
-    """One collective within groups of equally many devices, if that is what it is."""
+    """One collective within groups of equally many devices, if that is what it is and
+    no swap between two."""
     if not way.moved or not (way.held.keys() == way.wanted.keys() == set(order)):
         return None
     pairs = {(t.source, t.target): t.box for t in (*way.kept, *way.moved)}
