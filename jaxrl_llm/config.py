@@ -300,8 +300,9 @@ class ActorConfig(_Section):
     """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
     which holds the scores of a whole row."""
     unroll: Literal["auto", "never", "always"] = "auto"
-    """Compile every layer by itself rather than one loop over them: no copies into and
-    out of the loop, but a compile time that grows with depth. auto: on a GPU."""
+    """Compile every layer by itself rather than one for all in a loop: a compile time
+    that grows with depth, but one layer's weights travel while another is computed.
+    auto: on several GPUs."""
     mesh: TrainMeshConfig = TrainMeshConfig()
     ref_mesh: TrainMeshConfig | None = None
     """Of the reference policy; `mesh` if not given."""
@@ -353,8 +354,9 @@ class CriticConfig(_Section):
     """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
     which holds the scores of a whole row."""
     unroll: Literal["auto", "never", "always"] = "auto"
-    """Compile every layer by itself rather than one loop over them: no copies into and
-    out of the loop, but a compile time that grows with depth. auto: on a GPU."""
+    """Compile every layer by itself rather than one for all in a loop: a compile time
+    that grows with depth, but one layer's weights travel while another is computed.
+    auto: on several GPUs."""
     mesh: TrainMeshConfig = TrainMeshConfig()
     rules: TrainRules = {}
     """As actor.rules."""

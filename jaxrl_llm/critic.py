@@ -112,7 +112,7 @@ class Critic:
             dtype=jnp.dtype(critic.dtype),
             remat=critic.remat,
             attention=attention(self._partition, critic.dtype, critic.attention, rows),
-            unroll=models.choose_unroll(self.mesh, critic.unroll),
+            loop=models.choose_loop(self.mesh, critic.unroll, critic.remat),
             shard=self._partition.constrain,
         )
         return logprobs.before(

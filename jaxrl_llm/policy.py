@@ -19,12 +19,13 @@ from jaxrl_llm.batch import Layout, TrainBatch
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.models import Architecture
 from sharding import processes, rules
+from sharding.mesh import platform_of
 
-COMPILER_OPTIONS = {
+COMPILER_OPTIONS = models.COMPILER_OPTIONS | {
     f"xla_gpu_{which}_combine_threshold_bytes": 2**28
     for which in ("all_gather", "reduce_scatter")
 }
-"""Of updates: a layer's weights come together at once, and so do its gradients: 1 %
+"""Of updates. A layer's weights come together at once, and so do its gradients: 1 %
 faster on two H100 than in parts of 30 MB. Other platforms take no notice."""
 
 
@@ -157,7 +158,7 @@ class Policy:
         names = self.partition.axes("rows") + self.partition.axes("tokens")
         axes = tuple(axis for axis in names if self.mesh.shape[axis] > 1)
         parts = math.prod(self.mesh.shape[axis] for axis in axes)
-        if not axes or models.platform_of(self.mesh) == "tpu" or len(hidden) % parts:
+        if not axes or platform_of(self.mesh) == "tpu" or len(hidden) % parts:
             matrix = self.partition.constrain(matrix, "vocab", None)
             return of_rows(hidden, matrix, rows, chunk=4096 * parts)
         split = tuple(a for a in self.partition.axes("embed") if a in axes)
@@ -185,7 +186,7 @@ class Policy:
             dtype=jnp.dtype(actor.dtype),
             remat=actor.remat,
             attention=attention(partition, actor.dtype, actor.attention, rows),
-            unroll=models.choose_unroll(self.mesh, actor.unroll),
+            loop=models.choose_loop(self.mesh, actor.unroll, actor.remat),
             shard=partition.constrain,
         )
         matrix = models.output_matrix(params)

@@ -140,7 +140,7 @@ class RewardModel:
             attention=attention(
                 self._partition, section.dtype, section.attention, rows
             ),
-            unroll=models.choose_unroll(self.mesh, section.unroll),
+            loop=models.choose_loop(self.mesh, section.unroll),
             shard=self._partition.constrain,
         )
 

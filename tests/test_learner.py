@@ -14,6 +14,7 @@ from jaxrl_llm import logprobs, models
 from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.learner import Learner, updates_per_step
+from jaxrl_llm.models import loop
 from sharding import mesh
 
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)  # data, fsdp, tensor
@@ -152,6 +153,19 @@ def test_weights_and_moments_stay_split(tiny_model):
 )
 def test_micro_batches_packing_and_remat_change_nothing(tiny_model, actor):
     got = step(tiny_model, **actor, **ALL_TERMS)
+    assert_same(got, step(tiny_model, **ALL_TERMS))
+
+
+@pytest.mark.parametrize("sizes", [ONE, EIGHT], ids=["one device", "eight"])
+@pytest.mark.parametrize("over", [loop.in_place, loop.unrolled])
+def test_a_gpus_loops_change_nothing(tiny_model, monkeypatch, sizes, over):
+    monkeypatch.setattr(models, "choose_loop", lambda *_: over)
+    made = learner.__wrapped__(
+        tiny_model, sizes, micro_batch_size=4, remat="dots", **ALL_TERMS
+    )
+    rows = made.make_rows(*make_rollouts(), ADVANTAGES)
+    state, metrics = made.update(made.start(), rows, seed=3)
+    got = jax.device_get(state), metrics
     assert_same(got, step(tiny_model, **ALL_TERMS))
 
 

@@ -25,7 +25,6 @@ from jaxrl_llm.models.attention import shared_prompts
 from jaxrl_llm.models.critic import abstract_critic, critic_axes, init_critic, values
 from jaxrl_llm.models.families import architecture, untied
 from jaxrl_llm.models.flash import choose as choose_attention
-from jaxrl_llm.models.flash import choose_unroll, platform_of
 from jaxrl_llm.models.huggingface import (
     Checkpoint,
     Classifier,
@@ -36,12 +35,15 @@ from jaxrl_llm.models.huggingface import (
     save,
 )
 from jaxrl_llm.models.kernels import choose as choose_paged_attention
+from jaxrl_llm.models.loop import COMPILER_OPTIONS
+from jaxrl_llm.models.loop import choose as choose_loop
 from jaxrl_llm.models.paged import Pages
 from jaxrl_llm.models.parallel import partition
 from jaxrl_llm.models.quantised import DTYPES, Bits
 from jaxrl_llm.models.weights import RandomWeights, WeightSource
 
 __all__ = [
+    "COMPILER_OPTIONS",
     "DTYPES",
     "Architecture",
     "Bits",
@@ -56,8 +58,8 @@ __all__ = [
     "abstract_params",
     "architecture",
     "choose_attention",
+    "choose_loop",
     "choose_paged_attention",
-    "choose_unroll",
     "critic_axes",
     "for_products",
     "forward",
@@ -73,7 +75,6 @@ __all__ = [
     "open_classifier",
     "output_matrix",
     "partition",
-    "platform_of",
     "save",
     "shared_prompts",
     "unstack",

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention import PackedAttention, packed
 from jaxrl_llm.models.decoder import Decoder, Init, RotaryTable, Shard, anywhere
+from jaxrl_llm.models.loop import Loop, scan, unrolled
 from jaxrl_llm.models.quantised import DTYPES, Bits, quantise
 
 Params = Any
@@ -158,7 +159,7 @@ def forward(
     dtype,
     remat: Remat = "none",
     attention: PackedAttention = packed,
-    unroll: bool | int = 1,
+    loop: Loop = scan,
     shard: Shard = anywhere,
 ) -> Float[Array, "R T D"]:
     """Final hidden states (after the last norm) of packed rows.
@@ -170,7 +171,7 @@ def forward(
       dtype: of activations, and of weights inside matrix products.
       remat: what the backward pass computes again, see `Remat`.
       attention: see `flash.choose`.
-      unroll: layers per turn of the compiled loop; True: all, without a loop.
+      loop: over the layers, see `loop.choose`.
       shard: lays out activations by the names of their axes, such as
         `sharding.rules.Partition.constrain`.
     """
@@ -197,13 +198,16 @@ def forward(
 
         return attend_rows
 
-    def layer(x, state, rope_index, window_index):
+    ropes = jnp.array(arch.rope_of_layer, jnp.int32)
+    kinds = jnp.array([windows.index(w) for w in arch.window_of_layer], jnp.int32)
+
+    def layer(x, state, i):
         @jax.named_scope("attention")
         def attend_rows(q, k, v):
-            kinds = [looking_back(window) for window in windows]
-            if len(kinds) == 1:
-                return kinds[0](q, k, v), None
-            return jax.lax.switch(window_index, kinds, q, k, v), None
+            attends = [looking_back(window) for window in windows]
+            if len(attends) == 1:
+                return attends[0](q, k, v), None
+            return jax.lax.switch(kinds[i], attends, q, k, v), None
 
         with jax.named_scope("layer"):
             # Weights come together here, layer by layer, where they are split only to
@@ -214,21 +218,17 @@ def forward(
                 for w, axes in zip(leaves, names, strict=True)
             ]
             state = jax.tree.unflatten(form, leaves)
-            table = _pick(tables, rope_index)
+            table = _pick(tables, ropes, i)
             x, _ = nnx.merge(graphdef, state)(x, table, attend_rows, shard)
         return x
 
     if remat != "none":
-        layer = jax.checkpoint(layer, policy=_POLICIES[remat])
-
-    def body(x, scanned):
-        return layer(x, *scanned), ()
-
-    ropes = jnp.array(arch.rope_of_layer, jnp.int32)
-    kinds = jnp.array([windows.index(w) for w in arch.window_of_layer], jnp.int32)
+        # Only without a loop could XLA find what is computed again in what was before.
+        layer = jax.checkpoint(
+            layer, policy=_POLICIES[remat], prevent_cse=loop is unrolled
+        )
     x = shard(decoder.embed(tokens, dtype, shard), "rows", "residual", None)
-    x, _ = jax.lax.scan(body, x, (stacked, ropes, kinds), unroll=unroll)
-    return shard(decoder.norm(x), "rows", "tokens", None)
+    return shard(decoder.norm(loop(layer, x, stacked)), "rows", "tokens", None)
 
 
 def _is_dot(primitive, *_, **params) -> bool:
@@ -252,14 +252,14 @@ _OFFLOAD_DOTS = jax.checkpoint_policies.offload_dot_with_no_batch_dims(
 _POLICIES = {"dots": _is_dot, "full": None, "offload": _to_host}
 
 
-def _pick(tables: list[RotaryTable], index) -> RotaryTable:
-    """The table of a scanned layer; one that rotates by nothing stands for None."""
+def _pick(tables: list[RotaryTable], table_of_layer, i) -> RotaryTable:
+    """The table of layer i; one that rotates by nothing stands for None."""
     if len(tables) == 1:
         return tables[0]
     given = next(table for table in tables if table is not None)
     still = (jnp.ones_like(given[0]), jnp.zeros_like(given[1]))
     filled = [still if table is None else table for table in tables]
-    return jax.tree.map(lambda *parts: jnp.stack(parts)[index], *filled)
+    return jax.tree.map(lambda *parts: jnp.stack(parts)[table_of_layer[i]], *filled)
 
 
 @functools.cache

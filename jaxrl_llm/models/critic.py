@@ -14,6 +14,7 @@ from jaxrl_llm.models.apply import Params, Remat, forward
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention import PackedAttention, packed
 from jaxrl_llm.models.decoder import Decoder, Init, Shard, anywhere
+from jaxrl_llm.models.loop import Loop, scan
 
 
 class Critic(nnx.Module):
@@ -65,7 +66,7 @@ def values(
     dtype,
     remat: Remat = "none",
     attention: PackedAttention = packed,
-    unroll: bool | int = 1,
+    loop: Loop = scan,
     shard: Shard = anywhere,
 ) -> Float[Array, "R T"]:
     """The value of the state after each token of packed rows, float32.
@@ -83,7 +84,7 @@ def values(
         dtype=dtype,
         remat=remat,
         attention=attention,
-        unroll=unroll,
+        loop=loop,
         shard=shard,
     )
     weight = params["weight"].astype(jnp.float32)

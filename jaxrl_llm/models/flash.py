@@ -12,12 +12,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models import attention
 from jaxrl_llm.models.attention import PackedAttention, Window
 from jaxrl_llm.models.parallel import across
+from sharding.mesh import platform_of
 from sharding.rules import Partition
 
 
@@ -39,21 +39,6 @@ def choose(
     if wanted == "auto" and platform == "tpu":
         return across(partition, splash)
     return across(partition, found) if partition.parts("tokens") > 1 else found
-
-
-def choose_unroll(mesh: Mesh, wanted: Literal["auto", "never", "always"]) -> bool:
-    """Whether the devices of `mesh` run layers faster outside of a loop.
-
-    On a GPU, what a loop keeps for its backward pass is copied twice, a tenth of the
-    time of an update; elsewhere the shorter compilation is worth more.
-    """
-    return wanted == "always" or (wanted == "auto" and platform_of(mesh) == "gpu")
-
-
-def platform_of(mesh: Mesh) -> str:
-    """cpu, gpu or tpu."""
-    platform = mesh.devices.flat[0].platform
-    return "gpu" if platform == "cuda" else platform
 
 
 def cudnn(

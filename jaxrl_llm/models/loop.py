@@ -1,0 +1,200 @@
+"""How the layers of a training pass follow one another, chosen by platform.
+
+    one GPU        in_place: a loop that copies nothing
+    several GPUs   unrolled: one after the other, so that transfers overlap with others
+    else           scan: JAX's loop
+
+All compute x <- layer(x, weights[i], i) for i = 0, 1, ... and are differentiable in x
+and weights. What `layer` closes over is not differentiated.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from sharding.mesh import platform_of
+
+Weights = Any
+"""A tree of arrays [L, ...], or of one layer's [...]."""
+Layer = Callable[[Array, Weights, Int[Array, ""]], Array]
+Loop = Callable[[Layer, Array, Weights], Array]
+
+COMPILER_OPTIONS = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
+}
+"""What `in_place` asks of XLA. Only products by cuBLAS read and write slices of larger
+arrays; and the places are written before they are read, so their zeros need not be.
+Without Triton's products, layers compile in half the time and are as fast. Other
+platforms take no notice."""
+
+
+def choose(
+    mesh: Mesh, wanted: Literal["auto", "never", "always"], remat: str = "none"
+) -> Loop:
+    """The fastest loop on the devices of `mesh`.
+
+    Args:
+      wanted: never: compile one layer for all. always: compile each by itself.
+      remat: see `apply.Remat`. What is kept in the host's memory has no place in place.
+    """
+    on_gpus = platform_of(mesh) == "gpu"
+    if wanted == "always" or (wanted == "auto" and on_gpus and mesh.size > 1):
+        return unrolled
+    return in_place if on_gpus and remat != "offload" else scan
+
+
+def scan(layer: Layer, x: Array, weights: Weights) -> Array:
+    """One compiled layer for all; compiles in the same time for any number of them.
+
+    On a GPU, what the backward pass needs is copied to where it is kept and back.
+    """
+
+    def body(x, here):
+        return layer(x, *here), None
+
+    return jax.lax.scan(body, x, (weights, jnp.arange(_count(weights))))[0]
+
+
+def unrolled(layer: Layer, x: Array, weights: Weights) -> Array:
+    """Every layer by itself; compiles in a time that grows with their number."""
+
+    def body(x, here):
+        # Behind the barrier all layers look alike, and share their kernels.
+        weights, i = here
+        return layer(x, jax.lax.optimization_barrier(weights), i), None
+
+    here = weights, jnp.arange(_count(weights))
+    return jax.lax.scan(body, x, here, unroll=True)[0]
+
+
+def in_place(layer: Layer, x: Array, weights: Weights) -> Array:
+    """As `scan`, but what the backward pass needs is computed where it is kept.
+
+    `scan` computes a value for the layer's next operation and copies it to its place.
+    Here the next operation, too, reads the value from its place, so that XLA lets a
+    product write there and nowhere else; and the backward pass reads it there. Needs
+    `COMPILER_OPTIONS`, without which it is right, but no faster than `scan`.
+    """
+    count = _count(weights)
+
+    @functools.cache
+    def forward_pass():
+        one = jax.eval_shape(lambda w: jax.tree.map(lambda leaf: leaf[0], w), weights)
+        return _ForwardPass(layer, jax.ShapeDtypeStruct(x.shape, x.dtype), one)
+
+    @jax.custom_vjp
+    def loop(x, weights):
+        return scan(layer, x, weights)
+
+    def forward(x, weights):
+        def body(i, carry):
+            here = jax.tree.map(lambda leaf: _read(leaf, i), weights)
+            return forward_pass().run(*carry, here, i)
+
+        places = forward_pass().places(count)
+        x, places = jax.lax.fori_loop(0, count, body, (x, places))
+        return x, (places, weights)
+
+    def backward(kept, gradient):
+        def body(step, carry):
+            gradient, gradients = carry
+            i = count - 1 - step
+            here = jax.tree.map(lambda leaf: _read(leaf, i), kept)
+            gradient, found = forward_pass().pullback(*here, i)(gradient)
+            put = functools.partial(_write, i=i)
+            return gradient, jax.tree.map(put, gradients, found)
+
+        _, weights = kept
+        gradients = jax.tree.map(jnp.zeros_like, weights)
+        return jax.lax.fori_loop(0, count, body, (gradient, gradients))
+
+    loop.defvjp(forward, backward)
+    return loop(x, weights)
+
+
+class _ForwardPass:
+    """What JAX computes of a layer that is to be differentiated, by operations, and
+    which of their results the backward pass asks for."""
+
+    def __init__(self, layer: Layer, x: Any, weights: Weights):
+        closed, (_, pullback) = jax.make_jaxpr(
+            lambda x, weights, i: jax.vjp(lambda *given: layer(*given, i), x, weights),
+            return_shape=True,
+        )(x, weights, jax.ShapeDtypeStruct((), jnp.int32))
+        self._jaxpr, self._consts = closed.jaxpr, closed.consts
+        self._pullback = jax.tree.structure(pullback)
+        self._result, *self._asked = self._jaxpr.outvars
+        found = [v for v in self._asked if not isinstance(v, core.Literal)]
+        given = {*self._jaxpr.constvars, *self._jaxpr.invars[1:]}
+        self._kept = [v for v in dict.fromkeys(found) if v not in given]
+
+    def places(self, count: int) -> list[Array]:
+        """Where `count` layers keep what is asked for: one [L, ...] for each."""
+        return [jnp.zeros((count, *v.aval.shape), v.aval.dtype) for v in self._kept]
+
+    def run(
+        self, x: Array, places: list[Array], weights: Weights, i: Array
+    ) -> tuple[Array, list[Array]]:
+        """Layer i's result, and the places with what it keeps."""
+        start, *_ = self._jaxpr.invars
+        values = self._given(weights, i) | {start: x}
+        places = dict(zip(self._kept, places, strict=True))
+        if start in places:
+            places[start] = _write(places[start], x, i)
+        for operation in self._jaxpr.eqns:
+            results = self._apply(operation, values)
+            for variable, value in zip(operation.outvars, results, strict=True):
+                if variable in places:
+                    places[variable] = _write(places[variable], value, i)
+                    # Without the barrier XLA would pass on the value itself.
+                    value = _read(jax.lax.optimization_barrier(places[variable]), i)
+                values[variable] = value
+        return values[self._result], list(places.values())
+
+    def pullback(self, kept: list[Array], weights: Weights, i: Array) -> Callable:
+        """Layer i's backward pass: its result's gradient to those of x and weights."""
+        values = self._given(weights, i) | dict(zip(self._kept, kept, strict=True))
+        asked = [
+            v.val if isinstance(v, core.Literal) else values[v] for v in self._asked
+        ]
+        return jax.tree.unflatten(self._pullback, asked)
+
+    def _given(self, weights: Weights, i: Array) -> dict[core.Var, Array]:
+        """What is there before and need not be kept."""
+        variables = [*self._jaxpr.constvars, *self._jaxpr.invars[1:]]
+        values = [*self._consts, *jax.tree.leaves(weights), i]
+        return dict(zip(variables, values, strict=True))
+
+    def _apply(
+        self, operation: core.JaxprEqn, values: dict[core.Var, Array]
+    ) -> list[Array]:
+        inputs = [v for v in operation.invars if not isinstance(v, core.Literal)]
+        inputs = list(dict.fromkeys(inputs))
+        alone = self._jaxpr.replace(
+            constvars=[],
+            invars=inputs,
+            outvars=operation.outvars,
+            eqns=[operation],
+            debug_info=self._jaxpr.debug_info.with_unknown_names(),
+        )
+        function = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
+        return function(*(values[v] for v in inputs))
+
+
+def _count(weights: Weights) -> int:
+    return jax.tree.leaves(weights)[0].shape[0]
+
+
+def _read(place: Array, i: Array) -> Array:
+    return jax.lax.dynamic_index_in_dim(place, i, axis=0, keepdims=False)
+
+
+def _write(place: Array, value: Array, i: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(place, value, i, axis=0)

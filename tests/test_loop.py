@@ -1,0 +1,151 @@
+"""Every loop over layers computes the same, and keeps no more than it must."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm import models
+from jaxrl_llm.models import Rope, loop
+from tests import tiny
+
+LAYERS = 3
+# Alternating windows and rotations, as some families have them.
+MIXED = {
+    "num_layers": LAYERS,
+    "rope": (Rope(theta=1e4), Rope(theta=100.0)),
+    "rope_of_layer": (0, 1, 0),
+    "window_of_layer": (None, 2, None),
+}
+TOKENS = jnp.arange(12).reshape(2, 6) * 7
+POSITIONS = jnp.array([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]])
+IDS = jnp.array([[0] * 6, [0, 0, 0, 1, 1, 1]])
+
+
+def loss_and_gradients(arch, over, remat):
+    params = models.init(arch, jax.random.key(0))
+
+    def loss(params):
+        hidden = models.forward(
+            arch, params, TOKENS, POSITIONS, IDS,
+            dtype=jnp.float32, remat=remat, loop=over,
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(hidden))
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.mark.parametrize("over", [loop.unrolled, loop.in_place])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("fields", [{"num_layers": LAYERS}, MIXED], ids=["one", "two"])
+def test_every_loop_computes_the_same(over, remat, fields):
+    arch = tiny.arch(**fields)
+    got = loss_and_gradients(arch, over, remat)
+    wanted = loss_and_gradients(arch, loop.scan, "none")
+    for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def stack(count):
+    """`count` layers of x + tanh(x a) b, 4 wide, and one row of x."""
+    draw = np.random.default_rng(1).standard_normal
+    weights = {name: jnp.float32(draw((count, 4, 4)) / 2) for name in "ab"}
+    return jnp.float32(draw(4)), weights
+
+
+def layer(x, weights, i):
+    return x + jnp.tanh(x @ weights["a"]) @ weights["b"]
+
+
+@pytest.mark.parametrize("over", [loop.scan, loop.unrolled, loop.in_place])
+def test_the_gradient_is_that_of_a_python_loop(over):
+    def by_hand(x, weights):
+        for i in range(LAYERS):
+            x = layer(x, jax.tree.map(lambda w, i=i: w[i], weights), i)
+        return jnp.sum(x**2)
+
+    def looped(x, weights):
+        return jnp.sum(over(layer, x, weights) ** 2)
+
+    got = jax.value_and_grad(looped, argnums=(0, 1))(*stack(LAYERS))
+    wanted = jax.value_and_grad(by_hand, argnums=(0, 1))(*stack(LAYERS))
+    for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_layer_closes_over_may_be_traced():
+    @jax.jit
+    def found(scale):
+        def scaled(x, weights, i):
+            return scale * layer(x, weights, i)
+
+        def loss(over, x, weights):
+            return jnp.sum(over(scaled, x, weights) ** 2)
+
+        return [
+            jax.grad(lambda w, over=over: loss(over, stack(2)[0], w))(stack(2)[1])
+            for over in (loop.in_place, loop.scan)
+        ]
+
+    for a, b in zip(*map(jax.tree.leaves, found(0.5)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "policy, kept",
+    [
+        (jax.checkpoint_policies.nothing_saveable, 1),  # x
+        (jax.checkpoint_policies.dots_saveable, 2),  # x and x a
+    ],
+)
+def test_only_what_the_policy_names_is_kept(policy, kept):
+    remat = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    x, weights = stack(LAYERS)
+    _, pullback = jax.vjp(lambda *given: loop.in_place(remat, *given), x, weights)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(pullback)]
+    assert shapes.count((LAYERS, 4)) == kept
+    assert shapes.count((LAYERS, 4, 4)) == 2  # the weights
+
+
+def lowered(over, count):
+    loss = jax.grad(lambda x, w: jnp.sum(over(layer, x, w)), argnums=(0, 1))
+    return jax.jit(loss).lower(*stack(count)).as_text()
+
+
+def test_only_an_unrolled_loop_grows_with_depth():
+    def sizes(over):
+        return [len(lowered(over, count).splitlines()) for count in (2, 20)]
+
+    for over in (loop.scan, loop.in_place):
+        shallow, deep = sizes(over)
+        assert deep == shallow
+    shallow, deep = sizes(loop.unrolled)
+    assert deep > 2 * shallow
+
+
+@pytest.mark.accelerator
+def test_a_gpu_computes_each_product_once_and_where_it_is_kept():
+    if jax.default_backend() != "gpu":
+        pytest.skip("of a GPU's compiler")
+    size = 512
+    remat = jax.checkpoint(
+        layer, policy=jax.checkpoint_policies.dots_saveable, prevent_cse=False
+    )
+
+    def loss(x, weights):
+        return jnp.sum(jnp.float32(loop.in_place(remat, x, weights)))
+
+    x = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
+    weights = {n: jax.ShapeDtypeStruct((8, size, size), jnp.bfloat16) for n in "ab"}
+    step = jax.jit(
+        jax.grad(loss, argnums=(0, 1)), compiler_options=loop.COMPILER_OPTIONS
+    )
+    text = step.lower(x, weights).compile().as_text()
+    # Forward x a, tanh(.) b; backward twice as many. The compiler may join some.
+    products = re.findall(r"custom_call_target=\"__cublas", text)
+    assert len(products) == 6
+    assert text.count('"AllocateBuffer"') >= 4  # x, x a, and two gradients
+    whole = rf"bf16\[8,{size},{size}\]\S* (copy|copy-start)\("
+    assert not re.search(whole, text)
