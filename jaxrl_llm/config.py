@@ -302,7 +302,7 @@ class ActorConfig(_Section):
     unroll: Literal["auto", "never", "always"] = "auto"
     """Compile every layer by itself rather than one for all in a loop: a compile time
     that grows with depth, but one layer's weights travel while another is computed.
-    auto: on several GPUs."""
+    auto: on several GPUs, and on one unless remat is dots or full."""
     mesh: TrainMeshConfig = TrainMeshConfig()
     ref_mesh: TrainMeshConfig | None = None
     """Of the reference policy; `mesh` if not given."""
@@ -356,7 +356,7 @@ class CriticConfig(_Section):
     unroll: Literal["auto", "never", "always"] = "auto"
     """Compile every layer by itself rather than one for all in a loop: a compile time
     that grows with depth, but one layer's weights travel while another is computed.
-    auto: on several GPUs."""
+    auto: on several GPUs, and on one unless remat is dots or full."""
     mesh: TrainMeshConfig = TrainMeshConfig()
     rules: TrainRules = {}
     """As actor.rules."""

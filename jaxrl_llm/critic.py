@@ -80,7 +80,9 @@ class Critic:
             out_shardings=(self.state_shardings(), None),
             compiler_options=COMPILER_OPTIONS,
         )
-        self._judge = jax.jit(self._values_in_micro_batches)
+        self._judge = jax.jit(
+            self._values_in_micro_batches, compiler_options=COMPILER_OPTIONS
+        )
 
     def start(self) -> grpo.TrainState:
         """The state before the first update. Reads the weights."""

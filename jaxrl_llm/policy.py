@@ -227,7 +227,7 @@ class Policy:
             )
             return found
 
-        return jax.jit(whole)
+        return jax.jit(whole, compiler_options=COMPILER_OPTIONS)
 
 
 def partition(

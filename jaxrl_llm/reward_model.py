@@ -20,7 +20,7 @@ from jaxrl_llm import grpo, masked, models
 from jaxrl_llm.batch import Completion, Prompt, TrainBatch
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.models import Checkpoint, Classifier
-from jaxrl_llm.policy import attention, layout, partition
+from jaxrl_llm.policy import COMPILER_OPTIONS, attention, layout, partition
 from jaxrl_llm.rewards import RewardFunction
 from sharding import processes
 
@@ -62,7 +62,11 @@ class RewardModel:
         micro_batch_size = section.micro_batch_size or config.actor.micro_batch_size
         self._layout = layout(config, self._partition, micro_batch_size)
         self._rows = self._partition.sharding("rows", "tokens")
-        self._score = jax.jit(self._scores, out_shardings=NamedSharding(mesh, P()))
+        self._score = jax.jit(
+            self._scores,
+            out_shardings=NamedSharding(mesh, P()),
+            compiler_options=COMPILER_OPTIONS,
+        )
 
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]

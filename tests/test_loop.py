@@ -10,6 +10,7 @@ import pytest
 
 from jaxrl_llm import models
 from jaxrl_llm.models import Rope, loop
+from sharding import mesh
 from tests import tiny
 
 LAYERS = 3
@@ -55,6 +56,27 @@ def test_every_loop_computes_the_same(over, remat, mixed):
     wanted = loss_and_gradients(loop.scan, "none", mixed)
     for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "platform, devices, wanted, remat, over",
+    [
+        ("cpu", 1, "auto", "dots", loop.scan),
+        ("tpu", 8, "auto", "none", loop.scan),
+        ("tpu", 8, "always", "none", loop.unrolled),
+        ("gpu", 1, "auto", "dots", loop.in_place),
+        ("gpu", 1, "auto", "full", loop.in_place),
+        ("gpu", 1, "auto", "none", loop.unrolled),
+        ("gpu", 1, "always", "dots", loop.unrolled),
+        ("gpu", 8, "auto", "dots", loop.unrolled),
+        ("gpu", 8, "never", "none", loop.in_place),
+        ("gpu", 8, "never", "offload", loop.scan),
+    ],
+)
+def test_platform_and_remat_choose(monkeypatch, platform, devices, wanted, remat, over):
+    monkeypatch.setattr(loop, "platform_of", lambda _: platform)
+    on = mesh.make({"data": devices}, jax.devices()[:devices])
+    assert loop.choose(on, wanted, remat) is over
 
 
 def stack(count):

@@ -1,7 +1,7 @@
 """How the layers of a training pass follow one another, chosen by platform.
 
-    one GPU        in_place: a loop that copies nothing
-    several GPUs   unrolled: one after the other, so that transfers overlap with others
+    one GPU        in_place: a loop that copies nothing; unrolled without remat
+    several GPUs   unrolled: one layer's weights travel while another is computed
     else           scan: JAX's loop
 
 All compute x <- layer(x, weights[i], i) for i = 0, 1, ... and are differentiable in x
@@ -42,12 +42,15 @@ def choose(
 
     Args:
       wanted: never: compile one layer for all. always: compile each by itself.
-      remat: see `apply.Remat`. What is kept in the host's memory has no place in place.
+      remat: see `apply.Remat`. Where it does not say what to keep, XLA keeps less if it
+        sees all layers; what is kept on the host cannot be computed in place.
     """
-    on_gpus = platform_of(mesh) == "gpu"
-    if wanted == "always" or (wanted == "auto" and on_gpus and mesh.size > 1):
+    if platform_of(mesh) != "gpu":
+        return unrolled if wanted == "always" else scan
+    best_unrolled = mesh.size > 1 or remat in ("none", "offload")
+    if wanted == "always" or (wanted == "auto" and best_unrolled):
         return unrolled
-    return in_place if on_gpus and remat != "offload" else scan
+    return scan if remat == "offload" else in_place
 
 
 def scan(layer: Layer, x: Array, weights: Weights) -> Array:
