@@ -34,6 +34,7 @@ def of_tokens(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     entropy_gradient: bool = True,
+    keep: bool = False,
     chunk: int = 4096,
     split: tuple[str, ...] = (),
 ) -> Logprobs:
@@ -45,8 +46,8 @@ def of_tokens(
 
     The products with the output matrix run in the dtype of `hidden` and accumulate in
     float32; everything between them is float32. The [R, T, V] logits never exist at
-    once, neither forward nor backward, and only tokens that `mask` asks for cost
-    anything.
+    once, neither forward nor backward (unless `keep`), and only tokens that `mask` asks
+    for cost anything.
 
     Args:
       hidden: after the final norm.
@@ -56,6 +57,9 @@ def of_tokens(
       previous: where in its row the token before each stands; to its left if not given.
       logit_softcap: softcap(x) = cap * tanh(x / cap); None for the identity.
       entropy_gradient: if False, the entropy is a constant to differentiation.
+      keep: softmax(logits), [R, T, V] in the dtype of `hidden`, for the backward pass,
+        rather than computing the logits again. Only without a gradient of the entropy
+        and a score cap, which need the logits themselves.
       chunk: logits exist for about so many tokens at a time.
       split: axes of a `jax.shard_map` around this, over which `output_matrix` is split
         along D and rows are split too. Its parts meet here, in the dtype of `hidden`;
@@ -63,7 +67,12 @@ def of_tokens(
     """
     size = min(max(1, chunk // tokens.shape[0]), tokens.shape[1])
     mask = mask & (positions > 0)
-    how = _How(temperature, logit_softcap, entropy_gradient, size, split)
+    if keep and (entropy_gradient or logit_softcap is not None):
+        raise ValueError(
+            "keep needs entropy_gradient=False and logit_softcap=None, got "
+            f"{entropy_gradient} and {logit_softcap}"
+        )
+    how = _How(temperature, logit_softcap, entropy_gradient, size, split, keep)
     with jax.named_scope("logprobs"):
         return Logprobs(*_score(hidden, output_matrix, tokens, mask, previous, how))
 
@@ -131,6 +140,7 @@ class _How(NamedTuple):
     entropy_gradient: bool
     size: int
     split: tuple[str, ...]
+    keep: bool = False
 
 
 class _Chosen(NamedTuple):
@@ -197,6 +207,7 @@ def _logits(hidden, matrix, how: _How) -> Float[Array, "R t V"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _score(hidden, output_matrix, tokens, mask, previous, how: _How):
+    how = how._replace(keep=False)
     return _score_forward(hidden, output_matrix, tokens, mask, previous, how)[0]
 
 
@@ -205,7 +216,8 @@ def _score_forward(hidden, output_matrix, tokens, mask, previous, how: _How):
     chosen = _choose(hidden, mask, previous, how.size)
     tokens = jnp.take_along_axis(tokens, chosen.order, axis=1)
 
-    def of_chunk(i, found):
+    def of_chunk(i, carry):
+        found, kept = carry
         logits = _logits(_columns(chosen.hidden, i, how.size), matrix, how)
         own = _columns(tokens, i, how.size)[..., None]
         own = jnp.take_along_axis(logits, own, axis=-1)[..., 0]
@@ -214,14 +226,23 @@ def _score_forward(hidden, output_matrix, tokens, mask, previous, how: _How):
         norm = jnp.sum(weights, axis=-1)
         mean = jnp.sum(weights * logits, axis=-1) / norm
         new = (own, most + jnp.log(norm), mean)
-        return tuple(
+        found = tuple(
             _put(into, x, i, how.size) for into, x in zip(found, new, strict=True)
         )
+        if how.keep:
+            p = jnp.exp(logits - new[1][..., None]).astype(hidden.dtype)
+            kept = _put(kept, p, i, how.size)
+        return found, kept
 
     zeros = (jnp.zeros(tokens.shape),) * 3
-    own, total, mean = jax.lax.fori_loop(0, chosen.chunks, of_chunk, zeros)
+    kept = None
+    if how.keep:
+        kept = jnp.zeros((*tokens.shape, len(matrix)), hidden.dtype)
+    (own, total, mean), kept = jax.lax.fori_loop(
+        0, chosen.chunks, of_chunk, (zeros, kept)
+    )
     scored = _back(own - total, chosen, mask), _back(total - mean, chosen, mask)
-    return scored, (hidden, output_matrix, tokens, mask, previous, total, mean)
+    return scored, (hidden, output_matrix, tokens, mask, previous, total, mean, kept)
 
 
 def _score_backward(how: _How, kept, cotangents):
@@ -229,7 +250,7 @@ def _score_backward(how: _How, kept, cotangents):
 
     d logits[v] = g * [v = token] - p[v] * (g + e * (logits[v] - sum(p * logits)))
     """
-    hidden, output_matrix, tokens, mask, previous, total, mean = kept
+    hidden, output_matrix, tokens, mask, previous, total, mean, probabilities = kept
     matrix = _whole(output_matrix, hidden.dtype, how)
     chosen = _choose(hidden, mask, previous, how.size)
     there = jnp.arange(tokens.shape[1])[None] <= chosen.rank[:, -1:]
@@ -244,9 +265,12 @@ def _score_backward(how: _How, kept, cotangents):
             _columns(x, i, how.size)[..., None]
             for x in (tokens, of_logprob, of_entropy, total, mean)
         )
-        logits = _logits(known, matrix, how)
-        p = jnp.exp(logits - log_norm)
-        is_own = jnp.arange(logits.shape[-1])[None, None] == own
+        if how.keep:
+            p = _columns(probabilities, i, how.size).astype(jnp.float32)
+        else:
+            logits = _logits(known, matrix, how)
+            p = jnp.exp(logits - log_norm)
+        is_own = jnp.arange(p.shape[-1])[None, None] == own
         pull = g + e * (logits - expected) if how.entropy_gradient else g
         d_logits = (jnp.where(is_own, g, 0.0) - p * pull) / how.temperature
         if how.logit_softcap is not None:

@@ -37,7 +37,8 @@ class Policy:
       name: the setting that `mesh` comes from.
 
     Raises:
-      ConfigError: the model or its rows cannot be split evenly over `mesh`.
+      ConfigError: the model or its rows cannot be split evenly over `mesh`, or
+        `actor.keep_probabilities` is not for this model.
     """
 
     def __init__(
@@ -45,6 +46,11 @@ class Policy:
     ):
         self.config, self.arch, self.mesh = config, arch, mesh
         actor = config.actor
+        if actor.keep_probabilities and arch.logit_softcap is not None:
+            raise ConfigError(
+                f"actor.keep_probabilities is true, but a {arch.model_type} model caps "
+                "its logits, whose gradient needs them; set it to false"
+            )
         self.partition = partition(
             config,
             name,
@@ -119,6 +125,7 @@ class Policy:
                 asked.positions,
                 asked.response_mask,
                 entropy_gradient=self.config.actor.entropy_coeff != 0,
+                keep=self.config.actor.keep_probabilities,
                 **how,
             )
 

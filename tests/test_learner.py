@@ -156,6 +156,16 @@ def test_micro_batches_packing_and_remat_change_nothing(tiny_model, actor):
     assert_same(got, step(tiny_model, **ALL_TERMS))
 
 
+def test_kept_probabilities_change_nothing(tiny_model):
+    got = step(tiny_model, EIGHT, micro_batch_size=4, keep_probabilities=True)
+    assert_same(got, step(tiny_model))
+
+
+def test_kept_probabilities_are_not_for_an_entropy_bonus(tiny_model):
+    with pytest.raises(ValueError, match="entropy_coeff is 0.1, whose gradient needs"):
+        make_config(tiny_model, keep_probabilities=True, entropy_coeff=0.1)
+
+
 @pytest.mark.parametrize(
     "over, sizes",
     [(loop.in_place, ONE), (loop.in_place, EIGHT), (loop.unrolled, EIGHT)],

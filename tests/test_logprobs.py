@@ -130,6 +130,33 @@ def test_a_constant_entropy_has_its_value_and_no_gradient():
     assert jnp.any(jax.grad(entropy)(hidden, True) != 0)
 
 
+@pytest.mark.parametrize("chunk", [1000, 6, 9])
+def test_kept_probabilities_give_the_same_gradient(chunk):
+    hidden, output_matrix, tokens = make()
+
+    def loss(hidden, output_matrix, keep):
+        own = logprobs.of_tokens(
+            hidden, output_matrix, tokens, POSITIONS, MASK,
+            temperature=0.7, entropy_gradient=False, keep=keep, chunk=chunk,
+        ).logprobs  # fmt: skip
+        return jnp.sum(own * jnp.cos(own))
+
+    got, wanted = (
+        jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)(
+            hidden, output_matrix, keep
+        )
+        for keep in (True, False)
+    )
+    for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", [{}, {"logit_softcap": 2.0, "entropy_gradient": False}])
+def test_what_needs_the_logits_keeps_no_probabilities(how):
+    with pytest.raises(ValueError, match="keep needs entropy_gradient=False"):
+        logprobs.of_tokens(*make(), POSITIONS, MASK, keep=True, **how)
+
+
 def test_tokens_that_are_not_asked_for_cost_no_chunk():
     # 16 of 64 columns are asked for, four at a time: four trips around either loop.
     trips = []

@@ -39,6 +39,7 @@ def main(
     remat: tuple[Remat, ...] = ("dots",),
     attention: tuple[Literal["auto", "xla"], ...] = ("auto",),
     unroll: Literal["auto", "never", "always"] = "auto",
+    keep_probabilities: bool = False,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     mu_dtype: Literal["float32", "bfloat16"] = "float32",
     fsdp: int = 1,
@@ -60,6 +61,7 @@ def main(
       remat: what the backward pass computes again.
       attention: see `actor.attention`.
       unroll: see `actor.unroll`.
+      keep_probabilities: see `actor.keep_probabilities`.
       dtype: of activations and matrix products.
       mu_dtype: of AdamW's first moment.
       fsdp: devices that weights and rows are split over.
@@ -97,6 +99,7 @@ def main(
                     "remat": kept,
                     "attention": kind,
                     "unroll": unroll,
+                    "keep_probabilities": keep_probabilities,
                     "dtype": dtype,
                     "optim": {"mu_dtype": mu_dtype},
                     "mesh": {"fsdp": fsdp, "tensor": tensor},
