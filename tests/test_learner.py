@@ -15,6 +15,7 @@ from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.learner import Learner, updates_per_step
 from jaxrl_llm.models import loop
+from jaxrl_llm.policy import Policy
 from sharding import mesh
 
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)  # data, fsdp, tensor
@@ -164,6 +165,14 @@ def test_kept_probabilities_change_nothing(tiny_model):
 def test_kept_probabilities_are_not_for_an_entropy_bonus(tiny_model):
     with pytest.raises(ValueError, match="entropy_coeff is 0.1, whose gradient needs"):
         make_config(tiny_model, keep_probabilities=True, entropy_coeff=0.1)
+
+
+def test_kept_probabilities_are_not_for_capped_logits(tiny_model):
+    config = make_config(tiny_model, keep_probabilities=True)
+    capped = dataclasses.replace(models.open(tiny_model).arch, logit_softcap=30.0)
+    one = mesh.make({"data": 1}, jax.devices()[:1])
+    with pytest.raises(configs.ConfigError, match="caps its logits"):
+        Policy(config, capped, one)
 
 
 @pytest.mark.parametrize(

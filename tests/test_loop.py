@@ -106,6 +106,15 @@ def test_the_gradient_is_that_of_a_python_loop(over):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_may_ask_for_a_constant():
+    def doubled(x, weights, i):
+        return 2.0 * x * weights["scale"]  # JAX keeps 2.0 itself
+
+    x, weights = jnp.float32([1.0, -1.0]), {"scale": jnp.float32([1.0, 3.0, 0.5])}
+    gradient = jax.grad(lambda x: jnp.sum(loop.in_place(doubled, x, weights)))(x)
+    np.testing.assert_array_equal(gradient, [12.0, 12.0])  # 2^3 * 1 * 3 * 0.5
+
+
 def test_what_a_layer_closes_over_may_be_traced():
     @jax.jit
     def found(scale):
