@@ -118,7 +118,13 @@ def main(
             f"{100 * result['token_efficiency']:.1f} %",
             f"{result['peak_bytes'] / 2**30:.1f}", f"{result['compile_seconds']:.0f}",
         )  # fmt: skip
-        variant = {"micro_batch_size": size, "remat": kept, "attention": kind}
+        variant = {
+            "micro_batch_size": size,
+            "remat": kept,
+            "attention": kind,
+            "unroll": unroll,
+            "keep_probabilities": keep_probabilities,
+        }
         print(json.dumps({"model": model, **variant, **result}), flush=True)
         profiles += [trace] if trace else []
     console.print(table, *profiles)
