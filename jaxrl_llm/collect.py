@@ -15,7 +15,7 @@ from jaxrl_llm.reward_model import RewardModel
 from jaxrl_llm.rewards import RewardFunction, Scores, score
 from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate_together
-from sharding import processes
+from jaxrl_llm.sharding import processes
 
 ROLLOUT, VALIDATION, ORDER, RESAMPLE = range(4)  # independent streams of random numbers
 

@@ -23,7 +23,7 @@ from jaxrl_llm.config_algorithm import (
     misfits,
 )
 from jaxrl_llm.config_algorithm import Section as _Section
-from sharding.mesh import numbers
+from jaxrl_llm.sharding.mesh import numbers
 
 Positive = Field(gt=0)
 NonNegative = Field(ge=0)

@@ -22,7 +22,7 @@ from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.learner import abstract_state, first_state, split, state_shardings
 from jaxrl_llm.models import WeightSource
 from jaxrl_llm.policy import COMPILER_OPTIONS, attention, layout, partition
-from sharding import processes
+from jaxrl_llm.sharding import processes
 
 
 class Critic:

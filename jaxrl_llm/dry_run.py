@@ -19,7 +19,7 @@ from jaxrl_llm.config_algorithm import uses_kl
 from jaxrl_llm.console import progress
 from jaxrl_llm.job import Job, placed
 from jaxrl_llm.planner import Estimate
-from sharding import processes
+from jaxrl_llm.sharding import processes
 
 _GIB = 2**30
 

@@ -17,7 +17,7 @@ from jaxrl_llm.reward_model import RewardModel
 from jaxrl_llm.rewards import RewardFunction, resolve
 from jaxrl_llm.rewards.functions import overlong_penalty
 from jaxrl_llm.rollout.engine import Engine
-from sharding import mesh, processes
+from jaxrl_llm.sharding import mesh, processes
 
 
 @dataclass(frozen=True, kw_only=True)

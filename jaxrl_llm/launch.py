@@ -135,7 +135,7 @@ def _evaluate(rest: list[str]) -> None:
 
 def _processes(rest: list[str]) -> tuple[AbstractContextManager[None], list[str]]:
     """`processes.joined` as the options say, and all other arguments."""
-    from sharding import processes
+    from jaxrl_llm.sharding import processes
 
     numbers = {"--num-processes": int, "--process-id": int, "--lost-after": float}
     given, rest = _options(rest, ("--coordinator", *numbers))
@@ -282,7 +282,7 @@ def generate(
     from jaxrl_llm import prompts as sources
     from jaxrl_llm.rollout.engine import Request, Sampling
     from jaxrl_llm.rollout.jax_engine import JaxEngine
-    from sharding import mesh
+    from jaxrl_llm.sharding import mesh
 
     texts = [*prompts, *(file.read_text().splitlines() if file else [])]
     if not texts:

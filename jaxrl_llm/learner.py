@@ -26,7 +26,8 @@ from jaxrl_llm.config_algorithm import RolloutCorrectionConfig, uses_kl
 from jaxrl_llm.correction import Correction
 from jaxrl_llm.models import WeightSource
 from jaxrl_llm.policy import COMPILER_OPTIONS, Policy
-from sharding import plan, processes, reshard
+from jaxrl_llm.sharding import processes, reshard
+from jaxrl_llm.sharding import transfer_plan as plan
 
 
 class Learner:

@@ -16,13 +16,12 @@ from typing import Any
 import jax
 
 from jaxrl_llm import metrics, models, workload
-from jaxrl_llm.bench import hardware
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.config_algorithm import uses_kl
 from jaxrl_llm.job import engine_of, has_critic, make_meshes, placed
 from jaxrl_llm.learner import Learner
+from jaxrl_llm.sharding import hardware, mesh, processes
 from jaxrl_llm.workload import Program, Work
-from sharding import mesh, processes
 
 Watch = Callable[[str], AbstractContextManager[Any]]
 """Called with what is being done while it is done, such as `console.progress`."""

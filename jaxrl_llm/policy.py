@@ -18,8 +18,8 @@ from jaxrl_llm import grpo, logprobs, models
 from jaxrl_llm.batch import Layout, TrainBatch
 from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.models import Architecture
-from sharding import processes, rules
-from sharding.mesh import platform_of
+from jaxrl_llm.sharding import processes, rules
+from jaxrl_llm.sharding.mesh import platform_of
 
 COMPILER_OPTIONS = models.COMPILER_OPTIONS | {
     f"xla_gpu_{which}_combine_threshold_bytes": 2**28

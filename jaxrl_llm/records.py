@@ -20,7 +20,7 @@ from jaxrl_llm.metrics import MetricsWriter, Timer
 from jaxrl_llm.ppo import TrainState
 from jaxrl_llm.prompts import Datasets, PromptBatches
 from jaxrl_llm.rewards import Scores
-from sharding import mesh, processes
+from jaxrl_llm.sharding import mesh, processes
 
 _PHASES = {
     "gen": "generating",

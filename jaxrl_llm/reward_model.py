@@ -22,7 +22,7 @@ from jaxrl_llm.config import Config, ConfigError
 from jaxrl_llm.models import Checkpoint, Classifier
 from jaxrl_llm.policy import COMPILER_OPTIONS, attention, layout, partition
 from jaxrl_llm.rewards import RewardFunction
-from sharding import processes
+from jaxrl_llm.sharding import processes
 
 
 class RewardModel:

@@ -45,7 +45,7 @@ from jaxrl_llm.console import before_after, whereabouts
 from jaxrl_llm.job import Job, build
 from jaxrl_llm.records import Records
 from jaxrl_llm.rewards import RewardFunction, resolve
-from sharding import processes
+from jaxrl_llm.sharding import processes
 
 
 def run(job: Job) -> "Result":

@@ -21,8 +21,8 @@ from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, UInt32
 
-from sharding import reshard
-from sharding.plan import Move, Plan, named, plan
+from jaxrl_llm.sharding import reshard
+from jaxrl_llm.sharding.transfer_plan import Move, Plan, named, plan
 
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
 

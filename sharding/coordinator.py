@@ -1,6 +1,6 @@
 """JAX's coordination service, in a process of its own.
 
-    python -m sharding.coordinator PORT NUM_PROCESSES GRACE_S
+    python -m jaxrl_llm.sharding.coordinator PORT NUM_PROCESSES GRACE_S
 
 Process 0 starts it (see `processes`), so that the others can still ask who is alive
 when that one is gone. Ends with process 0: at once if it was told "done" on its

@@ -288,7 +288,14 @@ def _start_service(
     """Process 0 starts the coordination service, which ends after it."""
     port, grace_s = address.rpartition(":")[2], 2 * lost_after_s
     return subprocess.Popen(
-        [sys.executable, "-m", "sharding.coordinator", port, str(count), str(grace_s)],
+        [
+            sys.executable,
+            "-m",
+            "jaxrl_llm.sharding.coordinator",
+            port,
+            str(count),
+            str(grace_s),
+        ],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     )

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm.checkpoint import Checkpoints
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 RNG = np.random.default_rng(0)
 STATE = {

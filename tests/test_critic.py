@@ -17,7 +17,7 @@ from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.critic import Critic
 from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardFunction
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 ARCH = tiny.arch(num_layers=1, max_positions=64, eos_token_ids=(258,))
 HIGH = 200  # token ids from here on are rewarded

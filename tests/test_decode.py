@@ -12,11 +12,12 @@ import tiny
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_llm import collectives, models
+from jaxrl_llm import models
 from jaxrl_llm.rollout import decode, jax_engine, running
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
 from jaxrl_llm.rollout.jax_engine import JaxEngine
-from sharding import mesh
+from jaxrl_llm.sharding import compiled_traffic as collectives
+from jaxrl_llm.sharding import mesh
 
 TOKENIZER = tiny.tokenizer()
 ARCH = tiny.arch(vocab_size=304)

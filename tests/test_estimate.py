@@ -11,7 +11,7 @@ from test_learner import EIGHT, make_config, make_rollouts
 from jaxrl_llm import estimate, masked, models
 from jaxrl_llm.config_algorithm import AlgorithmConfig
 from jaxrl_llm.learner import Learner
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 PROMPTS, COMPLETIONS = make_rollouts()
 LENGTHS = np.array([[5, 2], [7, 3], [1, 8], [4, 4]])

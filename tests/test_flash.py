@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.models import attention, flash, parallel
-from sharding import mesh, rules
+from jaxrl_llm.sharding import mesh, rules
 
 # Row 0: three sequences of 100, 60, 300 and padding; row 1 is one sequence.
 LENGTHS = [[100, 60, 300, 52], [512]]

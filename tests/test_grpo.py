@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm import grpo, logprobs
 from jaxrl_llm.batch import Completion, Layout, Prompt, make_rows
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 VOCAB, WIDTH = 7, 4
 OPTIMIZER = optax.sgd(0.1)

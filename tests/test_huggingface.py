@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from jaxrl_llm import models
 from jaxrl_llm.models import huggingface, weights
 from jaxrl_llm.models.architecture import Rope
-from sharding import mesh, rules
+from jaxrl_llm.sharding import mesh, rules
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -19,7 +19,7 @@ from test_grpo import logprob_fn, make_batch, make_state
 
 from jaxrl_llm import grpo, losses, masked
 from jaxrl_llm.correction import Correction, Rejection
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 NUMBERS = {
     "clip_cov_ratio": 0.3,

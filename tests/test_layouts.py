@@ -15,7 +15,7 @@ from jaxrl_llm import models
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import ConfigError
 from jaxrl_llm.learner import Learner
-from sharding import mesh, rules
+from jaxrl_llm.sharding import mesh, rules
 
 LAYOUTS = {
     "FSDP": {"fsdp": 8},

@@ -16,7 +16,7 @@ from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.learner import Learner, updates_per_step
 from jaxrl_llm.models import loop
 from jaxrl_llm.policy import Policy
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)  # data, fsdp, tensor
 P, G = 4, 2

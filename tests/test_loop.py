@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl_llm import models
 from jaxrl_llm.models import Rope, loop
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 from tests import tiny
 
 LAYERS = 3

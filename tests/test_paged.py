@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl_llm.models import kernels, paged
 from jaxrl_llm.models.quantised import DTYPES, Quantised
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 
 def case(B, T, N, K, S, n, H=16, turns=True):

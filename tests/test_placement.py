@@ -9,7 +9,7 @@ from jaxrl_llm import dry_run, metrics, train
 from jaxrl_llm.config import ConfigError
 from jaxrl_llm.job import build, make_meshes
 from jaxrl_llm.rewards import RewardFunction
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 
 def high(completion_ids, **_):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm import advantages, grpo, logprobs, masked, ppo
 from jaxrl_llm.batch import Completion, Layout, Prompt, make_rows
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 
 def test_explained_variance_by_hand():

@@ -19,7 +19,7 @@ from jaxrl_llm.config import ConfigError
 from jaxrl_llm.job import build
 from jaxrl_llm.reward_model import RewardModel, is_last
 from jaxrl_llm.rewards import RewardError, RewardFunction
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 VOCABULARY = 264  # of tiny.checkpoint
 COMMON = {

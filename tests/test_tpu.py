@@ -10,7 +10,7 @@ from jaxrl_llm import config, models, planner
 from jaxrl_llm.bench import shapes
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.rollout.jax_engine import JaxEngine
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 pytest.importorskip("libtpu", reason="the TPU compiler is the package libtpu")
 

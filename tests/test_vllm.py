@@ -26,7 +26,7 @@ from jaxrl_llm.rollout.engine import Request, Sampling, generate
 from jaxrl_llm.rollout.jax_engine import JaxEngine
 from jaxrl_llm.rollout.server import Server, ServerError
 from jaxrl_llm.rollout.vllm import VllmEngine
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 ROOT = pathlib.Path(__file__).parent.parent
 PYTHON = ROOT / ".venv-vllm/bin/python"

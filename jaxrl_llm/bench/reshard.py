@@ -20,7 +20,8 @@ from rich.table import Table
 
 from jaxrl_llm import models
 from jaxrl_llm.bench import shapes
-from sharding import checksum, mesh, plan, reshard, rules
+from jaxrl_llm.sharding import checksum, mesh, reshard, rules
+from jaxrl_llm.sharding import transfer_plan as plan
 
 # Bytes per second that one device receives over its fast links; vendors' data sheets.
 _LINK = ((r"\bA100\b", 300e9), (r"\bH[12]00\b", 450e9), (r"\bB200\b", 900e9))

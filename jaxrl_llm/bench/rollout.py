@@ -22,10 +22,10 @@ from rich.table import Table
 
 from jaxrl_llm import config as configs
 from jaxrl_llm import metrics, models, profile
-from jaxrl_llm.bench import hardware, shapes
+from jaxrl_llm.bench import shapes
 from jaxrl_llm.job import engine_of
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
-from sharding import mesh, rules
+from jaxrl_llm.sharding import hardware, mesh, rules
 
 
 def main(

@@ -22,7 +22,7 @@ from jaxrl_llm.batch import Completion, Prompt, TrainBatch
 from jaxrl_llm.bench import shapes
 from jaxrl_llm.config import Config
 from jaxrl_llm.learner import Learner
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 Remat = Literal["none", "dots", "full", "offload"]
 _GROUP = 8

@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.models import attention
 from jaxrl_llm.models.attention import PackedAttention, Window
 from jaxrl_llm.models.parallel import across
-from sharding.mesh import platform_of
-from sharding.rules import Partition
+from jaxrl_llm.sharding.mesh import platform_of
+from jaxrl_llm.sharding.rules import Partition
 
 
 def choose(

@@ -22,7 +22,7 @@ from jaxrl_llm.models.apply import Params, abstract_params
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.critic import headless
 from jaxrl_llm.models.gguf import GGUFFile
-from sharding import processes
+from jaxrl_llm.sharding import processes
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEAD = "score.weight"

@@ -26,7 +26,7 @@ from jaxrl_llm.models.decoder import RotaryTable
 from jaxrl_llm.models.paged import Cache, PagedAttention
 from jaxrl_llm.models.parallel import on_each_device
 from jaxrl_llm.models.quantised import Quantised, quantise
-from sharding.mesh import platform_of
+from jaxrl_llm.sharding.mesh import platform_of
 
 _FEWEST_KEYS = 128
 """That are worth a program of their own."""

@@ -18,7 +18,7 @@ from jax.extend import core
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from sharding.mesh import platform_of
+from jaxrl_llm.sharding.mesh import platform_of
 
 Weights = Any
 """A tree of arrays [L, ...], or of one layer's [...]."""

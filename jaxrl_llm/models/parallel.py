@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.models.apply import Params
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention import PackedAttention, Window
-from sharding import rules
-from sharding.rules import Partition, Rules
+from jaxrl_llm.sharding import rules
+from jaxrl_llm.sharding.rules import Partition, Rules
 
 
 def partition(

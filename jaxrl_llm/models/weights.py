@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxrl_llm.models.apply import Params, abstract_params, init
 from jaxrl_llm.models.architecture import Architecture
-from sharding import processes, rules
+from jaxrl_llm.sharding import processes, rules
 
 Slices = tuple[slice, ...]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from jaxrl_llm.batch import Completion
-from sharding import processes
+from jaxrl_llm.sharding import processes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,8 @@ from jaxrl_llm.rollout.running import (
     stop_ids,
 )
 from jaxrl_llm.rollout.scheduler import Response
-from sharding import checksum, plan, processes, reshard, rules
+from jaxrl_llm.sharding import checksum, processes, reshard, rules
+from jaxrl_llm.sharding import transfer_plan as plan
 
 _SHARE_OF_REST = 0.95
 """Of the memory that is free when generation begins and that programs do not need, for

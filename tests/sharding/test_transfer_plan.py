@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding import mesh
-from sharding import plan as plans
+from jaxrl_llm.sharding import mesh
+from jaxrl_llm.sharding import transfer_plan as plans
 
 SHAPE = (24, 48)
 PAIRS = [

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_plan import JOIN, SHAPE, seven_layers
+from test_transfer_plan import JOIN, SHAPE, seven_layers
 
-from sharding import plan, reshard
-from sharding.exchange import AllGather, AllToAll, Sends, pattern
+from jaxrl_llm.sharding import reshard
+from jaxrl_llm.sharding import transfer_plan as plan
+from jaxrl_llm.sharding.transfer_collectives import AllGather, AllToAll, Sends, pattern
 
 BITS = np.random.default_rng(0).integers(0, 2**32, SHAPE, np.uint32)
 SAME, OTHER = layouts.same_devices(), layouts.other_devices()

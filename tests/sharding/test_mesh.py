@@ -2,7 +2,7 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 
 def test_a_mesh_has_the_named_axes_over_every_device():

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from sharding.plan import Box, Part, Route, Transfer
+from jaxrl_llm.sharding.transfer_plan import Box, Part, Route, Transfer
 
 AXIS = "devices"
 """The one axis of the mesh that `exchange` runs on: all devices in a row."""

@@ -4,7 +4,7 @@ import jax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding import mesh
+from jaxrl_llm.sharding import mesh
 
 
 def _named(axes, *spec, devices=slice(None)):

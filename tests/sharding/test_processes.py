@@ -23,10 +23,10 @@ from jaxrl_llm import config as configs
 from jaxrl_llm import launch, metrics, train
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.job import build, make_meshes
-from sharding import mesh, processes
+from jaxrl_llm.sharding import mesh, processes
 
 SAME, OTHER = layouts.same_devices(), layouts.other_devices()
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).parent.parent / "support"
 DEVICES, STEPS, LOST_AFTER_S = 4, 3, 5
 
 
@@ -165,7 +165,7 @@ class Group:
         for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 words = path.read_text().split("\0")
-                if "sharding.coordinator" in words and self.port in words:
+                if "jaxrl_llm.sharding.coordinator" in words and self.port in words:
                     found.append(path.parent.name)
         return found
 
@@ -173,7 +173,7 @@ class Group:
 WORK = """
 import os, signal, sys
 import jax
-from sharding import processes
+from jaxrl_llm.sharding import processes
 address, index, victim, how = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 with processes.joined(address, 3, index, lost_after_s=3, start_timeout_s=60):
     assert jax.process_count() == 3
@@ -237,7 +237,8 @@ def test_the_others_stop_and_say_why_one_failed():
 RESHARD = """
 import sys
 import jax, numpy as np
-from sharding import checksum, plan, processes, reshard
+from jaxrl_llm.sharding import checksum, processes, reshard
+from jaxrl_llm.sharding import transfer_plan as plan
 address, count, index, *some = sys.argv[1:]
 with processes.joined(address, int(count), int(index), start_timeout_s=60):
     import layouts

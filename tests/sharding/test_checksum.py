@@ -3,10 +3,11 @@ import jax.numpy as jnp
 import layouts
 import numpy as np
 import pytest
-from test_plan import JOIN, seven_layers
 from test_reshard import filled
+from test_transfer_plan import JOIN, seven_layers
 
-from sharding import checksum, plan, reshard
+from jaxrl_llm.sharding import checksum, reshard
+from jaxrl_llm.sharding import transfer_plan as plan
 
 
 def by_hand(bits):

@@ -4,8 +4,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_llm import collectives
-from sharding import mesh
+from jaxrl_llm.sharding import compiled_traffic as collectives
+from jaxrl_llm.sharding import mesh
 
 SIZE = 4 * 16 * 24  # bytes of a float32 [16, 24]
 
