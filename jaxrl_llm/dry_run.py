@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import models
-from jaxrl_llm.config import Config
-from jaxrl_llm.config_algorithm import uses_kl
+from jaxrl_llm.config.algorithm import uses_kl
+from jaxrl_llm.config.schema import Config
 from jaxrl_llm.console import progress
 from jaxrl_llm.job import Job, placed
 from jaxrl_llm.planner import Estimate

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Num
 
 from jaxrl_llm import advantages, kl, masked, ppo
 from jaxrl_llm.batch import TrainBatch
-from jaxrl_llm.config_algorithm import AlgorithmConfig
+from jaxrl_llm.config.algorithm import AlgorithmConfig
 
 
 @no_type_check  # JAX also builds such trees of shapes or shardings

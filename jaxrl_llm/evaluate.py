@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 
 from jaxrl_llm import metrics as measures
 from jaxrl_llm.batch import Completion, Prompt
-from jaxrl_llm.config import RolloutConfig, SamplingConfig, ValConfig
+from jaxrl_llm.config.schema import RolloutConfig, SamplingConfig, ValConfig
 from jaxrl_llm.rewards import Scores
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate_together
 

@@ -27,8 +27,8 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from jaxrl_llm import config as configs
-from jaxrl_llm.config import Config, ConfigError
+from jaxrl_llm.config import schema as configs
+from jaxrl_llm.config.schema import Config, ConfigError
 
 # What --help shows of a configuration that is not given.
 _SHORTEST = {

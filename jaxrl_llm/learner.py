@@ -21,8 +21,8 @@ from jaxtyping import Float
 from jaxrl_llm import batch as batches
 from jaxrl_llm import grpo, models, optimizer
 from jaxrl_llm.batch import Completion, Layout, Prompt, TrainBatch
-from jaxrl_llm.config import Config
-from jaxrl_llm.config_algorithm import RolloutCorrectionConfig, uses_kl
+from jaxrl_llm.config.algorithm import RolloutCorrectionConfig, uses_kl
+from jaxrl_llm.config.schema import Config
 from jaxrl_llm.correction import Correction
 from jaxrl_llm.models import WeightSource
 from jaxrl_llm.policy import COMPILER_OPTIONS, Policy

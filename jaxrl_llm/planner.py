@@ -16,8 +16,8 @@ from typing import Any
 import jax
 
 from jaxrl_llm import metrics, models, workload
-from jaxrl_llm.config import Config, ConfigError
-from jaxrl_llm.config_algorithm import uses_kl
+from jaxrl_llm.config.algorithm import uses_kl
+from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.job import engine_of, has_critic, make_meshes, placed
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.sharding import hardware, mesh, processes

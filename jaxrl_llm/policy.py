@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from jaxrl_llm import batch as batches
 from jaxrl_llm import grpo, logprobs, models
 from jaxrl_llm.batch import Layout, TrainBatch
-from jaxrl_llm.config import Config, ConfigError
+from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.models import Architecture
 from jaxrl_llm.sharding import processes, rules
 from jaxrl_llm.sharding.mesh import platform_of

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxrl_llm.batch import Message, Prompt
-from jaxrl_llm.config import DataConfig, DatasetConfig
+from jaxrl_llm.config.schema import DataConfig, DatasetConfig
 from jaxrl_llm.sources import Row, column, read_rows, where
 
 if TYPE_CHECKING:

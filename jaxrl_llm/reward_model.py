@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from jaxrl_llm import batch as batches
 from jaxrl_llm import grpo, masked, models
 from jaxrl_llm.batch import Completion, Prompt, TrainBatch
-from jaxrl_llm.config import Config, ConfigError
+from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.models import Checkpoint, Classifier
 from jaxrl_llm.policy import COMPILER_OPTIONS, attention, layout, partition
 from jaxrl_llm.rewards import RewardFunction

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.config import DatasetConfig
+from jaxrl_llm.config.schema import DatasetConfig
 
 Row = dict[str, Any]
 

@@ -30,7 +30,6 @@ from jaxrl_llm import (
     ppo,
     report,
 )
-from jaxrl_llm import config as configs
 from jaxrl_llm.batch import TrainBatch
 from jaxrl_llm.collect import (
     ORDER,
@@ -40,7 +39,8 @@ from jaxrl_llm.collect import (
     collect,
     seed,
 )
-from jaxrl_llm.config import Config, ConfigError
+from jaxrl_llm.config import schema as configs
+from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.console import before_after, whereabouts
 from jaxrl_llm.job import Job, build
 from jaxrl_llm.records import Records

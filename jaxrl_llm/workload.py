@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxrl_llm import metrics, models
 from jaxrl_llm.bench import shapes
-from jaxrl_llm.config import Config, CriticModelConfig
+from jaxrl_llm.config.schema import Config, CriticModelConfig
 from jaxrl_llm.critic import Critic
 from jaxrl_llm.learner import Learner, needs_old_logprobs, updates_per_step
 from jaxrl_llm.rollout.jax_engine import JaxEngine

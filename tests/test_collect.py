@@ -10,7 +10,7 @@ import tiny
 from test_critic import make_config, newest
 
 from jaxrl_llm import collect, metrics, train
-from jaxrl_llm.config import ConfigError
+from jaxrl_llm.config.schema import ConfigError
 from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardFunction, Scores
 from jaxrl_llm.rewards.functions import overlong_penalty

@@ -4,7 +4,8 @@ import jax
 import pytest
 import tiny
 
-from jaxrl_llm import config, dry_run, models
+from jaxrl_llm import dry_run, models
+from jaxrl_llm.config import schema as config
 from jaxrl_llm.job import build
 
 

@@ -9,7 +9,7 @@ import pytest
 from test_learner import EIGHT, make_config, make_rollouts
 
 from jaxrl_llm import estimate, masked, models
-from jaxrl_llm.config_algorithm import AlgorithmConfig
+from jaxrl_llm.config.algorithm import AlgorithmConfig
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.sharding import mesh
 

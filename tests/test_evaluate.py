@@ -8,7 +8,7 @@ import pytest
 
 from jaxrl_llm import evaluate
 from jaxrl_llm.batch import Completion, Prompt
-from jaxrl_llm.config import RolloutConfig, ValConfig
+from jaxrl_llm.config.schema import RolloutConfig, ValConfig
 from jaxrl_llm.rewards import Scores
 
 

@@ -13,7 +13,7 @@ from test_learner import ADVANTAGES, make_config, make_rollouts
 
 from jaxrl_llm import models
 from jaxrl_llm.checkpoint import Checkpoints
-from jaxrl_llm.config import ConfigError
+from jaxrl_llm.config.schema import ConfigError
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.sharding import mesh, rules
 

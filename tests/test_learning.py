@@ -7,8 +7,8 @@ from test_collect import GRPO, mean_id
 from test_critic import make_config
 from test_train import cache, values  # noqa: F401  (fixtures)
 
-from jaxrl_llm import config as configs
 from jaxrl_llm import metrics, train
+from jaxrl_llm.config import schema as configs
 from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardFunction
 

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from jaxrl_llm import optimizer
-from jaxrl_llm.config import OptimConfig
+from jaxrl_llm.config.schema import OptimConfig
 
 
 def rates(count, total_steps, updates_per_step=1, **fields):

@@ -4,9 +4,9 @@ import jax
 import pytest
 import tiny
 
-from jaxrl_llm import config as configs
 from jaxrl_llm import dry_run, metrics, train
-from jaxrl_llm.config import ConfigError
+from jaxrl_llm.config import schema as configs
+from jaxrl_llm.config.schema import ConfigError
 from jaxrl_llm.job import build, make_meshes
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sharding import mesh

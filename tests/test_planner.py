@@ -4,8 +4,9 @@ import gc
 import jax
 import pytest
 
-from jaxrl_llm import config, dry_run, launch, models, planner, workload
+from jaxrl_llm import dry_run, launch, models, planner, workload
 from jaxrl_llm.bench import shapes, step
+from jaxrl_llm.config import schema as config
 
 GIB = 2**30
 

@@ -7,7 +7,7 @@ import tiny
 
 from jaxrl_llm import prompts
 from jaxrl_llm.batch import Prompt
-from jaxrl_llm.config import DataConfig, DatasetConfig
+from jaxrl_llm.config.schema import DataConfig, DatasetConfig
 from jaxrl_llm.sources import read_rows
 
 GSM8K = pathlib.Path(__file__).parents[2] / "shared" / "data" / "gsm8k"

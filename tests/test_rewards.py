@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.batch import Completion, Prompt
-from jaxrl_llm.config import DatasetConfig, RewardConfig
+from jaxrl_llm.config.schema import DatasetConfig, RewardConfig
 from jaxrl_llm.rewards import RewardError, RewardFunction, resolve, score
 from jaxrl_llm.rewards.functions import exact, gsm8k, math, numeric, reasoning_gym
 from jaxrl_llm.rewards.judge import judge

@@ -17,9 +17,9 @@ import tiny
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxrl_llm import config as configs
 from jaxrl_llm import launch, metrics, models, records, train
 from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm.config import schema as configs
 from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardError
 

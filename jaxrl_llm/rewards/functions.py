@@ -17,7 +17,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.config import RewardConfig
+from jaxrl_llm.config.schema import RewardConfig
 from jaxrl_llm.rewards.judge import judge
 from jaxrl_llm.rewards.scoring import RewardFunction
 

@@ -15,14 +15,14 @@ import pydantic
 import yaml
 from pydantic import BaseModel, Field, model_validator
 
-from jaxrl_llm.config_algorithm import (
+from jaxrl_llm.config.algorithm import (
     Aggregation,
     AlgorithmConfig,
     KlEstimator,
     PolicyLossConfig,
     misfits,
 )
-from jaxrl_llm.config_algorithm import Section as _Section
+from jaxrl_llm.config.algorithm import Section as _Section
 from jaxrl_llm.sharding.mesh import numbers
 
 Positive = Field(gt=0)

@@ -6,9 +6,10 @@ import pydantic
 import pytest
 import yaml
 
-from jaxrl_llm import config as configs
-from jaxrl_llm import config_algorithm, correction, kl, losses, masked
-from jaxrl_llm.config import Config, ConfigError
+from jaxrl_llm import correction, kl, losses, masked
+from jaxrl_llm.config import algorithm as config_algorithm
+from jaxrl_llm.config import schema as configs
+from jaxrl_llm.config.schema import Config, ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted(ROOT.glob("configs/*.yaml"))

@@ -1,0 +1,1 @@
+"""Typed, frozen configuration. Nothing in here imports JAX."""
