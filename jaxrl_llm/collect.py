@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32
 
-from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.config.schema import Config, SamplingConfig
+from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.records import Records
 from jaxrl_llm.reward_model import RewardModel
 from jaxrl_llm.rewards import RewardFunction, Scores, score

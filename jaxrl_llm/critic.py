@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxrl_llm import grpo, logprobs, models, optimizer, ppo
-from jaxrl_llm.batch import TrainBatch, pad_rows, previous_tokens
 from jaxrl_llm.config.schema import Config, ConfigError
+from jaxrl_llm.data.rows import TrainBatch, pad_rows, previous_tokens
 from jaxrl_llm.learner import abstract_state, first_state, split, state_shardings
 from jaxrl_llm.models import WeightSource
 from jaxrl_llm.policy import COMPILER_OPTIONS, attention, layout, partition

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from jaxrl_llm import advantages, kl, masked, ppo
-from jaxrl_llm.batch import TrainBatch
 from jaxrl_llm.config.algorithm import AlgorithmConfig
+from jaxrl_llm.data.rows import TrainBatch
 
 
 @no_type_check  # JAX also builds such trees of shapes or shardings

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm import correction as corrections
 from jaxrl_llm import covariance, kl, losses, masked
-from jaxrl_llm.batch import TrainBatch, pad_rows
+from jaxrl_llm.data.rows import TrainBatch, pad_rows
 from jaxrl_llm.logprobs import Logprobs
 
 Params = Any

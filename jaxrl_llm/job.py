@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm import loggers, models, prompts
+from jaxrl_llm import loggers, models
 from jaxrl_llm.collect import Score, score_together
 from jaxrl_llm.config.schema import Config, ConfigError, PlacementConfig
 from jaxrl_llm.critic import Critic
+from jaxrl_llm.data import prompts
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.reward_model import RewardModel
 from jaxrl_llm.rewards import RewardFunction, resolve

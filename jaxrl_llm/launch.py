@@ -279,7 +279,7 @@ def generate(
     import jax.numpy as jnp
 
     from jaxrl_llm import models
-    from jaxrl_llm import prompts as sources
+    from jaxrl_llm.data import prompts as sources
     from jaxrl_llm.rollout.engine import Request, Sampling
     from jaxrl_llm.rollout.jax_engine import JaxEngine
     from jaxrl_llm.sharding import mesh

@@ -18,12 +18,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from jaxrl_llm import batch as batches
 from jaxrl_llm import grpo, models, optimizer
-from jaxrl_llm.batch import Completion, Layout, Prompt, TrainBatch
 from jaxrl_llm.config.algorithm import RolloutCorrectionConfig, uses_kl
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.correction import Correction
+from jaxrl_llm.data import rows as batches
+from jaxrl_llm.data.rows import Completion, Layout, Prompt, TrainBatch
 from jaxrl_llm.models import WeightSource
 from jaxrl_llm.policy import COMPILER_OPTIONS, Policy
 from jaxrl_llm.sharding import processes, reshard

@@ -33,7 +33,7 @@ import yaml
 from jaxtyping import Float
 
 from jaxrl_llm import loggers as trackers
-from jaxrl_llm.batch import Completion, Prompt
+from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.rewards import Scores
 
 Run = str | Path | Sequence[Mapping[str, Any]]

@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from jaxrl_llm import batch as batches
 from jaxrl_llm import grpo, logprobs, models
-from jaxrl_llm.batch import Layout, TrainBatch
 from jaxrl_llm.config.schema import Config, ConfigError
+from jaxrl_llm.data import rows as batches
+from jaxrl_llm.data.rows import Layout, TrainBatch
 from jaxrl_llm.models import Architecture
 from jaxrl_llm.sharding import processes, rules
 from jaxrl_llm.sharding.mesh import platform_of

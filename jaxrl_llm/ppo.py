@@ -18,7 +18,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxrl_llm import advantages, grpo, losses, masked
-from jaxrl_llm.batch import TrainBatch
+from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.grpo import LogprobFn, Metrics, Params
 
 ValueFn = Callable[[Params, TrainBatch], Float[Array, "R T"]]

@@ -15,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from jaxrl_llm import batch as batches
 from jaxrl_llm import grpo, masked, models
-from jaxrl_llm.batch import Completion, Prompt, TrainBatch
 from jaxrl_llm.config.schema import Config, ConfigError
+from jaxrl_llm.data import rows as batches
+from jaxrl_llm.data.rows import Completion, Prompt, TrainBatch
 from jaxrl_llm.models import Checkpoint, Classifier
 from jaxrl_llm.policy import COMPILER_OPTIONS, attention, layout, partition
 from jaxrl_llm.rewards import RewardFunction

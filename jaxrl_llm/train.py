@@ -30,7 +30,6 @@ from jaxrl_llm import (
     ppo,
     report,
 )
-from jaxrl_llm.batch import TrainBatch
 from jaxrl_llm.collect import (
     ORDER,
     RESAMPLE,
@@ -42,6 +41,7 @@ from jaxrl_llm.collect import (
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.console import before_after, whereabouts
+from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.job import Job, build
 from jaxrl_llm.records import Records
 from jaxrl_llm.rewards import RewardFunction, resolve

@@ -11,10 +11,10 @@ import pytest
 import tiny
 
 from jaxrl_llm import advantages, metrics, models, ppo, train
-from jaxrl_llm.batch import Completion, Prompt, make_rows
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.critic import Critic
+from jaxrl_llm.data.rows import Completion, Prompt, make_rows
 from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sharding import mesh

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import evaluate
-from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.config.schema import RolloutConfig, ValConfig
+from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.rewards import Scores
 
 

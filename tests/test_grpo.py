@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm import grpo, logprobs
-from jaxrl_llm.batch import Completion, Layout, Prompt, make_rows
+from jaxrl_llm.data.rows import Completion, Layout, Prompt, make_rows
 from jaxrl_llm.sharding import mesh
 
 VOCAB, WIDTH = 7, 4

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import logprobs, models
-from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import schema as configs
+from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.learner import Learner, updates_per_step
 from jaxrl_llm.models import loop
 from jaxrl_llm.policy import Policy

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import loggers, metrics
-from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.config import schema as config
+from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.rewards import Scores
 
 

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 from test_critic import make_config
 
 from jaxrl_llm import dry_run, metrics, models, planner, train
-from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.collect import score_together
 from jaxrl_llm.config.schema import ConfigError
+from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.job import build
 from jaxrl_llm.reward_model import RewardModel, is_last
 from jaxrl_llm.rewards import RewardError, RewardFunction

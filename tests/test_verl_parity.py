@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import advantages, grpo, kl, logprobs, losses, masked
-from jaxrl_llm.batch import TrainBatch
 from jaxrl_llm.correction import Correction, Rejection, correct
+from jaxrl_llm.data.rows import TrainBatch
 
 GOLDEN = json.loads(
     (pathlib.Path(__file__).parent / "data/golden_verl_0.9.1.json").read_text()

@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 import yaml
 
-from jaxrl_llm import models, prompts
+from jaxrl_llm import models
 from jaxrl_llm.config import schema as configs
+from jaxrl_llm.data import prompts
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
 from jaxrl_llm.rollout.jax_engine import JaxEngine
 from jaxrl_llm.rollout.server import Server, ServerError

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import estimate, grpo, metrics, models
-from jaxrl_llm.batch import Completion, Prompt
 from jaxrl_llm.bench import shapes
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import Config, ConfigError
+from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.job import engine_of, has_critic, make_meshes
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.rewards import resolve, score

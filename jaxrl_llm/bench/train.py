@@ -15,12 +15,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_llm import batch as batches
 from jaxrl_llm import metrics, models, profile
-from jaxrl_llm.batch import Completion, Prompt, TrainBatch
 from jaxrl_llm.bench import shapes
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import Config
+from jaxrl_llm.data import rows as batches
+from jaxrl_llm.data.rows import Completion, Prompt, TrainBatch
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.sharding import mesh
 

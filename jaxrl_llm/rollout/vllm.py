@@ -28,8 +28,8 @@ import numpy as np
 from rich.console import Console
 
 from jaxrl_llm import models
-from jaxrl_llm.batch import Completion
 from jaxrl_llm.config.schema import Config
+from jaxrl_llm.data.rows import Completion
 from jaxrl_llm.rollout import probe
 from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.server import Lost, Process, Server, ServerError, of_prompt

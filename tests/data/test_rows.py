@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm import batch
-from jaxrl_llm.batch import Completion, Prompt
+from jaxrl_llm.data import rows as batch
+from jaxrl_llm.data.rows import Completion, Prompt
 
 
 def prompt(id, *tokens):

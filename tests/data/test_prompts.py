@@ -5,10 +5,10 @@ from collections import Counter
 import pytest
 import tiny
 
-from jaxrl_llm import prompts
-from jaxrl_llm.batch import Prompt
 from jaxrl_llm.config.schema import DataConfig, DatasetConfig
-from jaxrl_llm.sources import read_rows
+from jaxrl_llm.data import prompts
+from jaxrl_llm.data.rows import Prompt
+from jaxrl_llm.data.sources import read_rows
 
 GSM8K = pathlib.Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 QUESTIONS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(5)]

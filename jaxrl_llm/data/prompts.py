@@ -14,9 +14,9 @@ import jinja2
 import numpy as np
 from jaxtyping import Int
 
-from jaxrl_llm.batch import Message, Prompt
 from jaxrl_llm.config.schema import DataConfig, DatasetConfig
-from jaxrl_llm.sources import Row, column, read_rows, where
+from jaxrl_llm.data.rows import Message, Prompt
+from jaxrl_llm.data.sources import Row, column, read_rows, where
 
 if TYPE_CHECKING:
     import transformers

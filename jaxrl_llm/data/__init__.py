@@ -1,0 +1,1 @@
+"""The records that flow through a step, and where questions come from."""
