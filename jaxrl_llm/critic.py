@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxrl_llm import grpo, logprobs, models, optimizer, ppo
+from jaxrl_llm import models, optimizer
+from jaxrl_llm.algorithms import grpo, logprobs, ppo
 from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.data.rows import TrainBatch, pad_rows, previous_tokens
 from jaxrl_llm.learner import abstract_state, first_state, split, state_shardings

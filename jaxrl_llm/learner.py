@@ -18,10 +18,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from jaxrl_llm import grpo, models, optimizer
+from jaxrl_llm import models, optimizer
+from jaxrl_llm.algorithms import grpo
+from jaxrl_llm.algorithms.rollout_correction import Correction
 from jaxrl_llm.config.algorithm import RolloutCorrectionConfig, uses_kl
 from jaxrl_llm.config.schema import Config
-from jaxrl_llm.correction import Correction
 from jaxrl_llm.data import rows as batches
 from jaxrl_llm.data.rows import Completion, Layout, Prompt, TrainBatch
 from jaxrl_llm.models import WeightSource

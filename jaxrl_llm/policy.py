@@ -13,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from jaxrl_llm import grpo, logprobs, models
+from jaxrl_llm import models
+from jaxrl_llm.algorithms import grpo, logprobs
 from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.data import rows as batches
 from jaxrl_llm.data.rows import Layout, TrainBatch

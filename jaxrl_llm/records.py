@@ -12,13 +12,13 @@ import yaml
 from rich.console import Console
 
 from jaxrl_llm import evaluate, metrics, models, profile, report
+from jaxrl_llm.algorithms.ppo import TrainState
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.console import LiveView, progress
 from jaxrl_llm.data.prompts import Datasets, PromptBatches
 from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.metrics import MetricsWriter, Timer
-from jaxrl_llm.ppo import TrainState
 from jaxrl_llm.rewards import Scores
 from jaxrl_llm.sharding import mesh, processes
 

@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from jaxrl_llm import grpo, masked, models
+from jaxrl_llm import models
+from jaxrl_llm.algorithms import grpo, masked
 from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.data import rows as batches
 from jaxrl_llm.data.rows import Completion, Prompt, TrainBatch

@@ -21,15 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxrl_llm import (
-    advantages,
-    estimate,
-    evaluate,
-    kl,
-    metrics,
-    ppo,
-    report,
-)
+from jaxrl_llm import estimate, evaluate, metrics, report
+from jaxrl_llm.algorithms import advantages, kl, ppo
 from jaxrl_llm.collect import (
     ORDER,
     RESAMPLE,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxrl_llm import advantages, metrics, models, ppo, train
+from jaxrl_llm import metrics, models, train
+from jaxrl_llm.algorithms import advantages, ppo
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.critic import Critic

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm import logprobs, models
+from jaxrl_llm import models
+from jaxrl_llm.algorithms import logprobs
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.data.rows import Completion, Prompt

@@ -16,7 +16,8 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_llm import estimate, grpo, metrics, models
+from jaxrl_llm import estimate, metrics, models
+from jaxrl_llm.algorithms import grpo
 from jaxrl_llm.bench import shapes
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import Config, ConfigError

@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from jaxrl_llm import logprobs, models
+from jaxrl_llm import models
+from jaxrl_llm.algorithms import logprobs
 from jaxrl_llm.models import Architecture, Pages, paged
 from jaxrl_llm.models.attention import PackedAttention
 from jaxrl_llm.rollout.sampling import Mode, Sampled, row_keys, sample

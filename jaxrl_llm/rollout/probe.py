@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm import logprobs, models
+from jaxrl_llm import models
+from jaxrl_llm.algorithms import logprobs
 
 
 class Probes(NamedTuple):

@@ -6,7 +6,8 @@ import pydantic
 import pytest
 import yaml
 
-from jaxrl_llm import correction, kl, losses, masked
+from jaxrl_llm.algorithms import kl, losses, masked
+from jaxrl_llm.algorithms import rollout_correction as correction
 from jaxrl_llm.config import algorithm as config_algorithm
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import Config, ConfigError

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm import correction as corrections
-from jaxrl_llm import covariance, kl, losses, masked
+from jaxrl_llm.algorithms import entropy_covariance as covariance
+from jaxrl_llm.algorithms import kl, losses, masked
+from jaxrl_llm.algorithms import rollout_correction as corrections
+from jaxrl_llm.algorithms.logprobs import Logprobs
 from jaxrl_llm.data.rows import TrainBatch, pad_rows
-from jaxrl_llm.logprobs import Logprobs
 
 Params = Any
 LogprobFn = Callable[[Params, TrainBatch], Logprobs]

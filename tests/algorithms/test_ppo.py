@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_llm import advantages, grpo, logprobs, masked, ppo
+from jaxrl_llm.algorithms import advantages, grpo, logprobs, masked, ppo
 from jaxrl_llm.data.rows import Completion, Layout, Prompt, make_rows
 from jaxrl_llm.sharding import mesh
 

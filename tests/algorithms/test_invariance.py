@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_grpo import logprob_fn, make_batch, make_state
 
-from jaxrl_llm import grpo, losses, masked
-from jaxrl_llm.correction import Correction, Rejection
+from jaxrl_llm.algorithms import grpo, losses, masked
+from jaxrl_llm.algorithms.rollout_correction import Correction, Rejection
 from jaxrl_llm.sharding import mesh
 
 NUMBERS = {

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm import masked
+from jaxrl_llm.algorithms import masked
 
 Level = Literal["token", "sequence"]
 Rejection = Literal[

@@ -14,7 +14,7 @@ Shapes: R = rows, T = tokens in a row.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxrl_llm import masked
+from jaxrl_llm.algorithms import masked
 
 
 def covariance(

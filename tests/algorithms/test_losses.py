@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm import losses, masked
+from jaxrl_llm.algorithms import losses, masked
 
 LOG2 = float(np.log(2.0))
 CASES = [

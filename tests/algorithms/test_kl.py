@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm import kl
+from jaxrl_llm.algorithms import kl
 
 # A policy over three tokens and a reference.
 LOGITS = jnp.array([[0.3, -0.5, 1.1]])

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.correction import Correction, correct
+from jaxrl_llm.algorithms.rollout_correction import Correction, correct
 
 LOG2 = float(np.log(2.0))
 # Ratios 2, 1/2, 1 of sequence 0 and 4 of sequence 1, in one row with padding.

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm import advantages, grpo, kl, logprobs, losses, masked
-from jaxrl_llm.correction import Correction, Rejection, correct
+from jaxrl_llm.algorithms import advantages, grpo, kl, logprobs, losses, masked
+from jaxrl_llm.algorithms.rollout_correction import Correction, Rejection, correct
 from jaxrl_llm.data.rows import TrainBatch
 
 GOLDEN = json.loads(

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm import advantages
+from jaxrl_llm.algorithms import advantages
 
 R2 = 2**0.5
 

@@ -17,9 +17,9 @@ import jax
 import optax
 from jaxtyping import Array, Float
 
-from jaxrl_llm import advantages, grpo, losses, masked
+from jaxrl_llm.algorithms import advantages, grpo, losses, masked
+from jaxrl_llm.algorithms.grpo import LogprobFn, Metrics, Params
 from jaxrl_llm.data.rows import TrainBatch
-from jaxrl_llm.grpo import LogprobFn, Metrics, Params
 
 ValueFn = Callable[[Params, TrainBatch], Float[Array, "R T"]]
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_llm import grpo, logprobs
+from jaxrl_llm.algorithms import grpo, logprobs
 from jaxrl_llm.data.rows import Completion, Layout, Prompt, make_rows
 from jaxrl_llm.sharding import mesh
 

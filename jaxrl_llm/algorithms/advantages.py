@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxrl_llm import masked
+from jaxrl_llm.algorithms import masked
 
 
 def grpo(

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm import masked
+from jaxrl_llm.algorithms import masked
 
 Mode = Literal[
     "vanilla",

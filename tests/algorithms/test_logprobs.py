@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm import logprobs
+from jaxrl_llm.algorithms import logprobs
 
 R, T, D, V = 3, 10, 4, 11
 # Row 0 is one sequence; row 1 two, and padding; row 2 padding only.

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm import masked
+from jaxrl_llm.algorithms import masked
 
 # One row with two sequences, 1 and 3 tokens that count, and one of padding only.
 X = jnp.array([[9.0, 2.0, 9.0, 4.0, 6.0, 8.0], [9.0] * 6])

@@ -1,7 +1,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm import covariance
+from jaxrl_llm.algorithms import entropy_covariance as covariance
 
 MASK = jnp.array([[True, True, True, True, False]])
 # Means 2.5 and 0.
