@@ -130,7 +130,7 @@ class Group:
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(DEVICES // count),
-            "PYTHONPATH": str(HERE.parent),
+            "PYTHONPATH": str(HERE.parents[1]),
             **environment,
         }
         self.members = [
