@@ -4,7 +4,8 @@ import math
 import pytest
 
 from jaxrl_llm import bench
-from jaxrl_llm.bench import rollout, shapes
+from jaxrl_llm.bench import rollout
+from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.rollout.engine import Request, Sampling
 
 

@@ -5,8 +5,9 @@ import jax
 import pytest
 
 from jaxrl_llm import dry_run, launch, models, planner, workload
-from jaxrl_llm.bench import shapes, step
+from jaxrl_llm.bench import step
 from jaxrl_llm.config import schema as config
+from jaxrl_llm.models import known_shapes as shapes
 
 GIB = 2**30
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import models
-from jaxrl_llm.bench import shapes
+from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.sharding import checksum, mesh, reshard, rules
 from jaxrl_llm.sharding import transfer_plan as plan
 

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import metrics, models, profile
-from jaxrl_llm.bench import shapes
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.job import engine_of
+from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
 from jaxrl_llm.sharding import hardware, mesh, rules
 

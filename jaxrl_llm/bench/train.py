@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import metrics, models, profile
-from jaxrl_llm.bench import shapes
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data import rows as batches
 from jaxrl_llm.data.rows import Completion, Prompt, TrainBatch
 from jaxrl_llm.learner import Learner
+from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.sharding import mesh
 
 Remat = Literal["none", "dots", "full", "offload"]

@@ -21,11 +21,12 @@ from jaxrl_llm.models.apply import (
     unstack,
 )
 from jaxrl_llm.models.architecture import Architecture, Rope
-from jaxrl_llm.models.attention import shared_prompts
-from jaxrl_llm.models.critic import abstract_critic, critic_axes, init_critic, values
-from jaxrl_llm.models.families import architecture, untied
-from jaxrl_llm.models.flash import choose as choose_attention
-from jaxrl_llm.models.huggingface import (
+from jaxrl_llm.models.attention.flash import choose as choose_attention
+from jaxrl_llm.models.attention.packed import shared_prompts
+from jaxrl_llm.models.attention.paged import Pages
+from jaxrl_llm.models.attention.paged_kernels import choose as choose_paged_attention
+from jaxrl_llm.models.checkpoints.families import architecture, untied
+from jaxrl_llm.models.checkpoints.huggingface import (
     Checkpoint,
     Classifier,
     Model,
@@ -34,13 +35,17 @@ from jaxrl_llm.models.huggingface import (
     open_classifier,
     save,
 )
-from jaxrl_llm.models.kernels import choose as choose_paged_attention
-from jaxrl_llm.models.loop import COMPILER_OPTIONS
-from jaxrl_llm.models.loop import choose as choose_loop
-from jaxrl_llm.models.paged import Pages
-from jaxrl_llm.models.parallel import partition
+from jaxrl_llm.models.checkpoints.tensor_map import RandomWeights, WeightSource
+from jaxrl_llm.models.layer_loop import COMPILER_OPTIONS
+from jaxrl_llm.models.layer_loop import choose as choose_loop
+from jaxrl_llm.models.partitioning import partition
 from jaxrl_llm.models.quantised import DTYPES, Bits
-from jaxrl_llm.models.weights import RandomWeights, WeightSource
+from jaxrl_llm.models.value_head import (
+    abstract_critic,
+    critic_axes,
+    init_critic,
+    values,
+)
 
 __all__ = [
     "COMPILER_OPTIONS",

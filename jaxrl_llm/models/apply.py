@@ -16,9 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrl_llm.models.architecture import Architecture
-from jaxrl_llm.models.attention import PackedAttention, packed
+from jaxrl_llm.models.attention.packed import PackedAttention, packed
 from jaxrl_llm.models.decoder import Decoder, Init, RotaryTable, Shard, anywhere
-from jaxrl_llm.models.loop import Loop, scan, unrolled
+from jaxrl_llm.models.layer_loop import Loop, scan, unrolled
 from jaxrl_llm.models.quantised import DTYPES, Bits, quantise
 
 Params = Any

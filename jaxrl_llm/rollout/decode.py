@@ -22,8 +22,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import logprobs
-from jaxrl_llm.models import Architecture, Pages, paged
-from jaxrl_llm.models.attention import PackedAttention
+from jaxrl_llm.models import Architecture, Pages
+from jaxrl_llm.models.attention import paged
+from jaxrl_llm.models.attention.packed import PackedAttention
 from jaxrl_llm.rollout.sampling import Mode, Sampled, row_keys, sample
 
 _OPTIONS = {"xla_gpu_enable_triton_gemm": False}

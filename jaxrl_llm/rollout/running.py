@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_llm.models import Architecture, Pages, paged
+from jaxrl_llm.models import Architecture, Pages
+from jaxrl_llm.models.attention import paged
 from jaxrl_llm.rollout import decode
 from jaxrl_llm.rollout.engine import Request, Sampling
 from jaxrl_llm.rollout.pool import Pool

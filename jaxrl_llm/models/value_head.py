@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models.apply import Params, Remat, forward
 from jaxrl_llm.models.architecture import Architecture
-from jaxrl_llm.models.attention import PackedAttention, packed
+from jaxrl_llm.models.attention.packed import PackedAttention, packed
 from jaxrl_llm.models.decoder import Decoder, Init, Shard, anywhere
-from jaxrl_llm.models.loop import Loop, scan
+from jaxrl_llm.models.layer_loop import Loop, scan
 
 
 class Critic(nnx.Module):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import models
-from jaxrl_llm.models import families, paged
-from jaxrl_llm.models.attention import packed
+from jaxrl_llm.models.attention import paged
+from jaxrl_llm.models.attention.packed import packed
+from jaxrl_llm.models.checkpoints import families
 
 T = 24  # longer than every window here
 COMMON = {

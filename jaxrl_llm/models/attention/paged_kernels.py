@@ -20,11 +20,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.models import paged
-from jaxrl_llm.models.attention import Window
+from jaxrl_llm.models.attention import paged
+from jaxrl_llm.models.attention.packed import Window
+from jaxrl_llm.models.attention.paged import Cache, PagedAttention
 from jaxrl_llm.models.decoder import RotaryTable
-from jaxrl_llm.models.paged import Cache, PagedAttention
-from jaxrl_llm.models.parallel import on_each_device
+from jaxrl_llm.models.partitioning import on_each_device
 from jaxrl_llm.models.quantised import Quantised, quantise
 from jaxrl_llm.sharding.mesh import platform_of
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.models import kernels, paged
+from jaxrl_llm.models.attention import paged
+from jaxrl_llm.models.attention import paged_kernels as kernels
 from jaxrl_llm.models.quantised import DTYPES, Quantised
 from jaxrl_llm.sharding import mesh
 

@@ -9,8 +9,9 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from jaxrl_llm import models
-from jaxrl_llm.models import huggingface, weights
 from jaxrl_llm.models.architecture import Rope
+from jaxrl_llm.models.checkpoints import huggingface
+from jaxrl_llm.models.checkpoints import tensor_map as weights
 from jaxrl_llm.sharding import mesh, rules
 
 CONFIG = {

@@ -17,11 +17,12 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from jaxrl_llm.models import families, weights
 from jaxrl_llm.models.apply import Params, abstract_params
 from jaxrl_llm.models.architecture import Architecture
-from jaxrl_llm.models.critic import headless
-from jaxrl_llm.models.gguf import GGUFFile
+from jaxrl_llm.models.checkpoints import families
+from jaxrl_llm.models.checkpoints import tensor_map as weights
+from jaxrl_llm.models.checkpoints.gguf import GGUFFile
+from jaxrl_llm.models.value_head import headless
 from jaxrl_llm.sharding import processes
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -1,7 +1,7 @@
 import pytest
 
 from jaxrl_llm import models
-from jaxrl_llm.bench import shapes
+from jaxrl_llm.models import known_shapes as shapes
 
 # Parameters by the models' own cards, in billions; a tied output matrix counts once.
 PUBLISHED = {

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.models import attention
-from jaxrl_llm.models.attention import PackedAttention, Window
-from jaxrl_llm.models.parallel import across
+from jaxrl_llm.models.attention import packed as attention
+from jaxrl_llm.models.attention.packed import PackedAttention, Window
+from jaxrl_llm.models.partitioning import across
 from jaxrl_llm.sharding.mesh import platform_of
 from jaxrl_llm.sharding.rules import Partition
 

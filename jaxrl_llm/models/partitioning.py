@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models.apply import Params
 from jaxrl_llm.models.architecture import Architecture
-from jaxrl_llm.models.attention import PackedAttention, Window
+from jaxrl_llm.models.attention.packed import PackedAttention, Window
 from jaxrl_llm.sharding import rules
 from jaxrl_llm.sharding.rules import Partition, Rules
 

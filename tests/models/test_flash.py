@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.models import attention, flash, parallel
+from jaxrl_llm.models import partitioning as parallel
+from jaxrl_llm.models.attention import flash
+from jaxrl_llm.models.attention import packed as attention
 from jaxrl_llm.sharding import mesh, rules
 
 # Row 0: three sequences of 100, 60, 300 and padding; row 1 is one sequence.

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models.apply import Params, model
 from jaxrl_llm.models.architecture import Architecture
-from jaxrl_llm.models.attention import PackedAttention, Window
+from jaxrl_llm.models.attention.packed import PackedAttention, Window
 from jaxrl_llm.models.decoder import RotaryTable, rotate
 from jaxrl_llm.models.quantised import Quantised, like, plain
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import models
-from jaxrl_llm.models import Rope, loop
+from jaxrl_llm.models import Rope
+from jaxrl_llm.models import layer_loop as loop
 from jaxrl_llm.sharding import mesh
 from tests import tiny
 

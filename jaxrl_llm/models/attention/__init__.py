@@ -1,0 +1,1 @@
+"""Softmax attention over packed rows and over a cache made of pages."""

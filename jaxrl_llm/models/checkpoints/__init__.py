@@ -1,0 +1,1 @@
+"""Weights and architectures of Hugging Face and GGUF files, in and out."""
