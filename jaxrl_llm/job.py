@@ -127,7 +127,7 @@ def engine_of(
     rollout = config.rollout
     match rollout.engine:
         case "jax":
-            from jaxrl_llm.rollout.jax_engine import JaxEngine
+            from jaxrl_llm.rollout.native.engine import JaxEngine
 
             return JaxEngine(
                 arch,
@@ -145,7 +145,9 @@ def engine_of(
                 checksum_freq=rollout.checksum_freq,
             )
         case "vllm":
-            from jaxrl_llm.rollout.vllm import VllmEngine  # needs the extra `vllm`
+            from jaxrl_llm.rollout.servers.vllm import (
+                VllmEngine,  # needs the extra `vllm`
+            )
 
             return VllmEngine(config, arch, tokenizer, questions)
 

@@ -281,7 +281,7 @@ def generate(
     from jaxrl_llm import models
     from jaxrl_llm.data import prompts as sources
     from jaxrl_llm.rollout.engine import Request, Sampling
-    from jaxrl_llm.rollout.jax_engine import JaxEngine
+    from jaxrl_llm.rollout.native.engine import JaxEngine
     from jaxrl_llm.sharding import mesh
 
     texts = [*prompts, *(file.read_text().splitlines() if file else [])]

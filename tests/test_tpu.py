@@ -10,7 +10,7 @@ from jaxrl_llm import models, planner
 from jaxrl_llm.config import schema as config
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.models import known_shapes as shapes
-from jaxrl_llm.rollout.jax_engine import JaxEngine
+from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.sharding import mesh
 
 pytest.importorskip("libtpu", reason="the TPU compiler is the package libtpu")

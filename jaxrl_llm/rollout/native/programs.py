@@ -25,7 +25,7 @@ from jaxrl_llm.algorithms import logprobs
 from jaxrl_llm.models import Architecture, Pages
 from jaxrl_llm.models.attention import paged
 from jaxrl_llm.models.attention.packed import PackedAttention
-from jaxrl_llm.rollout.sampling import Mode, Sampled, row_keys, sample
+from jaxrl_llm.rollout.native.sampling import Mode, Sampled, row_keys, sample
 
 _OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 """cuBLAS multiplies a few hundred rows faster. Other platforms take no notice."""

@@ -30,9 +30,15 @@ from rich.console import Console
 from jaxrl_llm import models
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data.rows import Completion
-from jaxrl_llm.rollout import probe
 from jaxrl_llm.rollout.engine import Request
-from jaxrl_llm.rollout.server import Lost, Process, Server, ServerError, of_prompt
+from jaxrl_llm.rollout.servers import verify_weights as probe
+from jaxrl_llm.rollout.servers.server import (
+    Lost,
+    Process,
+    Server,
+    ServerError,
+    of_prompt,
+)
 
 _Asked = tuple[Request, range]
 """A request, and which of its samples are asked for together."""

@@ -19,9 +19,10 @@ from jax.sharding import Mesh
 from jaxrl_llm import models
 from jaxrl_llm.data.rows import Completion
 from jaxrl_llm.models import Architecture
-from jaxrl_llm.rollout import decode
 from jaxrl_llm.rollout.engine import Request
-from jaxrl_llm.rollout.running import (
+from jaxrl_llm.rollout.native import programs as decode
+from jaxrl_llm.rollout.native.scheduler import Response
+from jaxrl_llm.rollout.native.session import (
     PAGE_SIZE,
     SEQUENCES_PER_ROW,
     Running,
@@ -31,7 +32,6 @@ from jaxrl_llm.rollout.running import (
     row_length,
     stop_ids,
 )
-from jaxrl_llm.rollout.scheduler import Response
 from jaxrl_llm.sharding import checksum, processes, reshard, rules
 from jaxrl_llm.sharding import transfer_plan as plan
 

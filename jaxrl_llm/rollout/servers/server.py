@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from jaxrl_llm.rollout import guard
+from jaxrl_llm.rollout.servers import process_guard as guard
 
 _OLDEST = (0, 22)
 _ROUTES = ("/pause", "/resume", "/collective_rpc", "/reset_prefix_cache")

@@ -13,9 +13,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm import models
-from jaxrl_llm.rollout import decode, jax_engine, running
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
-from jaxrl_llm.rollout.jax_engine import JaxEngine
+from jaxrl_llm.rollout.native import engine as jax_engine
+from jaxrl_llm.rollout.native import programs as decode
+from jaxrl_llm.rollout.native import session as running
+from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.sharding import compiled_traffic as collectives
 from jaxrl_llm.sharding import mesh
 

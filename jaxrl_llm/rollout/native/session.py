@@ -17,11 +17,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm.models import Architecture, Pages
 from jaxrl_llm.models.attention import paged
-from jaxrl_llm.rollout import decode
 from jaxrl_llm.rollout.engine import Request, Sampling
-from jaxrl_llm.rollout.pool import Pool
-from jaxrl_llm.rollout.sampling import Mode
-from jaxrl_llm.rollout.scheduler import Piece, Plan, Response, Scheduler
+from jaxrl_llm.rollout.native import programs as decode
+from jaxrl_llm.rollout.native.page_pool import Pool
+from jaxrl_llm.rollout.native.sampling import Mode
+from jaxrl_llm.rollout.native.scheduler import Piece, Plan, Response, Scheduler
 
 PAGE_SIZE = 64
 SEQUENCES_PER_ROW = 16

@@ -24,9 +24,9 @@ from jaxrl_llm import models
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.data import prompts
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
-from jaxrl_llm.rollout.jax_engine import JaxEngine
-from jaxrl_llm.rollout.server import Server, ServerError
-from jaxrl_llm.rollout.vllm import VllmEngine
+from jaxrl_llm.rollout.native.engine import JaxEngine
+from jaxrl_llm.rollout.servers.server import Server, ServerError
+from jaxrl_llm.rollout.servers.vllm import VllmEngine
 from jaxrl_llm.sharding import mesh
 
 ROOT = pathlib.Path(__file__).parent.parent

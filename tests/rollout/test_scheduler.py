@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from jaxrl_llm.rollout import scheduler as schedulers
 from jaxrl_llm.rollout.engine import Request, Sampling
-from jaxrl_llm.rollout.pool import Pool
-from jaxrl_llm.rollout.scheduler import Response, Scheduler
+from jaxrl_llm.rollout.native import scheduler as schedulers
+from jaxrl_llm.rollout.native.page_pool import Pool
+from jaxrl_llm.rollout.native.scheduler import Response, Scheduler
 
 
 def test_sequences_that_begin_alike_find_the_same_pages():

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxrl_llm.rollout.engine import Request
-from jaxrl_llm.rollout.pool import Pool
+from jaxrl_llm.rollout.native.page_pool import Pool
 
 _PLANNED_TOGETHER = 128
 """Sequences of a plan, at most."""

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.rollout import sampling
+from jaxrl_llm.rollout.native import sampling
 
 # A known distribution over 300 tokens (three blocks): 0.5, 0.25, 0.15, 0.1 on four.
 TOKENS = np.array([7, 130, 131, 299])

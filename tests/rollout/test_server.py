@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from jaxrl_llm.rollout.server import Server, ServerError
+from jaxrl_llm.rollout.servers.server import Server, ServerError
 
 
 @pytest.fixture

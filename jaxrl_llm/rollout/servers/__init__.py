@@ -1,0 +1,1 @@
+"""Engines that are servers: processes, transfer of weights, verification."""
