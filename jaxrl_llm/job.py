@@ -16,7 +16,7 @@ from jaxrl_llm.data import prompts
 from jaxrl_llm.learner import Learner
 from jaxrl_llm.reward_model import RewardModel
 from jaxrl_llm.rewards import RewardFunction, resolve
-from jaxrl_llm.rewards.functions import overlong_penalty
+from jaxrl_llm.rewards.builtin import overlong_penalty
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.sharding import mesh, processes
 

@@ -13,7 +13,7 @@ from jaxrl_llm import collect, metrics, train
 from jaxrl_llm.config.schema import ConfigError
 from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardFunction, Scores
-from jaxrl_llm.rewards.functions import overlong_penalty
+from jaxrl_llm.rewards.builtin import overlong_penalty
 from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.rollout.engine import generate
 

@@ -12,8 +12,8 @@ from jaxrl_llm.config.schema import DatasetConfig, RewardConfig
 from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.data.sources import read_rows
 from jaxrl_llm.rewards import RewardError, RewardFunction, resolve, score
-from jaxrl_llm.rewards.functions import exact, gsm8k, math, numeric, reasoning_gym
-from jaxrl_llm.rewards.judge import judge
+from jaxrl_llm.rewards.builtin import exact, gsm8k, math, numeric, reasoning_gym
+from jaxrl_llm.workers.judge import judge
 
 ROOT = pathlib.Path(__file__).parents[1]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"

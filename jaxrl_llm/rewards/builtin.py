@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.config.schema import RewardConfig
-from jaxrl_llm.rewards.judge import judge
 from jaxrl_llm.rewards.scoring import RewardFunction
+from jaxrl_llm.workers.judge import judge
 
 Completions = Sequence[str | list]
 """Text, or the chat messages of a reply."""
