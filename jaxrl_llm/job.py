@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jaxrl_llm import loggers, models
 from jaxrl_llm.collect import Score, score_together
 from jaxrl_llm.config.schema import Config, ConfigError, PlacementConfig
-from jaxrl_llm.critic import Critic
 from jaxrl_llm.data import prompts
-from jaxrl_llm.learner import Learner
-from jaxrl_llm.reward_model import RewardModel
 from jaxrl_llm.rewards import RewardFunction, resolve
 from jaxrl_llm.rewards.builtin import overlong_penalty
+from jaxrl_llm.roles.actor import Learner
+from jaxrl_llm.roles.critic import Critic
+from jaxrl_llm.roles.reward_model import RewardModel
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.sharding import mesh, processes
 

@@ -19,7 +19,7 @@ from jaxrl_llm import metrics, models, workload
 from jaxrl_llm.config.algorithm import uses_kl
 from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.job import engine_of, has_critic, make_meshes, placed
-from jaxrl_llm.learner import Learner
+from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import hardware, mesh, processes
 from jaxrl_llm.workload import Program, Work
 

@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 
 from jaxrl_llm import metrics, models
 from jaxrl_llm.config.schema import Config, CriticModelConfig
-from jaxrl_llm.critic import Critic
-from jaxrl_llm.learner import Learner, needs_old_logprobs, updates_per_step
 from jaxrl_llm.models import known_shapes as shapes
+from jaxrl_llm.roles.actor import Learner, needs_old_logprobs, updates_per_step
+from jaxrl_llm.roles.critic import Critic
 from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.sharding import compiled_traffic as collectives
 from jaxrl_llm.sharding import processes, reshard

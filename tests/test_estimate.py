@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_learner import EIGHT, make_config, make_rollouts
+from test_actor import EIGHT, make_config, make_rollouts
 
 from jaxrl_llm import estimate, models
 from jaxrl_llm.algorithms import masked
 from jaxrl_llm.config.algorithm import AlgorithmConfig
-from jaxrl_llm.learner import Learner
+from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import mesh
 
 PROMPTS, COMPLETIONS = make_rollouts()

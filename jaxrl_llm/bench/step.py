@@ -22,9 +22,9 @@ from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.job import engine_of, has_critic, make_meshes
-from jaxrl_llm.learner import Learner
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.rewards import resolve, score
+from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
 
 

@@ -20,8 +20,8 @@ from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data import rows as batches
 from jaxrl_llm.data.rows import Completion, Prompt, TrainBatch
-from jaxrl_llm.learner import Learner
 from jaxrl_llm.models import known_shapes as shapes
+from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import mesh
 
 Remat = Literal["none", "dots", "full", "offload"]

@@ -17,8 +17,8 @@ from jaxrl_llm.collect import score_together
 from jaxrl_llm.config.schema import ConfigError
 from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.job import build
-from jaxrl_llm.reward_model import RewardModel, is_last
 from jaxrl_llm.rewards import RewardError, RewardFunction
+from jaxrl_llm.roles.reward_model import RewardModel, is_last
 from jaxrl_llm.sharding import mesh
 
 VOCABULARY = 264  # of tiny.checkpoint

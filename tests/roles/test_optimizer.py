@@ -4,8 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm import optimizer
 from jaxrl_llm.config.schema import OptimConfig
+from jaxrl_llm.roles import optimizer
 
 
 def rates(count, total_steps, updates_per_step=1, **fields):

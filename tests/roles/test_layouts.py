@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_learner import ADVANTAGES, make_config, make_rollouts
+from test_actor import ADVANTAGES, make_config, make_rollouts
 
 from jaxrl_llm import models
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config.schema import ConfigError
-from jaxrl_llm.learner import Learner
+from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import mesh, rules
 
 LAYOUTS = {

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Float
 
-from jaxrl_llm import models, optimizer
+from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo
 from jaxrl_llm.algorithms.rollout_correction import Correction
 from jaxrl_llm.config.algorithm import RolloutCorrectionConfig, uses_kl
@@ -26,7 +26,8 @@ from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data import rows as batches
 from jaxrl_llm.data.rows import Completion, Layout, Prompt, TrainBatch
 from jaxrl_llm.models import WeightSource
-from jaxrl_llm.policy import COMPILER_OPTIONS, Policy
+from jaxrl_llm.roles import optimizer
+from jaxrl_llm.roles.policy import COMPILER_OPTIONS, Policy
 from jaxrl_llm.sharding import processes, reshard
 from jaxrl_llm.sharding import transfer_plan as plan
 

@@ -16,13 +16,14 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxrl_llm import models, optimizer
+from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo, logprobs, ppo
 from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.data.rows import TrainBatch, pad_rows, previous_tokens
-from jaxrl_llm.learner import abstract_state, first_state, split, state_shardings
 from jaxrl_llm.models import WeightSource
-from jaxrl_llm.policy import COMPILER_OPTIONS, attention, layout, partition
+from jaxrl_llm.roles import optimizer
+from jaxrl_llm.roles.actor import abstract_state, first_state, split, state_shardings
+from jaxrl_llm.roles.policy import COMPILER_OPTIONS, attention, layout, partition
 from jaxrl_llm.sharding import processes
 
 

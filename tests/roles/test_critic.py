@@ -14,10 +14,10 @@ from jaxrl_llm import metrics, models, train
 from jaxrl_llm.algorithms import advantages, ppo
 from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import schema as configs
-from jaxrl_llm.critic import Critic
 from jaxrl_llm.data.rows import Completion, Prompt, make_rows
 from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardFunction
+from jaxrl_llm.roles.critic import Critic
 from jaxrl_llm.sharding import mesh
 
 ARCH = tiny.arch(num_layers=1, max_positions=64, eos_token_ids=(258,))

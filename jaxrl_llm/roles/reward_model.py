@@ -21,8 +21,8 @@ from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.data import rows as batches
 from jaxrl_llm.data.rows import Completion, Prompt, TrainBatch
 from jaxrl_llm.models import Checkpoint, Classifier
-from jaxrl_llm.policy import COMPILER_OPTIONS, attention, layout, partition
 from jaxrl_llm.rewards import RewardFunction
+from jaxrl_llm.roles.policy import COMPILER_OPTIONS, attention, layout, partition
 from jaxrl_llm.sharding import processes
 
 

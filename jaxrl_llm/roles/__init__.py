@@ -1,0 +1,1 @@
+"""Models on meshes: policy, actor, reference, critic, reward model."""
