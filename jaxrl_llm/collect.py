@@ -10,12 +10,12 @@ from jaxtyping import Float32
 
 from jaxrl_llm.config.schema import Config, SamplingConfig
 from jaxrl_llm.data.rows import Completion, Prompt
-from jaxrl_llm.records import Records
 from jaxrl_llm.rewards import RewardFunction, Scores, score
 from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.roles.reward_model import RewardModel
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate_together
 from jaxrl_llm.sharding import processes
+from jaxrl_llm.tracking.run_log import Records
 
 ROLLOUT, VALIDATION, ORDER, RESAMPLE = range(4)  # independent streams of random numbers
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxrl_llm import metrics as measures
 from jaxrl_llm.config.schema import RolloutConfig, SamplingConfig, ValConfig
 from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.rewards import Scores
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate_together
+from jaxrl_llm.tracking import metrics as measures
 
 Score = Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], Scores]
 

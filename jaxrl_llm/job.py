@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxrl_llm import loggers, models
+from jaxrl_llm import models
 from jaxrl_llm.collect import Score, score_together
 from jaxrl_llm.config.schema import Config, ConfigError, PlacementConfig
 from jaxrl_llm.data import prompts
@@ -19,6 +19,7 @@ from jaxrl_llm.roles.critic import Critic
 from jaxrl_llm.roles.reward_model import RewardModel
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.sharding import mesh, processes
+from jaxrl_llm.tracking import services as loggers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,8 +155,9 @@ def _processes(rest: list[str]) -> tuple[AbstractContextManager[None], list[str]
 def _plan(rest: list[str]) -> None:
     import jax
 
-    from jaxrl_llm import console, dry_run, planner, workload
+    from jaxrl_llm import dry_run, planner, workload
     from jaxrl_llm.bench import step
+    from jaxrl_llm.tracking import console
 
     given, rest = _options(rest, ("--topology", "--devices", "--memory", "--measure"))
     config, _ = _config("plan", rest)
@@ -366,6 +367,6 @@ def report(run_dir: tyro.conf.Positional[Path]) -> None:
     Args:
       run_dir: output_dir of the run.
     """
-    from jaxrl_llm import report as reports
+    from jaxrl_llm.tracking import report as reports
 
     print(reports.write(run_dir))

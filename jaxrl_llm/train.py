@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxrl_llm import estimate, evaluate, metrics, report
+from jaxrl_llm import estimate, evaluate
 from jaxrl_llm.algorithms import advantages, kl, ppo
 from jaxrl_llm.collect import (
     ORDER,
@@ -33,12 +33,13 @@ from jaxrl_llm.collect import (
 )
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import Config, ConfigError
-from jaxrl_llm.console import before_after, whereabouts
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.job import Job, build
-from jaxrl_llm.records import Records
 from jaxrl_llm.rewards import RewardFunction, resolve
 from jaxrl_llm.sharding import processes
+from jaxrl_llm.tracking import metrics, report
+from jaxrl_llm.tracking.console import before_after, whereabouts
+from jaxrl_llm.tracking.run_log import Records
 
 
 def run(job: Job) -> "Result":

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrl_llm import metrics, models
+from jaxrl_llm import models
 from jaxrl_llm.config.schema import Config, CriticModelConfig
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.roles.actor import Learner, needs_old_logprobs, updates_per_step
@@ -23,6 +23,7 @@ from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.sharding import compiled_traffic as collectives
 from jaxrl_llm.sharding import processes, reshard
 from jaxrl_llm.sharding import transfer_plan as plan
+from jaxrl_llm.tracking import metrics
 
 _GIB = 2**30
 

@@ -8,7 +8,8 @@ import jax
 import pytest
 import yaml
 
-from jaxrl_llm import launch, metrics, models
+from jaxrl_llm import launch, models
+from jaxrl_llm.tracking import metrics
 
 
 def failure(capsys, *arguments):

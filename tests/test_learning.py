@@ -7,10 +7,11 @@ from test_collect import GRPO, mean_id
 from test_critic import make_config
 from test_train import cache, values  # noqa: F401  (fixtures)
 
-from jaxrl_llm import metrics, train
+from jaxrl_llm import train
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardFunction
+from jaxrl_llm.tracking import metrics
 
 SEQUENCE_MEAN = {"actor.loss_agg_mode": "seq-mean-token-mean"}
 CRITIC = {

@@ -20,12 +20,14 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_llm import metrics, models, profile
+from jaxrl_llm import models
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.job import engine_of
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
 from jaxrl_llm.sharding import hardware, mesh, rules
+from jaxrl_llm.tracking import device_trace as profile
+from jaxrl_llm.tracking import metrics
 
 
 def main(

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_llm import estimate, metrics, models
+from jaxrl_llm import estimate, models
 from jaxrl_llm.algorithms import grpo
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import Config, ConfigError
@@ -26,6 +26,7 @@ from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.rewards import resolve, score
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
+from jaxrl_llm.tracking import metrics
 
 
 class _Numbers:

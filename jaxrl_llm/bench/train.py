@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_llm import metrics, models, profile
+from jaxrl_llm import models
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data import rows as batches
@@ -23,6 +23,8 @@ from jaxrl_llm.data.rows import Completion, Prompt, TrainBatch
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import mesh
+from jaxrl_llm.tracking import device_trace as profile
+from jaxrl_llm.tracking import metrics
 
 Remat = Literal["none", "dots", "full", "offload"]
 _GROUP = 8

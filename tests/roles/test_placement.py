@@ -4,12 +4,13 @@ import jax
 import pytest
 import tiny
 
-from jaxrl_llm import dry_run, metrics, train
+from jaxrl_llm import dry_run, train
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import ConfigError
 from jaxrl_llm.job import build, make_meshes
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sharding import mesh
+from jaxrl_llm.tracking import metrics
 
 
 def high(completion_ids, **_):

@@ -12,7 +12,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from test_critic import make_config
 
-from jaxrl_llm import dry_run, metrics, models, planner, train
+from jaxrl_llm import dry_run, models, planner, train
 from jaxrl_llm.collect import score_together
 from jaxrl_llm.config.schema import ConfigError
 from jaxrl_llm.data.rows import Completion, Prompt
@@ -20,6 +20,7 @@ from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardError, RewardFunction
 from jaxrl_llm.roles.reward_model import RewardModel, is_last
 from jaxrl_llm.sharding import mesh
+from jaxrl_llm.tracking import metrics
 
 VOCABULARY = 264  # of tiny.checkpoint
 COMMON = {

@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxrl_llm.evaluate import Validation
-from jaxrl_llm.metrics import accuracy_name
+from jaxrl_llm.tracking.metrics import accuracy_name
 
 _BARS = "▁▂▃▄▅▆▇█"
 

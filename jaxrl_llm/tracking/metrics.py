@@ -32,9 +32,9 @@ import numpy as np
 import yaml
 from jaxtyping import Float
 
-from jaxrl_llm import loggers as trackers
 from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.rewards import Scores
+from jaxrl_llm.tracking import services as trackers
 
 Run = str | Path | Sequence[Mapping[str, Any]]
 """A run directory, or the lines of its metrics.jsonl."""

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from jaxrl_llm import metrics, report
+from jaxrl_llm.tracking import metrics, report
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><!-- <script> "

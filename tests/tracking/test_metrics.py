@@ -7,10 +7,11 @@ import time
 import numpy as np
 import pytest
 
-from jaxrl_llm import loggers, metrics
 from jaxrl_llm.config import schema as config
 from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.rewards import Scores
+from jaxrl_llm.tracking import metrics
+from jaxrl_llm.tracking import services as loggers
 
 
 def writer(run_dir, *names):

@@ -13,8 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.loggers import imported
-from jaxrl_llm.metrics import accuracy_name, read, replace_text, rollout_files, table
+from jaxrl_llm.tracking.metrics import (
+    accuracy_name,
+    read,
+    replace_text,
+    rollout_files,
+    table,
+)
+from jaxrl_llm.tracking.services import imported
 
 MAX_FILES = 40
 """Steps per split whose completions are embedded: evenly spaced, first and last
