@@ -108,8 +108,9 @@ def _fail(message: str) -> int:
 
 
 def _train(rest: list[str]) -> None:
-    from jaxrl_llm import dry_run, train
-    from jaxrl_llm.job import build
+    from jaxrl_llm import dry_run
+    from jaxrl_llm.training import loop as train
+    from jaxrl_llm.training.build import build
 
     joined, rest = _processes(rest)
     config, flags = _config("train", rest, flags=("--dry-run",))
@@ -123,8 +124,8 @@ def _train(rest: list[str]) -> None:
 
 
 def _evaluate(rest: list[str]) -> None:
-    from jaxrl_llm.job import build
-    from jaxrl_llm.train import evaluate_only
+    from jaxrl_llm.training.build import build
+    from jaxrl_llm.training.loop import evaluate_only
 
     joined, rest = _processes(rest)
     config, _ = _config("evaluate", rest)

@@ -6,7 +6,7 @@ import tiny
 
 from jaxrl_llm import dry_run, models
 from jaxrl_llm.config import schema as config
-from jaxrl_llm.job import build
+from jaxrl_llm.training.build import build
 
 
 @pytest.fixture(scope="module")

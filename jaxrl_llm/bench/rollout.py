@@ -22,12 +22,12 @@ from rich.table import Table
 
 from jaxrl_llm import models
 from jaxrl_llm.config import schema as configs
-from jaxrl_llm.job import engine_of
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
 from jaxrl_llm.sharding import hardware, mesh, rules
 from jaxrl_llm.tracking import device_trace as profile
 from jaxrl_llm.tracking import metrics
+from jaxrl_llm.training.build import engine_of
 
 
 def main(

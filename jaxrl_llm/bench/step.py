@@ -16,17 +16,18 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.table import Table
 
-from jaxrl_llm import estimate, models
+from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.data.rows import Completion, Prompt
-from jaxrl_llm.job import engine_of, has_critic, make_meshes
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.rewards import resolve, score
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
 from jaxrl_llm.tracking import metrics
+from jaxrl_llm.training import credit as estimate
+from jaxrl_llm.training.build import engine_of, has_critic, make_meshes
 
 
 class _Numbers:

@@ -27,8 +27,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from jaxrl_llm.evaluate import Validation
 from jaxrl_llm.tracking.metrics import accuracy_name
+from jaxrl_llm.training.evaluate import Validation
 
 _BARS = "▁▂▃▄▅▆▇█"
 

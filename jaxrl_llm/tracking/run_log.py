@@ -11,9 +11,8 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from jaxrl_llm import evaluate, models
+from jaxrl_llm import models
 from jaxrl_llm.algorithms.ppo import TrainState
-from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.data.prompts import Datasets, PromptBatches
 from jaxrl_llm.data.rows import Completion, Prompt
@@ -23,6 +22,8 @@ from jaxrl_llm.tracking import device_trace as profile
 from jaxrl_llm.tracking import metrics, report
 from jaxrl_llm.tracking.console import LiveView, progress
 from jaxrl_llm.tracking.metrics import MetricsWriter, Timer
+from jaxrl_llm.training import evaluate
+from jaxrl_llm.training.checkpoint import Checkpoints
 
 _PHASES = {
     "gen": "generating",

@@ -11,13 +11,13 @@ import pytest
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import logprobs
-from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.models import layer_loop as loop
 from jaxrl_llm.roles.actor import Learner, updates_per_step
 from jaxrl_llm.roles.policy import Policy
 from jaxrl_llm.sharding import mesh
+from jaxrl_llm.training.checkpoint import Checkpoints
 
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)  # data, fsdp, tensor
 P, G = 4, 2

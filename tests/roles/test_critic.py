@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxrl_llm import models, train
+from jaxrl_llm import models
 from jaxrl_llm.algorithms import advantages, ppo
-from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.data.rows import Completion, Prompt, make_rows
-from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.roles.critic import Critic
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import metrics
+from jaxrl_llm.training import loop as train
+from jaxrl_llm.training.build import build
+from jaxrl_llm.training.checkpoint import Checkpoints
 
 ARCH = tiny.arch(num_layers=1, max_positions=64, eos_token_ids=(258,))
 HIGH = 200  # token ids from here on are rewarded

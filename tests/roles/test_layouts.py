@@ -12,10 +12,10 @@ import tiny
 from test_actor import ADVANTAGES, make_config, make_rollouts
 
 from jaxrl_llm import models
-from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.config.schema import ConfigError
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import mesh, rules
+from jaxrl_llm.training.checkpoint import Checkpoints
 
 LAYOUTS = {
     "FSDP": {"fsdp": 8},

@@ -4,13 +4,14 @@ import jax
 import pytest
 import tiny
 
-from jaxrl_llm import dry_run, train
+from jaxrl_llm import dry_run
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import ConfigError
-from jaxrl_llm.job import build, make_meshes
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import metrics
+from jaxrl_llm.training import loop as train
+from jaxrl_llm.training.build import build, make_meshes
 
 
 def high(completion_ids, **_):

@@ -12,15 +12,16 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from test_critic import make_config
 
-from jaxrl_llm import dry_run, models, planner, train
-from jaxrl_llm.collect import score_together
+from jaxrl_llm import dry_run, models, planner
 from jaxrl_llm.config.schema import ConfigError
 from jaxrl_llm.data.rows import Completion, Prompt
-from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardError, RewardFunction
 from jaxrl_llm.roles.reward_model import RewardModel, is_last
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import metrics
+from jaxrl_llm.training import loop as train
+from jaxrl_llm.training.build import build
+from jaxrl_llm.training.experience import score_together
 
 VOCABULARY = 264  # of tiny.checkpoint
 COMMON = {

@@ -19,12 +19,13 @@ import yaml
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_llm import launch, train
-from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm import launch
 from jaxrl_llm.config import schema as configs
-from jaxrl_llm.job import build, make_meshes
 from jaxrl_llm.sharding import mesh, processes
 from jaxrl_llm.tracking import metrics
+from jaxrl_llm.training import loop as train
+from jaxrl_llm.training.build import build, make_meshes
+from jaxrl_llm.training.checkpoint import Checkpoints
 
 SAME, OTHER = layouts.same_devices(), layouts.other_devices()
 HERE = pathlib.Path(__file__).parent.parent / "support"

@@ -4,9 +4,9 @@ import re
 import pytest
 from rich.console import Console
 
-from jaxrl_llm.evaluate import Validation
 from jaxrl_llm.tracking import console as view
 from jaxrl_llm.tracking.console import LiveView
+from jaxrl_llm.training.evaluate import Validation
 
 METRICS = {
     "critic/rewards/mean": 0.53125,

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from jaxrl_llm import evaluate
 from jaxrl_llm.config.schema import RolloutConfig, ValConfig
 from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.rewards import Scores
+from jaxrl_llm.training import evaluate
 
 
 def bools(rows):

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from test_actor import EIGHT, make_config, make_rollouts
 
-from jaxrl_llm import estimate, models
+from jaxrl_llm import models
 from jaxrl_llm.algorithms import masked
 from jaxrl_llm.config.algorithm import AlgorithmConfig
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import mesh
+from jaxrl_llm.training import credit as estimate
 
 PROMPTS, COMPLETIONS = make_rollouts()
 LENGTHS = np.array([[5, 2], [7, 3], [1, 8], [4, 4]])

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm import models
-from jaxrl_llm.collect import Score, score_together
 from jaxrl_llm.config.schema import Config, ConfigError, PlacementConfig
 from jaxrl_llm.data import prompts
 from jaxrl_llm.rewards import RewardFunction, resolve
@@ -20,6 +19,7 @@ from jaxrl_llm.roles.reward_model import RewardModel
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.sharding import mesh, processes
 from jaxrl_llm.tracking import services as loggers
+from jaxrl_llm.training.experience import Score, score_together
 
 
 @dataclass(frozen=True, kw_only=True)

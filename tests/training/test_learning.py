@@ -3,15 +3,18 @@
 import numpy as np
 import pytest
 import tiny
-from test_collect import GRPO, mean_id
 from test_critic import make_config
-from test_train import cache, values  # noqa: F401  (fixtures)
+from test_experience import GRPO, mean_id
+from test_loop import (
+    cache,  # noqa: F401  (fixtures)
+    values,  # noqa: F401  (fixtures)
+)
 
-from jaxrl_llm import train
 from jaxrl_llm.config import schema as configs
-from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.tracking import metrics
+from jaxrl_llm.training import loop as train
+from jaxrl_llm.training.build import build
 
 SEQUENCE_MEAN = {"actor.loss_agg_mode": "seq-mean-token-mean"}
 CRITIC = {

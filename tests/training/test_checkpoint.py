@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_llm.checkpoint import Checkpoints
 from jaxrl_llm.sharding import mesh
+from jaxrl_llm.training.checkpoint import Checkpoints
 
 RNG = np.random.default_rng(0)
 STATE = {

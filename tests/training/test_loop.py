@@ -17,13 +17,14 @@ import tiny
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxrl_llm import launch, models, train
-from jaxrl_llm.checkpoint import Checkpoints
+from jaxrl_llm import launch, models
 from jaxrl_llm.config import schema as configs
-from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.tracking import metrics
 from jaxrl_llm.tracking import run_log as records
+from jaxrl_llm.training import loop as train
+from jaxrl_llm.training.build import build
+from jaxrl_llm.training.checkpoint import Checkpoints
 
 STEPS, PROMPTS, SAMPLES = 8, 4, 8
 QUESTIONS = [{"prompt": f"{i}+{i + 1}=", "answer": str(2 * i + 1)} for i in range(13)]

@@ -9,14 +9,15 @@ import pytest
 import tiny
 from test_critic import make_config, newest
 
-from jaxrl_llm import collect, train
 from jaxrl_llm.config.schema import ConfigError
-from jaxrl_llm.job import build
 from jaxrl_llm.rewards import RewardFunction, Scores
 from jaxrl_llm.rewards.builtin import overlong_penalty
 from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.rollout.engine import generate
 from jaxrl_llm.tracking import metrics
+from jaxrl_llm.training import experience as collect
+from jaxrl_llm.training import loop as train
+from jaxrl_llm.training.build import build
 
 GRPO = {
     "algorithm.adv_estimator": "grpo",

@@ -1,7 +1,7 @@
 """A whole run: the loop, and what it returns. The only place where learning meets
 generation.
 
-    from jaxrl_llm.train import train
+    from jaxrl_llm.training.loop import train
     result = train("Qwen/Qwen2.5-0.5B-Instruct", rows, reward=f, steps=50)
     result.plot()
 """
@@ -21,9 +21,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from jaxrl_llm import estimate, evaluate
 from jaxrl_llm.algorithms import advantages, kl, ppo
-from jaxrl_llm.collect import (
+from jaxrl_llm.config import schema as configs
+from jaxrl_llm.config.schema import Config, ConfigError
+from jaxrl_llm.data.rows import TrainBatch
+from jaxrl_llm.rewards import RewardFunction, resolve
+from jaxrl_llm.sharding import processes
+from jaxrl_llm.tracking import metrics, report
+from jaxrl_llm.tracking.console import before_after, whereabouts
+from jaxrl_llm.tracking.run_log import Records
+from jaxrl_llm.training import credit as estimate
+from jaxrl_llm.training import evaluate
+from jaxrl_llm.training.build import Job, build
+from jaxrl_llm.training.experience import (
     ORDER,
     RESAMPLE,
     VALIDATION,
@@ -31,15 +41,6 @@ from jaxrl_llm.collect import (
     collect,
     seed,
 )
-from jaxrl_llm.config import schema as configs
-from jaxrl_llm.config.schema import Config, ConfigError
-from jaxrl_llm.data.rows import TrainBatch
-from jaxrl_llm.job import Job, build
-from jaxrl_llm.rewards import RewardFunction, resolve
-from jaxrl_llm.sharding import processes
-from jaxrl_llm.tracking import metrics, report
-from jaxrl_llm.tracking.console import before_after, whereabouts
-from jaxrl_llm.tracking.run_log import Records
 
 
 def run(job: Job) -> "Result":
