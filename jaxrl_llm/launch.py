@@ -108,7 +108,7 @@ def _fail(message: str) -> int:
 
 
 def _train(rest: list[str]) -> None:
-    from jaxrl_llm import dry_run
+    from jaxrl_llm.planning import dry_run
     from jaxrl_llm.training import loop as train
     from jaxrl_llm.training.build import build
 
@@ -156,8 +156,8 @@ def _processes(rest: list[str]) -> tuple[AbstractContextManager[None], list[str]
 def _plan(rest: list[str]) -> None:
     import jax
 
-    from jaxrl_llm import dry_run, planner, workload
     from jaxrl_llm.bench import step
+    from jaxrl_llm.planning import dry_run, planner, workload
     from jaxrl_llm.tracking import console
 
     given, rest = _options(rest, ("--topology", "--devices", "--memory", "--measure"))

@@ -4,9 +4,9 @@ import jax
 import pytest
 import tiny
 
-from jaxrl_llm import dry_run
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import ConfigError
+from jaxrl_llm.planning import dry_run
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import metrics

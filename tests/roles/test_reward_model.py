@@ -12,9 +12,10 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from test_critic import make_config
 
-from jaxrl_llm import dry_run, models, planner
+from jaxrl_llm import models
 from jaxrl_llm.config.schema import ConfigError
 from jaxrl_llm.data.rows import Completion, Prompt
+from jaxrl_llm.planning import dry_run, planner
 from jaxrl_llm.rewards import RewardError, RewardFunction
 from jaxrl_llm.roles.reward_model import RewardModel, is_last
 from jaxrl_llm.sharding import mesh

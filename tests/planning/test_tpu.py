@@ -6,9 +6,10 @@ import os
 import jax
 import pytest
 
-from jaxrl_llm import models, planner
+from jaxrl_llm import models
 from jaxrl_llm.config import schema as config
 from jaxrl_llm.models import known_shapes as shapes
+from jaxrl_llm.planning import planner
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.sharding import mesh

@@ -4,10 +4,11 @@ import gc
 import jax
 import pytest
 
-from jaxrl_llm import dry_run, launch, models, planner, workload
+from jaxrl_llm import launch, models
 from jaxrl_llm.bench import step
 from jaxrl_llm.config import schema as config
 from jaxrl_llm.models import known_shapes as shapes
+from jaxrl_llm.planning import dry_run, planner, workload
 
 GIB = 2**30
 

@@ -4,8 +4,9 @@ import jax
 import pytest
 import tiny
 
-from jaxrl_llm import dry_run, models
+from jaxrl_llm import models
 from jaxrl_llm.config import schema as config
+from jaxrl_llm.planning import dry_run
 from jaxrl_llm.training.build import build
 
 

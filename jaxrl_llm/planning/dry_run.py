@@ -16,7 +16,7 @@ from rich.table import Table
 from jaxrl_llm import models
 from jaxrl_llm.config.algorithm import uses_kl
 from jaxrl_llm.config.schema import Config
-from jaxrl_llm.planner import Estimate
+from jaxrl_llm.planning.planner import Estimate
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.tracking.console import progress
 from jaxrl_llm.training.build import Job, placed

@@ -15,14 +15,15 @@ from typing import Any
 
 import jax
 
-from jaxrl_llm import models, workload
+from jaxrl_llm import models
 from jaxrl_llm.config.algorithm import uses_kl
 from jaxrl_llm.config.schema import Config, ConfigError
+from jaxrl_llm.planning import workload
+from jaxrl_llm.planning.workload import Program, Work
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import hardware, mesh, processes
 from jaxrl_llm.tracking import metrics
 from jaxrl_llm.training.build import engine_of, has_critic, make_meshes, placed
-from jaxrl_llm.workload import Program, Work
 
 Watch = Callable[[str], AbstractContextManager[Any]]
 """Called with what is being done while it is done, such as `console.progress`."""
