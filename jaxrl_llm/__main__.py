@@ -1,5 +1,5 @@
 """`python -m jaxrl_llm` is `jaxrl`."""
 
-from jaxrl_llm.launch import main
+from jaxrl_llm.cli import main
 
 raise SystemExit(main())

@@ -4,7 +4,8 @@ import gc
 import jax
 import pytest
 
-from jaxrl_llm import launch, models
+from jaxrl_llm import cli as launch
+from jaxrl_llm import models
 from jaxrl_llm.bench import step
 from jaxrl_llm.config import schema as config
 from jaxrl_llm.models import known_shapes as shapes

@@ -19,7 +19,7 @@ import yaml
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxrl_llm import launch
+from jaxrl_llm import cli as launch
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.sharding import mesh, processes
 from jaxrl_llm.tracking import metrics

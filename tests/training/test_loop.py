@@ -17,7 +17,8 @@ import tiny
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxrl_llm import launch, models
+from jaxrl_llm import cli as launch
+from jaxrl_llm import models
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.tracking import metrics

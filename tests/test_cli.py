@@ -8,7 +8,8 @@ import jax
 import pytest
 import yaml
 
-from jaxrl_llm import launch, models
+from jaxrl_llm import cli as launch
+from jaxrl_llm import models
 from jaxrl_llm.tracking import metrics
 
 
