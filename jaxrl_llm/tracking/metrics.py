@@ -435,7 +435,7 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     """The commit this package is checked out at; None if it is not in a checkout."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(
             ["git", "-C", root, "rev-parse", "--show-toplevel", "HEAD"],

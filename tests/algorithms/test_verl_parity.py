@@ -23,7 +23,7 @@ from jaxrl_llm.algorithms.rollout_correction import Correction, Rejection, corre
 from jaxrl_llm.data.rows import TrainBatch
 
 GOLDEN = json.loads(
-    (pathlib.Path(__file__).parent / "data/golden_verl_0.9.1.json").read_text()
+    (pathlib.Path(__file__).parents[1] / "golden/golden_verl_0.9.1.json").read_text()
 )
 INPUTS = {
     name: jnp.array(x, jnp.float32)

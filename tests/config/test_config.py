@@ -12,7 +12,7 @@ from jaxrl_llm.config import algorithm as config_algorithm
 from jaxrl_llm.config import schema as configs
 from jaxrl_llm.config.schema import Config, ConfigError
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(ROOT.glob("configs/*.yaml"))
 MINIMAL = {
     "output_dir": "runs/x",

@@ -10,7 +10,7 @@ from jaxrl_llm.data import prompts
 from jaxrl_llm.data.rows import Prompt
 from jaxrl_llm.data.sources import read_rows
 
-GSM8K = pathlib.Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
+GSM8K = pathlib.Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 QUESTIONS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(5)]
 
 

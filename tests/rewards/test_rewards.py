@@ -15,7 +15,7 @@ from jaxrl_llm.rewards import RewardError, RewardFunction, resolve, score
 from jaxrl_llm.rewards.builtin import exact, gsm8k, math, numeric, reasoning_gym
 from jaxrl_llm.workers.judge import judge
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
 TEXTS = [["a", "bb"], ["ccc", ""]]
 CHAT = [{"role": "user", "content": "q1"}]

