@@ -27,8 +27,9 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from jaxrl_llm.config import schema as configs
-from jaxrl_llm.config.schema import Config, ConfigError
+from jaxrl_llm.config import parsing
+from jaxrl_llm.config.parsing import ConfigError
+from jaxrl_llm.config.schema import Config
 
 # What --help shows of a configuration that is not given.
 _SHORTEST = {
@@ -124,8 +125,8 @@ def _train(rest: list[str]) -> None:
 
 
 def _evaluate(rest: list[str]) -> None:
+    from jaxrl_llm.api import evaluate_only
     from jaxrl_llm.training.build import build
-    from jaxrl_llm.training.loop import evaluate_only
 
     joined, rest = _processes(rest)
     config, _ = _config("evaluate", rest)
@@ -228,7 +229,7 @@ def _config(
         usage = ["jaxrl", verb, "CONFIG.yaml", *(f"[{flag}]" for flag in flags)]
         tyro.cli(
             tyro.conf.AvoidSubcommands[Config],
-            default=configs.load(paths[0]) if paths else configs.parse(_SHORTEST, ""),
+            default=parsing.load(paths[0]) if paths else parsing.parse(_SHORTEST, ""),
             prog=" ".join(usage),
             args=["--help"],
         )
@@ -240,7 +241,7 @@ def _config(
         for argument in rest[1:]
         if argument not in found
     ]
-    return configs.load(paths[0], overrides), found
+    return parsing.load(paths[0], overrides), found
 
 
 def generate(

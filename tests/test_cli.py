@@ -10,7 +10,7 @@ import yaml
 
 from jaxrl_llm import cli as launch
 from jaxrl_llm import models
-from jaxrl_llm.tracking import metrics
+from jaxrl_llm.tracking import run_directory
 
 
 def failure(capsys, *arguments):
@@ -211,7 +211,7 @@ def test_convert_writes_a_model_that_loads(capsys, tiny_model, tmp_path):
 
 
 def test_report_writes_the_page(capsys, tmp_path):
-    with metrics.MetricsWriter(tmp_path, [], "project", {}) as writer:
+    with run_directory.MetricsWriter(tmp_path, [], "project", {}) as writer:
         writer.write(1, {"critic/rewards/mean": 0.5})
     assert launch.main(["report", str(tmp_path)]) == 0
     page = tmp_path / "report.html"

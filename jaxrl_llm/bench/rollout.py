@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import models
-from jaxrl_llm.config import schema as configs
+from jaxrl_llm.config import parsing
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
 from jaxrl_llm.sharding import hardware, mesh, rules
 from jaxrl_llm.tracking import device_trace as profile
-from jaxrl_llm.tracking import metrics
+from jaxrl_llm.tracking import performance
 from jaxrl_llm.training.build import engine_of
 
 
@@ -107,7 +107,7 @@ def main(
                 "command": shlex.split(vllm_command),
                 "args": shlex.split(vllm_args),
             }
-            config = configs.parse(
+            config = parsing.parse(
                 {
                     "output_dir": directory,
                     "model": {"path": model},
@@ -173,7 +173,7 @@ def floor(
       tensor: devices that share a copy of the weights.
     """
     kind = jax.devices()[0].device_kind
-    known, peak = hardware.facts(kind), metrics.peak_flops(kind)
+    known, peak = hardware.facts(kind), hardware.peak_flops(kind)
     if known is None or peak is None:
         return None
     matrix = models.num_matmul_params(arch)
@@ -221,7 +221,7 @@ def _measure(
         "load_seconds": float(np.median(loads)),
         "first_seconds": first,
         **sent,
-        **metrics.memory(),
+        **performance.memory(),
     }
 
 

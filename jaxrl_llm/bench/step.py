@@ -18,14 +18,15 @@ from rich.table import Table
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo
-from jaxrl_llm.config import schema as configs
-from jaxrl_llm.config.schema import Config, ConfigError
-from jaxrl_llm.data.rows import Completion, Prompt
+from jaxrl_llm.config import parsing
+from jaxrl_llm.config.parsing import ConfigError
+from jaxrl_llm.config.schema import Config
+from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.rewards import resolve, score
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
-from jaxrl_llm.tracking import metrics
+from jaxrl_llm.tracking import performance
 from jaxrl_llm.training import credit as estimate
 from jaxrl_llm.training.build import engine_of, has_critic, make_meshes
 
@@ -71,7 +72,7 @@ def main(
       decode_chunk: tokens per dispatch.
       steps: timed steps.
     """
-    config = configs.parse(
+    config = parsing.parse(
         {
             "output_dir": "unused",
             "model": {"path": model},
@@ -124,7 +125,7 @@ def run(
     state = learner.start()
     engine.load(state.params, 0)
     for step in range(steps):
-        timer = metrics.Timer()
+        timer = performance.Timer()
         state, found = _step(config, learner, engine, state, timer, mean, step)
         yield {**timer.metrics(), **found}, state
 
@@ -153,7 +154,7 @@ def measure(
     for _ in run(config, arch, steps):
         gc.collect()  # what Python has not let go of yet does not stay
         held = max(size - others.get(on, 0) for on, size in _live_bytes().items())
-    peak = metrics.memory().get("perf/max_memory_allocated_gb")
+    peak = performance.memory().get("perf/max_memory_allocated_gb")
     return held, None if peak is None else round(peak * 2**30)
 
 
@@ -172,7 +173,7 @@ def _step(
     learner: Learner,
     engine: Engine,
     state: grpo.TrainState,
-    timer: metrics.Timer,
+    timer: performance.Timer,
     mean: int | None,
     step: int,
 ):
@@ -274,7 +275,7 @@ def _show(medians: dict[str, float], arch: models.Architecture, devices: int) ->
     for name, seconds in phases.items():
         table.add_row(name, f"{seconds:.3f}", f"{100 * seconds / whole:.1f} %")
     update = phases["update_actor"]
-    flops = metrics.train_flops(
+    flops = performance.train_flops(
         models.num_matmul_params(arch),
         int(medians["tokens"]),
         int(medians["squares"]),
@@ -288,8 +289,8 @@ def _show(medians: dict[str, float], arch: models.Architecture, devices: int) ->
         **{f"{name}_seconds": seconds for name, seconds in phases.items()},
         "generated_tokens_per_second": medians["new_tokens"] / phases["gen"],
         "update_tokens_per_second": medians["tokens"] / update,
-        **metrics.mfu(flops, update, kind, devices),
-        **metrics.memory(),
+        **performance.mfu(flops, update, kind, devices),
+        **performance.memory(),
         "token_efficiency": medians["token_efficiency"],
         "neither_rollout_nor_update": 1 - (phases["gen"] + update) / whole,
     }

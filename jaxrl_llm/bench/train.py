@@ -1,7 +1,7 @@
 """`jaxrl bench train`: the GRPO update of a run, on random weights of a real shape.
 
-MFU counts the operations of `metrics.train_flops` on real tokens only, over the peak of
-the device's data sheet: neither padding nor what is computed again counts.
+MFU counts the operations of `performance.train_flops` on real tokens only, over the
+peak of the device's data sheet: neither padding nor what is computed again counts.
 """
 
 import itertools
@@ -16,15 +16,16 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import models
-from jaxrl_llm.config import schema as configs
+from jaxrl_llm.config import parsing
 from jaxrl_llm.config.schema import Config
-from jaxrl_llm.data import rows as batches
-from jaxrl_llm.data.rows import Completion, Prompt, TrainBatch
+from jaxrl_llm.data import packing
+from jaxrl_llm.data.rows import TrainBatch
+from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import device_trace as profile
-from jaxrl_llm.tracking import metrics
+from jaxrl_llm.tracking import performance
 
 Remat = Literal["none", "dots", "full", "offload"]
 _GROUP = 8
@@ -81,7 +82,7 @@ def main(
     )  # fmt: skip
     console, profiles = Console(), []
     for size, kept, kind in itertools.product(micro_batch_size, remat, attention):
-        config = configs.parse(
+        config = parsing.parse(
             {
                 "output_dir": "unused",
                 "model": {"path": model},
@@ -164,7 +165,7 @@ def _measure(
         trace = profile.table(recording)
     median = float(np.median(seconds[2:]))
     tokens, arch, devices = sum(lengths), source.arch, learner.mesh.devices
-    flops = metrics.train_flops(
+    flops = performance.train_flops(
         models.num_matmul_params(arch),
         tokens,
         sum(n * n for n in lengths),
@@ -172,12 +173,12 @@ def _measure(
         arch.num_heads,
         arch.head_dim,
     )
-    share = metrics.mfu(flops, median, devices.flat[0].device_kind, devices.size)
+    share = performance.mfu(flops, median, devices.flat[0].device_kind, devices.size)
     return {
         "seconds": median,
         "tokens_per_second": tokens / median,
         **({"mfu": share["perf/mfu/actor"]} if share else {}),
-        "token_efficiency": batches.token_efficiency(
+        "token_efficiency": packing.token_efficiency(
             batch, config.actor.micro_batch_size
         ),
         "peak_bytes": memory.argument_size_in_bytes

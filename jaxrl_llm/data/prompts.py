@@ -4,22 +4,20 @@
 tokens; `load` does it for a whole config. `PromptBatches` deals them out.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-import numpy as np
-from jaxtyping import Int
 
 from jaxrl_llm.config.schema import DataConfig, DatasetConfig
-from jaxrl_llm.data.rows import Message, Prompt
 from jaxrl_llm.data.sources import Row, column, read_rows, where
+from jaxrl_llm.data.types import Message, Prompt
 
 if TYPE_CHECKING:
     import transformers
+
 
 Content = str | list[Message]
 
@@ -225,95 +223,3 @@ def tokenize(
     if not tokens:
         raise ValueError("the prompt has no tokens")
     return tuple(tokens)
-
-
-class PromptBatches:
-    """Training batches without end; which, is a function of the arguments alone.
-
-    Every epoch has each prompt once, in an order drawn from (seed, epoch), or in the
-    data's own order. A batch may span two epochs, but never has a prompt twice: those
-    of the first come after it in the second.
-    """
-
-    def __init__(
-        self, prompts: Sequence[Prompt], batch_size: int, seed: int, shuffle: bool
-    ) -> None:
-        if not 0 < batch_size <= len(prompts):
-            raise ValueError(
-                f"data.train_batch_size is {batch_size} but there are "
-                f"{len(prompts)} training prompts; use at most {len(prompts)}"
-            )
-        self._prompts = list(prompts)
-        self._identity = {
-            "num_prompts": len(prompts),
-            "tokens_sha256": _fingerprint(prompts),
-            "batch_size": batch_size,
-            "seed": seed,
-            "shuffle": shuffle,
-        }
-        self._restart()
-
-    def __iter__(self) -> "PromptBatches":
-        return self
-
-    def __next__(self) -> list[Prompt]:
-        return [self._prompts[i] for i in self._advance()]
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far."""
-        return self._epoch + self._index / len(self._prompts)
-
-    def state(self) -> dict[str, Any]:
-        """The position, as JSON."""
-        return {**self._identity, "batches": self._batches}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state` was taken: the same batches follow.
-
-        Raises:
-          ValueError: it was taken of other prompts, or of another order.
-        """
-        for key, mine in self._identity.items():
-            if state[key] != mine:
-                raise ValueError(
-                    f"the saved position is of other training data: {key} was "
-                    f"{state[key]!r} and is now {mine!r}"
-                )
-        self._restart()
-        for _ in range(state["batches"]):
-            self._advance()
-
-    def _restart(self) -> None:
-        self._batches = self._epoch = self._index = 0
-        self._order = self._draw(0)
-
-    def _draw(self, epoch: int) -> Int[np.ndarray, " N"]:
-        order = np.arange(len(self._prompts))
-        if self._identity["shuffle"]:
-            np.random.default_rng([self._identity["seed"], epoch]).shuffle(order)
-        return order
-
-    def _advance(self) -> Int[np.ndarray, " batch"]:
-        """Indices of the next batch."""
-        size = self._identity["batch_size"]
-        batch = self._order[self._index : self._index + size]
-        self._index += len(batch)
-        missing = size - len(batch)
-        if missing:
-            self._epoch += 1
-            order = self._draw(self._epoch)
-            first = np.flatnonzero(~np.isin(order, batch))[:missing]
-            self._order = np.concatenate([order[first], np.delete(order, first)])
-            batch = np.concatenate([batch, self._order[:missing]])
-            self._index = missing
-        self._batches += 1
-        return batch
-
-
-def _fingerprint(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of the tokens of all prompts, in order."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(np.array([len(prompt.tokens), *prompt.tokens], "<i8").tobytes())
-    return digest.hexdigest()

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import models
-from jaxrl_llm.config.algorithm import uses_kl
+from jaxrl_llm.config.checks import uses_kl
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.planning.planner import Estimate
 from jaxrl_llm.sharding import processes

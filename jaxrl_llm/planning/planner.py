@@ -16,13 +16,13 @@ from typing import Any
 import jax
 
 from jaxrl_llm import models
-from jaxrl_llm.config.algorithm import uses_kl
-from jaxrl_llm.config.schema import Config, ConfigError
+from jaxrl_llm.config.checks import uses_kl
+from jaxrl_llm.config.parsing import ConfigError
+from jaxrl_llm.config.schema import Config
 from jaxrl_llm.planning import workload
 from jaxrl_llm.planning.workload import Program, Work
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import hardware, mesh, processes
-from jaxrl_llm.tracking import metrics
 from jaxrl_llm.training.build import engine_of, has_critic, make_meshes, placed
 
 Watch = Callable[[str], AbstractContextManager[Any]]
@@ -62,7 +62,7 @@ class Estimate:
         """Per step, if operations, memory or links are all that takes time, and each
         works while the others do; None if the device's rates are not known."""
         peak, known = (
-            metrics.peak_flops(self.device_kind),
+            hardware.peak_flops(self.device_kind),
             hardware.facts(self.device_kind),
         )
         if peak is None or known is None or program.received_bytes is None:

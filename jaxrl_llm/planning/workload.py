@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrl_llm import models
-from jaxrl_llm.config.schema import Config, CriticModelConfig
+from jaxrl_llm.config.schema import Config
+from jaxrl_llm.config.schema_training import CriticModelConfig
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.roles.actor import Learner, needs_old_logprobs, updates_per_step
 from jaxrl_llm.roles.critic import Critic
@@ -23,7 +24,7 @@ from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.sharding import compiled_traffic as collectives
 from jaxrl_llm.sharding import processes, reshard
 from jaxrl_llm.sharding import transfer_plan as plan
-from jaxrl_llm.tracking import metrics
+from jaxrl_llm.tracking import performance
 
 _GIB = 2**30
 
@@ -213,7 +214,9 @@ def generating(
     responses, response = prompts * rollout.n, rollout.max_response_length
     matrix, heads = models.num_matmul_params(arch), arch.num_heads * arch.head_dim
     shape = arch.num_layers, arch.num_heads, arch.head_dim
-    read = metrics.train_flops(matrix, prompts * prompt, prompts * prompt**2, *shape)
+    read = performance.train_flops(
+        matrix, prompts * prompt, prompts * prompt**2, *shape
+    )
     reads = -(
         -prompts * prompt // (rollout.prefill_tokens * engine.replicas * num_processes)
     )
@@ -297,7 +300,7 @@ def _training_flops(config: Config, arch: models.Architecture) -> float:
         config.data.train_batch_size * config.rollout.n,
         _longest(config),
     )
-    return metrics.train_flops(
+    return performance.train_flops(
         models.num_matmul_params(arch),
         responses * longest,
         responses * longest**2,

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32
 
-from jaxrl_llm.data.rows import Completion, Prompt
+from jaxrl_llm.data.types import Completion, Prompt
 
 _LARGEST = float(np.finfo(np.float32).max)
 

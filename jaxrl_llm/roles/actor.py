@@ -21,10 +21,13 @@ from jaxtyping import Float
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo
 from jaxrl_llm.algorithms.rollout_correction import Correction
-from jaxrl_llm.config.algorithm import RolloutCorrectionConfig, uses_kl
+from jaxrl_llm.config.checks import uses_kl
 from jaxrl_llm.config.schema import Config
-from jaxrl_llm.data import rows as batches
-from jaxrl_llm.data.rows import Completion, Layout, Prompt, TrainBatch
+from jaxrl_llm.config.schema_algorithm import RolloutCorrectionConfig
+from jaxrl_llm.data import packing
+from jaxrl_llm.data.packing import Layout
+from jaxrl_llm.data.rows import TrainBatch
+from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.models import WeightSource
 from jaxrl_llm.roles import optimizer
 from jaxrl_llm.roles.policy import COMPILER_OPTIONS, Policy
@@ -129,7 +132,7 @@ class Learner:
         advantages: Float[np.ndarray, "P G"],
     ) -> TrainBatch:
         """The training batch of one step, on the host."""
-        return batches.make_rows(
+        return packing.make_rows(
             prompts, completions, advantages, layout=self.policy.layout
         )
 
@@ -199,7 +202,7 @@ class Learner:
         for epoch in range(actor.ppo_epochs):
             for part in self._parts(batch, epoch, seed):
                 efficiencies.append(
-                    batches.token_efficiency(part, actor.micro_batch_size)
+                    packing.token_efficiency(part, actor.micro_batch_size)
                 )
                 state, metrics = self._update(state, self.policy.on_devices(part))
                 collected.append(metrics)
@@ -250,7 +253,7 @@ class Learner:
 
     def take(self, batch: TrainBatch, sequences: Sequence[int]) -> TrainBatch:
         """Some sequences of a batch of `make_rows`, laid out anew."""
-        return batches.take(batch, sequences, layout=self.policy.layout)
+        return packing.take(batch, sequences, layout=self.policy.layout)
 
     def _put_away(self, what: str, tree: Any) -> Any:
         """To the host's memory, if `actor.offload` says so."""
@@ -287,7 +290,7 @@ def split(
     if num_prompts is None or num_prompts >= config.data.train_batch_size:
         return [batch]
     order = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return batches.mini_batches(
+    return packing.mini_batches(
         batch, num_prompts, config.rollout.n, seed=order, layout=layout
     )
 

@@ -18,7 +18,8 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo, logprobs, ppo
-from jaxrl_llm.config.schema import Config, ConfigError
+from jaxrl_llm.config.parsing import ConfigError
+from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data.rows import TrainBatch, pad_rows, previous_tokens
 from jaxrl_llm.models import WeightSource
 from jaxrl_llm.roles import optimizer

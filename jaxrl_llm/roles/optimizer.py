@@ -2,7 +2,7 @@
 
 import optax
 
-from jaxrl_llm.config.schema import OptimConfig
+from jaxrl_llm.config.schema_training import OptimConfig
 
 
 def make(

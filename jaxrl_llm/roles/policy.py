@@ -15,9 +15,11 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo, logprobs
-from jaxrl_llm.config.schema import Config, ConfigError
+from jaxrl_llm.config.parsing import ConfigError
+from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data import rows as batches
-from jaxrl_llm.data.rows import Layout, TrainBatch
+from jaxrl_llm.data.packing import Layout
+from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.models import Architecture
 from jaxrl_llm.sharding import processes, rules
 from jaxrl_llm.sharding.mesh import platform_of

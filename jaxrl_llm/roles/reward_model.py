@@ -17,9 +17,11 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo, masked
-from jaxrl_llm.config.schema import Config, ConfigError
-from jaxrl_llm.data import rows as batches
-from jaxrl_llm.data.rows import Completion, Prompt, TrainBatch
+from jaxrl_llm.config.parsing import ConfigError
+from jaxrl_llm.config.schema import Config
+from jaxrl_llm.data import packing
+from jaxrl_llm.data.rows import TrainBatch
+from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.models import Checkpoint, Classifier
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.roles.policy import COMPILER_OPTIONS, attention, layout, partition
@@ -86,7 +88,7 @@ class RewardModel:
         for i in range(0, len(prompts), together):
             groups = completions[i : i + together]
             unknown = np.zeros((len(groups), len(groups[0])), np.float32)
-            rows = batches.make_rows(
+            rows = packing.make_rows(
                 prompts[i : i + together], groups, unknown, layout=self._layout
             )
             scores = self._score(params, processes.place(rows, self._rows))
@@ -113,7 +115,7 @@ class RewardModel:
         Args:
           batch: on the host; laid out for this mesh or for another.
         """
-        own = batches.take(batch, range(batch.num_sequences), layout=self._layout)
+        own = packing.take(batch, range(batch.num_sequences), layout=self._layout)
         rows = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._rows), own
         )

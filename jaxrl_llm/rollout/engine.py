@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from jaxrl_llm.data.rows import Completion
+from jaxrl_llm.data.types import Completion
 from jaxrl_llm.sharding import processes
 
 

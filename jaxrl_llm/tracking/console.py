@@ -27,7 +27,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from jaxrl_llm.tracking.metrics import accuracy_name
+from jaxrl_llm.tracking.step_metrics import accuracy_name
 from jaxrl_llm.training.evaluate import Validation
 
 _BARS = "▁▂▃▄▅▆▇█"

@@ -13,14 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.tracking.metrics import (
-    accuracy_name,
-    read,
-    replace_text,
-    rollout_files,
-    table,
-)
+from jaxrl_llm.tracking.run_directory import read, replace_text, rollout_files, table
 from jaxrl_llm.tracking.services import imported
+from jaxrl_llm.tracking.step_metrics import accuracy_name
 
 MAX_FILES = 40
 """Steps per split whose completions are embedded: evenly spaced, first and last

@@ -13,15 +13,19 @@ from rich.console import Console
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms.ppo import TrainState
-from jaxrl_llm.config.schema import Config, ConfigError
-from jaxrl_llm.data.prompts import Datasets, PromptBatches
-from jaxrl_llm.data.rows import Completion, Prompt
+from jaxrl_llm.config.names import device_numbers
+from jaxrl_llm.config.parsing import ConfigError
+from jaxrl_llm.config.schema import Config
+from jaxrl_llm.data.prompts import Datasets
+from jaxrl_llm.data.stream import PromptBatches
+from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.rewards import Scores
-from jaxrl_llm.sharding import mesh, processes
+from jaxrl_llm.sharding import processes
 from jaxrl_llm.tracking import device_trace as profile
-from jaxrl_llm.tracking import metrics, report
+from jaxrl_llm.tracking import performance, report, step_metrics
 from jaxrl_llm.tracking.console import LiveView, progress
-from jaxrl_llm.tracking.metrics import MetricsWriter, Timer
+from jaxrl_llm.tracking.performance import Timer
+from jaxrl_llm.tracking.run_directory import MetricsWriter
 from jaxrl_llm.training import evaluate
 from jaxrl_llm.training.checkpoint import Checkpoints
 
@@ -192,10 +196,10 @@ class Records:
         advantage: np.ndarray,
     ) -> None:
         """Writes every response of a step with its reward."""
-        self._shown = metrics.rollout_records(
+        self._shown = step_metrics.rollout_records(
             step, "train", "train", asked, rollouts, scores, advantage=advantage
         )
-        self._batch = metrics.batch_metrics(asked, rollouts, scores, advantage)
+        self._batch = step_metrics.batch_metrics(asked, rollouts, scores, advantage)
         lengths = [
             len(p.tokens) + len(c.tokens)
             for p, g in zip(asked, rollouts, strict=True)
@@ -235,7 +239,7 @@ class Records:
         arch, count = self.source.arch, jax.device_count()
         tokens = int(self._lengths.sum())
         generated = self._batch["response_length/mean"] * len(self._lengths)
-        flops = self.config.actor.ppo_epochs * metrics.train_flops(
+        flops = self.config.actor.ppo_epochs * performance.train_flops(
             models.num_matmul_params(arch),
             tokens,
             int((self._lengths**2).sum()),
@@ -244,8 +248,8 @@ class Records:
             arch.head_dim,
         )
         speed = {
-            **metrics.throughput(tokens, timing["timing_s/step"], count),
-            **metrics.memory(),
+            **performance.throughput(tokens, timing["timing_s/step"], count),
+            **performance.memory(),
             "perf/rollout_tokens_per_s": generated / timing["timing_s/gen"],
         }
         update = timing.get("timing_s/update_actor")
@@ -253,9 +257,9 @@ class Records:
             return speed
         placement = self.config.placement
         if placement.groups:
-            count = len(mesh.numbers(placement.groups[placement.actor]))
+            count = len(device_numbers(placement.groups[placement.actor]))
         return speed | {
-            **metrics.mfu(flops, update, jax.devices()[0].device_kind, count),
+            **performance.mfu(flops, update, jax.devices()[0].device_kind, count),
             "perf/update_tokens_per_s": tokens / update,
         }
 
@@ -273,7 +277,7 @@ class Records:
             return
         score = None
         if validation:
-            name = metrics.accuracy_name(list(validation.metrics))
+            name = step_metrics.accuracy_name(list(validation.metrics))
             score = validation.metrics[name] if name else None
         with self.phase("save_checkpoint"):
             self._checkpoints.save(

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm import models
-from jaxrl_llm.config.schema import Config, ConfigError, PlacementConfig
+from jaxrl_llm.config.names import device_numbers
+from jaxrl_llm.config.parsing import ConfigError
+from jaxrl_llm.config.schema import Config, PlacementConfig
 from jaxrl_llm.data import prompts
 from jaxrl_llm.rewards import RewardFunction, resolve
 from jaxrl_llm.rewards.builtin import overlong_penalty
@@ -174,7 +176,9 @@ def make_meshes(
     devices = jax.devices() if devices is None else devices
     everywhere = {_EVERYWHERE: f"0-{len(devices) - 1}"}
     try:
-        groups = mesh.groups(placement.groups or everywhere, devices)
+        texts = placement.groups or everywhere
+        numbers = {name: device_numbers(text) for name, text in texts.items()}
+        groups = mesh.groups(numbers, devices)
     except ValueError as error:
         raise ConfigError(f"placement: {error}") from None
     wanted = {

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from jaxrl_llm.algorithms import advantages, kl, masked, ppo
-from jaxrl_llm.config.algorithm import AlgorithmConfig
+from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.data.rows import TrainBatch
 
 

@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxrl_llm.config.schema import RolloutConfig, SamplingConfig, ValConfig
-from jaxrl_llm.data.rows import Completion, Prompt
+from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.rewards import Scores
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate_together
-from jaxrl_llm.tracking import metrics as measures
+from jaxrl_llm.tracking import step_metrics
 
 Score = Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], Scores]
 
@@ -96,7 +96,7 @@ def validate(
         completions = generate_together(engine, requests)
         scores = score(prompts, completions)
         correct = scores.total >= config.threshold
-        records = measures.rollout_records(
+        records = step_metrics.rollout_records(
             step, "val", kind, prompts, completions, scores, correct=correct
         )
         return completions, scores, correct, records
@@ -117,7 +117,7 @@ def validate(
     flat = [completion for group in completions for completion in group]
     lengths = [len(completion.tokens) for completion in flat]
     metrics["val-aux/response_length/mean"] = float(np.mean(lengths))
-    metrics["val-aux/response_length/clip_ratio"] = measures.cut_off(flat)
+    metrics["val-aux/response_length/clip_ratio"] = step_metrics.cut_off(flat)
     if config.greedy:
         _, _, correct, more = answer(SamplingConfig(temperature=0.0), 1, "greedy")
         records += more

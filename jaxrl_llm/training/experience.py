@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from jaxrl_llm.config.schema import Config, SamplingConfig
-from jaxrl_llm.data.rows import Completion, Prompt
+from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.rewards import RewardFunction, Scores, score
 from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.roles.reward_model import RewardModel

@@ -1,18 +1,16 @@
 """A whole run: the loop, and what it returns. The only place where learning meets
 generation.
 
-    from jaxrl_llm.training.loop import train
+    from jaxrl_llm import train
     result = train("Qwen/Qwen2.5-0.5B-Instruct", rows, reward=f, steps=50)
     result.plot()
 """
 
 import dataclasses
-import json
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +20,13 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxrl_llm.algorithms import advantages, kl, ppo
-from jaxrl_llm.config import schema as configs
-from jaxrl_llm.config.schema import Config, ConfigError
 from jaxrl_llm.data.rows import TrainBatch
-from jaxrl_llm.rewards import RewardFunction, resolve
 from jaxrl_llm.sharding import processes
-from jaxrl_llm.tracking import metrics, report
-from jaxrl_llm.tracking.console import before_after, whereabouts
+from jaxrl_llm.tracking.result import Result, _shown
 from jaxrl_llm.tracking.run_log import Records
 from jaxrl_llm.training import credit as estimate
 from jaxrl_llm.training import evaluate
-from jaxrl_llm.training.build import Job, build
+from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.experience import (
     ORDER,
     RESAMPLE,
@@ -241,164 +235,3 @@ def _answer_held_out(job: Job, step: int) -> evaluate.Validation:
         seed=seed(job.config, VALIDATION, 0),
         step=step,
     )
-
-
-@dataclass(frozen=True)
-class Result:
-    """A run directory, to look at in a notebook."""
-
-    directory: Path
-
-    @property
-    def weights(self) -> Path:
-        """The trained policy, as a Hugging Face directory."""
-        return self.directory / "huggingface"
-
-    @property
-    def before(self) -> evaluate.Validation | None:
-        """The first validation, if it was made before training."""
-        return self._validation(0)
-
-    @property
-    def after(self) -> evaluate.Validation | None:
-        """The newest validation since training began."""
-        steps = [s for s, split, _ in metrics.rollout_files(self.directory)
-                 if split == "val" and s > 0]  # fmt: skip
-        return self._validation(max(steps)) if steps else None
-
-    def table(self) -> Any:
-        """Every metric by step, as a pandas DataFrame."""
-        return metrics.to_pandas(self.directory)
-
-    def plot(self) -> Any:
-        """Reward, held-out accuracy and response length over the steps, as a matplotlib
-        figure."""
-        return report.figure(self.directory)
-
-    def completions(self, step: int, split: str = "train") -> list[dict[str, Any]]:
-        """The responses of one step with their rewards; split is train or val."""
-        files = {s: p for s, of, p in metrics.rollout_files(self.directory)
-                 if of == split}  # fmt: skip
-        if step not in files:
-            raise ValueError(f"no {split} completions of step {step}; of {list(files)}")
-        path = files[step]
-        return [json.loads(line) for line in path.read_text().splitlines()]
-
-    def _validation(self, step: int) -> evaluate.Validation | None:
-        lines = {line["step"]: line for line in metrics.read(self.directory)}
-        found = {k: v for k, v in lines.get(step, {}).items() if k.startswith("val-")}
-        if not found:
-            return None
-        return evaluate.Validation(metrics=found, records=self.completions(step, "val"))
-
-
-def _shown(result: Result, config: Config) -> Result:
-    """Prints what came of a run."""
-    if not processes.leads():
-        return result
-    if result.after:
-        before_after(
-            result.before,
-            result.after,
-            result.directory,
-            num_examples=config.trainer.num_examples,
-        )
-    else:
-        whereabouts(result.directory)
-    return result
-
-
-Reward = str | Callable[..., Any]
-
-
-def train(
-    model: str,
-    prompts: str | Sequence[Mapping[str, Any]],
-    reward: Reward | Sequence[Reward],
-    *,
-    val_prompts: str | Sequence[Mapping[str, Any]] | None = None,
-    steps: int = 20,
-    output_dir: str = "runs/notebook",
-    settings: Mapping[str, Any] | None = None,
-) -> Result:
-    """GRPO in one call.
-
-    Args:
-      model: as `model.path` in a configuration file.
-      prompts: rows with "prompt" and whatever the reward needs ("answer", ...), or a
-        data set's path as in a configuration file.
-      reward: name of a built-in reward, or a function with TRL's signature
-        f(prompts, completions, completion_ids, **columns) -> list of numbers; or
-        several; or [], if `settings` give a reward.model.
-      val_prompts: held-out questions, for the validation before and after.
-      settings: anything else a configuration file can say, by dotted key:
-        {"actor.optim.lr": 1e-5, "rollout.n": 16}.
-
-    Raises:
-      ValueError: something is missing or does not fit; the message names it.
-    """
-    given = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
-    functions = [_function(one) for one in given]
-    values = {
-        "output_dir": output_dir,
-        "model": {"path": model},
-        "data": {"train": {"path": _stored(prompts, output_dir, "train")}},
-        "reward": {"functions": [{"name": f.name} for f in functions]},
-        "trainer": {"total_training_steps": steps},
-    }
-    if val_prompts is not None:
-        values["data"]["val"] = {"path": _stored(val_prompts, output_dir, "val")}
-    for key, value in (settings or {}).items():
-        configs.put(values, key.split("."), value)
-    return run(build(configs.parse(values, "train()"), functions))
-
-
-def _function(reward: Reward) -> RewardFunction:
-    if callable(reward):
-        name = getattr(reward, "__name__", type(reward).__name__)
-        return RewardFunction(name=name, function=reward)
-    named = configs.RewardFunctionConfig(name=reward)
-    return resolve(configs.RewardConfig(functions=(named,)))[0]
-
-
-def _stored(rows: str | Sequence[Mapping[str, Any]], directory: str, name: str) -> str:
-    """The path of a data set; rows are written down first, so that the run's
-    configuration says where its data is."""
-    if isinstance(rows, str):
-        return rows
-    lines = []
-    for i, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{name} row {i}: expected {{'prompt': ...}}, got {row!r}")
-        try:
-            # A reward of the user's own may need no answer.
-            lines.append(json.dumps({"answer": None, **row}) + "\n")
-        except TypeError as error:
-            raise ValueError(f"{name} row {i} is not JSON: {error}") from None
-    path, text = Path(directory) / f"{name}.jsonl", "".join(lines)
-    started = (path.parent / "config.yaml").exists() and path.exists()
-    if started and path.read_text() != text:
-        raise ValueError(
-            f"output_dir {directory} holds a run on other {name} rows; choose another "
-            "output_dir"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    metrics.replace_text(path, text)
-    return str(path)
-
-
-def evaluate_only(job: Job) -> evaluate.Validation:
-    """Answers the held-out questions with the model as it is, and prints how well."""
-    if not job.data.val:
-        raise ConfigError("data.val is needed: which questions to answer")
-    with closing(job.engine):
-        job.engine.load(job.learner.read_weights("float32"), version=0)
-        validation = _answer_held_out(job, 0)
-    if processes.leads():
-        before_after(
-            None,
-            validation,
-            job.config.output_dir,
-            num_examples=job.config.trainer.num_examples,
-        )
-    return validation

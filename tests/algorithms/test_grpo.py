@@ -10,7 +10,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm.algorithms import grpo, logprobs
-from jaxrl_llm.data.rows import Completion, Layout, Prompt, make_rows
+from jaxrl_llm.data.packing import Layout, make_rows
+from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.sharding import mesh
 
 VOCAB, WIDTH = 7, 4

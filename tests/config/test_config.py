@@ -8,9 +8,10 @@ import yaml
 
 from jaxrl_llm.algorithms import kl, losses, masked
 from jaxrl_llm.algorithms import rollout_correction as correction
-from jaxrl_llm.config import algorithm as config_algorithm
+from jaxrl_llm.config import names, parsing, schema_algorithm, schema_training
 from jaxrl_llm.config import schema as configs
-from jaxrl_llm.config.schema import Config, ConfigError
+from jaxrl_llm.config.parsing import ConfigError
+from jaxrl_llm.config.schema import Config
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted(ROOT.glob("configs/*.yaml"))
@@ -24,7 +25,7 @@ MINIMAL = {
 
 
 def parse(*overrides):
-    return configs.parse(configs.override(MINIMAL, overrides), "run.yaml")
+    return parsing.parse(parsing.override(MINIMAL, overrides), "run.yaml")
 
 
 def complaint(*overrides):
@@ -43,7 +44,7 @@ def test_one_response_alone_is_no_group_to_filter():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_every_shipped_configuration_is_valid(path):
-    assert configs.load(path).trainer.total_training_steps > 0
+    assert parsing.load(path).trainer.total_training_steps > 0
 
 
 def test_what_is_not_given_has_its_default():
@@ -54,9 +55,9 @@ def test_what_is_not_given_has_its_default():
 
 def test_a_configuration_survives_being_written_and_read():
     for path in FILES:
-        config = configs.load(path)
+        config = parsing.load(path)
         text = yaml.safe_dump(config.model_dump(mode="json"))
-        assert configs.parse(yaml.safe_load(text), "again") == config
+        assert parsing.parse(yaml.safe_load(text), "again") == config
 
 
 def test_a_configuration_cannot_be_changed():
@@ -278,16 +279,16 @@ def test_overrides_leave_what_they_are_put_into_alone():
 )
 def test_an_override_that_cannot_be_put_in_is_refused(arguments, message):
     with pytest.raises(ConfigError) as error:
-        configs.override({**MINIMAL, "seed": 0}, arguments)
+        parsing.override({**MINIMAL, "seed": 0}, arguments)
     assert message in str(error.value)
 
 
 def test_a_file_and_overrides_make_a_configuration(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
-    assert configs.load(path, ["--seed", "4"]).seed == 4
+    assert parsing.load(path, ["--seed", "4"]).seed == 4
     with pytest.raises(ConfigError, match=f"^{path}: seed: Input should be a valid"):
-        configs.load(path, ["--seed", "four"])
+        parsing.load(path, ["--seed", "four"])
 
 
 @pytest.mark.parametrize(
@@ -303,20 +304,20 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=f"^{path}: {message}"):
-        configs.load(path)
+        parsing.load(path)
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=f"^{path}: not YAML: "):
-        configs.load(path)
+        parsing.load(path)
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path):
     (tmp_path / "other.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"run.yaml: no such file; .*other.yaml'\]"):
-        configs.load(tmp_path / "run.yaml")
+        parsing.load(tmp_path / "run.yaml")
 
 
 def sections():
@@ -344,7 +345,7 @@ class Reads(ast.NodeVisitor):
             return self._names.get(node.id)
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr":
             owner = self.section_of(node.args[0])
-            return configs.ActorConfig if owner is Config else None
+            return schema_training.ActorConfig if owner is Config else None
         if not isinstance(node, ast.Attribute):
             return None
         owner = self.section_of(node.value)
@@ -408,7 +409,8 @@ def test_every_field_is_read_outside_of_the_configuration():
             reads.visit(ast.parse(path.read_text()))
             found |= reads.found
     meshes = [
-        (configs.TrainMeshConfig, f) for f in configs.TrainMeshConfig.model_fields
+        (schema_training.TrainMeshConfig, f)
+        for f in schema_training.TrainMeshConfig.model_fields
     ]
     assert set(meshes) <= found, "the way meshes are read is not understood"
     unread = [
@@ -425,16 +427,16 @@ def test_every_field_is_read_outside_of_the_configuration():
 def test_names_are_those_the_functions_know():
     # The configuration is read before JAX is, so it cannot import them.
     for ours, theirs in [
-        (config_algorithm.LossMode, losses.Mode),
-        (config_algorithm.Aggregation, masked.Aggregation),
-        (config_algorithm.KlEstimator, kl.Estimator),
+        (names.LossMode, losses.Mode),
+        (names.Aggregation, masked.Aggregation),
+        (names.KlEstimator, kl.Estimator),
     ]:
         assert get_args(ours) == get_args(theirs)
-    assert config_algorithm._REJECTIONS == get_args(correction.Rejection)
+    assert names._REJECTIONS == get_args(correction.Rejection)
 
 
 def test_verl_s_thresholds_become_bounds():
-    section = config_algorithm.RolloutCorrectionConfig(
+    section = schema_algorithm.RolloutCorrectionConfig(
         rollout_is_threshold="0.5_5",
         rollout_rs="token_k1, seq_mean_k3,seq_sum_k1",
         rollout_rs_threshold="0.5_1.2,0.01,2",
@@ -448,7 +450,7 @@ def test_verl_s_thresholds_become_bounds():
 
 
 def test_one_threshold_is_for_all_rejections():
-    section = config_algorithm.RolloutCorrectionConfig(
+    section = schema_algorithm.RolloutCorrectionConfig(
         rollout_rs="token_k2,token_k3", rollout_rs_threshold=0.1
     )
     assert {bounds for _, bounds in section.rejections} == {(None, 0.1)}

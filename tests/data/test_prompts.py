@@ -6,9 +6,9 @@ import pytest
 import tiny
 
 from jaxrl_llm.config.schema import DataConfig, DatasetConfig
-from jaxrl_llm.data import prompts
-from jaxrl_llm.data.rows import Prompt
+from jaxrl_llm.data import prompts, stream
 from jaxrl_llm.data.sources import read_rows
+from jaxrl_llm.data.types import Prompt
 
 GSM8K = pathlib.Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 QUESTIONS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(5)]
@@ -285,7 +285,7 @@ def make_batches(num_prompts, batch_size, seed=0, shuffle=True, tokens=(1,)):
         Prompt(id=i, content="", tokens=(*tokens, i), columns={})
         for i in range(num_prompts)
     ]
-    return prompts.PromptBatches(items, batch_size, seed, shuffle)
+    return stream.PromptBatches(items, batch_size, seed, shuffle)
 
 
 def take(batches, count):

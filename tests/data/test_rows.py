@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrl_llm.data import packing
 from jaxrl_llm.data import rows as batch
-from jaxrl_llm.data.rows import Completion, Prompt
+from jaxrl_llm.data.types import Completion, Prompt
 
 
 def prompt(id, *tokens):
@@ -34,8 +35,8 @@ ADVANTAGES = np.array([[1.0, -1.0], [0.5, -0.5]], np.float32)
 
 
 def make(**how):
-    layout = batch.Layout(**how)
-    return batch.make_rows(PROMPTS, COMPLETIONS, ADVANTAGES, layout=layout)
+    layout = packing.Layout(**how)
+    return packing.make_rows(PROMPTS, COMPLETIONS, ADVANTAGES, layout=layout)
 
 
 def sequences(rows):
@@ -104,14 +105,16 @@ def test_no_row_has_more_sequences_than_the_capacity(pack_length):
 def test_mini_batches_share_a_shape_and_lose_nothing(pack_length):
     three = PROMPTS + [prompt(5, 30)]
     completions = COMPLETIONS + [[completion(5, g, [31], [-1.0]) for g in range(2)]]
-    rows = batch.make_rows(
+    rows = packing.make_rows(
         three,
         completions,
         np.ones((3, 2)),
-        layout=batch.Layout(pack_length=pack_length),
+        layout=packing.Layout(pack_length=pack_length),
     )
     rows = dataclasses.replace(rows, old_logprobs=rows.sampler_logprobs * 2)
-    parts = batch.mini_batches(rows, 2, 2, layout=batch.Layout(pack_length=pack_length))
+    parts = packing.mini_batches(
+        rows, 2, 2, layout=packing.Layout(pack_length=pack_length)
+    )
     assert len(parts) == 2 and len({jax.tree.structure(part) for part in parts}) == 1
     assert len({part.tokens.shape for part in parts}) == 1
     whole = sequences(rows)
@@ -122,8 +125,8 @@ def test_mini_batches_share_a_shape_and_lose_nothing(pack_length):
 
 
 def test_one_mini_batch_is_the_batch():
-    (part,) = batch.mini_batches(
-        make(pack_length=8), 2, 2, layout=batch.Layout(pack_length=8)
+    (part,) = packing.mini_batches(
+        make(pack_length=8), 2, 2, layout=packing.Layout(pack_length=8)
     )
     expected = make(pack_length=8)
     assert jax.tree.structure(part) == jax.tree.structure(expected)
@@ -133,7 +136,7 @@ def test_one_mini_batch_is_the_batch():
 
 def test_a_shuffle_is_a_function_of_its_seed_and_keeps_groups_together():
     def groups(seed):
-        parts = batch.mini_batches(make(), 1, 2, seed=seed)
+        parts = packing.mini_batches(make(), 1, 2, seed=seed)
         return [[s["tokens"] for s in sequences(part).values()] for part in parts]
 
     orders = [groups(seed) for seed in range(8)]
@@ -151,45 +154,45 @@ def test_pad_rows_adds_padding():
 
 def test_lay_out_by_hand():
     # 21 tokens need 3 rows of 10: 7, 5 and 4 open them; 3 joins the 4, 2 the 5.
-    assert batch.lay_out([2, 3, 4, 5, 7], 10) == [[4], [3, 0], [2, 1]]
-    assert batch.lay_out([2, 3], None) == [[0], [1]]
+    assert packing.lay_out([2, 3, 4, 5, 7], 10) == [[4], [3, 0], [2, 1]]
+    assert packing.lay_out([2, 3], None) == [[0], [1]]
 
 
 def test_lay_out_takes_a_row_more_if_the_fewest_do_not_do():
     # 18 tokens would fit 2 rows of 10 by their sum, but 6 + 6 do not fit together.
-    assert batch.lay_out([6, 6, 6], 10) == [[0], [1], [2]]
+    assert packing.lay_out([6, 6, 6], 10) == [[0], [1], [2]]
 
 
 def test_lay_out_prefers_few_rows_to_even_ones():
     # Evenly, 6 and 5 are in rows of their own, then 4 with 5, and 5 fits nowhere.
-    assert batch.lay_out([6, 5, 4, 5], 10) == [[0, 2], [1, 3]]
+    assert packing.lay_out([6, 5, 4, 5], 10) == [[0, 2], [1, 3]]
 
 
 def test_rows_of_a_lognormal_mix_are_full_and_none_holds_very_many_sequences():
     drawn = np.random.default_rng(0).lognormal(np.log(1500) - 0.32, 0.8, 512)
     lengths = np.clip(drawn, 2, 16384).astype(int).tolist()
-    rows = batch.lay_out(lengths, 16384)
+    rows = packing.lay_out(lengths, 16384)
     assert sum(lengths) > 0.95 * 16384 * len(rows)
     assert max(map(len, rows)) < 1.5 * len(lengths) / len(rows)
 
 
 def test_lay_out_fits_and_keeps_every_sequence():
     lengths = np.random.default_rng(0).integers(1, 65, 300).tolist()
-    rows = batch.lay_out(lengths, 64)
+    rows = packing.lay_out(lengths, 64)
     assert sorted(i for row in rows for i in row) == list(range(300))
     assert max(sum(lengths[i] for i in row) for row in rows) <= 64
 
 
 def test_rows_of_packing_come_in_parts_of_padding_at_the_end():
     # 4 rows of 8 could be needed for 4 sequences of up to 6; 3 are, with 17 tokens.
-    layout = batch.Layout(pack_length=8, micro_batch_size=2, longest=6)
-    rows = batch.make_rows(PROMPTS, COMPLETIONS, ADVANTAGES, layout=layout)
+    layout = packing.Layout(pack_length=8, micro_batch_size=2, longest=6)
+    rows = packing.make_rows(PROMPTS, COMPLETIONS, ADVANTAGES, layout=layout)
     assert rows.tokens.shape == (4, 8)
     in_use = (rows.sequence_ids >= 0).any(axis=1)
     # Micro-batch 0 is rows 0 and 2, and the costliest two; micro-batch 1 has the third.
     np.testing.assert_array_equal(in_use, [1, 1, 1, 0])
-    assert batch.token_efficiency(rows, 2) == 17 / (4 * 8)
-    assert batch.token_efficiency(rows, 1) == 17 / (3 * 8)
+    assert packing.token_efficiency(rows, 2) == 17 / (4 * 8)
+    assert packing.token_efficiency(rows, 1) == 17 / (3 * 8)
 
 
 def test_shared_prompts_by_hand():
@@ -208,15 +211,15 @@ def test_shared_prompts_by_hand():
 
 def test_shared_prompts_are_undone_by_another_layout():
     everything = list(range(4))
-    again = batch.take(make(pack_length=10, share_prompts=True), everything)
+    again = packing.take(make(pack_length=10, share_prompts=True), everything)
     assert sequences(again) == sequences(make())
-    twice = batch.take(make(pack_length=10, share_prompts=True), [3, 1, 1])
+    twice = packing.take(make(pack_length=10, share_prompts=True), [3, 1, 1])
     whole = sequences(make())
     assert sequences(twice) == {0: whole[3], 1: whole[1], 2: whole[1]}
 
 
 def test_bucket_rounds_up_a_little_and_to_few_sizes():
-    assert [batch.bucket(n, 16) for n in (1, 16, 17, 129, 257)] == [
+    assert [packing.bucket(n, 16) for n in (1, 16, 17, 129, 257)] == [
         16,
         16,
         32,
@@ -224,16 +227,16 @@ def test_bucket_rounds_up_a_little_and_to_few_sizes():
         288,
     ]
     for n in range(1, 3000):
-        assert 0 <= batch.bucket(n) - n < max(1, n / 8)
-        assert 0 <= batch.bucket(n, 16) - n < max(16, n / 8)
-    assert len({batch.bucket(n) for n in range(1025, 2049)}) == 8
+        assert 0 <= packing.bucket(n) - n < max(1, n / 8)
+        assert 0 <= packing.bucket(n, 16) - n < max(16, n / 8)
+    assert len({packing.bucket(n) for n in range(1025, 2049)}) == 8
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
         (
-            {"layout": batch.Layout(pack_length=5)},
+            {"layout": packing.Layout(pack_length=5)},
             "sequence 2 has 6 tokens, more than pack_length 5",
         ),
         ({"advantages": ADVANTAGES[:1]}, "advantages are 1 x 2, but there are 2"),
@@ -252,9 +255,9 @@ def test_what_does_not_fit_is_refused(change, message):
         "advantages": ADVANTAGES,
     }
     with pytest.raises(ValueError, match=message):
-        batch.make_rows(**arguments | change)
+        packing.make_rows(**arguments | change)
 
 
 def test_groups_must_divide_the_batch():
     with pytest.raises(ValueError, match="4 sequences are no whole number of groups"):
-        batch.mini_batches(make(), 1, 3)
+        packing.mini_batches(make(), 1, 3)

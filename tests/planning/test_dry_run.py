@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 from jaxrl_llm import models
-from jaxrl_llm.config import schema as config
+from jaxrl_llm.config import parsing
 from jaxrl_llm.planning import dry_run
 from jaxrl_llm.training.build import build
 
@@ -29,7 +29,7 @@ def job(tmp_path_factory):
         "reward": {"functions": [{"name": "exact"}]},
         "trainer": {"total_training_steps": 1},
     }
-    return build(config.parse(values, "test"))
+    return build(parsing.parse(values, "test"))
 
 
 def test_memory_is_that_of_the_arrays(job):

@@ -7,7 +7,7 @@ import pytest
 from jaxrl_llm import cli as launch
 from jaxrl_llm import models
 from jaxrl_llm.bench import step
-from jaxrl_llm.config import schema as config
+from jaxrl_llm.config import parsing
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.planning import dry_run, planner, workload
 
@@ -28,7 +28,7 @@ def settings(changed=None, **more):
         "actor": {"use_kl_loss": True, "micro_batch_size": 8, **more},
         "trainer": {"total_training_steps": 1},
     }
-    return config.parse(values | (changed or {}), "test")
+    return parsing.parse(values | (changed or {}), "test")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -222,7 +222,7 @@ def test_another_engine_is_refused():
     vllm = settings(
         {"rollout": {"engine": "vllm", "vllm": {"urls": ["http://localhost:1"]}}}
     )
-    with pytest.raises(config.ConfigError, match="rollout.engine vllm"):
+    with pytest.raises(parsing.ConfigError, match="rollout.engine vllm"):
         planner.estimate(vllm, jax.devices())
 
 

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from jaxrl_llm import models
-from jaxrl_llm.config import schema as config
+from jaxrl_llm.config import parsing
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.planning import planner
 from jaxrl_llm.roles.actor import Learner
@@ -28,7 +28,7 @@ def chips():
 
 def make_learner(chips, **actor):
     """Two layers as wide as SmolLM2's, one with a window; rows of 1,024 tokens."""
-    settings = config.parse(
+    settings = parsing.parse(
         {
             "output_dir": "unused",
             "model": {"path": "unused"},

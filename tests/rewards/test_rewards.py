@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.config.schema import DatasetConfig, RewardConfig
-from jaxrl_llm.data.rows import Completion, Prompt
 from jaxrl_llm.data.sources import read_rows
+from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.rewards import RewardError, RewardFunction, resolve, score
 from jaxrl_llm.rewards.builtin import exact, gsm8k, math, numeric, reasoning_gym
 from jaxrl_llm.workers.judge import judge

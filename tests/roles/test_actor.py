@@ -11,8 +11,9 @@ import pytest
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import logprobs
+from jaxrl_llm.config import parsing
 from jaxrl_llm.config import schema as configs
-from jaxrl_llm.data.rows import Completion, Prompt
+from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.models import layer_loop as loop
 from jaxrl_llm.roles.actor import Learner, updates_per_step
 from jaxrl_llm.roles.policy import Policy
@@ -172,7 +173,7 @@ def test_kept_probabilities_are_not_for_capped_logits(tiny_model):
     config = make_config(tiny_model, keep_probabilities=True)
     capped = dataclasses.replace(models.open(tiny_model).arch, logit_softcap=30.0)
     one = mesh.make({"data": 1}, jax.devices()[:1])
-    with pytest.raises(configs.ConfigError, match="caps its logits"):
+    with pytest.raises(parsing.ConfigError, match="caps its logits"):
         Policy(config, capped, one)
 
 

@@ -12,12 +12,13 @@ import tiny
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import advantages, ppo
-from jaxrl_llm.config import schema as configs
-from jaxrl_llm.data.rows import Completion, Prompt, make_rows
+from jaxrl_llm.config import parsing
+from jaxrl_llm.data.packing import make_rows
+from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.roles.critic import Critic
 from jaxrl_llm.sharding import mesh
-from jaxrl_llm.tracking import metrics
+from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop as train
 from jaxrl_llm.training.build import build
 from jaxrl_llm.training.checkpoint import Checkpoints
@@ -118,8 +119,8 @@ def make_config(weights, directory, **changed):
     } | changed  # fmt: skip
     values = {}
     for key, value in fields.items():
-        configs.put(values, key.split("."), value)
-    return configs.parse(values, "test")
+        parsing.put(values, key.split("."), value)
+    return parsing.parse(values, "test")
 
 
 def high(prompts, completions, completion_ids, **columns):
@@ -153,7 +154,7 @@ def test_ppo_raises_the_reward_and_its_critic_learns(weights, tmp_path):
         },
     )
     run(config)
-    lines = metrics.read(config.output_dir)
+    lines = run_directory.read(config.output_dir)
     rewards = [line["critic/rewards/mean"] for line in lines if line["step"]]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2
     assert "actor/pg_loss" not in lines[2] and "actor/pg_loss" in lines[3]
@@ -271,7 +272,7 @@ def test_the_mesh_and_the_micro_batches_of_a_critic_change_nothing(weights, tmp_
     ],
 )
 def test_what_makes_no_run_is_refused(weights, tmp_path, changed, message):
-    with pytest.raises(configs.ConfigError, match=message):
+    with pytest.raises(parsing.ConfigError, match=message):
         make_config(weights, tmp_path, **changed)
 
 
@@ -291,7 +292,7 @@ def test_what_needs_values_is_refused_without(weights, tmp_path, key, value):
         "critic.mesh": {},
     }
     make_config(weights, tmp_path, **changed)
-    with pytest.raises(configs.ConfigError, match=f"{key} is .* needs algorithm.adv"):
+    with pytest.raises(parsing.ConfigError, match=f"{key} is .* needs algorithm.adv"):
         make_config(weights, tmp_path, **changed, **{key: value})
 
 
@@ -317,5 +318,5 @@ def test_a_critic_reads_the_policy_s_tokens(weights, tmp_path):
     config = make_config(
         weights, tmp_path, **{"critic.model.path": str(tmp_path / "other")}
     )
-    with pytest.raises(configs.ConfigError, match="has 400 tokens in its vocabulary"):
+    with pytest.raises(parsing.ConfigError, match="has 400 tokens in its vocabulary"):
         Critic(config, models.open(weights), one_device())

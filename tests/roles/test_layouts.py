@@ -12,7 +12,7 @@ import tiny
 from test_actor import ADVANTAGES, make_config, make_rollouts
 
 from jaxrl_llm import models
-from jaxrl_llm.config.schema import ConfigError
+from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import mesh, rules
 from jaxrl_llm.training.checkpoint import Checkpoints

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.config.schema import OptimConfig
+from jaxrl_llm.config.schema_training import OptimConfig
 from jaxrl_llm.roles import optimizer
 
 

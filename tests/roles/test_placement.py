@@ -4,12 +4,12 @@ import jax
 import pytest
 import tiny
 
-from jaxrl_llm.config import schema as configs
-from jaxrl_llm.config.schema import ConfigError
+from jaxrl_llm.config import parsing
+from jaxrl_llm.config.names import device_numbers
+from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.planning import dry_run
 from jaxrl_llm.rewards import RewardFunction
-from jaxrl_llm.sharding import mesh
-from jaxrl_llm.tracking import metrics
+from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop as train
 from jaxrl_llm.training.build import build, make_meshes
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
 
 
 def job(folder, name, **placement):
-    config = configs.parse(values(folder, name, **placement), "test")
+    config = parsing.parse(values(folder, name, **placement), "test")
     return build(config, [RewardFunction(name="high", function=high)])
 
 
@@ -80,7 +80,7 @@ def run(folder, name, **placement):
     train.run(made)
     return [
         {k: v for k, v in line.items() if k.startswith(("actor/", "critic/"))}
-        for line in metrics.read(made.config.output_dir)
+        for line in run_directory.read(made.config.output_dir)
     ]
 
 
@@ -125,7 +125,7 @@ def test_roles_are_where_they_are_placed(folder):
         ({"groups": {"a": "0-5"}, "actor": "a"}, "in no group: device 6, 7"),
         (
             {"groups": {"a": "0-8"}, "actor": "a"},
-            "group a is 0-8, but there are only 8",
+            "group a has device 8, but there are only 8",
         ),
         (
             {"groups": {"a": "0-x"}, "actor": "a"},
@@ -142,14 +142,14 @@ def test_roles_are_where_they_are_placed(folder):
 )
 def test_what_does_not_fit_is_said(folder, placement, message):
     with pytest.raises(ConfigError, match=message):
-        make_meshes(configs.parse(values(folder, "no", **placement), "test"))
+        make_meshes(parsing.parse(values(folder, "no", **placement), "test"))
 
 
 def test_a_mesh_is_filled_from_its_group(folder):
     given = values(folder, "fill", **PLACEMENTS["split"])
     given["actor"]["mesh"] = {"fsdp": 2, "tensor": -1}
     given["actor"]["ref_mesh"] = {"data": -1, "fsdp": 1}
-    made = make_meshes(configs.parse(given, "test"))
+    made = make_meshes(parsing.parse(given, "test"))
     shapes = {
         role: {k: v for k, v in m.shape.items() if v > 1} for role, m in made.items()
     }
@@ -161,8 +161,8 @@ def test_a_mesh_is_filled_from_its_group(folder):
     }
     given["actor"]["mesh"] = {"fsdp": 8}
     with pytest.raises(ConfigError, match="actor.mesh on learn: .* does not fit 4"):
-        make_meshes(configs.parse(given, "test"))
+        make_meshes(parsing.parse(given, "test"))
 
 
 def test_device_numbers():
-    assert mesh.numbers("0, 2,4-6") == [0, 2, 4, 5, 6]
+    assert device_numbers("0, 2,4-6") == [0, 2, 4, 5, 6]

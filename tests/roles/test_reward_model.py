@@ -12,14 +12,14 @@ import tiny
 from safetensors.numpy import load_file, save_file
 from test_critic import make_config
 
-from jaxrl_llm import models
-from jaxrl_llm.config.schema import ConfigError
-from jaxrl_llm.data.rows import Completion, Prompt
+from jaxrl_llm import api, models
+from jaxrl_llm.config.parsing import ConfigError
+from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.planning import dry_run, planner
 from jaxrl_llm.rewards import RewardError, RewardFunction
 from jaxrl_llm.roles.reward_model import RewardModel, is_last
 from jaxrl_llm.sharding import mesh
-from jaxrl_llm.tracking import metrics
+from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop as train
 from jaxrl_llm.training.build import build
 from jaxrl_llm.training.experience import score_together
@@ -380,7 +380,7 @@ def test_functions_and_model_add_up_in_training_and_validation(
                 count + 0.5 * expected + penalty, abs=1e-4
             )
         assert ("overlong_penalty" in records[0]["scores"]) == (split == "train")
-    line = metrics.read(config.output_dir)[1]
+    line = run_directory.read(config.output_dir)[1]
     scores = [r["scores"]["reward_model"] for r in result.completions(1)]
     assert line["reward/reward_model/mean"] == pytest.approx(np.mean(scores))
     assert "val-aux/all/reward_model/mean@1" in line
@@ -395,8 +395,8 @@ def test_grpo_raises_the_score(tiny_model, saved, tmp_path):
     }
     config = settings(tmp_path, tiny_model, saved("Llama"), **changed)
     run(config)
-    rewards = [line["critic/rewards/mean"] for line in metrics.read(config.output_dir)
-               if line["step"]]  # fmt: skip
+    lines = run_directory.read(config.output_dir)
+    rewards = [line["critic/rewards/mean"] for line in lines if line["step"]]
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 2
 
 
@@ -408,7 +408,7 @@ def test_no_plan_is_made_of_it(tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_the_python_api_takes_a_model_alone(tiny_model, saved, tmp_path):
-    result = train.train(
+    result = api.train(
         tiny_model,
         [{"prompt": f"{i} says"} for i in range(4)],
         [],
@@ -445,7 +445,7 @@ def test_a_group_of_its_own_gives_the_same_numbers(tiny_model, saved, tmp_path):
             [
                 {k: v for k, v in line.items()
                  if k.startswith(("actor/", "critic/", "reward/"))}
-                for line in metrics.read(config.output_dir)
+                for line in run_directory.read(config.output_dir)
             ]
         )  # fmt: skip
     for together, apart in zip(*found, strict=True):

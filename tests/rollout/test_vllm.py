@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from jaxrl_llm import models
-from jaxrl_llm.config import schema as configs
+from jaxrl_llm.config import parsing
 from jaxrl_llm.data import prompts
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
 from jaxrl_llm.rollout.native.engine import JaxEngine
@@ -92,7 +92,7 @@ def settings(directory, **vllm):
         },
         "trainer": {"total_training_steps": 1},
     }
-    return configs.parse(values, "test")
+    return parsing.parse(values, "test")
 
 
 def make(model, directory, **vllm):
@@ -466,7 +466,7 @@ def test_nothing_outlives_a_trainer_that_is_killed(tmp_path):
 
 
 def test_five_steps_learn_as_with_the_jax_engine(tmp_path):
-    vllm = configs.load(
+    vllm = parsing.load(
         ROOT / "configs/quickstart_smollm2_vllm_cpu.yaml",
         [f"--rollout.vllm.command.0={PYTHON}"],
     ).model_dump(mode="json")

@@ -20,9 +20,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm import cli as launch
-from jaxrl_llm.config import schema as configs
+from jaxrl_llm.config import parsing
 from jaxrl_llm.sharding import mesh, processes
-from jaxrl_llm.tracking import metrics
+from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop as train
 from jaxrl_llm.training.build import build, make_meshes
 from jaxrl_llm.training.checkpoint import Checkpoints
@@ -114,10 +114,10 @@ def test_work_that_processes_cannot_share_is_refused(change, message, monkeypatc
         "trainer": {"total_training_steps": 1},
     }
     for key, value in change.items():
-        configs.put(values, key.split("."), value)
+        parsing.put(values, key.split("."), value)
     monkeypatch.setattr(processes, "of", lambda mesh: 2)
-    with pytest.raises(configs.ConfigError, match=message):
-        make_meshes(configs.parse(values, "values"))
+    with pytest.raises(parsing.ConfigError, match=message):
+        make_meshes(parsing.parse(values, "values"))
 
 
 class Group:
@@ -364,7 +364,7 @@ def alone(values, cache, tmp_path_factory):
 
 
 def final_state(directory):
-    job = build(configs.load(directory / "config.yaml"))
+    job = build(parsing.load(directory / "config.yaml"))
     with Checkpoints(directory / "checkpoints", 9) as checkpoints:
         step, state, _ = checkpoints.restore(train.abstract_state(job))
     assert step == STEPS
@@ -382,7 +382,9 @@ def assert_same_run(directory, alone):
         for got, wanted in lines:
             assert got["tokens"] == wanted["tokens"]
             assert got.keys() == wanted.keys()
-    for got, wanted in zip(metrics.read(directory), metrics.read(alone), strict=True):
+    for got, wanted in zip(
+        run_directory.read(directory), run_directory.read(alone), strict=True
+    ):
         got, wanted = (
             {k: v for k, v in x.items() if not k.startswith(("timing_s/", "perf/"))}
             for x in (got, wanted)
@@ -448,7 +450,7 @@ def test_four_processes_ask_a_reward_model_together(values, cache, tmp_path):
         for count in (4, 1)
     ]
     assert_same_run(*runs)
-    line = metrics.read(runs[0])[1]
+    line = run_directory.read(runs[0])[1]
     assert line["reward/reward_model/mean"] != 0 != line["reward/small_ids/mean"]
 
 
@@ -475,7 +477,7 @@ def test_a_run_that_lost_a_process_goes_on_and_one_asked_to_stop_stops_all(
         assert "process 1 of 2" in said.splitlines()[-1]
         assert "is lost: nothing was heard of it for 5 s" in said.splitlines()[-1]
     # Only one of them hears SIGTERM.
-    before = metrics.read(run)[-1]["step"]
+    before = run_directory.read(run)[-1]["step"]
     with training(2, values, run, cache, pause_s=2.0) as group:
         time.sleep(8)
         while "going on" not in (heard := group.members[0].stdout.readline()):
@@ -484,7 +486,7 @@ def test_a_run_that_lost_a_process_goes_on_and_one_asked_to_stop_stops_all(
         group.members[1].terminate()
         (said, status), (_, other) = group.wait(timeout=200)
         assert (status, other) == (0, 0), said
-        last = metrics.read(run)[-1]["step"]
+        last = run_directory.read(run)[-1]["step"]
         assert before <= last < STEPS
         assert f"stopped after step {last} of {STEPS}" in said
     assert_same_run(trained(2, values, run, cache), alone)

@@ -7,15 +7,16 @@ import time
 import numpy as np
 import pytest
 
-from jaxrl_llm.config import schema as config
-from jaxrl_llm.data.rows import Completion, Prompt
+from jaxrl_llm.config import parsing
+from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.rewards import Scores
-from jaxrl_llm.tracking import metrics
+from jaxrl_llm.sharding import hardware
+from jaxrl_llm.tracking import metrics, performance, run_directory, step_metrics
 from jaxrl_llm.tracking import services as loggers
 
 
 def writer(run_dir, *names):
-    return metrics.MetricsWriter(run_dir, names, "project", {"seed": 3})
+    return run_directory.MetricsWriter(run_dir, names, "project", {"seed": 3})
 
 
 def completion(prompt_id, sample, length, reason="stop"):
@@ -56,21 +57,23 @@ def test_what_is_written_is_read_back(tmp_path):
         w.write(0, {"val": 0.25})
         w.write(1, {"loss": np.float32(0.5), "count": 3, "bad": float("nan")})
         # Flushed: another reader sees it before the file is closed.
-        assert metrics.read(tmp_path) == [
+        assert run_directory.read(tmp_path) == [
             {"step": 0, "val": 0.25},
             {"step": 1, "loss": 0.5, "count": 3.0, "bad": None},
         ]
-    columns = metrics.table(tmp_path)
+    columns = run_directory.table(tmp_path)
     np.testing.assert_array_equal(columns["step"], [0, 1])
     np.testing.assert_array_equal(columns["val"], [0.25, np.nan])
     np.testing.assert_array_equal(columns["loss"], [np.nan, 0.5])
     np.testing.assert_array_equal(columns["bad"], [np.nan, np.nan])
-    assert metrics.table([])["step"].shape == (0,)
+    assert run_directory.table([])["step"].shape == (0,)
 
 
 def test_the_table_fits_into_pandas(tmp_path):
     pytest.importorskip("pandas")
-    frame = metrics.to_pandas([{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}])
+    frame = run_directory.to_pandas(
+        [{"step": 2, "loss": 0.5}, {"step": 4, "loss": 0.25}]
+    )
     assert frame["loss"].to_dict() == {2: 0.5, 4: 0.25}
 
 
@@ -79,23 +82,23 @@ def test_a_line_torn_by_a_killed_process_is_dropped(tmp_path):
         w.write(1, {"loss": 0.5})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
-    assert [line["step"] for line in metrics.read(tmp_path)] == [1]
+    assert [line["step"] for line in run_directory.read(tmp_path)] == [1]
     with writer(tmp_path) as w:
         w.write(2, {"loss": 0.25})
-    assert [line["step"] for line in metrics.read(tmp_path)] == [1, 2]
+    assert [line["step"] for line in run_directory.read(tmp_path)] == [1, 2]
 
 
 def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
-        metrics.read(tmp_path)
+        run_directory.read(tmp_path)
     with pytest.raises(ValueError, match="line 2"):
         writer(tmp_path)
 
 
 def test_no_metrics_at_all_is_an_error_that_names_the_directory(tmp_path):
     with pytest.raises(ValueError, match="nowhere.*a run directory"):
-        metrics.read(tmp_path / "nowhere")
+        run_directory.read(tmp_path / "nowhere")
 
 
 def test_rewind_drops_what_is_later_and_keeps_the_rest(tmp_path):
@@ -105,17 +108,17 @@ def test_rewind_drops_what_is_later_and_keeps_the_rest(tmp_path):
             w.write_rollouts(step, "train", [{"step": step}])
         w.write_rollouts(2, "val", [])
         w.rewind(1)
-        assert [line["step"] for line in metrics.read(tmp_path)] == [0, 1]
-        assert [(s, n) for s, n, _ in metrics.rollout_files(tmp_path)] == [
+        assert [line["step"] for line in run_directory.read(tmp_path)] == [0, 1]
+        assert [(s, n) for s, n, _ in run_directory.rollout_files(tmp_path)] == [
             (0, "train"),
             (1, "train"),
         ]
         w.write(2, {"loss": 9.0})
-    assert metrics.read(tmp_path)[-1] == {"step": 2, "loss": 9.0}
+    assert run_directory.read(tmp_path)[-1] == {"step": 2, "loss": 9.0}
     with writer(tmp_path) as w:
         w.rewind(-1)
-    assert metrics.read(tmp_path) == []
-    assert metrics.rollout_files(tmp_path) == []
+    assert run_directory.read(tmp_path) == []
+    assert run_directory.rollout_files(tmp_path) == []
 
 
 def test_a_step_is_written_once(tmp_path):
@@ -145,7 +148,7 @@ def test_a_rollout_file_is_written_whole_or_not_at_all(tmp_path):
 
 def test_the_run_directory_says_what_ran_and_where(tmp_path):
     dataset = {"path": "x.jsonl"}
-    cfg = config.parse(
+    cfg = parsing.parse(
         {
             "output_dir": str(tmp_path),
             "model": {"path": "mödel"},
@@ -156,8 +159,8 @@ def test_the_run_directory_says_what_ran_and_where(tmp_path):
         },
         "test",
     )
-    metrics.MetricsWriter(tmp_path, [], "p", cfg.model_dump(mode="json")).close()
-    assert config.load(tmp_path / "config.yaml") == cfg
+    run_directory.MetricsWriter(tmp_path, [], "p", cfg.model_dump(mode="json")).close()
+    assert parsing.load(tmp_path / "config.yaml") == cfg
     found = json.loads((tmp_path / "versions.json").read_text())
     assert found["platform"] == "cpu" and found["num_devices"] == 8
     assert {"python", "jax", "flax", "optax", "jaxrl-llm", "git_commit"} <= set(found)
@@ -165,7 +168,7 @@ def test_the_run_directory_says_what_ran_and_where(tmp_path):
 
 def test_batch_metrics_by_hand():
     advantages = np.array([[0.5, -0.5], [0, 0]])
-    found = metrics.batch_metrics(PROMPTS, COMPLETIONS, SCORES, advantages)
+    found = step_metrics.batch_metrics(PROMPTS, COMPLETIONS, SCORES, advantages)
     assert found == {
         "critic/rewards/mean": 1.25,  # (1 + 0 + 2 + 2) / 4
         "critic/rewards/max": 2.0,
@@ -189,7 +192,7 @@ def test_batch_metrics_by_hand():
 
 
 def test_rollout_records_hold_one_completion_each():
-    records = metrics.rollout_records(
+    records = step_metrics.rollout_records(
         12, "train", "train", PROMPTS, COMPLETIONS, SCORES, advantage=SCORES.total / 2
     )
     assert [(r["prompt_id"], r["sample"]) for r in records] == [
@@ -226,24 +229,24 @@ def test_the_question_of_a_chat_is_its_last_user_message():
         {"role": "user", "content": [{"type": "text", "text": "second"}]},
         {"role": "assistant", "content": "<think>"},
     ]
-    assert metrics.last_user_message(prompt(1, chat)) == "second"
-    assert metrics.last_user_message(prompt(1, chat[:1])) == "be brief"
+    assert step_metrics.last_user_message(prompt(1, chat)) == "second"
+    assert step_metrics.last_user_message(prompt(1, chat[:1])) == "be brief"
 
 
 def test_the_accuracy_to_show_is_greedy_if_there_is_one():
     names = ["loss", "val-core/a/acc/mean@4/ci95_low", "val-core/a/acc/mean@4"]
-    assert metrics.accuracy_name(names) == "val-core/a/acc/mean@4"
-    assert metrics.accuracy_name([*names, "val-core/a/acc/greedy"]) == (
+    assert step_metrics.accuracy_name(names) == "val-core/a/acc/mean@4"
+    assert step_metrics.accuracy_name([*names, "val-core/a/acc/greedy"]) == (
         "val-core/a/acc/greedy"
     )
-    assert metrics.accuracy_name(["loss"]) is None
+    assert step_metrics.accuracy_name(["loss"]) is None
 
 
 def test_timer_adds_up_phases(monkeypatch):
     # Made at 0; gen 1..4 and 5..6; read at 10.
     clock = iter([0.0, 1.0, 4.0, 5.0, 6.0, 10.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    timer = metrics.Timer()
+    timer = performance.Timer()
     with timer("gen"):
         pass
     with timer("gen"):
@@ -252,7 +255,7 @@ def test_timer_adds_up_phases(monkeypatch):
 
 
 def test_throughput_is_per_second_and_device():
-    assert metrics.throughput(1200, 3.0, 4) == {
+    assert performance.throughput(1200, 3.0, 4) == {
         "perf/total_num_tokens": 1200.0,
         "perf/time_per_step": 3.0,
         "perf/throughput": 100.0,
@@ -264,7 +267,7 @@ def test_train_flops_is_verls_number():
     # gives 180.997438046208 TFLOP. Weights per layer: q and o 4096 x 4096, k and v
     # 4096 x 1024, three of 4096 x 12288; embedding and output 151936 x 4096 each.
     layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288
-    found = metrics.train_flops(
+    found = performance.train_flops(
         num_params_matmul=36 * layer + 2 * 151936 * 4096,
         num_tokens=512 + 1024 + 2048,
         sum_of_squared_lengths=512**2 + 1024**2 + 2048**2,
@@ -296,15 +299,15 @@ def test_train_flops_is_verls_number():
     ],
 )
 def test_peak_flops_of_known_devices_only(kind, peak):
-    assert metrics.peak_flops(kind) == peak
+    assert hardware.peak_flops(kind) == peak
 
 
 def test_mfu_is_left_out_where_the_peak_is_not_known():
     # 2 devices could have done 2 * 312e12 in one second.
-    assert metrics.mfu(312e12, 1.0, "NVIDIA A100-SXM4-80GB", 2) == {
+    assert performance.mfu(312e12, 1.0, "NVIDIA A100-SXM4-80GB", 2) == {
         "perf/mfu/actor": 0.5
     }
-    assert metrics.mfu(1e12, 1.0, "cpu", 8) == {}
+    assert performance.mfu(1e12, 1.0, "cpu", 8) == {}
 
 
 def event_points(directory):

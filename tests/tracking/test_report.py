@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from jaxrl_llm.tracking import metrics, report
+from jaxrl_llm.tracking import report, run_directory
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><!-- <script> "
@@ -35,7 +35,7 @@ def record(step, kind, prompt_id, *, completion="reply", correct=None, **fields)
 
 
 def make_run(run_dir, lines, rollouts=()):
-    with metrics.MetricsWriter(run_dir, [], "p", {"model": {"path": "x/y"}}) as w:
+    with run_directory.MetricsWriter(run_dir, [], "p", {"model": {"path": "x/y"}}) as w:
         for step, line in lines:
             w.write(step, line)
         for step, split, records in rollouts:

@@ -10,7 +10,7 @@ from test_actor import EIGHT, make_config, make_rollouts
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import masked
-from jaxrl_llm.config.algorithm import AlgorithmConfig
+from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.training import credit as estimate

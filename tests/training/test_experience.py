@@ -9,12 +9,13 @@ import pytest
 import tiny
 from test_critic import make_config, newest
 
-from jaxrl_llm.config.schema import ConfigError
+from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.rewards import RewardFunction, Scores
 from jaxrl_llm.rewards.builtin import overlong_penalty
 from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.rollout.engine import generate
-from jaxrl_llm.tracking import metrics
+from jaxrl_llm.tracking import run_directory
+from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.training import experience as collect
 from jaxrl_llm.training import loop as train
 from jaxrl_llm.training.build import build
@@ -47,11 +48,11 @@ def of_odd_prompts(prompts, completion_ids, **columns):
 def run(config, reward):
     job = build(config, [RewardFunction(name="given", function=reward)])
     train.run(job)
-    return job, metrics.read(config.output_dir)
+    return job, run_directory.read(config.output_dir)
 
 
 def responses(config, step, split="train"):
-    return train.Result(Path(config.output_dir)).completions(step, split)
+    return Result(Path(config.output_dir)).completions(step, split)
 
 
 def test_only_groups_that_differ_are_trained_on(weights, tmp_path):

@@ -10,9 +10,9 @@ from test_loop import (
     values,  # noqa: F401  (fixtures)
 )
 
-from jaxrl_llm.config import schema as configs
+from jaxrl_llm.config import parsing
 from jaxrl_llm.rewards import RewardFunction
-from jaxrl_llm.tracking import metrics
+from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop as train
 from jaxrl_llm.training.build import build
 
@@ -85,7 +85,7 @@ def test_the_reward_rises(values, tmp_path, family):  # noqa: F811
     arguments = [f"--{key}={value}" for key, value in family.items()]
     # Two updates per step, so that ratios move away from 1; nothing but the learning.
     arguments += ["--actor.ppo_mini_batch_size=2", "--data.val=null"]
-    config = configs.parse(configs.override(whole, arguments), "test")
+    config = parsing.parse(parsing.override(whole, arguments), "test")
     result = train.run(build(config))
     rewards = result.table()["critic/rewards/mean"].dropna()
     assert rewards.iloc[-2:].mean() > rewards.iloc[0] + 0.1
@@ -107,6 +107,6 @@ def test_the_adaptive_coefficient_holds_the_kl_near_its_target(tmp_path, held):
     config = make_config(tiny.checkpoint(tmp_path / "tiny"), tmp_path, **changed)
     reward = RewardFunction(name="given", function=mean_id)
     train.run(build(config, [reward]))
-    lines = metrics.read(config.output_dir)[-60:]
+    lines = run_directory.read(config.output_dir)[-60:]
     kl = np.mean([line["actor/reward_kl_penalty"] for line in lines])
     assert 0.1 < kl < 0.4 if held else kl > 2

@@ -17,12 +17,13 @@ import tiny
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxrl_llm import api, models
 from jaxrl_llm import cli as launch
-from jaxrl_llm import models
-from jaxrl_llm.config import schema as configs
+from jaxrl_llm.config import parsing
 from jaxrl_llm.rewards import RewardError
-from jaxrl_llm.tracking import metrics
+from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking import run_log as records
+from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.training import loop as train
 from jaxrl_llm.training.build import build
 from jaxrl_llm.training.checkpoint import Checkpoints
@@ -87,11 +88,11 @@ def finished(values, tmp_path_factory):
     """A run that nothing disturbed."""
     directory = tmp_path_factory.mktemp("runs") / "finished"
     assert launch.main(["train", write_config(values, directory)]) == 0
-    return train.Result(directory)
+    return Result(directory)
 
 
 def settings(values, **more):
-    """The configuration as `train.train` takes it."""
+    """The configuration as `api.train` takes it."""
     flat = {"data.train_batch_size": PROMPTS, "data.max_prompt_length": 48}
     for section in ("rollout", "actor", "val"):
         flat |= {f"{section}.{key}": value for key, value in values[section].items()}
@@ -124,11 +125,11 @@ def test_trainer_and_sampler_agree_and_the_first_ratio_is_one(finished):
 
 def test_everything_is_there_and_reads_back(finished, values):
     run = finished.directory
-    config = configs.load(run / "config.yaml")
-    assert config == configs.parse({"output_dir": str(run), **values}, "values")
+    config = parsing.load(run / "config.yaml")
+    assert config == parsing.parse({"output_dir": str(run), **values}, "values")
     assert json.loads((run / "versions.json").read_text())["num_devices"] == 8
-    assert [line["step"] for line in metrics.read(run)] == list(range(STEPS + 1))
-    files = [(step, split) for step, split, _ in metrics.rollout_files(run)]
+    assert [line["step"] for line in run_directory.read(run)] == list(range(STEPS + 1))
+    files = [(step, split) for step, split, _ in run_directory.rollout_files(run)]
     trained = [(step, "train") for step in range(1, STEPS + 1)]
     assert sorted(files) == sorted([*trained, (0, "val"), (4, "val"), (8, "val")])
     assert (run / "report.html").read_text().count("<html") == 1
@@ -161,7 +162,7 @@ def test_every_response_is_written_with_its_reward(finished):
 
 def final_params(result):
     """The weights of the newest checkpoint, as they are."""
-    job = build(configs.load(result.directory / "config.yaml"))
+    job = build(parsing.load(result.directory / "config.yaml"))
     with Checkpoints(result.directory / "checkpoints", 9) as checkpoints:
         step, state, _ = checkpoints.restore(train.abstract_state(job))
     assert step == state.actor.step == STEPS
@@ -232,7 +233,7 @@ def what_a_run_says(run):
     """All but how long things took."""
     return [
         {k: v for k, v in line.items() if not k.startswith(("timing_s/", "perf/"))}
-        for line in metrics.read(run)
+        for line in run_directory.read(run)
     ]
 
 
@@ -254,7 +255,7 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, values, cache, tmp_path):
     begun = lines(run)
     said = process.stop_when(lambda: lines(run) not in (0, begun), signal.SIGTERM)
     assert process.process.returncode == 0, said
-    last = metrics.read(run)[-1]["step"]
+    last = run_directory.read(run)[-1]["step"]
     assert f"stopped after step {last} of {STEPS}; the same command goes on" in said
     assert last in steps_on_disk(run)
 
@@ -263,7 +264,7 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, values, cache, tmp_path):
     assert process.process.returncode == 0, said
     assert f"going on from step {last}" in said
 
-    result = train.Result(run)
+    result = Result(run)
     assert what_a_run_says(run) == what_a_run_says(finished.directory)
     files = {
         directory: {p.name: p.read_bytes() for p in directory.glob("rollouts/*")}
@@ -282,7 +283,9 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, values, cache, tmp_path):
 def test_a_run_stopped_before_its_first_validation_has_no_result_to_show(finished):
     # Its only validation is the one before training.
     run = finished.directory
-    later = [path for step, split, path in metrics.rollout_files(run) if split == "val"]
+    later = [
+        path for step, split, path in run_directory.rollout_files(run) if split == "val"
+    ]
     for path in later[1:]:
         path.rename(path.with_suffix(".aside"))
     assert finished.before is not None and finished.after is None
@@ -317,7 +320,7 @@ def test_another_run_is_not_mixed_into_one(finished, override, message, capsys):
 def test_three_prompts_five_samples_and_four_rows_at_a_time_work(
     tiny_model, values, tmp_path
 ):
-    result = train.train(
+    result = api.train(
         tiny_model,
         [{"prompt": row["prompt"]} for row in QUESTIONS[:3]],  # no answer is needed
         tiny.small_ids,
@@ -365,7 +368,7 @@ def test_a_reward_that_fails_stops_a_run_that_can_go_on(
     tiny_model, values, tmp_path, finished
 ):
     def go(reward):
-        return train.train(
+        return api.train(
             tiny_model,
             QUESTIONS[:10],
             reward,
@@ -376,7 +379,7 @@ def test_a_reward_that_fails_stops_a_run_that_can_go_on(
 
     with pytest.raises(RewardError, match="'judge' raised ZeroDivisionError: no luck"):
         go(brittle(fails_at=3))
-    assert [line["step"] for line in metrics.read(tmp_path)] == [0, 1, 2]
+    assert [line["step"] for line in run_directory.read(tmp_path)] == [0, 1, 2]
     result = go(brittle(fails_at=None))
     # The run of the fixture asked the same questions with the same seed.
     name = "critic/rewards/mean"
@@ -384,7 +387,7 @@ def test_a_reward_that_fails_stops_a_run_that_can_go_on(
 
 
 def test_a_reward_that_fails_may_count_as_zero(tiny_model, values, tmp_path):
-    result = train.train(
+    result = api.train(
         tiny_model,
         QUESTIONS[:10],
         brittle(fails_at=2),
@@ -402,7 +405,7 @@ def test_rows_of_another_run_are_not_overwritten(tiny_model, finished):
     kept = finished.directory / "train.jsonl"
     kept.write_text('{"prompt": "kept", "answer": null}\n')
     with pytest.raises(ValueError, match="holds a run on other train rows"):
-        train.train(tiny_model, QUESTIONS, "exact", output_dir=str(finished.directory))
+        api.train(tiny_model, QUESTIONS, "exact", output_dir=str(finished.directory))
     assert "kept" in kept.read_text()
     kept.unlink()
 
@@ -433,18 +436,18 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(
     more = {"data.train_batch_size": 1} | more
     run = tmp_path / "run"
     with pytest.raises(ValueError, match=message):
-        train.train(tiny_model, rows, reward, output_dir=str(run), settings=more)
+        api.train(tiny_model, rows, reward, output_dir=str(run), settings=more)
     assert not (run / "metrics.jsonl").exists()
 
 
 def test_a_correction_is_recommended_where_sampler_and_trainer_differ(values):
     line = {"mismatch/logprob_diff_mean": 0.06}
-    config = configs.parse(values | {"output_dir": "x"}, "test")
+    config = parsing.parse(values | {"output_dir": "x"}, "test")
     said = records.recommendation(config, line)
     assert "differ by 0.06 nats" in said and "rollout.max_mismatch 0.05" in said
     assert records.recommendation(config, {"mismatch/logprob_diff_mean": 0.04}) is None
     # What it says to add is a configuration, for which it says nothing more.
     option = re.search(r"--(algorithm\S+) (\w+) corrects", said)
     changed = json.loads(json.dumps(values)) | {"output_dir": "x"}
-    configs.put(changed, option[1].split("."), option[2])
-    assert records.recommendation(configs.parse(changed, "test"), line) is None
+    parsing.put(changed, option[1].split("."), option[2])
+    assert records.recommendation(parsing.parse(changed, "test"), line) is None

@@ -1,1 +1,1 @@
-"""The JAX engine: continuous batching in compiled programs over paged keys and values."""
+"""The JAX engine: continuous batching in compiled programs over pages."""

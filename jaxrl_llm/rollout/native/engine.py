@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxrl_llm import models
-from jaxrl_llm.data.rows import Completion
+from jaxrl_llm.data.types import Completion
 from jaxrl_llm.models import Architecture
 from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.native import programs as decode

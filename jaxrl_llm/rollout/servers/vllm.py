@@ -29,7 +29,7 @@ from rich.console import Console
 
 from jaxrl_llm import models
 from jaxrl_llm.config.schema import Config
-from jaxrl_llm.data.rows import Completion
+from jaxrl_llm.data.types import Completion
 from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.servers import verify_weights as probe
 from jaxrl_llm.rollout.servers.server import (

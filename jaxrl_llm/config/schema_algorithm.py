@@ -1,62 +1,14 @@
-"""The algorithm's part of a configuration, and which combinations have no meaning.
+"""The algorithm's sections of a configuration.
 
-Keys that share veRL's name keep veRL's meaning and default. Nothing here imports JAX:
-the command line reads configurations before it does.
+Keys that share veRL's name keep veRL's meaning and default.
 """
 
-from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Estimator = Literal[
-    "gae",
-    "grpo",
-    "grpo_passk",
-    "gdpo",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "rloo",
-    "opo",
-    "remax",
-    "gpg",
-    "optimal_token_baseline",
-    "tir_optimal_token_baseline",
-]
-LossMode = Literal[
-    "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov",
-    "geo_mean", "dro", "cispo", "reinforce",
-]  # fmt: skip
-Aggregation = Literal[
-    "token-mean",
-    "token-sum",
-    "seq-mean-token-sum",
-    "seq-mean-token-mean",
-    "seq-mean-token-sum-norm",
-]
-KlEstimator = Literal[
-    "k1", "k2", "k3", "abs", "kl", "mse", "low_var_kl",
-    "k1+", "k2+", "k3+", "abs+", "kl+", "mse+", "low_var_kl+",
-]  # fmt: skip
-_REJECTIONS = (
-    "token_k1", "token_k2", "token_k3",
-    "seq_sum_k1", "seq_sum_k2", "seq_sum_k3",
-    "seq_mean_k1", "seq_mean_k2", "seq_mean_k3",
-    "seq_max_k2", "seq_max_k3",
-)  # fmt: skip
-Bounds = tuple[float | None, float]
-
-_WITHOUT_GROUP = ("gae", "reinforce_plus_plus", "remax")
-_DISCOUNTING = ("gae", "reinforce_plus_plus")
-_NORMALIZING = ("grpo", "grpo_passk", "gdpo")
-
-
-class Section(BaseModel):
-    """What all sections of a configuration have in common."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
+from jaxrl_llm.config.names import REJECTIONS, Bounds, Estimator, KlEstimator, LossMode
+from jaxrl_llm.config.section import Section
 
 
 class PolicyLossConfig(Section):
@@ -135,8 +87,8 @@ class RolloutCorrectionConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "RolloutCorrectionConfig":
         for kind in _split(self.rollout_rs):
-            if kind not in _REJECTIONS:
-                known = ", ".join(_REJECTIONS)
+            if kind not in REJECTIONS:
+                known = ", ".join(REJECTIONS)
                 raise ValueError(f"rollout_rs has {kind!r}; known: {known}")
         if self.rollout_rs_threshold is not None and not _split(self.rollout_rs):
             raise ValueError("rollout_rs_threshold is given but rollout_rs is not")
@@ -211,109 +163,6 @@ class AlgorithmConfig(Section):
     """Off if not given."""
     rollout_correction: RolloutCorrectionConfig | None = None
     """Off if not given."""
-
-
-def misfits(config) -> Iterator[str]:
-    """Combinations of a `Config`'s algorithm that make no run, with what would fit."""
-    algorithm, actor, rollout = config.algorithm, config.actor, config.rollout
-    estimator, mode = algorithm.adv_estimator, actor.policy_loss.loss_mode
-    if rollout.n == 1 and estimator not in _WITHOUT_GROUP:
-        yield (
-            f"rollout.n is 1 but algorithm.adv_estimator={estimator} compares the "
-            f"responses of a group; use at least 2, or {', '.join(_WITHOUT_GROUP)}"
-        )
-    if algorithm.gamma != 1 and estimator not in _DISCOUNTING:
-        yield (
-            f"algorithm.gamma is {algorithm.gamma} but algorithm.adv_estimator="
-            f"{estimator} does not discount; use gamma 1, or one of "
-            f"{', '.join(_DISCOUNTING)}"
-        )
-    if not algorithm.norm_adv_by_std_in_grpo and estimator not in _NORMALIZING:
-        yield (
-            "algorithm.norm_adv_by_std_in_grpo is false, but algorithm.adv_estimator="
-            f"{estimator} does not divide by a deviation; use one of "
-            f"{', '.join(_NORMALIZING)}"
-        )
-    if algorithm.filter_groups and rollout.n == 1:
-        yield (
-            "algorithm.filter_groups is given but rollout.n is 1, and one response "
-            "alone never differs; use at least 2"
-        )
-    if estimator == "gdpo" and algorithm.use_kl_in_reward:
-        yield (
-            "algorithm.use_kl_in_reward has no meaning with algorithm.adv_estimator="
-            "gdpo, which reads each reward function by itself; set actor.use_kl_loss"
-        )
-    if algorithm.kl_ctrl != KlCtrlConfig() and not algorithm.use_kl_in_reward:
-        yield "algorithm.kl_ctrl needs algorithm.use_kl_in_reward: true"
-    refresh = actor.ref_refresh_steps
-    if refresh is not None and not uses_kl(config):
-        yield (
-            f"actor.ref_refresh_steps is {refresh}, but neither actor.use_kl_loss nor "
-            "algorithm.use_kl_in_reward keeps a reference"
-        )
-    if mode in ("sapo", "geo_mean") and actor.loss_agg_mode != "seq-mean-token-mean":
-        yield (
-            f"actor.policy_loss.loss_mode is {mode}, a mean over responses; set "
-            f"actor.loss_agg_mode=seq-mean-token-mean, got {actor.loss_agg_mode}"
-        )
-    if actor.loss_scale_factor and actor.loss_agg_mode != "seq-mean-token-sum-norm":
-        yield (
-            f"actor.loss_scale_factor is {actor.loss_scale_factor} but only "
-            f"actor.loss_agg_mode=seq-mean-token-sum-norm reads it"
-        )
-    correction = algorithm.rollout_correction
-    if correction and correction.bypass_mode and mode != "vanilla":
-        yield (
-            f"algorithm.rollout_correction.bypass_mode brings its own loss; set "
-            f"actor.policy_loss.loss_mode=vanilla, got {mode}"
-        )
-    if correction and correction.rollout_is and estimator.endswith("token_baseline"):
-        yield (
-            f"algorithm.adv_estimator={estimator} is not defined with importance "
-            "weights here; set algorithm.rollout_correction.rollout_is=null"
-        )
-    yield from _critic_misfits(config)
-
-
-def uses_kl(config) -> bool:
-    """Whether a reference policy is kept."""
-    return config.actor.use_kl_loss or config.algorithm.use_kl_in_reward
-
-
-def _critic_misfits(config) -> Iterator[str]:
-    """The same, of what has a meaning only with a critic, or none with one."""
-    critic, algorithm, trainer = config.critic, config.algorithm, config.trainer
-    if algorithm.adv_estimator != "gae":
-        needs = f"needs algorithm.adv_estimator=gae, not {algorithm.adv_estimator}"
-        if critic != type(critic)():
-            yield f"critic: a critic {needs}"
-        if algorithm.lam != 1:
-            yield f"algorithm.lam is {algorithm.lam}, which {needs}"
-        if algorithm.pf_ppo:
-            yield f"algorithm.pf_ppo {needs}"
-        if trainer.critic_warmup:
-            yield f"trainer.critic_warmup is {trainer.critic_warmup}, which {needs}"
-        return
-    steps = trainer.total_training_steps
-    if trainer.critic_warmup >= steps:
-        yield (
-            f"trainer.critic_warmup is {trainer.critic_warmup}, but with "
-            f"trainer.total_training_steps {steps} the policy would never be updated"
-        )
-    mini, batch = critic.ppo_mini_batch_size, config.data.train_batch_size
-    if mini is not None and mini > batch:
-        yield (
-            f"critic.ppo_mini_batch_size is {mini} prompts but data.train_batch_size "
-            f"is only {batch}; use at most {batch}"
-        )
-    if critic.optim.lr_warmup_steps > steps:
-        yield (
-            f"critic.optim.lr_warmup_steps is {critic.optim.lr_warmup_steps} but "
-            f"trainer.total_training_steps is {steps}"
-        )
-    if critic.model.revision is not None and critic.model.path is None:
-        yield "critic.model.revision needs critic.model.path"
 
 
 def _split(given: float | str | None) -> list[str]:

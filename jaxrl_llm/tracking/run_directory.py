@@ -16,12 +16,8 @@ import math
 import os
 import platform
 import re
-import resource
 import subprocess
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -30,13 +26,12 @@ from typing import Any
 import jax
 import numpy as np
 import yaml
-from jaxtyping import Float
 
-from jaxrl_llm.data.rows import Completion, Prompt
-from jaxrl_llm.rewards import Scores
 from jaxrl_llm.tracking import services as trackers
 
 Run = str | Path | Sequence[Mapping[str, Any]]
+
+
 """A run directory, or the lines of its metrics.jsonl."""
 
 
@@ -181,222 +176,6 @@ def rollout_files(run_dir: str | Path) -> list[tuple[int, str, Path]]:
     return sorted(found)
 
 
-def rollout_records(
-    step: int,
-    split: str,
-    kind: str,
-    prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[Completion]],
-    scores: Scores,
-    **per_response: np.ndarray,
-) -> list[dict[str, Any]]:
-    """One record per completion, for `MetricsWriter.write_rollouts`.
-
-    A function that does not judge a response has null among its "scores".
-
-    Args:
-      kind: "train", "sampled" or "greedy".
-      per_response: further [P, G] arrays by name, such as `advantage`.
-    """
-    return [
-        {
-            "step": step,
-            "split": split,
-            "kind": kind,
-            "prompt_id": prompt.id,
-            "sample": completion.sample,
-            "prompt": last_user_message(prompt),
-            "content": prompt.content,
-            "completion": completion.text,
-            "answer": _plain(prompt.columns.get("answer")),
-            "reward": float(scores.total[p, g]),
-            "scores": _finite(
-                {n: float(value[p, g]) for n, value in scores.by_function.items()}
-            ),
-            **{name: value[p, g].item() for name, value in per_response.items()},
-            "finish_reason": completion.finish_reason,
-            "num_tokens": len(completion.tokens),
-            "tokens": completion.tokens.tolist(),
-            "weight_version": completion.weight_version,
-        }
-        for p, prompt in enumerate(prompts)
-        for g, completion in enumerate(completions[p])
-    ]
-
-
-def last_user_message(prompt: Prompt) -> str:
-    """The text of the question, without system prompt and earlier turns."""
-    if isinstance(prompt.content, str):
-        return prompt.content
-    users = [m for m in prompt.content if m.get("role") == "user"] or prompt.content
-    content = users[-1].get("content", "")
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content)
-
-
-def batch_metrics(
-    prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[Completion]],
-    scores: Scores,
-    advantages: Float[np.ndarray, "P G"],
-) -> dict[str, float]:
-    """What one batch of responses looked like.
-
-    `clip_ratio` is the share of responses cut off at their limit;
-    `training/groups_all_equal` the share of prompts whose responses all got the same
-    reward, so that they teach GRPO nothing; `reward/NAME/mean` the mean of one
-    function over the responses it judges.
-    """
-    flat = [completion for group in completions for completion in group]
-    lengths = [len(completion.tokens) for completion in flat]
-    total = scores.total
-    metrics = {
-        **_spread("critic/rewards", total),
-        "critic/score/mean": float(total.mean()),
-        **_spread("critic/advantages", advantages),
-        **_spread("response_length", lengths),
-        "response_length/clip_ratio": cut_off(flat),
-        **_spread("prompt_length", [len(prompt.tokens) for prompt in prompts]),
-        "training/groups_all_equal": float((np.ptp(total, axis=1) == 0).mean()),
-    }
-    for name, value in scores.by_function.items():
-        if not np.isnan(value).all():
-            metrics[f"reward/{name}/mean"] = float(np.nanmean(value))
-    for name, count in scores.errors.items():
-        if count:
-            metrics[f"reward_errors/{name}"] = float(count)
-    return metrics
-
-
-def cut_off(completions: Sequence[Completion]) -> float:
-    """The share of completions that reached their length limit."""
-    return float(np.mean([c.finish_reason == "length" for c in completions]))
-
-
-def accuracy_name(names: Sequence[str]) -> str | None:
-    """The validation accuracy to show when there is room for one: the first data
-    source's, greedy if it was measured. None without a validation."""
-    for pattern in (r"val-core/.+/acc/greedy", r"val-core/.+/acc/mean@\d+"):
-        for name in names:
-            if re.fullmatch(pattern, name):
-                return name
-    return None
-
-
-class Timer:
-    """Seconds per phase within one step, which starts when the Timer is made.
-
-    timer = Timer()
-    with timer("gen"): ...
-    timer.metrics()         # {"timing_s/gen": 3.1, "timing_s/step": 4.0}
-    """
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Adds the time of the block to `phase`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            passed = time.perf_counter() - start
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + passed
-
-    def metrics(self) -> dict[str, float]:
-        """`timing_s/<phase>`, and `timing_s/step`: all the time since the start."""
-        seconds = {**self._seconds, "step": time.perf_counter() - self._start}
-        return {f"timing_s/{phase}": value for phase, value in seconds.items()}
-
-
-def throughput(num_tokens: int, seconds: float, num_devices: int) -> dict[str, float]:
-    """Tokens (prompts and responses) per second and device."""
-    return {
-        "perf/total_num_tokens": float(num_tokens),
-        "perf/time_per_step": seconds,
-        "perf/throughput": num_tokens / seconds / num_devices,
-    }
-
-
-def memory() -> dict[str, float]:
-    """The most memory in use so far, in GiB: of this process on the host, and of the
-    device that used most, where devices count it (a CPU does not)."""
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    host *= 1 if sys.platform == "darwin" else 1024
-    found = {"perf/max_cpu_memory_gb": host / 2**30}
-    peaks = [
-        statistics["peak_bytes_in_use"]
-        for device in jax.local_devices()
-        if (statistics := device.memory_stats())
-    ]
-    if peaks:
-        found["perf/max_memory_allocated_gb"] = max(peaks) / 2**30
-    return found
-
-
-def train_flops(
-    num_params_matmul: int,
-    num_tokens: int,
-    sum_of_squared_lengths: int,
-    layers: int,
-    heads: int,
-    head_dim: int,
-) -> float:
-    """Floating-point operations of one forward and backward pass over a batch.
-
-        6 * num_params_matmul * num_tokens
-          + 6 * sum_of_squared_lengths * head_dim * heads * layers
-
-    Args:
-      num_params_matmul: weights of matrix products. veRL counts an embedding, which is
-        only looked up, as well.
-      sum_of_squared_lengths: over the sequences of the batch, tokens squared. Only the
-        causal half of the attention scores counts.
-
-    Source: veRL 0.9.1, utils/flops_counter.py.
-    """
-    attention = 6.0 * sum_of_squared_lengths * head_dim * heads * layers
-    return 6.0 * num_params_matmul * num_tokens + attention
-
-
-def mfu(
-    flops: float, seconds: float, device_kind: str, num_devices: int
-) -> dict[str, float]:
-    """`perf/mfu/actor`, the share of the devices' peak that `flops` in `seconds` is.
-
-    Empty if the peak of `device_kind` is not known, as for a CPU.
-    """
-    peak = peak_flops(device_kind)
-    if peak is None:
-        return {}
-    return {"perf/mfu/actor": flops / seconds / num_devices / peak}
-
-
-# Dense bfloat16, per JAX device; vendors' data sheets. The PCIe and NVL boards of the
-# H100 and H200 are slower than the SXM modules, a MIG slice is less than its board.
-_PEAK_FLOPS = (
-    (r"\bH[12]00\b(?!.*\b(PCIe|NVL|MIG)\b)", 989e12),
-    (r"\bA100\b(?!.*\bMIG\b)", 312e12),
-    (r"\bB200\b(?!.*\bMIG\b)", 2250e12),
-    (r"\bL4\b", 121e12),
-    (r"^TPU v4$", 275e12),
-    (r"^TPU v5 ?(lite|e)$", 197e12),
-    (r"^TPU v5p?$", 459e12),
-    (r"^TPU v6 ?(lite|e)$", 918e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Operations per second of `jax.Device.device_kind`; None if not known."""
-    for pattern, peak in _PEAK_FLOPS:
-        if re.search(pattern, device_kind):
-            return peak
-    return None
-
-
 def versions() -> dict[str, Any]:
     """What is needed to say where a number came from."""
     devices = jax.devices()
@@ -468,21 +247,3 @@ def _number(name: str, value: Any) -> float:
 
 def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
     return {k: v if math.isfinite(v) else None for k, v in numbers.items()}
-
-
-def _plain(value: Any) -> Any:
-    """`value` if JSON can hold it, else its text."""
-    try:
-        json.dumps(value)
-    except TypeError:
-        return str(value)
-    return value
-
-
-def _spread(name: str, values: Any) -> dict[str, float]:
-    values = np.asarray(values)
-    return {
-        f"{name}/mean": float(values.mean()),
-        f"{name}/max": float(values.max()),
-        f"{name}/min": float(values.min()),
-    }

@@ -1,0 +1,74 @@
+"""Reinforcement learning for language models in JAX.
+
+    import jaxrl_llm
+    result = jaxrl_llm.train("Qwen/Qwen2.5-0.5B-Instruct", rows, reward=f, steps=50)
+
+`train`, `evaluate`, `generate` and `load_config` run things; `losses`, `kl`,
+`advantages`, `masked`, `logprobs`, `grpo` and `ppo` are pure functions; `sharding` is
+meshes and the movement of weights between them. Names are imported when they are first
+used, so `import jaxrl_llm` loads nothing, JAX included.
+"""
+
+import importlib
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxrl_llm import sharding
+    from jaxrl_llm.algorithms import (
+        advantages,
+        grpo,
+        kl,
+        logprobs,
+        losses,
+        masked,
+        ppo,
+    )
+    from jaxrl_llm.api import evaluate, generate, train
+    from jaxrl_llm.config.parsing import load as load_config
+
+__all__ = [
+    "advantages",
+    "evaluate",
+    "generate",
+    "grpo",
+    "kl",
+    "load_config",
+    "logprobs",
+    "losses",
+    "masked",
+    "ppo",
+    "sharding",
+    "train",
+]
+
+_MODULES = {
+    name: f"jaxrl_llm.algorithms.{name}"
+    for name in ("advantages", "grpo", "kl", "logprobs", "losses", "masked", "ppo")
+} | {"sharding": "jaxrl_llm.sharding"}
+_FUNCTIONS = {
+    "evaluate": ("jaxrl_llm.api", "evaluate"),
+    "generate": ("jaxrl_llm.api", "generate"),
+    "load_config": ("jaxrl_llm.config.parsing", "load"),
+    "train": ("jaxrl_llm.api", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first used."""
+    if name in _MODULES:
+        found = importlib.import_module(_MODULES[name])
+    elif name in _FUNCTIONS:
+        module, function = _FUNCTIONS[name]
+        found = getattr(importlib.import_module(module), function)
+    elif name == "__version__":
+        found = metadata.version("jaxrl-llm")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({*globals(), *__all__, "__version__"})

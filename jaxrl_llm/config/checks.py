@@ -1,0 +1,209 @@
+"""Combinations of fields that make no run, each with what would fit."""
+
+from collections.abc import Iterator
+
+_WITHOUT_GROUP = ("gae", "reinforce_plus_plus", "remax")
+
+
+_DISCOUNTING = ("gae", "reinforce_plus_plus")
+
+
+_NORMALIZING = ("grpo", "grpo_passk", "gdpo")
+
+
+def misfits(config) -> Iterator[str]:
+    """Combinations of fields that make no run, each with what would fit."""
+    actor, data, rollout = config.actor, config.data, config.rollout
+    mini, batch = actor.ppo_mini_batch_size, data.train_batch_size
+    if mini is not None and mini > batch:
+        yield (
+            f"actor.ppo_mini_batch_size is {mini} prompts but data.train_batch_size is "
+            f"only {batch}; use at most {batch}"
+        )
+    yield from _algorithm_misfits(config)
+    if actor.keep_probabilities and actor.entropy_coeff:
+        yield (
+            f"actor.entropy_coeff is {actor.entropy_coeff}, whose gradient needs the "
+            "logits; set actor.keep_probabilities to false"
+        )
+    if rollout.engine != "vllm" and rollout.vllm != type(rollout.vllm)():
+        yield f"rollout.vllm is given, but rollout.engine is {rollout.engine}"
+    ours = {"devices", "command", "args", "env", "port"} & rollout.vllm.model_fields_set
+    if rollout.vllm.urls and ours:
+        yield (
+            f"rollout.vllm.urls are running servers, so rollout.vllm.{min(ours)}, "
+            "which is for servers of our own, says nothing"
+        )
+    if rollout.engine != "jax" and (rollout.quantization or rollout.kv_cache_dtype):
+        yield (
+            f"rollout.quantization is {rollout.quantization} and "
+            f"rollout.kv_cache_dtype {rollout.kv_cache_dtype}, which are of the jax "
+            "engine; tell vLLM by rollout.vllm.args"
+        )
+    if rollout.engine != "jax" and config.placement.rollout is not None:
+        yield (
+            f"placement.rollout is {config.placement.rollout}, but rollout.engine is "
+            f"{rollout.engine}, whose servers have devices of their own"
+        )
+    if config.placement.reward is not None and config.reward.model is None:
+        yield (
+            f"placement.reward is {config.placement.reward}, but there is no "
+            "reward.model to place"
+        )
+    longest = data.max_prompt_length + rollout.max_response_length
+    if actor.pack_length is not None and actor.pack_length < longest:
+        yield (
+            f"actor.pack_length is {actor.pack_length} but data.max_prompt_length + "
+            f"rollout.max_response_length is {longest}; use at least {longest}"
+        )
+    if actor.share_prompts and actor.pack_length is None:
+        yield "actor.share_prompts needs actor.pack_length: tokens in a row"
+    if actor.share_prompts and actor.policy_loss.loss_mode in ("clip_cov", "kl_cov"):
+        yield (
+            f"actor.policy_loss.loss_mode is {actor.policy_loss.loss_mode}, which "
+            "draws tokens by whole sequences; actor.share_prompts takes them apart"
+        )
+    buffer = config.reward.overlong_buffer
+    if buffer and buffer.len > rollout.max_response_length:
+        yield (
+            f"reward.overlong_buffer.len is {buffer.len} but "
+            f"rollout.max_response_length is only {rollout.max_response_length}"
+        )
+    if rollout.temperature == 0:
+        yield "rollout.temperature is 0: every response of a group would be the same"
+    first, _, last = (config.trainer.profile or "1:1").partition(":")
+    if int(first) > int(last):
+        yield f"trainer.profile is {first}:{last}, which is no step"
+    steps, warmup = config.trainer.total_training_steps, actor.optim.lr_warmup_steps
+    if warmup > steps:
+        yield (
+            f"actor.optim.lr_warmup_steps is {warmup} but "
+            f"trainer.total_training_steps is {steps}"
+        )
+    meshes = {
+        "actor.mesh": actor.mesh,
+        "actor.ref_mesh": actor.ref_mesh or actor.mesh,
+        "critic.mesh": config.critic.mesh,
+        "rollout.mesh": rollout.mesh,
+    }
+    if config.reward.model:
+        meshes["reward.model.mesh"] = config.reward.model.mesh
+    for name, given in meshes.items():
+        sizes = given.model_dump()
+        for axis, size in sizes.items():
+            if size == 0:
+                yield f"{name}.{axis} is 0; use 1 for an axis that is not used"
+        if list(sizes.values()).count(-1) > 1:
+            yield f"{name} is {sizes}; only one axis may be -1 (what is left)"
+    for split, source in (("train", data.train), ("val", data.val)):
+        if source and source.path.startswith("reasoning_gym:") and not source.size:
+            yield (
+                f"data.{split}.size is needed for reasoning_gym: how many questions to "
+                "draw"
+            )
+
+
+def _algorithm_misfits(config) -> Iterator[str]:
+    """Combinations of a `Config`'s algorithm that make no run, with what would fit."""
+    algorithm, actor, rollout = config.algorithm, config.actor, config.rollout
+    estimator, mode = algorithm.adv_estimator, actor.policy_loss.loss_mode
+    if rollout.n == 1 and estimator not in _WITHOUT_GROUP:
+        yield (
+            f"rollout.n is 1 but algorithm.adv_estimator={estimator} compares the "
+            f"responses of a group; use at least 2, or {', '.join(_WITHOUT_GROUP)}"
+        )
+    if algorithm.gamma != 1 and estimator not in _DISCOUNTING:
+        yield (
+            f"algorithm.gamma is {algorithm.gamma} but algorithm.adv_estimator="
+            f"{estimator} does not discount; use gamma 1, or one of "
+            f"{', '.join(_DISCOUNTING)}"
+        )
+    if not algorithm.norm_adv_by_std_in_grpo and estimator not in _NORMALIZING:
+        yield (
+            "algorithm.norm_adv_by_std_in_grpo is false, but algorithm.adv_estimator="
+            f"{estimator} does not divide by a deviation; use one of "
+            f"{', '.join(_NORMALIZING)}"
+        )
+    if algorithm.filter_groups and rollout.n == 1:
+        yield (
+            "algorithm.filter_groups is given but rollout.n is 1, and one response "
+            "alone never differs; use at least 2"
+        )
+    if estimator == "gdpo" and algorithm.use_kl_in_reward:
+        yield (
+            "algorithm.use_kl_in_reward has no meaning with algorithm.adv_estimator="
+            "gdpo, which reads each reward function by itself; set actor.use_kl_loss"
+        )
+    if (
+        algorithm.kl_ctrl != type(algorithm.kl_ctrl)()
+        and not algorithm.use_kl_in_reward
+    ):
+        yield "algorithm.kl_ctrl needs algorithm.use_kl_in_reward: true"
+    refresh = actor.ref_refresh_steps
+    if refresh is not None and not uses_kl(config):
+        yield (
+            f"actor.ref_refresh_steps is {refresh}, but neither actor.use_kl_loss nor "
+            "algorithm.use_kl_in_reward keeps a reference"
+        )
+    if mode in ("sapo", "geo_mean") and actor.loss_agg_mode != "seq-mean-token-mean":
+        yield (
+            f"actor.policy_loss.loss_mode is {mode}, a mean over responses; set "
+            f"actor.loss_agg_mode=seq-mean-token-mean, got {actor.loss_agg_mode}"
+        )
+    if actor.loss_scale_factor and actor.loss_agg_mode != "seq-mean-token-sum-norm":
+        yield (
+            f"actor.loss_scale_factor is {actor.loss_scale_factor} but only "
+            f"actor.loss_agg_mode=seq-mean-token-sum-norm reads it"
+        )
+    correction = algorithm.rollout_correction
+    if correction and correction.bypass_mode and mode != "vanilla":
+        yield (
+            f"algorithm.rollout_correction.bypass_mode brings its own loss; set "
+            f"actor.policy_loss.loss_mode=vanilla, got {mode}"
+        )
+    if correction and correction.rollout_is and estimator.endswith("token_baseline"):
+        yield (
+            f"algorithm.adv_estimator={estimator} is not defined with importance "
+            "weights here; set algorithm.rollout_correction.rollout_is=null"
+        )
+    yield from _critic_misfits(config)
+
+
+def uses_kl(config) -> bool:
+    """Whether a reference policy is kept."""
+    return config.actor.use_kl_loss or config.algorithm.use_kl_in_reward
+
+
+def _critic_misfits(config) -> Iterator[str]:
+    """The same, of what has a meaning only with a critic, or none with one."""
+    critic, algorithm, trainer = config.critic, config.algorithm, config.trainer
+    if algorithm.adv_estimator != "gae":
+        needs = f"needs algorithm.adv_estimator=gae, not {algorithm.adv_estimator}"
+        if critic != type(critic)():
+            yield f"critic: a critic {needs}"
+        if algorithm.lam != 1:
+            yield f"algorithm.lam is {algorithm.lam}, which {needs}"
+        if algorithm.pf_ppo:
+            yield f"algorithm.pf_ppo {needs}"
+        if trainer.critic_warmup:
+            yield f"trainer.critic_warmup is {trainer.critic_warmup}, which {needs}"
+        return
+    steps = trainer.total_training_steps
+    if trainer.critic_warmup >= steps:
+        yield (
+            f"trainer.critic_warmup is {trainer.critic_warmup}, but with "
+            f"trainer.total_training_steps {steps} the policy would never be updated"
+        )
+    mini, batch = critic.ppo_mini_batch_size, config.data.train_batch_size
+    if mini is not None and mini > batch:
+        yield (
+            f"critic.ppo_mini_batch_size is {mini} prompts but data.train_batch_size "
+            f"is only {batch}; use at most {batch}"
+        )
+    if critic.optim.lr_warmup_steps > steps:
+        yield (
+            f"critic.optim.lr_warmup_steps is {critic.optim.lr_warmup_steps} but "
+            f"trainer.total_training_steps is {steps}"
+        )
+    if critic.model.revision is not None and critic.model.path is None:
+        yield "critic.model.revision needs critic.model.path"

@@ -1,0 +1,83 @@
+"""Every choice of a configuration, named once."""
+
+import re
+from typing import Literal
+
+Estimator = Literal[
+    "gae",
+    "grpo",
+    "grpo_passk",
+    "gdpo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "rloo",
+    "opo",
+    "remax",
+    "gpg",
+    "optimal_token_baseline",
+    "tir_optimal_token_baseline",
+]
+
+
+LossMode = Literal[
+    "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov",
+    "geo_mean", "dro", "cispo", "reinforce",
+]  # fmt: skip
+
+
+Aggregation = Literal[
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+]
+
+
+KlEstimator = Literal[
+    "k1", "k2", "k3", "abs", "kl", "mse", "low_var_kl",
+    "k1+", "k2+", "k3+", "abs+", "kl+", "mse+", "low_var_kl+",
+]  # fmt: skip
+
+
+REJECTIONS = (
+    "token_k1", "token_k2", "token_k3",
+    "seq_sum_k1", "seq_sum_k2", "seq_sum_k3",
+    "seq_mean_k1", "seq_mean_k2", "seq_mean_k3",
+    "seq_max_k2", "seq_max_k3",
+)  # fmt: skip
+
+
+Bounds = tuple[float | None, float]
+
+
+Dimension = Literal[
+    "layers", "vocab", "embed", "mlp", "heads", "kv_heads", "head", "norm", "looked_up",
+    "rows", "tokens", "residual",
+]  # fmt: skip
+
+
+TrainAxis = Literal["data", "fsdp", "expert", "context", "tensor"]
+
+
+TrainRules = dict[Dimension, TrainAxis | tuple[TrainAxis, ...] | None]
+
+
+class ConfigError(ValueError):
+    """A configuration that makes no run; the message has one line per problem."""
+
+
+def device_numbers(text: str) -> list[int]:
+    """What "0-3" or "0,2,4-5" stands for.
+
+    Raises:
+      ValueError: it is no such text.
+    """
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(x or match[1]) for x in match.groups()) if match else (1, 0)
+        if last < first:
+            raise ValueError(f"{text!r} are no device numbers, such as 0-3 or 0,2,4-5")
+        found += range(first, last + 1)
+    return found

@@ -1,0 +1,173 @@
+"""YAML files and command lines to a `Config`, and what is wrong with them."""
+
+import copy
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+from pydantic import BaseModel
+
+from jaxrl_llm.config.names import ConfigError
+from jaxrl_llm.config.schema import Config
+
+
+def parse(values: Mapping[str, Any], source: str) -> Config:
+    """The config that `values` describe; `source` names them in errors.
+
+    Raises:
+      ConfigError: one line per problem: the path of the key, what is wrong, what fits.
+    """
+    try:
+        return Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError(explain(error, source)) from None
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies command-line overrides.
+
+    Args:
+      overrides: `--section.key value` pairs; see `override`.
+
+    Raises:
+      ConfigError: no such file, not YAML, or not a valid config.
+    """
+    return parse(override(read(path), overrides), str(path))
+
+
+def override(values: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """`values` with `--section.key value` or `--section.key=value` put in.
+
+    Values are YAML; hyphens in keys stand for underscores; a number selects an entry of
+    a list. Whether a key exists is left to `parse`, so that a typing error on the
+    command line and one in the file read the same.
+
+    Raises:
+      ConfigError: not of this form.
+    """
+    result = copy.deepcopy(dict(values))
+    rest = list(arguments)
+    while rest:
+        flag, equals, text = rest.pop(0).partition("=")
+        missing = not equals and (not rest or rest[0].startswith("--"))
+        if missing or not flag.startswith("--"):
+            raise ConfigError(f"{flag}: expected --section.key VALUE")
+        keys = flag.removeprefix("--").replace("-", "_").split(".")
+        put(result, keys, _load_yaml(text if equals else rest.pop(0), flag))
+    return result
+
+
+def put(tree: Any, keys: Sequence[str], value: Any) -> None:
+    """Sets tree[keys[0]][keys[1]]... in place, making sections that are not there.
+
+    Raises:
+      ConfigError: the path leads through something that has no keys.
+    """
+    path = ".".join(keys)
+    for key in keys[:-1]:
+        if isinstance(tree, list):
+            tree = tree[_index(tree, key, path)]
+        elif isinstance(tree, dict):
+            tree = tree.setdefault(key, {})
+    last = keys[-1]
+    if isinstance(tree, list):
+        tree[_index(tree, last, path)] = value
+    elif isinstance(tree, dict):
+        tree[last] = value
+    else:
+        raise ConfigError(f"{path}: {tree!r} is no section that could have {last!r}")
+
+
+def _index(entries: list, key: str, path: str) -> int:
+    if not key.isdecimal() or int(key) >= len(entries):
+        raise ConfigError(f"{path}: {key} is not an entry of a list of {len(entries)}")
+    return int(key)
+
+
+def read(path: str | Path) -> Mapping[str, Any]:
+    """The YAML mapping in a file, not yet checked.
+
+    Raises:
+      ConfigError: no such file, or not a YAML mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.yaml"))
+        raise ConfigError(f"{path}: no such file; {path.parent} has {near}")
+    values = _load_yaml(path.read_bytes(), str(path))
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path}: expected a mapping of sections, got {values!r}")
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers. Unlike in YAML 1.1, 1e-6 is one and 0.5_2 is text."""
+
+
+_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [found for found in resolvers if found[0] not in (_INT, _FLOAT)]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+
+
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"
+        r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+def _load_yaml(text: str | bytes, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source}: not YAML: {error}") from None
+
+
+def explain(error: pydantic.ValidationError, source: str) -> str:
+    """One line per problem, each with the path of the key and what would fit."""
+    return "\n".join(f"{source}: {_line(item)}" for item in error.errors())
+
+
+def _line(item: Mapping[str, Any]) -> str:
+    path = ".".join(map(str, item["loc"]))
+    match item["type"]:
+        case "extra_forbidden":
+            known = _keys(item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {sorted(known)}"
+            return f"{path}: unknown key; {hint}"
+        case "missing":
+            return f"{path}: needed but not given"
+        case "value_error":
+            text = str(item["ctx"]["error"])
+            return f"{path}: {text}" if path else text
+        case _:
+            return f"{path}: {item['msg']}, got {item['input']!r}"
+
+
+def _keys(loc: Sequence[str | int]) -> list[str]:
+    """The keys of the section at `loc`."""
+    section: Any = Config
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        choices = getattr(annotation, "__args__", (annotation,))
+        section = next(
+            c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)
+        )
+    return list(section.model_fields)

@@ -1,0 +1,176 @@
+"""The sections of a configuration about what is trained."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from jaxrl_llm.config.names import Aggregation, KlEstimator, TrainRules
+from jaxrl_llm.config.schema_algorithm import PolicyLossConfig
+from jaxrl_llm.config.section import Section
+
+
+class TrainMeshConfig(Section):
+    """Devices along each training axis; one may be -1: what is left."""
+
+    data: int = Field(1, ge=-1)
+    """Replicas of the weights."""
+    fsdp: int = Field(-1, ge=-1)
+    """Rows and weights are both split over it (ZeRO-3)."""
+    expert: int = Field(1, ge=-1)
+    """For models with experts; the others use it as `fsdp`."""
+    context: int = Field(1, ge=-1)
+    """Each row is split over it: for long ones."""
+    tensor: int = Field(1, ge=-1)
+    """Heads, feed-forward and vocabulary are split over it, and between them the tokens
+    of a row (Megatron)."""
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-6, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_grad: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the first moment. The second needs float32: it changes by a thousandth."""
+    lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
+    """After warm-up."""
+    lr_warmup_steps: int = Field(0, ge=0)
+    """Training steps of linear warm-up from 0."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """cosine and linear end at lr * min_lr_ratio."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimConfig":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        return self
+
+
+class ActorConfig(Section):
+    """The policy's update."""
+
+    optim: OptimConfig = OptimConfig()
+    ppo_mini_batch_size: int | None = Field(None, gt=0)
+    """Prompts per optimizer step; the whole batch if not given."""
+    ppo_epochs: int = Field(1, gt=0)
+    """Passes over each batch."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Rows per forward and backward pass; the whole mini-batch if not given. Changes
+    memory and speed, never the result."""
+    pack_length: int | None = Field(None, gt=0)
+    """Pack sequences into rows of this many tokens; one sequence per row if not
+    given."""
+    share_prompts: bool = False
+    """Packed rows hold a prompt once for several responses to it: less to compute where
+    prompts are long beside responses. Attention is then the reference's, so rows of a
+    few thousand tokens at most."""
+    policy_loss: PolicyLossConfig = PolicyLossConfig()
+    clip_ratio_low: float = Field(0.2, ge=0, le=1)
+    clip_ratio_high: float = Field(0.2, ge=0)
+    """The ratio new / old probability is clipped to [1 - low, 1 + high]. dppo_tv and
+    dppo_kl bound a divergence by them instead."""
+    clip_ratio_c: float | None = Field(3.0, gt=1)
+    """Where the advantage is negative, the ratio beyond which there is no gradient
+    (dual clip); null for none. dppo_tv and dppo_kl: bound of the importance weight."""
+    tau_pos: float = Field(1.0, gt=0)
+    """sapo: how fast gradients die away from ratio 1 where the advantage is over 0,"""
+    tau_neg: float = Field(1.05, gt=0)
+    """sapo: and elsewhere."""
+    loss_agg_mode: Aggregation = "token-mean"
+    """How per-token losses become one number."""
+    loss_scale_factor: float | None = Field(None, gt=0)
+    """seq-mean-token-sum-norm: tokens to divide by; rollout.max_response_length if not
+    given."""
+    entropy_coeff: float = 0.0
+    """Weight of the entropy bonus."""
+    use_kl_loss: bool = False
+    """Keep the initial weights as reference, and add KL(policy || reference)."""
+    ref_refresh_steps: int | None = Field(None, gt=0)
+    """Every so many steps the policy becomes the new reference of the KL loss and of
+    algorithm.use_kl_in_reward; it stays the initial weights if not given."""
+    kl_loss_coef: float = Field(0.001, ge=0)
+    kl_loss_type: KlEstimator = "k3"
+    """Estimator of the KL; k3 = low_var_kl, k2 = mse, k1 = kl. NAME+ has the value of
+    NAME and the gradient of k2."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of activations and of the weights inside a matrix product. The master weights,
+    the optimizer's moments, softmax and losses are float32."""
+    remat: Literal["none", "dots", "full", "offload"] = "full"
+    """What the backward pass of a layer computes again. none: nothing. dots: all but
+    matrix products and attention. full: everything. offload: as dots, with the
+    products kept in the host's memory meanwhile."""
+    keep_probabilities: bool = False
+    """Keep softmax(logits) of a micro-batch's tokens, in `dtype`, for the backward pass
+    rather than compute the logits again: 2 % of a 1.5B model's update for tokens x
+    vocabulary x 2 bytes."""
+    offload: tuple[Literal["optimizer", "reference"], ...] = ()
+    """What waits in the host's memory while it is not in use: the optimizer's moments
+    during generation, the reference's weights outside of its own pass."""
+    attention: Literal["auto", "xla"] = "auto"
+    """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
+    which holds the scores of a whole row."""
+    unroll: Literal["auto", "never", "always"] = "auto"
+    """Compile every layer by itself rather than one for all in a loop: a compile time
+    that grows with depth, but one layer's weights travel while another is computed.
+    auto: on several GPUs, and on one unless remat is dots or full."""
+    mesh: TrainMeshConfig = TrainMeshConfig()
+    ref_mesh: TrainMeshConfig | None = None
+    """Of the reference policy; `mesh` if not given."""
+    rules: TrainRules = {}
+    """Axes of the mesh that a dimension is split over, other than usual: see
+    sharding/rules.py. `residual: context` turns sequence parallelism off."""
+
+
+class CriticOptimConfig(OptimConfig):
+    """The same, faster: a value head starts from nothing."""
+
+    lr: float = Field(1e-5, ge=0)
+
+
+class CriticModelConfig(Section):
+    """Which weights the critic starts from; its value head starts at 0."""
+
+    path: str | None = None
+    """As `model.path`, with the same vocabulary; the policy's initial weights if not
+    given."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+
+
+class CriticConfig(Section):
+    """The value model's update; only with algorithm.adv_estimator=gae."""
+
+    model: CriticModelConfig = CriticModelConfig()
+    optim: CriticOptimConfig = CriticOptimConfig()
+    ppo_mini_batch_size: int | None = Field(None, gt=0)
+    """Prompts per optimizer step; as actor.ppo_mini_batch_size if not given."""
+    ppo_epochs: int | None = Field(None, gt=0)
+    """Passes over each batch; as actor.ppo_epochs if not given."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Rows per forward and backward pass; as actor.micro_batch_size if not given.
+    Changes memory and speed, never the result."""
+    cliprange_value: float = Field(0.5, gt=0)
+    """An update moves a value at most so far from what it was, in units of reward."""
+    loss_agg_mode: Aggregation = "token-mean"
+    """How per-token losses become one number."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of activations and of the weights inside a matrix product. The master weights,
+    the optimizer's moments, the value head and losses are float32."""
+    remat: Literal["none", "dots", "full", "offload"] = "full"
+    """What the backward pass of a layer computes again. none: nothing. dots: all but
+    matrix products and attention. full: everything. offload: as dots, with the
+    products kept in the host's memory meanwhile."""
+    attention: Literal["auto", "xla"] = "auto"
+    """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
+    which holds the scores of a whole row."""
+    unroll: Literal["auto", "never", "always"] = "auto"
+    """Compile every layer by itself rather than one for all in a loop: a compile time
+    that grows with depth, but one layer's weights travel while another is computed.
+    auto: on several GPUs, and on one unless remat is dots or full."""
+    mesh: TrainMeshConfig = TrainMeshConfig()
+    rules: TrainRules = {}
+    """As actor.rules."""

@@ -1,0 +1,102 @@
+"""Time, throughput and memory of a step."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+from jaxrl_llm.sharding.hardware import peak_flops
+
+
+class Timer:
+    """Seconds per phase within one step, which starts when the Timer is made.
+
+    timer = Timer()
+    with timer("gen"): ...
+    timer.metrics()         # {"timing_s/gen": 3.1, "timing_s/step": 4.0}
+    """
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Adds the time of the block to `phase`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            passed = time.perf_counter() - start
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + passed
+
+    def metrics(self) -> dict[str, float]:
+        """`timing_s/<phase>`, and `timing_s/step`: all the time since the start."""
+        seconds = {**self._seconds, "step": time.perf_counter() - self._start}
+        return {f"timing_s/{phase}": value for phase, value in seconds.items()}
+
+
+def throughput(num_tokens: int, seconds: float, num_devices: int) -> dict[str, float]:
+    """Tokens (prompts and responses) per second and device."""
+    return {
+        "perf/total_num_tokens": float(num_tokens),
+        "perf/time_per_step": seconds,
+        "perf/throughput": num_tokens / seconds / num_devices,
+    }
+
+
+def memory() -> dict[str, float]:
+    """The most memory in use so far, in GiB: of this process on the host, and of the
+    device that used most, where devices count it (a CPU does not)."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    host *= 1 if sys.platform == "darwin" else 1024
+    found = {"perf/max_cpu_memory_gb": host / 2**30}
+    peaks = [
+        statistics["peak_bytes_in_use"]
+        for device in jax.local_devices()
+        if (statistics := device.memory_stats())
+    ]
+    if peaks:
+        found["perf/max_memory_allocated_gb"] = max(peaks) / 2**30
+    return found
+
+
+def train_flops(
+    num_params_matmul: int,
+    num_tokens: int,
+    sum_of_squared_lengths: int,
+    layers: int,
+    heads: int,
+    head_dim: int,
+) -> float:
+    """Floating-point operations of one forward and backward pass over a batch.
+
+        6 * num_params_matmul * num_tokens
+          + 6 * sum_of_squared_lengths * head_dim * heads * layers
+
+    Args:
+      num_params_matmul: weights of matrix products. veRL counts an embedding, which is
+        only looked up, as well.
+      sum_of_squared_lengths: over the sequences of the batch, tokens squared. Only the
+        causal half of the attention scores counts.
+
+    Source: veRL 0.9.1, utils/flops_counter.py.
+    """
+    attention = 6.0 * sum_of_squared_lengths * head_dim * heads * layers
+    return 6.0 * num_params_matmul * num_tokens + attention
+
+
+def mfu(
+    flops: float, seconds: float, device_kind: str, num_devices: int
+) -> dict[str, float]:
+    """`perf/mfu/actor`, the share of the devices' peak that `flops` in `seconds` is.
+
+    Empty if the peak of `device_kind` is not known, as for a CPU.
+    """
+    peak = peak_flops(device_kind)
+    if peak is None:
+        return {}
+    return {"perf/mfu/actor": flops / seconds / num_devices / peak}

@@ -1,0 +1,77 @@
+"""A run directory, to look at in a notebook."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxrl_llm.config.schema import Config
+from jaxrl_llm.sharding import processes
+from jaxrl_llm.tracking import report, run_directory
+from jaxrl_llm.tracking.console import before_after, whereabouts
+from jaxrl_llm.training import evaluate
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run directory, to look at in a notebook."""
+
+    directory: Path
+
+    @property
+    def weights(self) -> Path:
+        """The trained policy, as a Hugging Face directory."""
+        return self.directory / "huggingface"
+
+    @property
+    def before(self) -> evaluate.Validation | None:
+        """The first validation, if it was made before training."""
+        return self._validation(0)
+
+    @property
+    def after(self) -> evaluate.Validation | None:
+        """The newest validation since training began."""
+        steps = [s for s, split, _ in run_directory.rollout_files(self.directory)
+                 if split == "val" and s > 0]  # fmt: skip
+        return self._validation(max(steps)) if steps else None
+
+    def table(self) -> Any:
+        """Every metric by step, as a pandas DataFrame."""
+        return run_directory.to_pandas(self.directory)
+
+    def plot(self) -> Any:
+        """Reward, held-out accuracy and response length over the steps, as a matplotlib
+        figure."""
+        return report.figure(self.directory)
+
+    def completions(self, step: int, split: str = "train") -> list[dict[str, Any]]:
+        """The responses of one step with their rewards; split is train or val."""
+        files = {s: p for s, of, p in run_directory.rollout_files(self.directory)
+                 if of == split}  # fmt: skip
+        if step not in files:
+            raise ValueError(f"no {split} completions of step {step}; of {list(files)}")
+        path = files[step]
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def _validation(self, step: int) -> evaluate.Validation | None:
+        lines = {line["step"]: line for line in run_directory.read(self.directory)}
+        found = {k: v for k, v in lines.get(step, {}).items() if k.startswith("val-")}
+        if not found:
+            return None
+        return evaluate.Validation(metrics=found, records=self.completions(step, "val"))
+
+
+def _shown(result: Result, config: Config) -> Result:
+    """Prints what came of a run."""
+    if not processes.leads():
+        return result
+    if result.after:
+        before_after(
+            result.before,
+            result.after,
+            result.directory,
+            num_examples=config.trainer.num_examples,
+        )
+    else:
+        whereabouts(result.directory)
+    return result
