@@ -15,7 +15,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_grpo import logprob_fn, make_batch, make_state
+from toy_policy import logprob_fn, make_batch, make_state
 
 from jaxrl_llm.algorithms import grpo, losses, masked
 from jaxrl_llm.algorithms.rollout_correction import Correction, Rejection

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from jaxrl_llm import models
 from jaxrl_llm.models import Rope
 from jaxrl_llm.models import layer_loop as loop
 from jaxrl_llm.sharding import mesh
-from tests import tiny
 
 LAYERS = 3
 # Alternating windows and rotations, as some families have them.

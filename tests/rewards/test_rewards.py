@@ -7,52 +7,17 @@ import threading
 
 import numpy as np
 import pytest
+from scored_texts import make, run
 
 from jaxrl_llm.config.schema import DatasetConfig, RewardConfig
 from jaxrl_llm.data.sources import read_rows
-from jaxrl_llm.data.types import Completion, Prompt
-from jaxrl_llm.rewards import RewardError, RewardFunction, resolve, score
+from jaxrl_llm.rewards import RewardError, RewardFunction, resolve
 from jaxrl_llm.rewards.builtin import exact, gsm8k, math, numeric, reasoning_gym
 from jaxrl_llm.workers.judge import judge
 
 ROOT = pathlib.Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
-TEXTS = [["a", "bb"], ["ccc", ""]]
 CHAT = [{"role": "user", "content": "q1"}]
-
-
-def make(contents=("q0", "q1"), columns=({"answer": "A"}, {"answer": "B"})):
-    """Two prompts, two responses each: TEXTS."""
-    prompts = [
-        Prompt(id=i, content=content, tokens=(1,), columns=row)
-        for i, (content, row) in enumerate(zip(contents, columns, strict=True))
-    ]
-    completions = [
-        [
-            Completion(
-                prompt_id=i,
-                sample=g,
-                tokens=np.arange(len(text), dtype=np.int32),
-                logprobs=np.zeros(len(text), np.float32),
-                raw_logprobs=np.zeros(len(text), np.float32),
-                finish_reason="stop",
-                weight_version=0,
-                text=text,
-            )
-            for g, text in enumerate(group)
-        ]
-        for i, group in enumerate(TEXTS)
-    ]
-    return prompts, completions
-
-
-def run(*functions, data=None, timeout_s=30.0, on_error="raise"):
-    terms = [
-        f if isinstance(f, RewardFunction) else RewardFunction(name=f"f{i}", function=f)
-        for i, f in enumerate(functions)
-    ]
-    data = data or make()
-    return score(terms, *data, timeout_s=timeout_s, on_error=on_error)
 
 
 def length(completions):
@@ -186,8 +151,8 @@ def test_what_ends_the_program_is_not_a_failed_reward(kind):
 def test_a_function_that_hangs_does_not_keep_the_program_from_ending():
     program = """
         import sys, time
-        sys.path.insert(0, "tests")
-        from test_rewards import run
+        sys.path.insert(0, "tests/support")
+        from scored_texts import run
         def hangs(completions):
             while True:
                 time.sleep(0.01)

@@ -8,69 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixed_rollouts import ADVANTAGES, EIGHT, ONE, make_config, make_rollouts
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import logprobs
 from jaxrl_llm.config import parsing
-from jaxrl_llm.config import schema as configs
-from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.models import layer_loop as loop
 from jaxrl_llm.roles.actor import Learner, updates_per_step
 from jaxrl_llm.roles.policy import Policy
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.training.checkpoint import Checkpoints
-
-ONE, EIGHT = (1, 1, 1), (2, 2, 2)  # data, fsdp, tensor
-P, G = 4, 2
-ADVANTAGES = np.array([[1, -1], [0.5, -0.5], [-2, 2], [0.3, -0.3]], np.float32)
-
-
-def make_config(path, **actor):
-    # Plain SGD cannot be configured; with a large eps AdamW is nearly that, and does
-    # not blow rounding errors of a vanishing gradient up to a whole step.
-    optim = {"lr": 0.05, "eps": 0.01, "weight_decay": 0.1}
-    return configs.Config.model_validate(
-        {
-            "output_dir": "unused",
-            "model": {"path": path},
-            "data": {
-                "train": {"path": "unused"},
-                "train_batch_size": P,
-                "max_prompt_length": 8,
-            },
-            "rollout": {"n": G, "temperature": 0.8, "max_response_length": 8},
-            "actor": {"dtype": "float32", "remat": "none", "optim": optim} | actor,
-            "reward": {"functions": [{"name": "exact"}]},
-            "trainer": {"total_training_steps": 10},
-        }
-    )
-
-
-def make_rollouts():
-    rng = np.random.default_rng(0)
-    draw = functools.partial(rng.integers, 0, 256)
-    prompts = [
-        Prompt(id=p, content="", tokens=tuple(draw(n).tolist()), columns={})
-        for p, n in enumerate([3, 6, 2, 4])
-    ]
-    lengths = [[5, 2], [7, 3], [1, 8], [4, 4]]
-    completions = [
-        [
-            Completion(
-                prompt_id=p,
-                sample=g,
-                tokens=draw(n).astype(np.int32),
-                logprobs=rng.uniform(-6, -5, n).astype(np.float32),
-                raw_logprobs=np.zeros(n, np.float32),
-                finish_reason="stop",
-                weight_version=0,
-                text="",
-            )
-            for g, n in enumerate(group)
-        ]
-        for p, group in enumerate(lengths)
-    ]
-    return prompts, completions
 
 
 @functools.cache

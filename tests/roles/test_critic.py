@@ -1,7 +1,6 @@
 """The value model, and whole runs with one, on a tiny model."""
 
 import dataclasses
-import json
 import shutil
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from short_run import make_config, newest
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import advantages, ppo
@@ -21,7 +21,6 @@ from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop as train
 from jaxrl_llm.training.build import build
-from jaxrl_llm.training.checkpoint import Checkpoints
 
 ARCH = tiny.arch(num_layers=1, max_positions=64, eos_token_ids=(258,))
 HIGH = 200  # token ids from here on are rewarded
@@ -88,41 +87,6 @@ def weights(params, tmp_path_factory):
     return str(directory)
 
 
-def make_config(weights, directory, **changed):
-    questions = directory / "questions.jsonl"
-    directory.mkdir(exist_ok=True)
-    rows = [{"prompt": f"{i} says", "answer": ""} for i in range(16)]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fields = {
-        "output_dir": str(directory / "run"),
-        "model.path": weights,
-        "data.train.path": str(questions),
-        "data.train_batch_size": 8,
-        "data.max_prompt_length": 10,
-        "data.chat_template": False,
-        "rollout.n": 2,
-        "rollout.max_response_length": 6,
-        "rollout.decode_chunk": 6,
-        "rollout.dtype": "float32",
-        "algorithm.adv_estimator": "gae",
-        "actor.optim.lr": 3e-3,
-        "actor.dtype": "float32",
-        "actor.remat": "none",
-        "actor.mesh": {"data": -1, "fsdp": 1},
-        "critic.optim.lr": 3e-3,
-        "critic.dtype": "float32",
-        "critic.remat": "none",
-        "critic.mesh": {"data": -1, "fsdp": 1},
-        "reward.functions": [{"name": "high"}],
-        "trainer.total_training_steps": 3,
-        "trainer.save_hf": False,
-    } | changed  # fmt: skip
-    values = {}
-    for key, value in fields.items():
-        parsing.put(values, key.split("."), value)
-    return parsing.parse(values, "test")
-
-
 def high(prompts, completions, completion_ids, **columns):
     """The share of tokens from `HIGH` on."""
     return [float(np.mean(np.asarray(ids) >= HIGH)) for ids in completion_ids]
@@ -132,12 +96,6 @@ def run(config):
     job = build(config, [RewardFunction(name="high", function=high)])
     train.run(job)
     return job
-
-
-def newest(directory, like):
-    """The arrays of the newest checkpoint."""
-    with Checkpoints(directory / "checkpoints", 2) as checkpoints:
-        return jax.device_get(checkpoints.restore(like).state)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from test_actor import ADVANTAGES, make_config, make_rollouts
+from fixed_rollouts import ADVANTAGES, make_config, make_rollouts
 
 from jaxrl_llm import models
 from jaxrl_llm.config.parsing import ConfigError

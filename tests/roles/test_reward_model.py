@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
-from test_critic import make_config
+from short_run import make_config
 
 from jaxrl_llm import api, models
 from jaxrl_llm.config.parsing import ConfigError

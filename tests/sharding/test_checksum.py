@@ -3,8 +3,7 @@ import jax.numpy as jnp
 import layouts
 import numpy as np
 import pytest
-from test_reshard import filled
-from test_transfer_plan import JOIN, seven_layers
+from layouts import JOIN, filled, seven_layers
 
 from jaxrl_llm.sharding import checksum, reshard
 from jaxrl_llm.sharding import transfer_plan as plan

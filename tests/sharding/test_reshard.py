@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_transfer_plan import JOIN, SHAPE, seven_layers
+from layouts import JOIN, SHAPE, filled, seven_layers
 
 from jaxrl_llm.sharding import reshard
 from jaxrl_llm.sharding import transfer_plan as plan
@@ -71,15 +71,6 @@ def test_whole_blocks_are_copied_by_no_program():
     for x in moved.values():
         np.testing.assert_array_equal(x, BITS)
     assert set(made.received.values()) == {4 * BITS.size // 8}
-
-
-def filled(tree):
-    """Arrays of distinct numbers, laid out as `tree`."""
-    rng = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding),
-        tree,
-    )
 
 
 @pytest.mark.parametrize("bound", [1, 800, 10**9])

@@ -3,17 +3,16 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import layouts
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from layouts import JOIN, SHAPE, abstract, seven_layers
 
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.sharding import transfer_plan as plans
 
-SHAPE = (24, 48)
 PAIRS = [
     *itertools.permutations(layouts.same_devices().items(), 2),
     *itertools.permutations(layouts.other_devices().items(), 2),
@@ -27,10 +26,6 @@ def marks(sharding, shape=SHAPE):
         found[device.id] = np.zeros(shape, bool)
         found[device.id][index] = True
     return found
-
-
-def abstract(sharding, shape=SHAPE, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 @pytest.mark.parametrize(
@@ -82,35 +77,6 @@ def test_gathering_within_generation_groups_moves_hybridflows_bytes(tp, tg):
     made = plans.plan({"w": abstract(source)}, {"w": abstract(target)})
     size = 4 * 24 * 48
     assert set(made.received.values()) == {size * (tp - tg) // (tg * tp)}
-
-
-def seven_layers():
-    train = mesh.make({"fsdp": 4, "tensor": 2})
-    generate = mesh.make({"data": 2, "tensor": 4})
-
-    def leaf(on, spec, shape, dtype):
-        return abstract(NamedSharding(on, P(*spec)), shape, dtype)
-
-    f32, bf16 = jnp.float32, jnp.bfloat16
-    source = {
-        "embedding": leaf(train, ("tensor", "fsdp"), (32, 16), f32),
-        "layers": {
-            name: leaf(train, (None, "fsdp", "tensor"), (7, 16, 8), f32)
-            for name in ("gate", "up", "down")
-        },
-    }
-    layer = {
-        "gate_up": leaf(generate, (None, "tensor"), (16, 16), bf16),
-        "down": leaf(generate, (None, "tensor"), (16, 8), bf16),
-    }
-    target = {
-        "embedding": leaf(generate, ("tensor",), (32, 16), bf16),
-        "layers": {i: layer for i in range(7)},
-    }
-    return source, target
-
-
-JOIN = {"gate_up": (("gate", "up"), 1)}
 
 
 def test_layers_and_parts_find_their_source():

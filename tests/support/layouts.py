@@ -1,10 +1,14 @@
-"""Layouts of one array on the eight simulated devices, for tests of resharding."""
+"""Layouts of arrays on the eight simulated devices, for tests of resharding."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm.sharding import mesh
+
+SHAPE = (24, 48)
 
 
 def _named(axes, *spec, devices=slice(None)):
@@ -45,3 +49,46 @@ def other_devices():
         "one": SingleDeviceSharding(jax.devices()[5]),
         "all": _named({"f": 8}, "f"),
     }
+
+
+def abstract(sharding, shape=SHAPE, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+# The target joins these of the source, along the axis.
+JOIN = {"gate_up": (("gate", "up"), 1)}
+
+
+def seven_layers():
+    train = mesh.make({"fsdp": 4, "tensor": 2})
+    generate = mesh.make({"data": 2, "tensor": 4})
+
+    def leaf(on, spec, shape, dtype):
+        return abstract(NamedSharding(on, P(*spec)), shape, dtype)
+
+    f32, bf16 = jnp.float32, jnp.bfloat16
+    source = {
+        "embedding": leaf(train, ("tensor", "fsdp"), (32, 16), f32),
+        "layers": {
+            name: leaf(train, (None, "fsdp", "tensor"), (7, 16, 8), f32)
+            for name in ("gate", "up", "down")
+        },
+    }
+    layer = {
+        "gate_up": leaf(generate, (None, "tensor"), (16, 16), bf16),
+        "down": leaf(generate, (None, "tensor"), (16, 8), bf16),
+    }
+    target = {
+        "embedding": leaf(generate, ("tensor",), (32, 16), bf16),
+        "layers": {i: layer for i in range(7)},
+    }
+    return source, target
+
+
+def filled(tree):
+    """Arrays of distinct numbers, laid out as `tree`."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda x: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), x.sharding),
+        tree,
+    )

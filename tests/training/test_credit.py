@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_actor import EIGHT, make_config, make_rollouts
+from fixed_rollouts import EIGHT, make_config, make_rollouts
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import masked

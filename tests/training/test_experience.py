@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_critic import make_config, newest
+from short_run import GRPO, make_config, mean_id, newest
 
 from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.rewards import RewardFunction, Scores
@@ -20,22 +20,10 @@ from jaxrl_llm.training import experience as collect
 from jaxrl_llm.training import loop as train
 from jaxrl_llm.training.build import build
 
-GRPO = {
-    "algorithm.adv_estimator": "grpo",
-    "critic.optim.lr": 1e-5,
-    "critic.dtype": "bfloat16",
-    "critic.remat": "full",
-    "critic.mesh": {},
-}
-
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     return tiny.checkpoint(tmp_path_factory.mktemp("model") / "tiny")
-
-
-def mean_id(completion_ids, **columns):
-    return [float(np.mean(ids)) / 256 for ids in completion_ids]
 
 
 def of_odd_prompts(prompts, completion_ids, **columns):

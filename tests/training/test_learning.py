@@ -3,12 +3,7 @@
 import numpy as np
 import pytest
 import tiny
-from test_critic import make_config
-from test_experience import GRPO, mean_id
-from test_loop import (
-    cache,  # noqa: F401  (fixtures)
-    values,  # noqa: F401  (fixtures)
-)
+from short_run import GRPO, make_config, mean_id
 
 from jaxrl_llm.config import parsing
 from jaxrl_llm.rewards import RewardFunction
@@ -80,7 +75,7 @@ FAMILIES = [
 @pytest.mark.parametrize(
     "family", FAMILIES, ids=lambda x: "-".join(map(str, x.values()))
 )
-def test_the_reward_rises(values, tmp_path, family):  # noqa: F811
+def test_the_reward_rises(values, tmp_path, family):
     whole = {"output_dir": str(tmp_path / "run"), **values}
     arguments = [f"--{key}={value}" for key, value in family.items()]
     # Two updates per step, so that ratios move away from 1; nothing but the learning.

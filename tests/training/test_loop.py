@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import tiny
 import yaml
-from jax.experimental.compilation_cache import compilation_cache
+from learnable import PROMPTS, QUESTIONS, SAMPLES, STEPS
 
 from jaxrl_llm import api, models
 from jaxrl_llm import cli as launch
@@ -27,54 +27,6 @@ from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.training import loop as train
 from jaxrl_llm.training.build import build
 from jaxrl_llm.training.checkpoint import Checkpoints
-
-STEPS, PROMPTS, SAMPLES = 8, 4, 8
-QUESTIONS = [{"prompt": f"{i}+{i + 1}=", "answer": str(2 * i + 1)} for i in range(13)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Runs of one shape compile once, in this process and in those it starts."""
-    directory = tmp_path_factory.mktemp("cache")
-    with (
-        jax._src.config.compilation_cache_dir(str(directory)),
-        jax._src.config.persistent_cache_min_compile_time_secs(0),
-    ):
-        compilation_cache.reset_cache()
-        yield directory
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def values(tiny_model, tmp_path_factory):
-    """A configuration, but for its output_dir."""
-    rows = tmp_path_factory.mktemp("rows")
-    for name, part in (("train", QUESTIONS[:10]), ("val", QUESTIONS[10:])):
-        lines = [json.dumps(row) + "\n" for row in part]
-        (rows / f"{name}.jsonl").write_text("".join(lines))
-    return {
-        "model": {"path": tiny_model},
-        "data": {
-            "train": {"path": str(rows / "train.jsonl")},
-            "val": {"path": str(rows / "val.jsonl")},
-            "train_batch_size": PROMPTS,
-            "max_prompt_length": 48,
-        },
-        "rollout": {
-            "n": SAMPLES,
-            "max_response_length": 8,
-            "decode_chunk": 8,
-            "dtype": "float32",
-        },
-        "actor": {
-            "dtype": "float32",
-            "remat": "none",
-            "optim": {"lr": 0.02, "weight_decay": 0.0},
-        },
-        "reward": {"functions": [{"name": "tiny:small_ids"}]},
-        "val": {"n": 2, "threshold": 0.7},
-        "trainer": {"total_training_steps": STEPS, "save_freq": 2, "test_freq": 4},
-    }
 
 
 def write_config(values, directory):
@@ -190,12 +142,10 @@ def test_it_is_plotted(finished):
 class Process:
     """`python -m jaxrl_llm train CONFIG`, like the run in this process."""
 
-    def __init__(self, config, cache, pause_s=0.0):
+    def __init__(self, config, pause_s=0.0):
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "8",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "TINY_PAUSE_S": str(pause_s),
         }
         self.process = subprocess.Popen(
@@ -238,20 +188,20 @@ def what_a_run_says(run):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit(finished, values, cache, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(finished, values, tmp_path):
     run = tmp_path / "killed"
     config = write_config(values, run)
 
     # In the middle of a step; then while a checkpoint is being written.
-    process = Process(config, cache, pause_s=0.1)
+    process = Process(config, pause_s=0.1)
     process.stop_when(lambda: lines(run) == 4, signal.SIGKILL)
     assert process.process.returncode == -signal.SIGKILL
-    process = Process(config, cache)
+    process = Process(config)
     said = process.stop_when(lambda: max(steps_on_disk(run)) >= 4, signal.SIGKILL)
     assert process.process.returncode == -signal.SIGKILL
 
     # Asked to stop, it ends the step, saves, and says how to go on.
-    process = Process(config, cache, pause_s=0.3)
+    process = Process(config, pause_s=0.3)
     begun = lines(run)
     said = process.stop_when(lambda: lines(run) not in (0, begun), signal.SIGTERM)
     assert process.process.returncode == 0, said
@@ -259,7 +209,7 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, values, cache, tmp_path):
     assert f"stopped after step {last} of {STEPS}; the same command goes on" in said
     assert last in steps_on_disk(run)
 
-    process = Process(config, cache)
+    process = Process(config)
     said = process.finish()
     assert process.process.returncode == 0, said
     assert f"going on from step {last}" in said

@@ -1,0 +1,85 @@
+"""A policy of three small matrices, and six responses to three prompts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxrl_llm.algorithms import grpo, logprobs
+from jaxrl_llm.data.packing import Layout, make_rows
+from jaxrl_llm.data.types import Completion, Prompt
+
+VOCAB, WIDTH = 7, 4
+OPTIMIZER = optax.sgd(0.1)
+RNG = np.random.default_rng(0)
+
+
+def draw(low, high, size):
+    return RNG.integers(low, high, size)
+
+
+PROMPTS = [
+    Prompt(id=p, content="", tokens=tuple(draw(0, VOCAB, n).tolist()), columns={})
+    for p, n in enumerate([3, 5, 2])
+]
+COMPLETIONS = [
+    [
+        Completion(
+            prompt_id=p,
+            sample=g,
+            tokens=draw(0, VOCAB, n).astype(np.int32),
+            logprobs=RNG.uniform(-3, -1, n).astype(np.float32),
+            raw_logprobs=np.zeros(n, np.float32),
+            finish_reason="stop",
+            weight_version=0,
+            text="",
+        )
+        for g, n in enumerate(lengths)
+    ]
+    for p, lengths in enumerate([(1, 4), (2, 6), (3, 1)])
+]
+ADVANTAGES = np.array([[1.0, -1.0], [0.3, -0.3], [-2.0, 2.0]], np.float32)
+
+
+@jax.jit
+def logprob_fn(params, rows):
+    """Position and token embeddings into a linear output: no attention, so packing is
+    only a matter of positions."""
+    hidden = params["tokens"][rows.tokens] + params["positions"][rows.positions]
+    return logprobs.of_tokens(
+        jnp.tanh(hidden),
+        params["output"],
+        rows.tokens,
+        rows.positions,
+        rows.response_mask,
+    )
+
+
+def make_state(optimizer=OPTIMIZER, key=0):
+    keys = jax.random.split(jax.random.key(key), 3)
+    params = {
+        "tokens": jax.random.normal(keys[0], (VOCAB, WIDTH)),
+        "positions": jax.random.normal(keys[1], (16, WIDTH)),
+        "output": jax.random.normal(keys[2], (VOCAB, WIDTH)),
+    }
+    return grpo.TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+def make_batch(order=(0, 1, 2), off_policy=True, **how):
+    """Off-policy: old and reference log-probabilities are those of other weights."""
+    batch = make_rows(
+        [PROMPTS[p] for p in order],
+        [COMPLETIONS[p] for p in order],
+        ADVANTAGES[list(order)],
+        layout=Layout(**how),
+    )
+    batch = jax.device_put(batch)
+    if not off_policy:
+        return batch
+    near = jax.tree.map(
+        lambda x, y: x + 0.2 * y, make_state().params, make_state(key=1).params
+    )
+    old = logprob_fn(near, batch).logprobs
+    return dataclasses.replace(batch, old_logprobs=old, ref_logprobs=old - 0.1)
