@@ -15,9 +15,11 @@ from jaxrl_llm.models.apply import (
     init,
     logical_axes,
     logits,
+    merge,
     num_matmul_params,
     num_params,
     output_matrix,
+    split_params,
     unstack,
 )
 from jaxrl_llm.models.architecture import Architecture, Rope
@@ -74,6 +76,7 @@ __all__ = [
     "load",
     "logical_axes",
     "logits",
+    "merge",
     "num_matmul_params",
     "num_params",
     "open",
@@ -82,6 +85,7 @@ __all__ = [
     "partition",
     "save",
     "shared_prompts",
+    "split_params",
     "unstack",
     "untied",
     "values",

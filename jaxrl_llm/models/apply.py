@@ -5,9 +5,13 @@
 (`params["layers"][i]`), and *fused* (generation; unstacked, with q, k, v and gate, up
 joined, perhaps quantised). `unstack` goes from the first to the second, `fuse` on to
 the third.
+
+Where only some parameters are trained, they and the frozen ones are two trees:
+`split_params` takes them apart, `merge` puts together what `forward` reads.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -68,6 +72,45 @@ def logical_axes(
     )
 
 
+def split_params(
+    params: Params, is_trained: Callable[[str], bool]
+) -> tuple[Params, Params]:
+    """Trained and frozen parameters: two trees of the structure of `params`, each with
+    None, which JAX takes for a tree without leaves, where the other has an array.
+
+    Args:
+      is_trained: whether a parameter is trained, by its name, such as "layers.q" or
+        "norm.scale".
+    """
+
+    def part(wanted: bool) -> Params:
+        def keep(path, leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            return leaf if is_trained(name) == wanted else None
+
+        return jax.tree.map_with_path(keep, params)
+
+    return part(True), part(False)
+
+
+def merge(trained: Params, frozen: Params) -> Params:
+    """One tree of both, the inverse of `split_params`. What one of them does not have
+    at all, such as adapters, the other may have.
+
+    Raises:
+      ValueError: both have an array of the same name.
+    """
+    if trained is None or frozen is None:
+        return frozen if trained is None else trained
+    if not (isinstance(trained, dict) and isinstance(frozen, dict)):
+        raise ValueError(
+            f"a parameter is trained and frozen: {jnp.shape(trained)} and "
+            f"{jnp.shape(frozen)}; it belongs to one of the two trees"
+        )
+    names = {**trained, **frozen}
+    return {name: merge(trained.get(name), frozen.get(name)) for name in names}
+
+
 def num_params(arch: Architecture) -> int:
     """How many numbers the model has; a tied output matrix counts once."""
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(arch)))
@@ -84,13 +127,16 @@ def for_products(arch: Architecture, params: Params, dtype) -> Params:
     """Stacked weights as matrix products take them: cast once rather than at each use.
 
     Norms, and the embedding, whose gradient is a sum over all tokens, stay as they are.
+
+    Args:
+      params: all of them, or either tree of `split_params`.
     """
 
     def cast(x, axes):
-        kept = "norm" in axes or "vocab" in axes
+        kept = x is None or "norm" in axes or "vocab" in axes
         return x if kept else x.astype(dtype)
 
-    return jax.tree.map(cast, params, logical_axes(arch))
+    return jax.tree.map(cast, params, logical_axes(arch), is_leaf=lambda x: x is None)
 
 
 def unstack(params: Params, dtype) -> Params:
@@ -171,7 +217,7 @@ def forward(
       dtype: of activations, and of weights inside matrix products.
       remat: what the backward pass computes again, see `Remat`.
       attention: see `flash.choose`.
-      loop: over the layers, see `loop.choose`.
+      loop: over the layers, see `layer_loop.choose`.
       shard: lays out activations by the names of their axes, such as
         `sharding.rules.Partition.constrain`.
     """

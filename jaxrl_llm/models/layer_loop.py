@@ -5,7 +5,9 @@
     else           scan: JAX's loop
 
 All compute x <- layer(x, weights[i], i) for i = 0, 1, ... and are differentiable in x
-and weights. What `layer` closes over is not differentiated.
+and weights. Weights that are not differentiated, such as a frozen base beside trained
+adapters, are constants: no gradient of theirs is computed or takes room. What `layer`
+closes over is not differentiated.
 """
 
 import functools
@@ -14,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
@@ -22,6 +25,8 @@ from jaxrl_llm.sharding.mesh import platform_of
 
 Weights = Any
 """A tree of arrays [L, ...], or of one layer's [...]."""
+Leaves = list[Any]
+"""Of weights; None where they are of the other half, trained or frozen."""
 Layer = Callable[[Array, Weights, Int[Array, ""]], Array]
 Loop = Callable[[Layer, Array, Weights], Array]
 
@@ -71,7 +76,8 @@ def unrolled(layer: Layer, x: Array, weights: Weights) -> Array:
     def body(x, here):
         # Behind the barrier all layers look alike, and share their kernels.
         weights, i = here
-        return layer(x, jax.lax.optimization_barrier(weights), i), None
+        leaves, form = jax.tree.flatten(weights)
+        return layer(x, jax.tree.unflatten(form, _barrier(leaves)), i), None
 
     here = weights, jnp.arange(_count(weights))
     return jax.lax.scan(body, x, here, unroll=True)[0]
@@ -86,51 +92,67 @@ def in_place(layer: Layer, x: Array, weights: Weights) -> Array:
     `COMPILER_OPTIONS`, without which it is right, but no faster than `scan`.
     """
     count = _count(weights)
+    leaves, form = jax.tree.flatten(weights)
 
     @functools.cache
-    def forward_pass():
-        one = jax.eval_shape(lambda w: jax.tree.map(lambda leaf: leaf[0], w), weights)
-        return _ForwardPass(layer, jax.ShapeDtypeStruct(x.shape, x.dtype), one)
+    def forward_pass(is_trained: tuple[bool, ...]) -> _ForwardPass:
+        ones = [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in leaves]
+        return _ForwardPass(
+            lambda x, leaves, i: layer(x, jax.tree.unflatten(form, leaves), i),
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            *_part(ones, is_trained),
+        )
 
     @jax.custom_vjp
-    def loop(x, weights):
-        return scan(layer, x, weights)
+    def loop(x, leaves):
+        return scan(layer, x, jax.tree.unflatten(form, leaves))
 
-    def forward(x, weights):
+    def forward(x, leaves):
+        is_trained = tuple(leaf.perturbed for leaf in leaves)
+        halves = _part([leaf.value for leaf in leaves], is_trained)
+        run = forward_pass(is_trained).run
+
         def body(i, carry):
-            here = jax.tree.map(lambda leaf: _read(leaf, i), weights)
-            return forward_pass().run(*carry, here, i)
+            here = jax.tree.map(lambda leaf: _read(leaf, i), halves)
+            return run(*carry, *here, i)
 
-        places = forward_pass().places(count)
-        x, places = jax.lax.fori_loop(0, count, body, (x, places))
-        return x, (places, weights)
+        places = forward_pass(is_trained).places(count)
+        x, places = jax.lax.fori_loop(0, count, body, (x.value, places))
+        return x, (places, *halves)
 
     def backward(kept, gradient):
+        _, trained, _ = kept
+        pullback = forward_pass(tuple(leaf is not None for leaf in trained)).pullback
+
         def body(step, carry):
             gradient, gradients = carry
             i = count - 1 - step
             here = jax.tree.map(lambda leaf: _read(leaf, i), kept)
-            gradient, found = forward_pass().pullback(*here, i)(gradient)
+            gradient, found = pullback(*here, i)(gradient)
             put = functools.partial(_write, i=i)
             return gradient, jax.tree.map(put, gradients, found)
 
-        _, weights = kept
-        gradients = jax.tree.map(jnp.zeros_like, weights)
+        gradients = jax.tree.map(jnp.zeros_like, trained)
         return jax.lax.fori_loop(0, count, body, (gradient, gradients))
 
-    loop.defvjp(forward, backward)
-    return loop(x, weights)
+    loop.defvjp(forward, backward, symbolic_zeros=True)
+    return loop(x, leaves)
 
 
 class _ForwardPass:
     """What JAX computes of a layer that is to be differentiated, by operations, and
     which of their results the backward pass asks for."""
 
-    def __init__(self, layer: Layer, x: Any, weights: Weights):
-        closed, (_, pullback) = jax.make_jaxpr(
-            lambda x, weights, i: jax.vjp(lambda *given: layer(*given, i), x, weights),
-            return_shape=True,
-        )(x, weights, jax.ShapeDtypeStruct((), jnp.int32))
+    def __init__(self, layer: Layer, x: Any, trained: Leaves, frozen: Leaves):
+        def forward(x, trained, frozen, i):
+            def of_trained(x, trained):
+                return layer(x, _join(trained, frozen), i)
+
+            return jax.vjp(of_trained, x, trained)
+
+        closed, (_, pullback) = jax.make_jaxpr(forward, return_shape=True)(
+            x, trained, frozen, jax.ShapeDtypeStruct((), jnp.int32)
+        )
         self._jaxpr, self._consts = closed.jaxpr, closed.consts
         self._pullback = jax.tree.structure(pullback)
         self._result, *self._asked = self._jaxpr.outvars
@@ -143,11 +165,16 @@ class _ForwardPass:
         return [jnp.zeros((count, *v.aval.shape), v.aval.dtype) for v in self._kept]
 
     def run(
-        self, x: Array, places: list[Array], weights: Weights, i: Array
+        self,
+        x: Array,
+        places: list[Array],
+        trained: Leaves,
+        frozen: Leaves,
+        i: Array,
     ) -> tuple[Array, list[Array]]:
         """Layer i's result, and the places with what it keeps."""
         start, *_ = self._jaxpr.invars
-        values = self._given(weights, i) | {start: x}
+        values = self._given(trained, frozen, i) | {start: x}
         places = dict(zip(self._kept, places, strict=True))
         if start in places:
             places[start] = _write(places[start], x, i)
@@ -161,18 +188,24 @@ class _ForwardPass:
                 values[variable] = value
         return values[self._result], list(places.values())
 
-    def pullback(self, kept: list[Array], weights: Weights, i: Array) -> Callable:
-        """Layer i's backward pass: its result's gradient to those of x and weights."""
-        values = self._given(weights, i) | dict(zip(self._kept, kept, strict=True))
+    def pullback(
+        self, kept: list[Array], trained: Leaves, frozen: Leaves, i: Array
+    ) -> Callable:
+        """Layer i's backward pass: its result's gradient to those of x and of trained
+        weights."""
+        values = self._given(trained, frozen, i)
+        values |= dict(zip(self._kept, kept, strict=True))
         asked = [
             v.val if isinstance(v, core.Literal) else values[v] for v in self._asked
         ]
         return jax.tree.unflatten(self._pullback, asked)
 
-    def _given(self, weights: Weights, i: Array) -> dict[core.Var, Array]:
+    def _given(
+        self, trained: Leaves, frozen: Leaves, i: Array
+    ) -> dict[core.Var, Array]:
         """What is there before and need not be kept."""
         variables = [*self._jaxpr.constvars, *self._jaxpr.invars[1:]]
-        values = [*self._consts, *jax.tree.leaves(weights), i]
+        values = [*self._consts, *jax.tree.leaves((trained, frozen)), i]
         return dict(zip(variables, values, strict=True))
 
     def _apply(
@@ -189,6 +222,36 @@ class _ForwardPass:
         )
         function = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
         return function(*(values[v] for v in inputs))
+
+
+@jax.custom_jvp
+def _barrier(leaves: list[Array]) -> list[Array]:
+    """`jax.lax.optimization_barrier`, which by itself gives a gradient to every weight
+    behind it if one of them has any."""
+    return jax.lax.optimization_barrier(leaves)
+
+
+def _barrier_jvp(primals, tangents):
+    (leaves,), (tangents,) = primals, tangents
+    moving = [t for t in tangents if type(t) is not SymbolicZero]
+    moved = iter(jax.lax.optimization_barrier(moving))
+    return _barrier(leaves), [
+        t if type(t) is SymbolicZero else next(moved) for t in tangents
+    ]
+
+
+_barrier.defjvp(_barrier_jvp, symbolic_zeros=True)
+
+
+def _part(leaves: list[Any], is_trained: tuple[bool, ...]) -> tuple[Leaves, Leaves]:
+    """Trained and frozen ones, each with None where the other has a leaf."""
+    pairs = list(zip(leaves, is_trained, strict=True))
+    trained = [leaf if yes else None for leaf, yes in pairs]
+    return trained, [None if yes else leaf for leaf, yes in pairs]
+
+
+def _join(trained: Leaves, frozen: Leaves) -> list[Array]:
+    return [b if a is None else a for a, b in zip(trained, frozen, strict=True)]
 
 
 def _count(weights: Weights) -> int:

@@ -14,6 +14,7 @@ from jaxrl_llm.models import Rope
 from jaxrl_llm.models import layer_loop as loop
 from jaxrl_llm.sharding import mesh
 
+LOOPS = [loop.scan, loop.unrolled, loop.in_place]
 LAYERS = 3
 # Alternating windows and rotations, as some families have them.
 MIXED = {
@@ -91,7 +92,7 @@ def layer(x, weights, i):
     return x + jnp.tanh(x @ weights["a"]) @ weights["b"]
 
 
-@pytest.mark.parametrize("over", [loop.scan, loop.unrolled, loop.in_place])
+@pytest.mark.parametrize("over", LOOPS)
 def test_the_gradient_is_that_of_a_python_loop(over):
     def by_hand(x, weights):
         for i in range(LAYERS):
@@ -164,6 +165,86 @@ def test_only_an_unrolled_loop_grows_with_depth():
         assert deep == shallow
     shallow, deep = sizes(loop.unrolled)
     assert deep > 2 * shallow
+
+
+@functools.cache
+def half_trained(over):
+    """The gradient of `a` and `b` of eight layers, and of `b` alone, as programs."""
+    shape = jax.ShapeDtypeStruct((8, 64, 64), jnp.float32)
+    x = jax.ShapeDtypeStruct((64,), jnp.float32)
+
+    def loss(trained, frozen, x):
+        return jnp.sum(over(layer, x, models.merge(trained, frozen)) ** 2)
+
+    def lowered(*halves):
+        return jax.jit(jax.grad(loss)).lower(*halves, x)
+
+    whole = lowered({"a": shape, "b": shape}, {})
+    half = lowered({"a": None, "b": shape}, {"a": shape, "b": None})
+    return [(program, program.compile()) for program in (whole, half)]
+
+
+@pytest.mark.parametrize("over", LOOPS)
+def test_the_gradient_of_a_trained_half_is_its_part_of_the_whole(over):
+    (_, whole), (_, half) = half_trained(over)
+    draw = np.random.default_rng(1).standard_normal
+    a, b = (jnp.float32(draw((8, 64, 64)) / 8) for _ in range(2))
+    x = jnp.float32(draw(64))
+    found = half({"a": None, "b": b}, {"a": a, "b": None}, x)
+    assert found["a"] is None
+    wanted = whole({"a": a, "b": b}, {}, x)["b"]
+    np.testing.assert_allclose(found["b"], wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("over", LOOPS)
+def test_the_gradient_of_a_frozen_half_is_neither_computed_nor_kept(over):
+    (whole, whole_compiled), (half, half_compiled) = half_trained(over)
+    one, other = (x.memory_analysis() for x in (whole_compiled, half_compiled))
+    assert one.output_size_in_bytes - other.output_size_in_bytes >= 8 * 64 * 64 * 4
+    assert other.temp_size_in_bytes <= one.temp_size_in_bytes
+    # Of a layer, forward x a and tanh(.) b; backward what x, tanh(.) and b have of the
+    # gradient, and a if it is trained. Layers that are unrolled share one function.
+    products = [program.as_text().count("dot_general") for program in (whole, half)]
+    assert products == [6, 5]
+
+
+def test_a_trained_and_a_frozen_tree_are_one_again_when_merged():
+    params = {"layers": {"q": 1.0, "norm": 2.0}, "norm": {"scale": 3.0}}
+    halves = models.split_params(params, lambda name: name == "layers.q")
+    assert halves == (
+        {"layers": {"q": 1.0, "norm": None}, "norm": {"scale": None}},
+        {"layers": {"q": None, "norm": 2.0}, "norm": {"scale": 3.0}},
+    )
+    assert models.merge(*halves) == params == models.merge(params, None)
+    adapters = {"layers": {"lora": {"a": 4.0}}}
+    assert models.merge(adapters, params)["layers"] == {
+        "q": 1.0, "norm": 2.0, "lora": {"a": 4.0},
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="trained and frozen: .*one of the two trees"):
+        models.merge(params, halves[1])
+
+
+def test_a_decoder_is_differentiated_in_its_trained_half():
+    arch = tiny.arch(num_layers=LAYERS)
+    params = models.init(arch, jax.random.key(0))
+
+    def loss(trained, frozen):
+        hidden = models.forward(
+            arch, models.merge(trained, frozen), TOKENS, POSITIONS, IDS,
+            dtype=jnp.float32, remat="dots", loop=loop.in_place,
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(hidden))
+
+    def is_trained(name):
+        return name in ("layers.q", "layers.down", "norm.scale")
+
+    found = jax.jit(jax.grad(loss))(*models.split_params(params, is_trained))
+    _, whole = loss_and_gradients(loop.in_place, "dots", False)
+    wanted, _ = models.split_params(whole, is_trained)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    assert len(jax.tree.leaves(found)) == 3
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.accelerator
