@@ -11,6 +11,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel
 
+from jaxrl_llm.config import renamed
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
 
@@ -145,6 +146,8 @@ def explain(error: pydantic.ValidationError, source: str) -> str:
 def _line(item: Mapping[str, Any]) -> str:
     path = ".".join(map(str, item["loc"]))
     match item["type"]:
+        case "extra_forbidden" if advice := renamed.advice(path):
+            return f"{path}: {advice}"
         case "extra_forbidden":
             known = _keys(item["loc"][:-1])
             near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)

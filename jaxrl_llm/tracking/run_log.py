@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import yaml
 from rich.console import Console
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms.ppo import TrainState
+from jaxrl_llm.config import resume
 from jaxrl_llm.config.names import device_numbers
 from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.config.schema import Config
@@ -41,41 +41,6 @@ _PHASES = {
     "testing": "validating",
     "save_checkpoint": "saving",
 }
-# Settings a run may go on with changed: they do not change what it has done so far.
-_MAY_CHANGE = (
-    "output_dir",
-    "trainer.",
-    "val.",
-    "placement.",
-    "actor.mesh.",
-    "actor.ref_mesh",
-    "actor.rules",
-    "actor.micro_batch_size",
-    "actor.pack_length",
-    "actor.share_prompts",
-    "actor.remat",
-    "actor.attention",
-    "actor.offload",
-    "actor.unroll",
-    "critic.mesh.",
-    "critic.rules",
-    "critic.micro_batch_size",
-    "critic.remat",
-    "critic.attention",
-    "critic.unroll",
-    "reward.model.mesh.",
-    "reward.model.rules",
-    "reward.model.micro_batch_size",
-    "reward.model.offload",
-    "reward.model.attention",
-    "reward.model.unroll",
-    "rollout.mesh.",
-    "rollout.max_num_seqs",
-    "rollout.decode_chunk",
-    "rollout.checksum_freq",
-    "rollout.max_mismatch",
-    "rollout.vllm.",
-)
 
 
 class Records:
@@ -87,7 +52,7 @@ class Records:
         self.directory = Path(config.output_dir)
         self._leads = processes.leads()
         self._console = Console(quiet=not self._leads)
-        _check_goes_on(self.directory, config)
+        resume.check(self.directory, config)
         self.prompt_batches = PromptBatches(
             data.train,
             config.data.train_batch_size,
@@ -328,38 +293,3 @@ def recommendation(config: Config, line: Mapping[str, float]) -> str | None:
         f"{config.rollout.max_mismatch}: --algorithm.rollout_correction.rollout_is "
         "token corrects for it"
     )
-
-
-def _check_goes_on(directory: Path, config: Config) -> None:
-    """Raises ConfigError if output_dir holds a run that this one cannot go on."""
-    path = directory / "config.yaml"
-    if not path.exists():
-        return
-    if config.trainer.resume == "never":
-        raise ConfigError(
-            f"trainer.resume is never, but output_dir {directory} holds a run; choose "
-            "another output_dir"
-        )
-    before = _flat(yaml.safe_load(path.read_text()))
-    now = _flat(config.model_dump(mode="json"))
-    changed = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
-    ]
-    if changed:
-        raise ConfigError(
-            f"output_dir {directory} holds a run with other settings; choose another "
-            f"output_dir, or go on with the same: {'; '.join(changed)}"
-        )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings, by dotted path."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        path: leaf
-        for key, value in tree.items()
-        for path, leaf in _flat(value, f"{prefix}.{key}" if prefix else key).items()
-    }

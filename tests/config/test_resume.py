@@ -1,0 +1,130 @@
+"""What a run that goes on may have changed, also across versions."""
+
+import copy
+
+import pytest
+import yaml
+
+from jaxrl_llm.config import parsing, renamed, resume
+from jaxrl_llm.config.parsing import ConfigError
+
+VALUES = {
+    "model": {"path": "m"},
+    "data": {"train": {"path": "x.jsonl"}},
+    "reward": {"functions": [{"name": "exact", "weight": 0.5}]},
+    "actor": {"optim": {"lr": 0.5}},
+    "trainer": {"total_training_steps": 3},
+}
+
+
+def settings(directory, **changed):
+    values = {"output_dir": str(directory), **copy.deepcopy(VALUES)}
+    for key, value in changed.items():
+        parsing.put(values, key.split("__"), value)
+    return parsing.parse(values, "test")
+
+
+def store(directory, config, without=(), **more):
+    """Writes down what an earlier version would have: some keys less, some more."""
+    values = config.model_dump(mode="json")
+    for key in without:
+        *sections, last = key.split("__")
+        section = values
+        for name in sections:
+            section = section[name]
+        del section[last]
+    for key, value in more.items():
+        parsing.put(values, key.split("__"), value)
+    (directory / "config.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_a_directory_without_a_run_is_free(tmp_path):
+    resume.check(tmp_path / "none", settings(tmp_path, trainer__resume="never"))
+
+
+def test_the_same_settings_go_on_and_so_do_those_that_change_no_number(tmp_path):
+    config = settings(tmp_path)
+    store(tmp_path, config)
+    resume.check(tmp_path, config)
+    resume.check(tmp_path, settings(tmp_path, trainer__total_training_steps=9))
+    resume.check(tmp_path, settings(tmp_path, actor__micro_batch_size=4))
+
+
+def test_a_key_that_was_not_there_yet_counts_as_its_default(tmp_path):
+    config = settings(tmp_path)
+    store(tmp_path, config, without=["actor__clip_ratio_low", "placement"])
+    resume.check(tmp_path, config)
+    changed = settings(tmp_path, actor__clip_ratio_low=0.1)
+    with pytest.raises(ConfigError, match=r"actor.clip_ratio_low was 0.2, is 0.1"):
+        resume.check(tmp_path, changed)
+
+
+def test_a_key_of_a_reward_function_that_was_not_there_yet_counts_as_its_default(
+    tmp_path,
+):
+    config = settings(tmp_path)
+    one = {"name": "exact", "weight": 0.5}
+    store(tmp_path, config, reward__functions=[one])
+    resume.check(tmp_path, config)
+
+
+def test_a_renamed_key_is_read_as_the_new_one(tmp_path, monkeypatch):
+    monkeypatch.setitem(renamed.FORMER, "optim.step_size", "actor.optim.lr")
+    config = settings(tmp_path)
+    without = ["actor__optim__lr"]
+    store(tmp_path, config, without=without, optim={"step_size": 0.5})
+    with pytest.raises(ConfigError, match="optim: unknown key"):
+        resume.check(tmp_path, config)  # the section that held it is not in the table
+    monkeypatch.setitem(renamed.FORMER, "optim", renamed.Removed("drop it", {}))
+    resume.check(tmp_path, config)
+    store(tmp_path, config, without=without, optim={"step_size": 0.25})
+    with pytest.raises(ConfigError, match=r"actor.optim.lr was 0.25, is 0.5"):
+        resume.check(tmp_path, config)
+
+
+def test_a_renamed_section_is_read_as_the_new_one(tmp_path, monkeypatch):
+    monkeypatch.setitem(renamed.FORMER, "policy", "actor")
+    config = settings(tmp_path)
+    stored = config.model_dump(mode="json")["actor"]
+    store(tmp_path, config, without=["actor"], policy=stored)
+    resume.check(tmp_path, config)
+
+
+def test_a_key_that_is_gone_may_have_been_idle_only(tmp_path, monkeypatch):
+    gone = renamed.Removed("use actor.clip_ratio_low", idle=False)
+    monkeypatch.setitem(renamed.FORMER, "actor.clip", gone)
+    config = settings(tmp_path)
+    store(tmp_path, config, actor__clip=False)
+    resume.check(tmp_path, config)
+    store(tmp_path, config, actor__clip=True)
+    with pytest.raises(ConfigError, match="actor.clip is True, but .* gone; use actor"):
+        resume.check(tmp_path, config)
+
+
+def test_a_key_that_this_version_does_not_know_is_an_error_that_names_it(tmp_path):
+    config = settings(tmp_path)
+    store(tmp_path, config, actor__from_the_future=1)
+    with pytest.raises(ConfigError, match="actor.from_the_future: unknown key"):
+        resume.check(tmp_path, config)
+
+
+def test_a_former_key_in_a_file_is_an_error_that_names_the_new_one(monkeypatch):
+    gone = renamed.Removed("leave it out", idle=None)
+    monkeypatch.setitem(renamed.FORMER, "actor.step_size", "actor.optim.lr")
+    monkeypatch.setitem(renamed.FORMER, "seeds", gone)
+    values = {"output_dir": "x", **VALUES, "seeds": [1]}
+    values["actor"] = {"step_size": 0.5}
+    with pytest.raises(ConfigError) as error:
+        parsing.parse(values, "a.yaml")
+    assert sorted(str(error.value).splitlines()) == [
+        "a.yaml: actor.step_size: this key is now actor.optim.lr",
+        "a.yaml: seeds: this key is gone; leave it out",
+    ]
+
+
+def test_every_former_key_is_unknown_now_and_every_new_one_is_known():
+    known = {path for path in resume.facts(settings("x")) | {"actor.optim.lr": 0.5}}
+    for key, now in renamed.FORMER.items():
+        assert not any(path == key or path.startswith(f"{key}.") for path in known)
+        if isinstance(now, str):
+            assert any(path == now or path.startswith(f"{now}.") for path in known)
