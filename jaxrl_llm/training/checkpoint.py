@@ -3,6 +3,9 @@
 Weights, optimizer and step are arrays, saved and restored in their sharding; the data
 position and coefficients are JSON. A checkpoint that was not finished does not exist:
 orbax writes under a temporary name and renames.
+
+Each says its format's number, `FORMAT`; those from before there was one count as 0.
+Formats 0 and 1 differ in nothing else.
 """
 
 import logging
@@ -13,6 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
+
+FORMAT = 1
+"""Of the checkpoints written; every one up to it can be read."""
 
 
 class Checkpoint(NamedTuple):
@@ -76,7 +82,7 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(_named(state)),
-                position=ocp.args.JsonSave(dict(position)),
+                position=ocp.args.JsonSave({**position, "format": FORMAT}),
             ),
             metrics=None if score is None else {"score": score},
         )
@@ -89,11 +95,13 @@ class Checkpoints:
             out as it is wanted now.
 
         Raises:
-          ValueError: the newest checkpoint holds other arrays than `like`.
+          ValueError: the newest checkpoint holds other arrays than `like`, or is of a
+            newer format than `FORMAT`.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
+        position = self._position(step)
         wanted = _named(like)
         saved = self._manager.item_metadata(step)["state"].tree
         for name in sorted(wanted.keys() | saved.keys()):
@@ -105,14 +113,25 @@ class Checkpoints:
                 raise ValueError(self._stranger(step, f"{name} is {shapes}"))
         restored = self._manager.restore(
             step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(wanted), position=ocp.args.JsonRestore()
-            ),
+            args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)),
         )
         state = jax.tree.unflatten(
             jax.tree.structure(like), [restored["state"][name] for name in wanted]
         )
-        return Checkpoint(step, state, restored["position"])
+        return Checkpoint(step, state, position)
+
+    def _position(self, step: int) -> dict[str, Any]:
+        """What is stored besides arrays, of a format that is known."""
+        args = ocp.args.Composite(position=ocp.args.JsonRestore())
+        position = dict(self._manager.restore(step, args=args)["position"])
+        number = position.pop("format", 0)
+        if number > FORMAT:
+            raise ValueError(
+                f"{self.directory / str(step)} has checkpoint format {number}, this "
+                f"version reads up to {FORMAT}; go on with a newer jaxrl_llm, or use "
+                "another output_dir"
+            )
+        return position
 
     def _stranger(self, step: int, what: str) -> str:
         return (

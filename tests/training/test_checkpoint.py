@@ -1,5 +1,6 @@
 """Saved and restored states, on eight simulated devices."""
 
+import json
 import shutil
 
 import jax
@@ -107,8 +108,12 @@ def test_a_step_that_is_saved_is_not_saved_again(tmp_path):
 def test_what_was_not_finished_does_not_exist(tmp_path):
     save(tmp_path, [2, 4])
     (tmp_path / "4").rename(tmp_path / "6.orbax-checkpoint-tmp")
-    assert newest(tmp_path).step == 2
-    assert kept(tmp_path) == [2]  # and nothing of it is left behind
+    with Checkpoints(tmp_path, 9) as checkpoints:
+        assert checkpoints.restore(like()).step == 2
+        # What is left of it is removed in the background, at the latest before a save.
+        checkpoints.save(8, on_devices(), POSITION)
+        assert "6.orbax-checkpoint-tmp" not in {p.name for p in tmp_path.iterdir()}
+    assert kept(tmp_path) == [2, 8]
 
 
 def test_one_that_was_being_deleted_is_in_nobodys_way(tmp_path):
@@ -119,6 +124,23 @@ def test_one_that_was_being_deleted_is_in_nobodys_way(tmp_path):
     assert newest(tmp_path).step == 4
     save(tmp_path, [6], keep=1)
     assert newest(tmp_path).step == 6
+
+
+def test_each_says_its_format_and_older_ones_are_read(tmp_path):
+    save(tmp_path, [5])
+    (stored,) = (tmp_path / "5" / "position").glob("metadata*")
+    said = json.loads(stored.read_text())
+    assert said.pop("format") == 1
+    stored.write_text(json.dumps(said))  # as it was before there were numbers
+    assert newest(tmp_path).position == {**POSITION, "step": 5}
+
+
+def test_a_format_of_a_later_version_is_an_error_that_names_both(tmp_path):
+    save(tmp_path, [5])
+    (stored,) = (tmp_path / "5" / "position").glob("metadata*")
+    stored.write_text(json.dumps({**json.loads(stored.read_text()), "format": 7}))
+    with pytest.raises(ValueError, match="5 has checkpoint format 7, .* up to 1; go"):
+        newest(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,56 @@
+"""A run of an earlier version goes on. `fixtures/` says how it was made."""
+
+import hashlib
+import json
+import pathlib
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_llm.config import parsing
+from jaxrl_llm.tracking import run_directory
+from jaxrl_llm.training import loop
+from jaxrl_llm.training.build import build
+from jaxrl_llm.training.checkpoint import Checkpoints
+
+ARCHIVE = pathlib.Path(__file__).parents[1] / "fixtures/run_before_the_house.tar.gz"
+
+
+@pytest.fixture
+def there(tmp_path, monkeypatch):
+    """The directory that the paths of the old run are relative to."""
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_from_before_the_house_is_restored_bit_for_bit_and_goes_on(there):
+    config = parsing.load("run/config.yaml")
+    job = build(config)
+    with Checkpoints("run/checkpoints", 3) as checkpoints:
+        found = checkpoints.restore(loop.abstract_state(job))
+    assert (found.step, found.position["prompts"]["batches"]) == (1, 1)
+    restored = {
+        jax.tree_util.keystr(path, simple=True, separator="."): [
+            str(leaf.dtype),
+            list(leaf.shape),
+            hashlib.sha256(leaf.tobytes()).hexdigest(),
+        ]
+        for path, leaf in jax.tree.leaves_with_path(jax.device_get(found.state))
+    }
+    assert restored == json.loads((there / "leaves.json").read_text())
+
+    loop.run(job)
+    told = (there / "metrics.jsonl").read_text().splitlines()
+    lines = run_directory.read("run")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    for wanted, got in zip(map(json.loads, told), lines[1:], strict=True):
+        assert wanted.keys() <= got.keys()
+        for name, value in wanted.items():
+            # Another processor, and one device, round otherwise.
+            np.testing.assert_allclose(
+                got[name], value, rtol=1e-3, atol=1e-4, err_msg=name
+            )
