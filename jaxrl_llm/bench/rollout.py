@@ -21,13 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import models
-from jaxrl_llm.config import parsing
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
+from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.sharding import hardware, mesh, rules
 from jaxrl_llm.tracking import device_trace as profile
 from jaxrl_llm.tracking import performance
-from jaxrl_llm.training.build import engine_of
 
 
 def main(
@@ -85,7 +84,6 @@ def main(
     )
     asked = _requests(arch, prompts, n, prompt_length, length, mean)
     tokens = sum(r.sampling.max_tokens * r.num_samples for r in asked)
-    eight = {"quantization": quantization, "kv_cache_dtype": kv_cache_dtype}
     console, profiles = Console(), []
     least = floor(
         arch,
@@ -103,37 +101,25 @@ def main(
     )  # fmt: skip
     for name in engines:
         with tempfile.TemporaryDirectory() as directory:
-            servers = {
-                "command": shlex.split(vllm_command),
-                "args": shlex.split(vllm_args),
-            }
-            config = parsing.parse(
+            made = _engine(
+                name,
+                arch,
+                [request.tokens for request in asked],
                 {
-                    "output_dir": directory,
-                    "model": {"path": model},
-                    "data": {
-                        "train": {"path": "unused.jsonl"},
-                        "max_prompt_length": prompt_length,
-                    },
-                    "reward": {"functions": [{"name": "exact"}]},
-                    "rollout": {
-                        "engine": name,
-                        "max_response_length": length,
-                        "dtype": dtype,
-                        **({} if name == "vllm" else eight),
-                        "max_num_seqs": max_num_seqs,
-                        "decode_chunk": decode_chunk,
-                        "prefill_tokens": prefill_tokens,
-                        **({"vllm": servers} if name == "vllm" else {}),
-                    },
-                    "trainer": {"total_training_steps": 1},
+                    "command": shlex.split(vllm_command),
+                    "args": shlex.split(vllm_args),
                 },
-                "jaxrl bench rollout",
+                directory=directory,
+                tensor=tensor,
+                dtype=dtype,
+                max_model_len=prompt_length + length,
+                max_num_seqs=max_num_seqs,
+                decode_chunk=decode_chunk,
+                prefill_tokens=prefill_tokens,
+                quantization=quantization,
+                kv_cache_dtype=kv_cache_dtype,
             )
-            axes = mesh.fill({"data": -1, "tensor": tensor}, count)
-            on, probes = mesh.make(axes), [request.tokens for request in asked]
-            tokenizer = _tokenizer(arch.vocab_size)
-            with closing(engine_of(config, arch, tokenizer, on, probes)) as engine:
+            with closing(made) as engine:
                 found = _measure(engine, params, asked, rounds)
                 if profiled and name == "jax":
                     with profile.recorded() as recording:
@@ -152,6 +138,51 @@ def main(
         )  # fmt: skip
         print(json.dumps({"model": model, "engine": name, **found}), flush=True)
     console.print(table, *profiles)
+
+
+def _engine(
+    name: Literal["jax", "vllm"],
+    arch: models.Architecture,
+    prompts: Sequence[Sequence[int]],
+    servers: Mapping[str, Sequence[str]],
+    *,
+    directory: str,
+    tensor: int,
+    dtype: str,
+    max_model_len: int,
+    max_num_seqs: int,
+    **of_jax: Any,
+) -> Engine:
+    """One of the engines.
+
+    Args:
+      servers: fields of `VllmSettings`.
+      of_jax: arguments that only `JaxEngine` has.
+    """
+    tokenizer = _tokenizer(arch.vocab_size)
+    sizes = {"max_model_len": max_model_len, "max_num_seqs": max_num_seqs}
+    if name == "vllm":
+        # Needs the extra `vllm`.
+        from jaxrl_llm.rollout.servers.vllm import VllmEngine, VllmSettings
+
+        return VllmEngine(
+            arch,
+            tokenizer,
+            prompts,
+            VllmSettings(**servers),
+            directory=directory,
+            dtype=dtype,
+            **sizes,
+        )
+    axes = mesh.fill({"data": -1, "tensor": tensor}, jax.device_count())
+    return JaxEngine(
+        arch,
+        tokenizer,
+        mesh=mesh.make(axes),
+        dtype=jnp.dtype(dtype),
+        **sizes,
+        **of_jax,
+    )
 
 
 def floor(

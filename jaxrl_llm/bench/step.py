@@ -23,12 +23,17 @@ from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.models import known_shapes as shapes
-from jaxrl_llm.rewards import resolve, score
+from jaxrl_llm.rewards import score
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
 from jaxrl_llm.tracking import performance
 from jaxrl_llm.training import credit as estimate
-from jaxrl_llm.training.build import engine_of, has_critic, make_meshes
+from jaxrl_llm.training.build import (
+    engine_of,
+    has_critic,
+    make_meshes,
+    reward_functions,
+)
 
 
 class _Numbers:
@@ -199,7 +204,11 @@ def _step(
         rollouts = _responses(engine, asked, lengths.tolist(), step)
     with timer("reward"):
         scores = score(
-            resolve(config.reward), asked, rollouts, timeout_s=60.0, on_error="raise"
+            reward_functions(config.reward),
+            asked,
+            rollouts,
+            timeout_s=60.0,
+            on_error="raise",
         )
     with timer("adv"):
         unknown = np.zeros_like(scores.total)

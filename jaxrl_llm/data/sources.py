@@ -6,11 +6,10 @@ import importlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-from jaxrl_llm.config.schema import DatasetConfig
 
 Row = dict[str, Any]
 
@@ -18,7 +17,32 @@ Row = dict[str, Any]
 _TAKEN = ("prompts", "completions", "completion", "completion_ids")
 
 
-def read_rows(config: DatasetConfig) -> list[Row]:
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A set of questions: where its rows are and what is put around each question."""
+
+    path: str
+    """FILE.jsonl, FILE.parquet, hub:ID, disk:DIR or reasoning_gym:TASK."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """The task's parameters (reasoning_gym), or arguments of `datasets.load_dataset`
+    (hub)."""
+    split: str = "train"
+    """Which split to read (hub, disk)."""
+    size: int | None = None
+    """At most this many rows; all if None (reasoning_gym needs a number)."""
+    seed: int = 0
+    """Which questions are drawn (reasoning_gym)."""
+    prompt_key: str = "prompt"
+    """The column that holds the question: text, or a list of chat messages."""
+    answer_key: str = "answer"
+    """The column that holds the reference answer."""
+    prompt_template: str | None = None
+    """Text around the question; {name} stands for column `name`."""
+    system_prompt: str | None = None
+    """A system message before the question."""
+
+
+def read_rows(source: Source) -> list[Row]:
     """The rows of a source, each with `prompt_key`, `answer_key` and a column `answer`.
 
     `answer` is the answer column under the name that reward functions know; a key such
@@ -28,9 +52,9 @@ def read_rows(config: DatasetConfig) -> list[Row]:
 
     Raises:
       ValueError: no such source, nothing in it, a line or row that cannot be read, a
-        missing column, or a field of `config` that this kind of source does not read.
+        missing column, or a field of `source` that this kind of source does not read.
     """
-    kind, _, name = config.path.partition(":")
+    kind, _, name = source.path.partition(":")
     match kind:
         case "hub":
             used, read = {"params", "split"}, _read_hub
@@ -39,34 +63,35 @@ def read_rows(config: DatasetConfig) -> list[Row]:
         case "reasoning_gym":
             used, read = {"params", "seed"}, _read_reasoning_gym
         case _:
-            used, read, name = set(), _read_file, config.path
-    for field in {"params", "split", "seed"} - used:
-        value = getattr(config, field)
-        if value != DatasetConfig.model_fields[field].default:
-            raise ValueError(f"{config.path}: {field} is {value!r} but not used here")
-    rows = list(read(name, config))
+            used, read, name = set(), _read_file, source.path
+    unset = Source(path=source.path)
+    for key in {"params", "split", "seed"} - used:
+        value = getattr(source, key)
+        if value != getattr(unset, key):
+            raise ValueError(f"{source.path}: {key} is {value!r} but not used here")
+    rows = list(read(name, source))
     if not rows:
-        raise ValueError(f"{config.path}: no rows")
+        raise ValueError(f"{source.path}: no rows")
     for i, row in enumerate(rows):
         try:
-            column(row, config.prompt_key)
-            row["answer"] = column(row, config.answer_key)
+            column(row, source.prompt_key)
+            row["answer"] = column(row, source.answer_key)
         except KeyError as error:
             raise ValueError(
-                f"{where(config, i)}: no column {error.args[0]!r}; it has "
+                f"{where(source, i)}: no column {error.args[0]!r}; it has "
                 f"{list(row)}; see prompt_key and answer_key"
             ) from None
         if taken := [key for key in _TAKEN if key in row]:
             raise ValueError(
-                f"{config.path}: column {taken[0]!r} has the name of an argument that "
+                f"{source.path}: column {taken[0]!r} has the name of an argument that "
                 "every reward function gets; rename it"
             )
     return rows
 
 
-def where(config: DatasetConfig, index: int) -> str:
+def where(source: Source, index: int) -> str:
     """Names a row in an error."""
-    return f"{config.path}, row {index} (from 0)"
+    return f"{source.path}, row {index} (from 0)"
 
 
 def column(row: Mapping[str, Any], key: str) -> Any:
@@ -85,7 +110,7 @@ def column(row: Mapping[str, Any], key: str) -> Any:
     return value
 
 
-def _read_file(name: str, config: DatasetConfig) -> Iterator[Row]:
+def _read_file(name: str, source: Source) -> Iterator[Row]:
     path = Path(name)
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(
@@ -96,7 +121,7 @@ def _read_file(name: str, config: DatasetConfig) -> Iterator[Row]:
         near = sorted(str(p) for p in path.parent.glob(f"*{path.suffix}"))
         raise ValueError(f"{name}: no such file; {path.parent} has {near}")
     read = _read_jsonl if path.suffix == ".jsonl" else _read_parquet
-    return islice(read(path), config.size)
+    return islice(read(path), source.size)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -125,52 +150,52 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path}: not a Parquet file: {error}") from None
 
 
-def _read_hub(name: str, config: DatasetConfig) -> Iterator[Row]:
+def _read_hub(name: str, source: Source) -> Iterator[Row]:
     datasets = _import("datasets")
     try:
-        data = datasets.load_dataset(name, split=config.split, **config.params)
+        data = datasets.load_dataset(name, split=source.split, **source.params)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{config.path}: {error}") from error
-    return map(dict, islice(data, config.size))
+        raise ValueError(f"{source.path}: {error}") from error
+    return map(dict, islice(data, source.size))
 
 
-def _read_disk(name: str, config: DatasetConfig) -> Iterator[Row]:
+def _read_disk(name: str, source: Source) -> Iterator[Row]:
     datasets = _import("datasets")
     try:
         data = datasets.load_from_disk(name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{config.path}: {error}") from error
+        raise ValueError(f"{source.path}: {error}") from error
     if isinstance(data, datasets.DatasetDict):
-        if config.split not in data:
+        if source.split not in data:
             raise ValueError(
-                f"{config.path}: no split {config.split!r}; it has {list(data)}"
+                f"{source.path}: no split {source.split!r}; it has {list(data)}"
             )
-        data = data[config.split]
-    return map(dict, islice(data, config.size))
+        data = data[source.split]
+    return map(dict, islice(data, source.size))
 
 
-def _read_reasoning_gym(name: str, config: DatasetConfig) -> Iterator[Row]:
+def _read_reasoning_gym(name: str, source: Source) -> Iterator[Row]:
     reasoning_gym = _import("reasoning_gym")
     known = _import("reasoning_gym.factory").DATASETS
     if name not in known:
-        raise ValueError(f"{config.path}: no such task{_near(name, known)}")
-    if config.size is None:
-        raise ValueError(f"{config.path}: set `size`, how many questions to draw")
+        raise ValueError(f"{source.path}: no such task{_near(name, known)}")
+    if source.size is None:
+        raise ValueError(f"{source.path}: set `size`, how many questions to draw")
     fields = {f.name for f in dataclasses.fields(known[name][1])} - {"seed", "size"}
-    for key in config.params:
+    for key in source.params:
         if key not in fields:
             raise ValueError(
-                f"{config.path}: the task has no parameter {key!r}"
+                f"{source.path}: the task has no parameter {key!r}"
                 f"{_near(key, fields)}; it has {sorted(fields)}"
             )
     try:
         entries = reasoning_gym.create_dataset(
-            name, size=config.size, seed=config.seed, **config.params
+            name, size=source.size, seed=source.seed, **source.params
         )
     except (AssertionError, TypeError, ValueError) as error:
-        raise ValueError(f"{config.path}: params {config.params}: {error}") from error
+        raise ValueError(f"{source.path}: params {source.params}: {error}") from error
     return (
-        {**entry, "prompt": entry["question"], "dataset_params": config.params}
+        {**entry, "prompt": entry["question"], "dataset_params": source.params}
         for entry in entries
     )
 

@@ -1,6 +1,6 @@
 """(prompt, response, answer) -> number."""
 
-from jaxrl_llm.rewards.builtin import resolve
+from jaxrl_llm.rewards.builtin import Term, resolve
 from jaxrl_llm.rewards.scoring import RewardError, RewardFunction, Scores, score
 
-__all__ = ["RewardError", "RewardFunction", "Scores", "resolve", "score"]
+__all__ = ["RewardError", "RewardFunction", "Scores", "Term", "resolve", "score"]

@@ -1,8 +1,8 @@
-"""The built-in reward functions, and how a config names them.
+"""The built-in reward functions, and how they are named.
 
 All have TRL's signature (see `scoring`): one score per response, 1.0 for a right answer
 and 0.0 for a wrong one. `answer` is the data set's answer column. Arguments after the
-`*` are the `params` of the config.
+`*` are the `params` of a `Term`.
 """
 
 import decimal
@@ -13,11 +13,11 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.config.schema import RewardConfig
 from jaxrl_llm.rewards.scoring import RewardFunction
 from jaxrl_llm.workers.judge import judge
 
@@ -229,8 +229,20 @@ BUILTIN: dict[str, Callable[..., list[float]]] = {
 }
 
 
-def resolve(config: RewardConfig) -> list[RewardFunction]:
-    """The functions that a config names, with their params bound.
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One term of the reward, by name."""
+
+    name: str
+    """Of a built-in function, or module:function."""
+    weight: float = 1.0
+    """Its scores are multiplied by it."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments passed to the function."""
+
+
+def resolve(terms: Sequence[Term]) -> list[RewardFunction]:
+    """The functions that `terms` name, with their params bound.
 
     `module:function` is imported, also from the current directory. A name used twice
     gets a number: gsm8k, gsm8k_2.
@@ -241,7 +253,7 @@ def resolve(config: RewardConfig) -> list[RewardFunction]:
     """
     functions: list[RewardFunction] = []
     counts: dict[str, int] = {}
-    for term in config.functions:
+    for term in terms:
         function = _find(term.name)
         name = term.name.rpartition(":")[2]
         counts[name] = counts.get(name, 0) + 1

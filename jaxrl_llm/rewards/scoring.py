@@ -185,7 +185,7 @@ def _start(
     parameters = inspect.signature(function).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         arguments = {k: v for k, v in arguments.items() if k in parameters}
-    if isinstance(function, functools.partial):  # params of the config, not columns
+    if isinstance(function, functools.partial):  # a term's params, not columns
         bound = function.keywords
         arguments = {k: v for k, v in arguments.items() if k not in bound}
     call: Future = Future()

@@ -11,9 +11,15 @@ import jax.numpy as jnp
 from jaxrl_llm import models
 from jaxrl_llm.config.names import device_numbers
 from jaxrl_llm.config.parsing import ConfigError
-from jaxrl_llm.config.schema import Config, PlacementConfig
+from jaxrl_llm.config.schema import (
+    Config,
+    DataConfig,
+    PlacementConfig,
+    RewardConfig,
+)
 from jaxrl_llm.data import prompts
-from jaxrl_llm.rewards import RewardFunction, resolve
+from jaxrl_llm.data.sources import Source
+from jaxrl_llm.rewards import RewardFunction, Term, resolve
 from jaxrl_llm.rewards.builtin import overlong_penalty
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.roles.critic import Critic
@@ -57,7 +63,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     for name in config.trainer.loggers:
         loggers.find(name)
     meshes = make_meshes(config)
-    functions = resolve(config.reward) if rewards is None else rewards
+    functions = reward_functions(config.reward) if rewards is None else rewards
     names = [function.name for function in functions]
     names += [RewardModel.name] if config.reward.model else []
     if len(set(names)) != len(names):
@@ -74,7 +80,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         tokenizer=config.model.tokenizer,
     )
     check_lengths(config, source.arch)
-    data = prompts.load(config.data, source.tokenizer)
+    data = read_data(config.data, source.tokenizer)
     shaped = [*functions, *shaping(config)]
     model = None
     if config.reward.model:
@@ -97,6 +103,23 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         learner=Learner(config, source, meshes["actor"], meshes["reference"]),
         critic=Critic(config, source, meshes["critic"]) if has_critic(config) else None,
         reward_model=model,
+    )
+
+
+def reward_functions(section: RewardConfig) -> list[RewardFunction]:
+    """The functions that `reward.functions` names."""
+    return resolve([Term(**term.model_dump()) for term in section.functions])
+
+
+def read_data(section: DataConfig, tokenizer: Any) -> prompts.Datasets:
+    """The training and the held-out questions that `data` names."""
+    return prompts.load(
+        Source(**section.train.model_dump()),
+        Source(**section.val.model_dump()) if section.val else None,
+        tokenizer,
+        max_prompt_length=section.max_prompt_length,
+        overlong_prompts=section.overlong_prompts,
+        chat_template=section.chat_template,
     )
 
 
@@ -148,11 +171,20 @@ def engine_of(
                 checksum_freq=rollout.checksum_freq,
             )
         case "vllm":
-            from jaxrl_llm.rollout.servers.vllm import (
-                VllmEngine,  # needs the extra `vllm`
-            )
+            # Needs the extra `vllm`.
+            from jaxrl_llm.rollout.servers.vllm import VllmEngine, VllmSettings
 
-            return VllmEngine(config, arch, tokenizer, questions)
+            return VllmEngine(
+                arch,
+                tokenizer,
+                questions,
+                VllmSettings(**rollout.vllm.model_dump()),
+                directory=config.output_dir,
+                dtype=rollout.dtype,
+                max_model_len=config.data.max_prompt_length
+                + rollout.max_response_length,
+                max_num_seqs=rollout.max_num_seqs,
+            )
 
 
 def has_critic(config: Config) -> bool:

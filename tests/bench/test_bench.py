@@ -68,7 +68,7 @@ def test_the_floor_of_an_engine_is_what_must_be_read(monkeypatch):
     # decoded 8 at a time: 200 steps; a token sees 150 others on average.
     monkeypatch.setattr(rollout.jax, "device_count", lambda: 1)
     monkeypatch.setattr(rollout.hardware, "facts", lambda kind: (1, 4.8e12, 1))
-    monkeypatch.setattr(rollout.metrics, "peak_flops", lambda kind: 989e12)
+    monkeypatch.setattr(rollout.hardware, "peak_flops", lambda kind: 989e12)
     request = Request(
         prompt_id=0, tokens=(0,) * 100, num_samples=16, seed=0,
         sampling=Sampling(max_tokens=100),

@@ -5,9 +5,8 @@ from collections import Counter
 import pytest
 import tiny
 
-from jaxrl_llm.config.schema import DataConfig, DatasetConfig
 from jaxrl_llm.data import prompts, stream
-from jaxrl_llm.data.sources import read_rows
+from jaxrl_llm.data.sources import Source, read_rows
 from jaxrl_llm.data.types import Prompt
 
 GSM8K = pathlib.Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
@@ -20,15 +19,17 @@ def write(path, rows):
 
 
 def rows_of(path, **fields):
-    return read_rows(DatasetConfig(path=str(path), **fields))
+    return read_rows(Source(path=str(path), **fields))
 
 
 def load(train, val=None, tokenizer=None, **fields):
-    def dataset(value):
-        return value if isinstance(value, DatasetConfig | None) else {"path": value}
+    def source(value):
+        return value if isinstance(value, Source | None) else Source(path=value)
 
-    config = DataConfig(train=dataset(train), val=dataset(val), **fields)
-    return prompts.load(config, tokenizer or tiny.tokenizer())
+    fields = {"max_prompt_length": 512} | fields
+    return prompts.load(
+        source(train), source(val), tokenizer or tiny.tokenizer(), **fields
+    )
 
 
 def test_jsonl_and_parquet_hold_the_same_rows(tmp_path):
@@ -112,7 +113,7 @@ def test_reasoning_gym_draws_by_task_size_seed_and_params():
 )
 def test_a_source_that_cannot_be_read_is_named(fields, message):
     with pytest.raises(ValueError, match=message):
-        read_rows(DatasetConfig(**fields))
+        read_rows(Source(**fields))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_fields_that_a_file_does_not_read_are_refused(tmp_path):
 def test_rows_as_verl_writes_them(tmp_path):
     question = [{"role": "user", "content": "1+1="}]
     row = {"prompt": question, "reward_model": {"style": "rule", "ground_truth": "2"}}
-    train = DatasetConfig(
+    train = Source(
         path=write(tmp_path / "a.jsonl", [row]), answer_key="reward_model.ground_truth"
     )
     (prompt,) = load(train).train
@@ -158,8 +159,8 @@ def test_rows_as_verl_writes_them(tmp_path):
 
 
 def render(row, chat_template=True, **fields):
-    config = DatasetConfig(path="a.jsonl", **fields)
-    return prompts.render(row, config, chat_template=chat_template)
+    source = Source(path="a.jsonl", **fields)
+    return prompts.render(row, source, chat_template=chat_template)
 
 
 def test_a_question_is_put_into_its_template_and_after_its_system_prompt():
@@ -271,7 +272,7 @@ def test_held_out_questions_are_taken_out_of_training(tmp_path):
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="no GSM8K here")
 def test_gsm8k_loads_whole():
     train, val = (
-        DatasetConfig(path=str(GSM8K / f"{name}.jsonl"), prompt_key="question", size=n)
+        Source(path=str(GSM8K / f"{name}.jsonl"), prompt_key="question", size=n)
         for name, n in (("train", 200), ("test", 100))
     )
     found = load(train, val, max_prompt_length=2048)

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from scored_texts import make, run
 
-from jaxrl_llm.config.schema import DatasetConfig, RewardConfig
-from jaxrl_llm.data.sources import read_rows
-from jaxrl_llm.rewards import RewardError, RewardFunction, resolve
+from jaxrl_llm.data.sources import Source, read_rows
+from jaxrl_llm.rewards import RewardError, RewardFunction, Term, resolve
 from jaxrl_llm.rewards.builtin import exact, gsm8k, math, numeric, reasoning_gym
 from jaxrl_llm.workers.judge import judge
 
@@ -256,7 +255,7 @@ def test_gsm8k_scores_as_verl_does(method, reply, answer, expected):
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="no GSM8K here")
 def test_gsm8k_accepts_every_reference_solution():
-    rows = read_rows(DatasetConfig(path=str(GSM8K), prompt_key="question"))
+    rows = read_rows(Source(path=str(GSM8K), prompt_key="question"))
     answers = [row["answer"] for row in rows]
     assert gsm8k(answers, answers) == [1.0] * 1319
     numbers = [answer.split("#### ")[1] for answer in answers]
@@ -298,7 +297,7 @@ def test_math_refuses_an_answer_that_is_no_expression():
 
 def entry_columns(task, **fields):
     path = f"reasoning_gym:{task}"
-    rows = read_rows(DatasetConfig(path=path, size=2, **fields))
+    rows = read_rows(Source(path=path, size=2, **fields))
     names = ("question", "answer", "metadata", "dataset_params")
     return {name: [row[name] for row in rows] for name in names}
 
@@ -328,7 +327,7 @@ def test_a_verifier_that_is_not_installed_is_named(monkeypatch):
 
 
 def resolved(*functions):
-    return resolve(RewardConfig.model_validate({"functions": functions}))
+    return resolve([Term(**function) for function in functions])
 
 
 def test_a_config_names_built_in_functions_and_imported_ones(tmp_path, monkeypatch):

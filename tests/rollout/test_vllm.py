@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
-from vllm_on_cpu import MODEL, PYTHON, make, processes, settings
+from vllm_on_cpu import MODEL, PYTHON, make, processes
 
 from jaxrl_llm import models
 from jaxrl_llm.config import parsing
@@ -27,7 +27,6 @@ from jaxrl_llm.data import prompts
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
 from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.rollout.servers.server import Server, ServerError
-from jaxrl_llm.rollout.servers.vllm import VllmEngine
 from jaxrl_llm.sharding import mesh
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -329,11 +328,8 @@ def test_a_running_server_is_attached_to(engine, model, tmp_path):
 
 def test_a_running_server_must_take_the_longest_sequence(engine, model, tmp_path):
     url = engine._replicas[0].server.url
-    config = settings(tmp_path, urls=[url])
-    data = config.data.model_copy(update={"max_prompt_length": 500})
-    config = config.model_copy(update={"data": data})
     with pytest.raises(ServerError, match="takes 128 tokens.*--max-model-len 532"):
-        VllmEngine(config, model[0].arch, model[0].tokenizer, model[2])
+        make(model, tmp_path, max_model_len=532, urls=[url])
 
 
 def test_weights_that_a_server_cannot_read_are_an_error(engine, model, monkeypatch):

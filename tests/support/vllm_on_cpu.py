@@ -4,7 +4,7 @@ import pathlib
 import subprocess
 
 from jaxrl_llm.config import parsing
-from jaxrl_llm.rollout.servers.vllm import VllmEngine
+from jaxrl_llm.rollout.servers.vllm import VllmEngine, VllmSettings
 
 ROOT = pathlib.Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm/bin/python"
@@ -35,10 +35,24 @@ def settings(directory, **vllm):
     return parsing.parse(values, "test")
 
 
-def make(model, directory, **vllm):
+def make(model, directory, max_model_len=128, **vllm):
     loaded, _, asked = model
-    config = settings(directory, **vllm)
-    return VllmEngine(config, loaded.arch, loaded.tokenizer, asked)
+    given = {
+        "command": [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server"],
+        "args": ["--enforce-eager"],
+        "env": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"},
+    }
+    given = {"reproducible": True} | (vllm if "urls" in vllm else given | vllm)
+    return VllmEngine(
+        loaded.arch,
+        loaded.tokenizer,
+        asked,
+        VllmSettings(**given),
+        directory=directory,
+        dtype="float32",
+        max_model_len=max_model_len,
+        max_num_seqs=16,
+    )
 
 
 def processes(engine):

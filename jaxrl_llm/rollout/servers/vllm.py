@@ -28,7 +28,6 @@ import numpy as np
 from rich.console import Console
 
 from jaxrl_llm import models
-from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data.types import Completion
 from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.servers import verify_weights as probe
@@ -53,6 +52,39 @@ _KEPT = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class VllmSettings:
+    """Servers that generate: running ones (`urls`), or ours, which end with the run."""
+
+    urls: Sequence[str] = ()
+    """Running servers, such as http://host:8000. Requests are spread over them."""
+    command: Sequence[str] = ("python", "-m", "vllm.entrypoints.openai.api_server")
+    """Starts one of ours: the Python of vLLM's environment, or a container."""
+    args: Sequence[str] = ()
+    """More arguments of the command."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """More variables of its environment."""
+    devices: Sequence[str] = ()
+    """One server of ours per entry, which becomes its CUDA_VISIBLE_DEVICES; without
+    entries one server, which sees the devices that this process sees."""
+    port: int | None = None
+    """Of the first server of ours, the others follow; free ports if None."""
+    weights_dir: str | None = None
+    """Folder that weights are sent through; trainer and servers must see it. If None,
+    /dev/shm for servers of ours where there is such, else `directory`."""
+    start_timeout_s: float = 900.0
+    """Longest wait for a server to come up, seconds."""
+    request_timeout_s: float = 600.0
+    """Longest wait for the responses to one prompt, seconds. A server of ours that
+    takes longer is started again."""
+    max_restarts: int = 3
+    """How often servers may be lost between two transfers of weights."""
+    reproducible: bool = False
+    """Draw every group of responses from a seed of its own."""
+    max_probe_diff: float = 0.1
+    """Largest mean difference in nats between server and trainer on the probes."""
+
+
 @dataclass
 class _Replica:
     """One server and what is known of it."""
@@ -72,9 +104,14 @@ class VllmEngine:
     """An `Engine` whose tokens come from vLLM.
 
     Args:
-      config: `rollout` is how to generate; server logs go to `output_dir`.
-      tokenizer: of the model; decodes responses.
+      arch: the model's shape.
+      tokenizer: the model's; decodes responses.
       prompts: tokens of questions; responses to the first of them become the probes.
+      settings: which servers, and how they are started and watched.
+      directory: where the logs of servers of ours go.
+      dtype: of weights, activations and cache of servers of ours.
+      max_model_len: longest prompt and response together, tokens.
+      max_num_seqs: sequences that one server decodes together.
 
     Raises:
       ServerError: a running server lacks something, or the command does not exist.
@@ -82,23 +119,26 @@ class VllmEngine:
 
     def __init__(
         self,
-        config: Config,
         arch: models.Architecture,
         tokenizer: Any,
         prompts: Sequence[Sequence[int]],
+        settings: VllmSettings,
+        *,
+        directory: str | Path,
+        dtype: str,
+        max_model_len: int,
+        max_num_seqs: int,
     ):
-        self.config, self.arch, self.tokenizer = config, arch, tokenizer
+        self.arch, self.tokenizer, self.settings = arch, tokenizer, settings
         self._prompts = [tuple(p) for p in prompts[:_NUM_PROBES]]
-        self._directory = Path(config.output_dir)
-        self._max_len = (
-            config.data.max_prompt_length + config.rollout.max_response_length
-        )
+        self._directory = Path(directory)
+        self._dtype, self._max_num_seqs = dtype, max_num_seqs
+        self._max_len = max_model_len
         self._version, self._restarts = -1, 0
         self._waiting: list[_Asked] = []
         self._probes: probe.Probes | None = None
         self._scores: np.ndarray | None = None
         self._weights = self._current = self._shared_folder()
-        settings = config.rollout.vllm
         self._replicas = self._running() if settings.urls else self._own()
         self._remover = subprocess.Popen(
             [sys.executable, "-c", _REMOVE, self._weights],
@@ -237,7 +277,7 @@ class VllmEngine:
 
     def _shared_folder(self) -> Path:
         """Where weights are sent through: of this run alone, the same each time."""
-        settings, memory = self.config.rollout.vllm, Path("/dev/shm")
+        settings, memory = self.settings, Path("/dev/shm")
         if settings.weights_dir:
             folder = Path(settings.weights_dir)
         elif memory.is_dir() and not settings.urls:
@@ -248,12 +288,12 @@ class VllmEngine:
         return (folder / f"jaxrl-weights-{run[:12]}").absolute()
 
     def _running(self) -> list[_Replica]:
-        settings = self.config.rollout.vllm
+        settings = self.settings
         longest = settings.request_timeout_s
         return [_Replica(Server(url, longest)) for url in settings.urls]
 
     def _own(self) -> list[_Replica]:
-        settings = self.config.rollout.vllm
+        settings = self.settings
         command = settings.command[0]
         if not shutil.which(command):
             raise ServerError(f"rollout.vllm.command: there is no program {command!r}")
@@ -274,7 +314,7 @@ class VllmEngine:
 
     async def _send(self, replica: _Replica) -> None:
         """Brings the current weights to a server, which may have to be started."""
-        if not self.config.rollout.vllm.urls and not replica.process:
+        if not self.settings.urls and not replica.process:
             return await self._start(replica)
         starts = replica.starts
         try:
@@ -284,8 +324,7 @@ class VllmEngine:
 
     async def _start(self, replica: _Replica) -> None:
         """Starts a server of ours with the current weights; returns when it is up."""
-        rollout, number = self.config.rollout, self._replicas.index(replica)
-        settings = rollout.vllm
+        settings, number = self.settings, self._replicas.index(replica)
         environment = dict(settings.env)
         if replica.device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = replica.device
@@ -293,9 +332,9 @@ class VllmEngine:
             settings.command,
             (
                 *("--model", str(self._current), "--served-model-name", "policy"),
-                *("--runner", "generate", "--dtype", rollout.dtype),
+                *("--runner", "generate", "--dtype", self._dtype),
                 *("--max-model-len", str(self._max_len)),
-                *("--max-num-seqs", str(rollout.max_num_seqs)),
+                *("--max-num-seqs", str(self._max_num_seqs)),
                 *("--logprobs-mode", "processed_logprobs"),
                 *settings.args,
             ),
@@ -310,7 +349,7 @@ class VllmEngine:
         await replica.server.check(self._max_len)
 
     async def _until_up(self, process: Process, server: Server) -> None:
-        longest = self.config.rollout.vllm.start_timeout_s
+        longest = self.settings.start_timeout_s
         console, start, said = Console(), time.monotonic(), 0.0
         console.print(f"starting vLLM, log in {process.log}", soft_wrap=True)
         while not await server.alive():
@@ -342,7 +381,7 @@ class VllmEngine:
         async with replica.lock:
             if replica.starts != starts:
                 return  # another request has seen to it
-            settings = self.config.rollout.vllm
+            settings = self.settings
             self._restarts += 1
             if self._restarts > settings.max_restarts:
                 raise ServerError(
@@ -363,7 +402,7 @@ class VllmEngine:
                 await self._verify(replica)
 
     async def _wait_for(self, server: Server, error: Lost) -> None:
-        longest = self.config.rollout.vllm.start_timeout_s
+        longest = self.settings.start_timeout_s
         end = time.monotonic() + longest
         while not await server.alive():
             if time.monotonic() > end:
@@ -414,10 +453,10 @@ class VllmEngine:
             f"{server[asked].mean():.4f} on average, the trainer's "
             f"{self._scores[asked].mean():.4f};"
         )
-        attached = self.config.rollout.vllm.urls
+        attached = self.settings.urls
         stale = replica.server.device == "cpu" and self.arch.tie_embeddings
         hint = _KEPT if attached and stale else ""
-        most_allowed = self.config.rollout.vllm.max_probe_diff
+        most_allowed = self.settings.max_probe_diff
         if not mean <= most_allowed:
             raise ServerError(
                 f"{what} they differ by {mean:.4f}, "
@@ -441,7 +480,7 @@ class VllmEngine:
         """Puts one completion for each of `waiting` into `found`."""
         # Twice what a server decodes together: of a group, some end before others.
         samples = sum(len(samples) for _, samples in waiting) / max(1, len(waiting))
-        most = math.ceil(2 * self.config.rollout.max_num_seqs / max(1, samples))
+        most = math.ceil(2 * self._max_num_seqs / max(1, samples))
         tasks = [
             asyncio.create_task(self._serve(replica, waiting, found))
             for _ in range(min(most, len(waiting)))
@@ -489,7 +528,7 @@ class VllmEngine:
             "stop_token_ids": list(stops),
             "ignore_eos": True,  # its idea of the end; ours is in stop_token_ids
         }
-        if self.config.rollout.vllm.reproducible:
+        if self.settings.reproducible:
             words = [request.seed, request.prompt_id, samples[0]]
             seed = np.random.SeedSequence(words).generate_state(1)[0]
             options["seed"] = int(seed >> 1)
