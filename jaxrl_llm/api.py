@@ -1,24 +1,40 @@
 """Verbs of the Python API: `train`, `evaluate`, `generate`."""
 
+import functools
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+
+from jaxrl_llm import models
 from jaxrl_llm.config import parsing
-from jaxrl_llm.config import schema as configs
-from jaxrl_llm.config.parsing import ConfigError
-from jaxrl_llm.rewards import RewardFunction, resolve
-from jaxrl_llm.sharding import processes
+from jaxrl_llm.config.names import ConfigError
+from jaxrl_llm.config.schema import Config, RolloutConfig, ValConfig
+from jaxrl_llm.data import prompts as questions
+from jaxrl_llm.data.sources import Source
+from jaxrl_llm.data.types import Completion, Message
+from jaxrl_llm.rewards import RewardFunction, Term, resolve
+from jaxrl_llm.rollout import engine as engines
+from jaxrl_llm.rollout.engine import Request, Sampling
+from jaxrl_llm.rollout.native.engine import JaxEngine
+from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import run_directory
-from jaxrl_llm.tracking.console import before_after
 from jaxrl_llm.tracking.result import Result
-from jaxrl_llm.training import evaluate
-from jaxrl_llm.training.build import Job, build
+from jaxrl_llm.training.build import build
+from jaxrl_llm.training.evaluate import Validation, validate
+from jaxrl_llm.training.experience import score_together
 from jaxrl_llm.training.loop import _answer_held_out, run
 
 Reward = str | Callable[..., Any]
+Model = str | PathLike[str] | Result
+"""A model's path as in a configuration file, a run's directory, or what `train`
+returned."""
 
 
 def train(
@@ -47,8 +63,7 @@ def train(
     Raises:
       ValueError: something is missing or does not fit; the message names it.
     """
-    given = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
-    functions = [_function(one) for one in given]
+    functions = _functions(reward)
     values = {
         "output_dir": output_dir,
         "model": {"path": model},
@@ -63,12 +78,187 @@ def train(
     return run(build(parsing.parse(values, "train()"), functions))
 
 
+def evaluate(
+    model: Model,
+    prompts: str | Source | Sequence[Mapping[str, Any]],
+    reward: Reward | Sequence[Reward],
+    *,
+    n: int = 1,
+    greedy: bool = True,
+    threshold: float = 1.0,
+    max_tokens: int = 512,
+    temperature: float = 1.0,
+    top_k: int = -1,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop: Sequence[str] = (),
+    chat: bool = True,
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    timeout_s: float = 60.0,
+) -> Validation:
+    """Answers questions and says how good the answers are. Nothing is written.
+
+    Args:
+      model: a model's path as in a configuration file, a run's directory, or what
+        `train` returned.
+      prompts: rows with "prompt" and whatever the reward needs ("answer", ...), a data
+        set's path, or a `Source`.
+      reward: as `train` takes it.
+      n: sampled answers per question.
+      greedy: also answer once with the most likely tokens.
+      threshold: a reward of at least this counts as correct.
+      max_tokens: longest answer.
+      temperature, top_k, top_p, min_p: how the sampled answers are drawn; see
+        `rollout.engine.Sampling`.
+      stop: strings that end an answer.
+      chat: put each question into the model's chat template.
+      seed: the same seed gives the same answers.
+      dtype: float32 on a CPU and bfloat16 elsewhere if None.
+      timeout_s: seconds that the rewards have.
+
+    Returns:
+      Metrics by the names that a run's validations have, such as
+      "val-core/all/acc/mean@1", and one record per answer.
+
+    Raises:
+      ValueError: something is missing or does not fit; the message names it.
+      RewardError: a reward function failed.
+    """
+    functions = _functions(reward)
+    drawn = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p
+    }  # fmt: skip
+    config = ValConfig(n=n, greedy=greedy, threshold=threshold, **drawn)
+    rollout = RolloutConfig(max_response_length=max_tokens, stop=tuple(stop))
+    loaded = models.load(_weights(model))
+    with tempfile.TemporaryDirectory() as directory:
+        source = prompts
+        if not isinstance(prompts, Source):
+            source = Source(path=_stored(prompts, directory, "prompts"))
+        asked = questions.read(source, loaded.tokenizer, chat_template=chat)
+    lengths = [len(prompt.tokens) for prompt in asked]
+    engine = _engine(loaded, max(lengths) + max_tokens, n * len(asked), dtype)
+    with closing(engine):
+        return validate(
+            engine,
+            asked,
+            functools.partial(
+                score_together, functions, None, timeout_s=timeout_s, on_error="raise"
+            ),
+            config=config,
+            rollout=rollout,
+            seed=seed,
+            step=0,
+        )
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str | list[Message]],
+    *,
+    n: int = 1,
+    max_tokens: int = 128,
+    temperature: float = 1.0,
+    top_k: int = -1,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    stop: Sequence[str] = (),
+    chat: bool = True,
+    system: str | None = None,
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> list[list[Completion]]:
+    """Continues or answers prompts: for each of them, its n completions.
+
+    Args:
+      model: a model's path as in a configuration file, a run's directory, or what
+        `train` returned.
+      prompts: each is text, or a list of chat messages.
+      n: completions per prompt.
+      max_tokens: longest completion.
+      temperature: logits are divided by it; 0 takes the most likely token.
+      top_k: only the k most likely tokens; -1 for all.
+      top_p: only the smallest set of tokens whose probability reaches p.
+      min_p: only tokens at least min_p times as likely as the most likely one.
+      stop: strings that end a completion.
+      chat: put prompts that are text into the model's chat template.
+      system: a system message before each prompt that is text.
+      seed: the same seed gives the same completions.
+      dtype: float32 on a CPU and bfloat16 elsewhere if None.
+
+    Raises:
+      ValueError: no prompts, or something that does not fit; the message names it.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts must be a list of at least one, got {prompts!r}")
+    if system is not None and not chat:
+        raise ValueError("system is a chat message, but chat is False")
+    sampling = Sampling(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        stop=tuple(stop),
+    )
+    loaded = models.load(_weights(model))
+    before = [] if system is None else [{"role": "system", "content": system}]
+    tokens = [
+        questions.tokenize(
+            [*before, {"role": "user", "content": prompt}]
+            if chat and isinstance(prompt, str)
+            else prompt,
+            loaded.tokenizer,
+        )
+        for prompt in prompts
+    ]
+    requests = [
+        Request(prompt_id=i, tokens=asked, num_samples=n, seed=seed, sampling=sampling)
+        for i, asked in enumerate(tokens)
+    ]
+    longest = max(map(len, tokens)) + max_tokens
+    with closing(_engine(loaded, longest, n * len(prompts), dtype)) as engine:
+        return engines.generate(engine, requests)
+
+
+def _engine(
+    loaded: models.Model, longest: int, count: int, dtype: str | None
+) -> JaxEngine:
+    """An engine on all devices with the weights of `loaded`, for `count` sequences of
+    at most `longest` tokens."""
+    on_cpu = jax.default_backend() == "cpu"
+    engine = JaxEngine(
+        loaded.arch,
+        loaded.tokenizer,
+        mesh=mesh.make({"data": jax.device_count(), "tensor": 1}),
+        dtype=jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")),
+        max_model_len=longest,
+        max_num_seqs=min(256, count),
+        decode_chunk=64,
+    )
+    engine.load(loaded.params, version=0)
+    return engine
+
+
+def _weights(model: Model) -> str:
+    """Where a model's weights are; those of a run lie in its folder `huggingface`."""
+    if isinstance(model, Result):
+        return str(model.weights)
+    trained = Path(model, "huggingface")
+    return str(trained) if trained.is_dir() else fspath(model)
+
+
+def _functions(reward: Reward | Sequence[Reward]) -> list[RewardFunction]:
+    given = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
+    return [_function(one) for one in given]
+
+
 def _function(reward: Reward) -> RewardFunction:
     if callable(reward):
         name = getattr(reward, "__name__", type(reward).__name__)
         return RewardFunction(name=name, function=reward)
-    named = configs.RewardFunctionConfig(name=reward)
-    return resolve(configs.RewardConfig(functions=(named,)))[0]
+    return resolve([Term(name=reward)])[0]
 
 
 def _stored(rows: str | Sequence[Mapping[str, Any]], directory: str, name: str) -> str:
@@ -97,18 +287,15 @@ def _stored(rows: str | Sequence[Mapping[str, Any]], directory: str, name: str) 
     return str(path)
 
 
-def evaluate_only(job: Job) -> evaluate.Validation:
-    """Answers the held-out questions with the model as it is, and prints how well."""
+def evaluate_config(config: Config) -> Validation:
+    """Answers the held-out questions of a configuration with its model as it is.
+
+    Raises:
+      ConfigError: there are no held-out questions, or something else does not fit.
+    """
+    job = build(config)
     if not job.data.val:
         raise ConfigError("data.val is needed: which questions to answer")
     with closing(job.engine):
         job.engine.load(job.learner.read_weights("float32"), version=0)
-        validation = _answer_held_out(job, 0)
-    if processes.leads():
-        before_after(
-            None,
-            validation,
-            job.config.output_dir,
-            num_examples=job.config.trainer.num_examples,
-        )
-    return validation
+        return _answer_held_out(job, 0)

@@ -11,6 +11,7 @@
     jaxrl plan CONFIG.yaml (--topology v5p:4x4x4 | --devices 8 [--measure STEPS])
                            [--memory 141GB] [--section.key VALUE ...]
     jaxrl bench NAME ...
+    jaxrl --version
 
 `jaxrl VERB --help` lists what a verb takes.
 """
@@ -19,7 +20,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
+import jaxrl_llm
 from jaxrl_llm.config import parsing
 from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.config.schema import Config
@@ -55,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     if not given or given[0] in ("-h", "--help"):
         print(__doc__)
+        return 0
+    if given == ["--version"]:
+        print("jaxrl", jaxrl_llm.__version__)
         return 0
     if given[0] not in verbs:
         return _fail(f"unknown verb {given[0]!r}; one of {', '.join(verbs)}")
@@ -109,36 +114,42 @@ def _fail(message: str) -> int:
 
 
 def _train(rest: list[str]) -> None:
-    from jaxrl_llm.planning import dry_run
-    from jaxrl_llm.training import loop as train
-    from jaxrl_llm.training.build import build
-
     joined, rest = _processes(rest)
     config, flags = _config("train", rest, flags=("--dry-run",))
-    with joined:
+
+    from jaxrl_llm.planning import dry_run
+    from jaxrl_llm.training import loop
+    from jaxrl_llm.training.build import build
+
+    with joined():
         _keep_compiled()
         job = build(config)
         if "--dry-run" in flags:
             dry_run.show(job)
         else:
-            train.run(job)
+            loop.run(job)
 
 
 def _evaluate(rest: list[str]) -> None:
-    from jaxrl_llm.api import evaluate_only
-    from jaxrl_llm.training.build import build
-
     joined, rest = _processes(rest)
     config, _ = _config("evaluate", rest)
-    with joined:
-        _keep_compiled()
-        evaluate_only(build(config))
 
-
-def _processes(rest: list[str]) -> tuple[AbstractContextManager[None], list[str]]:
-    """`processes.joined` as the options say, and all other arguments."""
+    from jaxrl_llm.api import evaluate_config
     from jaxrl_llm.sharding import processes
+    from jaxrl_llm.tracking import console
 
+    with joined():
+        _keep_compiled()
+        found = evaluate_config(config)
+        if processes.leads():
+            examples = config.trainer.num_examples
+            console.before_after(None, found, config.output_dir, num_examples=examples)
+
+
+def _processes(
+    rest: list[str],
+) -> tuple[Callable[[], AbstractContextManager[None]], list[str]]:
+    """`processes.joined` as the options say, and all other arguments."""
     numbers = {"--num-processes": int, "--process-id": int, "--lost-after": float}
     given, rest = _options(rest, ("--coordinator", *numbers))
     for name, kind in numbers.items():
@@ -146,23 +157,30 @@ def _processes(rest: list[str]) -> tuple[AbstractContextManager[None], list[str]
             given |= {name: kind(given[name])} if name in given else {}
         except ValueError:
             raise ConfigError(f"{name} is a number, got {given[name]!r}") from None
-    return processes.joined(
-        given.get("--coordinator"),
-        given.get("--num-processes"),
-        given.get("--process-id"),
-        lost_after_s=given.get("--lost-after", 30.0),
-    ), rest
+
+    def joined() -> AbstractContextManager[None]:
+        from jaxrl_llm.sharding import processes
+
+        return processes.joined(
+            given.get("--coordinator"),
+            given.get("--num-processes"),
+            given.get("--process-id"),
+            lost_after_s=given.get("--lost-after", 30.0),
+        )
+
+    return joined, rest
 
 
 def _plan(rest: list[str]) -> None:
+    given, rest = _options(rest, ("--topology", "--devices", "--memory", "--measure"))
+    config, _ = _config("plan", rest)
+
     import jax
 
     from jaxrl_llm.bench import step
     from jaxrl_llm.planning import dry_run, planner, workload
     from jaxrl_llm.tracking import console
 
-    given, rest = _options(rest, ("--topology", "--devices", "--memory", "--measure"))
-    config, _ = _config("plan", rest)
     steps = given.get("--measure", "1")
     if not steps.isdecimal() or steps == "0":
         raise ConfigError(f"--measure is a number of steps, got {steps!r}")
@@ -278,68 +296,40 @@ def generate(
       seed: the same seed gives the same completions.
       dtype: float32 on a CPU and bfloat16 elsewhere if not given.
     """
-    import jax
-    import jax.numpy as jnp
-
-    from jaxrl_llm import models
-    from jaxrl_llm.data import prompts as sources
-    from jaxrl_llm.rollout.engine import Request, Sampling
-    from jaxrl_llm.rollout.native.engine import JaxEngine
-    from jaxrl_llm.sharding import mesh
-
     texts = [*prompts, *(file.read_text().splitlines() if file else [])]
     if not texts:
         raise ConfigError("nothing to answer: give --prompts TEXT or --file FILE")
     if system is not None and not chat:
         raise ConfigError("--system is a chat message, but --no-chat asks for none")
+
+    from jaxrl_llm import api
+
     _keep_compiled()
-    loaded = models.load(model)
-    on_cpu = jax.default_backend() == "cpu"
-    before = [] if system is None else [{"role": "system", "content": system}]
-    contents = [
-        [*before, {"role": "user", "content": text}] if chat else text for text in texts
-    ]
-    tokens = [sources.tokenize(content, loaded.tokenizer) for content in contents]
-    engine = JaxEngine(
-        loaded.arch,
-        loaded.tokenizer,
-        mesh=mesh.make({"data": jax.device_count(), "tensor": 1}),
-        dtype=jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")),
-        max_model_len=max(map(len, tokens)) + max_tokens,
-        max_num_seqs=min(256, n * len(texts)),
-        decode_chunk=64,
-    )
-    engine.load(loaded.params, version=0)
-    engine.submit(
-        [
-            Request(
-                prompt_id=i,
-                tokens=asked,
-                num_samples=n,
-                seed=seed,
-                sampling=Sampling(
-                    max_tokens=max_tokens,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    min_p=min_p,
-                    stop=stop,
-                ),
-            )
-            for i, asked in enumerate(tokens)
-        ]
+    groups = api.generate(
+        model,
+        texts,
+        n=n,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        stop=stop,
+        chat=chat,
+        system=system,
+        seed=seed,
+        dtype=dtype,
     )
     console = Console()
-    for completion in engine.completions():
-        console.rule(
-            f"{completion.prompt_id + 1}.{completion.sample + 1}  "
-            f"{len(completion.tokens)} tokens, {completion.finish_reason}",
-            align="left",
-        )
-        for style, text in (
-            ("dim", texts[completion.prompt_id]), ("", completion.text)
-        ):  # fmt: skip
-            console.print(text, style=style, markup=False, highlight=False)
+    for text, group in zip(texts, groups, strict=True):
+        for completion in group:
+            console.rule(
+                f"{completion.prompt_id + 1}.{completion.sample + 1}  "
+                f"{len(completion.tokens)} tokens, {completion.finish_reason}",
+                align="left",
+            )
+            console.print(text, style="dim", markup=False, highlight=False)
+            console.print(completion.text, markup=False, highlight=False)
 
 
 def convert(

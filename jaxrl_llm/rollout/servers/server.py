@@ -232,7 +232,7 @@ class Process:
         self._from = log.stat().st_size if log.exists() else 0
         with log.open("ab") as output:
             self._guard = subprocess.Popen(
-                [sys.executable, guard.__file__, *command, *arguments, *where],
+                [sys.executable, "-P", guard.__file__, *command, *arguments, *where],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
