@@ -2,9 +2,10 @@
 
 Those that judge a response by one number take rewards `[P, G]`, and its length where
 the equation has one, and return one advantage per response, `[P, G]`. Those that judge
-tokens take the rows of a `TrainBatch`: rewards `[R, T]` (usually all on a response's
-last token), its `response_mask` and its `sequence_ids`. They give the same numbers
-however the sequences are packed. Tokens inside a response that the policy did not
+tokens take the rows of a `TrainBatch`: token_rewards `[R, T]` (usually all on a
+response's last token), its `response_mask` and its `sequence_ids`. They give the same
+numbers however the sequences are packed. A run gives an estimator what it asks for by
+name (`config.algorithm.ESTIMATORS`). Tokens inside a response that the policy did not
 sample (observations of a tool) have mask False: they hold 0 in results, and time does
 not pass there.
 
@@ -70,22 +71,26 @@ def grpo_passk(
 
 
 def gdpo(
-    rewards: Float[Array, "K P G"],
-    weights: Float[Array, " K"],
+    rewards_by_function: Float[Array, "K P G"],
+    reward_weights: Float[Array, " K"],
     lengths: Int[Array, "P G"],
     *,
     normalize_by_std: bool,
 ) -> Float[Array, "P G"]:
     """Each of K rewards compared within the group on its own, then added up.
 
-        whiten(sum over k of weights[k] * grpo(rewards[k])),   each token counting once
+        whiten(sum over k of reward_weights[k] * grpo(rewards_by_function[k]))
+
+    with each token counting once,
 
     so that a reward with a large spread does not drown the others.
 
     Source: arXiv:2601.05242.
     """
-    each = jax.vmap(lambda r: grpo(r, normalize_by_std=normalize_by_std))(rewards)
-    return masked.whiten(jnp.einsum("k,kpg->pg", weights, each), lengths)
+    each = jax.vmap(lambda r: grpo(r, normalize_by_std=normalize_by_std))(
+        rewards_by_function
+    )
+    return masked.whiten(jnp.einsum("k,kpg->pg", reward_weights, each), lengths)
 
 
 def rloo(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
@@ -135,8 +140,8 @@ def reinforce_plus_plus_baseline(
 
 
 def reinforce_plus_plus(
-    rewards: Float[Array, "R T"],
-    response_mask: Bool[Array, "R T"],
+    token_rewards: Float[Array, "R T"],
+    mask: Bool[Array, "R T"],
     sequence_ids: Int[Array, "R T"],
     *,
     gamma: float,
@@ -145,31 +150,31 @@ def reinforce_plus_plus(
 
     Source: Hu et al. 2025 (arXiv:2501.03262).
     """
-    returns = discounted_returns(rewards, response_mask, sequence_ids, gamma=gamma)
-    return masked.whiten(returns, response_mask)
+    returns = discounted_returns(token_rewards, mask, sequence_ids, gamma=gamma)
+    return masked.whiten(returns, mask)
 
 
 def remax(
-    rewards: Float[Array, "R T"],
-    baselines: Float[Array, " S"],
-    response_mask: Bool[Array, "R T"],
+    token_rewards: Float[Array, "R T"],
+    sequence_baselines: Float[Array, " S"],
+    mask: Bool[Array, "R T"],
     sequence_ids: Int[Array, "R T"],
 ) -> Float[Array, "R T"]:
     """Reward to go minus the reward of the greedy response to the same prompt.
 
     Args:
-      baselines: for each sequence, the reward of its prompt's greedy response.
+      sequence_baselines: for each sequence, the reward of its prompt's greedy response.
 
     Source: Li et al. 2023 (arXiv:2310.10505).
     """
-    returns = discounted_returns(rewards, response_mask, sequence_ids, gamma=1.0)
-    return jnp.where(response_mask, returns - baselines[sequence_ids], 0.0)
+    returns = discounted_returns(token_rewards, mask, sequence_ids, gamma=1.0)
+    return jnp.where(mask, returns - sequence_baselines[sequence_ids], 0.0)
 
 
 def gae(
-    rewards: Float[Array, "R T"],
+    token_rewards: Float[Array, "R T"],
     values: Float[Array, "R T"],
-    response_mask: Bool[Array, "R T"],
+    mask: Bool[Array, "R T"],
     sequence_ids: Int[Array, "R T"],
     *,
     gamma: float,
@@ -177,7 +182,7 @@ def gae(
 ) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
     """Generalised advantage estimates, whitened, and the returns a critic learns.
 
-        delta[t]     = rewards[t] + gamma * values[t + 1] - values[t]
+        delta[t]     = token_rewards[t] + gamma * values[t + 1] - values[t]
         advantage[t] = delta[t] + gamma * lam * advantage[t + 1]
         returns[t]   = advantage[t] + values[t]
 
@@ -193,16 +198,16 @@ def gae(
         advantage = reward + gamma * after[0] - value + gamma * lam * after[1]
         return (value, advantage)
 
-    _, found = _scan(step, (rewards, values), response_mask, sequence_ids, reverse=True)
-    returns = jnp.where(response_mask, found + values, 0.0)
-    return masked.whiten(found, response_mask), returns
+    _, found = _scan(step, (token_rewards, values), mask, sequence_ids, reverse=True)
+    returns = jnp.where(mask, found + values, 0.0)
+    return masked.whiten(found, mask), returns
 
 
 def optimal_token_baseline(
-    rewards: Float[Array, "R T"],
+    token_rewards: Float[Array, "R T"],
     logprobs: Float[Array, "R T"],
     sum_pi_squared: Float[Array, "R T"],
-    response_mask: Bool[Array, "R T"],
+    mask: Bool[Array, "R T"],
     sequence_ids: Int[Array, "R T"],
     positions: Int[Array, "R T"],
     group_ids: Int[Array, " S"],
@@ -230,21 +235,21 @@ def optimal_token_baseline(
     Source: veRL 0.9.1, optimal_token_baseline.
     """
     first = jax.ops.segment_min(
-        jnp.where(response_mask, positions, positions.shape[1]).ravel(),
+        jnp.where(mask, positions, positions.shape[1]).ravel(),
         jnp.where(sequence_ids < 0, group_ids.size, sequence_ids).ravel(),
         group_ids.size,
     )
     return _minus_token_baseline(
-        rewards, logprobs, sum_pi_squared, response_mask, sequence_ids,
+        token_rewards, logprobs, sum_pi_squared, mask, sequence_ids,
         positions - first[sequence_ids], group_ids, correction,
     )  # fmt: skip
 
 
 def tir_optimal_token_baseline(
-    rewards: Float[Array, "R T"],
+    token_rewards: Float[Array, "R T"],
     logprobs: Float[Array, "R T"],
     sum_pi_squared: Float[Array, "R T"],
-    response_mask: Bool[Array, "R T"],
+    mask: Bool[Array, "R T"],
     sequence_ids: Int[Array, "R T"],
     group_ids: Int[Array, " S"],
     *,
@@ -257,17 +262,17 @@ def tir_optimal_token_baseline(
 
     Source: veRL 0.9.1, tir_optimal_token_baseline.
     """
-    ones = response_mask.astype(jnp.float32)
-    step = _running_sum(ones, response_mask, sequence_ids).astype(jnp.int32) - 1
+    ones = mask.astype(jnp.float32)
+    step = _running_sum(ones, mask, sequence_ids).astype(jnp.int32) - 1
     return _minus_token_baseline(
-        rewards, logprobs, sum_pi_squared, response_mask, sequence_ids,
+        token_rewards, logprobs, sum_pi_squared, mask, sequence_ids,
         step, group_ids, correction,
     )  # fmt: skip
 
 
 def discounted_returns(
     rewards: Float[Array, "R T"],
-    response_mask: Bool[Array, "R T"],
+    mask: Bool[Array, "R T"],
     sequence_ids: Int[Array, "R T"],
     *,
     gamma: float,
@@ -280,22 +285,22 @@ def discounted_returns(
     def step(after, here):
         return (here[0] + gamma * after[0],)
 
-    return _scan(step, (rewards,), response_mask, sequence_ids, reverse=True)[0]
+    return _scan(step, (rewards,), mask, sequence_ids, reverse=True)[0]
 
 
 def at_last_token(
     rewards: Float[Array, " S"],
-    response_mask: Bool[Array, "R T"],
+    mask: Bool[Array, "R T"],
     sequence_ids: Int[Array, "R T"],
     positions: Int[Array, "R T"],
 ) -> Float[Array, "R T"]:
     """The reward of a whole response, on the last token of it that was sampled."""
     last = jax.ops.segment_max(
-        jnp.where(response_mask, positions, -1).ravel(),
-        jnp.where(response_mask, sequence_ids, rewards.size).ravel(),
+        jnp.where(mask, positions, -1).ravel(),
+        jnp.where(mask, sequence_ids, rewards.size).ravel(),
         rewards.size,
     )
-    is_last = response_mask & (positions == last[sequence_ids])
+    is_last = mask & (positions == last[sequence_ids])
     return jnp.where(is_last, rewards[sequence_ids], 0.0)
 
 

@@ -14,7 +14,67 @@ Shapes: R = rows, T = tokens in a row.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from jaxrl_llm.algorithms import masked
+from jaxrl_llm.algorithms import losses, masked
+
+
+def clip_cov(
+    logprobs: Float[Array, "R T"],
+    old_logprobs: Float[Array, "R T"],
+    advantages: Float[Array, "R T"],
+    mask: Bool[Array, "R T"],
+    tokens: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    sequence_ids: Int[Array, "R T"],
+    num_sequences: int,
+    step: Int[Array, ""],
+    *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    clip_cov_ratio: float,
+    clip_cov_lb: float,
+    clip_cov_ub: float,
+) -> Bool[Array, "R T"]:
+    """Clip-Cov's choice, `some_between`, of the tokens that are not clipped anyway.
+
+    Args:
+      step: what is random differs from one to the next.
+    """
+    found = covariance(logprobs, advantages, mask)
+    bits = random_bits(tokens, positions, sequence_ids, num_sequences, step)
+    clipped = losses.is_clipped(
+        logprobs,
+        old_logprobs,
+        advantages,
+        clip_ratio_low=clip_ratio_low,
+        clip_ratio_high=clip_ratio_high,
+    )
+    return some_between(
+        found,
+        ~clipped,
+        mask,
+        bits,
+        clip_cov_ratio=clip_cov_ratio,
+        clip_cov_lb=clip_cov_lb,
+        clip_cov_ub=clip_cov_ub,
+    )
+
+
+def kl_cov(
+    logprobs: Float[Array, "R T"],
+    advantages: Float[Array, "R T"],
+    mask: Bool[Array, "R T"],
+    tokens: Int[Array, "R T"],
+    positions: Int[Array, "R T"],
+    sequence_ids: Int[Array, "R T"],
+    num_sequences: int,
+    step: Int[Array, ""],
+    *,
+    kl_cov_ratio: float,
+) -> Bool[Array, "R T"]:
+    """KL-Cov's choice: `largest`, with equals decided as `step` draws them."""
+    found = covariance(logprobs, advantages, mask)
+    bits = random_bits(tokens, positions, sequence_ids, num_sequences, step)
+    return largest(found, mask, bits, kl_cov_ratio=kl_cov_ratio)
 
 
 def covariance(

@@ -1,7 +1,8 @@
 """GRPO as a pure function from training state to training state.
 
-`update` is not jitted here and closes over nothing, so it can be jitted with any
-sharding, scanned over mini-batches, or dropped into another training loop:
+`update` is `update.update` of the objective `Policy`. It is not jitted here and closes
+over nothing, so it can be jitted with any sharding, scanned over mini-batches, or
+dropped into another training loop:
 
     update = functools.partial(
         grpo.update, logprob_fn=logprob_fn, optimizer=optimizer, settings=settings
@@ -10,31 +11,37 @@ sharding, scanned over mini-batches, or dropped into another training loop:
 """
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args, no_type_check
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.algorithms import entropy_covariance as covariance
 from jaxrl_llm.algorithms import kl, losses, masked
 from jaxrl_llm.algorithms import rollout_correction as corrections
+from jaxrl_llm.algorithms import update as updates
 from jaxrl_llm.algorithms.logprobs import Logprobs
-from jaxrl_llm.data.rows import TrainBatch, pad_rows
+from jaxrl_llm.algorithms.objectives import Metrics, Objective, Segments
+from jaxrl_llm.algorithms.update import Params, TrainState
+from jaxrl_llm.config import plugins
+from jaxrl_llm.config.algorithm import DEFAULT_LOSS, LOSS_NUMBERS, Loss
+from jaxrl_llm.data.rows import TrainBatch
 
-Params = Any
 LogprobFn = Callable[[Params, TrainBatch], Logprobs]
-Metrics = dict[str, Float[Array, ""]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """The numbers of an update, by veRL's names and with its defaults."""
 
-    loss_mode: losses.Mode = "vanilla"
+    loss_mode: str | Callable[..., Any] = DEFAULT_LOSS
+    """A name of `config.algorithm.LOSSES`, module:function, or a function that takes by
+    name any of `LOSS_ARRAYS` and of the numbers below, and returns [R, T]."""
+    params: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Other keyword arguments of the loss."""
     clip_ratio_low: float = 0.2
     clip_ratio_high: float = 0.2
     """Bounds of the ratio; of a divergence in dppo_tv and dppo_kl."""
@@ -76,19 +83,7 @@ class Plan(NamedTuple):
     correction: Float[Array, "R T"] | None = None
     """Importance weights, if the loss is to be multiplied by any."""
     chosen: Bool[Array, "R T"] | None = None
-    """clip_cov and kl_cov only: tokens with too large a covariance."""
-
-
-@no_type_check  # JAX also builds such trees of shapes or shardings
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TrainState:
-    """Everything an update changes."""
-
-    params: Params
-    opt_state: optax.OptState
-    step: Int[Array, ""]
-    """Updates so far, skipped ones included."""
+    """Losses that look ahead only: the tokens that they choose."""
 
 
 def update(
@@ -100,10 +95,7 @@ def update(
     settings: Settings,
     prepare: Callable[[Params], Params] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step on one mini-batch.
-
-    If the gradient is not finite, parameters and optimizer stay as they are and
-    `actor/update_skipped` is 1.
+    """One optimizer step of a policy on one mini-batch: `update.update` of `Policy`.
 
     Args:
       state: donated by most callers.
@@ -112,9 +104,7 @@ def update(
         some of the rows of `batch`.
       optimizer: any optax transformation.
       settings: static.
-      prepare: makes what `logprob_fn` gets of the parameters, once for all
-        micro-batches, such as a copy in the dtype of matrix products. Its own gradient
-        is taken to be the identity.
+      prepare: as of `update.update`.
 
     Returns:
       The next state, and scalars: `objective`'s, `mismatch`'s, those of
@@ -125,75 +115,76 @@ def update(
       ValueError: a KL loss is asked for and `batch` has no `ref_logprobs`, or a loss
         lacks a number that has no default.
     """
-    if settings.kl_loss_coef and batch.ref_logprobs is None:
-        raise ValueError(
-            f"kl_loss_coef is {settings.kl_loss_coef} but the batch has no ref_logprobs"
-        )
-    if settings.loss_mode == "dro" and not settings.dro_beta:
-        raise ValueError(f"loss_mode dro needs dro_beta > 0, got {settings.dro_beta}")
-    given = batch
-    params = state.params if prepare is None else prepare(state.params)
-    if settings.correction is not None and settings.correction.bypass_mode:
-        batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
-    first = None
-    if looks_ahead(settings, batch):
-        _, first = accumulate(
-            lambda params, rows, _: ((), logprob_fn(params, rows)),
-            params,
-            batch,
-            (),
-            settings.micro_batch_size,
-        )
-    planned = plan(batch, first, state.step, settings)
-
-    def loss_fn(params, rows, planned):
-        scored = logprob_fn(params, rows)
-        return objective(rows, scored, planned, settings)["actor/loss"], scored
-
-    with jax.named_scope("gradient"):
-        grads, scored = accumulate(
-            jax.grad(loss_fn, has_aux=True),
-            params,
-            batch,
-            planned,
-            settings.micro_batch_size,
-        )
-    with jax.named_scope("optimizer"):
-        state, grad_norm, skipped = apply(state, grads, optimizer)
-    metrics = (
-        objective(batch, scored, planned, settings)
-        | mismatch(given, scored)
-        | (correct(batch, scored, settings).metrics if settings.correction else {})
-        | {"actor/grad_norm": grad_norm, "actor/update_skipped": skipped}
+    return updates.update(
+        state,
+        batch,
+        Policy(settings),
+        optimizer,
+        outputs_fn=logprob_fn,
+        micro_batch_size=settings.micro_batch_size,
+        prepare=prepare,
     )
-    return state, metrics
 
 
-def apply(
-    state: TrainState, grads: Params, optimizer: optax.GradientTransformation
-) -> tuple[TrainState, Float[Array, ""], Float[Array, ""]]:
-    """One optimizer step; if the gradient is not finite, none.
+@dataclass(frozen=True)
+class Policy(Objective):
+    """A policy loss with an entropy bonus and a KL term; outputs are `Logprobs`."""
 
-    Returns:
-      The next state, the global norm of the gradient before clipping, and 1 if the step
-      was skipped, else 0.
-    """
-    grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (optax.apply_updates(state.params, updates), opt_state),
-        (state.params, state.opt_state),
-    )
-    state = TrainState(params, opt_state, state.step + jnp.int32(1))
-    return state, grad_norm, 1.0 - finite.astype(jnp.float32)
+    settings: Settings
+    name: str = "actor"
+    segments: Segments = "sequences"
+
+    def read(self, batch: TrainBatch) -> TrainBatch:
+        """`batch`; in bypass mode with the sampler's log-probabilities as the old ones.
+
+        Raises:
+          ValueError: it lacks `ref_logprobs`, or the loss a number without a default.
+        """
+        settings = self.settings
+        if settings.kl_loss_coef and batch.ref_logprobs is None:
+            raise ValueError(
+                f"kl_loss_coef is {settings.kl_loss_coef} but the batch has no "
+                "ref_logprobs"
+            )
+        loss = plugins.loss(settings.loss_mode, settings.params)
+        for key, example in loss.required.items():
+            if not getattr(settings, key):
+                raise ValueError(
+                    f"loss_mode {loss.name} needs {key} > 0, such as {example}, got "
+                    f"{getattr(settings, key)}"
+                )
+        how = settings.correction
+        if how is not None and how.bypass_mode:
+            return dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
+        return batch
+
+    def looks_ahead(self, batch: TrainBatch) -> bool:
+        """See `grpo.looks_ahead`."""
+        return looks_ahead(self.settings, batch)
+
+    def plan(self, batch: TrainBatch, seen: Any, step: Int[Array, ""]) -> Plan:
+        """See `grpo.plan`."""
+        return plan(batch, seen, step, self.settings)
+
+    def loss(
+        self, rows: TrainBatch, outputs: Logprobs, planned: Plan
+    ) -> tuple[Float[Array, ""], Logprobs]:
+        """`actor/loss` of `grpo.objective`; the log-probabilities are kept."""
+        return objective(rows, outputs, planned, self.settings)["actor/loss"], outputs
+
+    def metrics(self, batch: TrainBatch, kept: Logprobs, planned: Plan) -> Metrics:
+        """Those of `objective`, `mismatch` and `settings.correction`."""
+        seen, settings = self.read(batch), self.settings
+        found = objective(seen, kept, planned, settings) | mismatch(batch, kept)
+        if settings.correction is None:
+            return found
+        return found | correct(seen, kept, settings).metrics
 
 
 def looks_ahead(settings: Settings, batch: TrainBatch) -> bool:
     """Whether the log-probabilities of all rows must be known before the first
     gradient: for a choice or a normaliser that no micro-batch can make alone."""
-    if settings.loss_mode in ("clip_cov", "kl_cov"):
+    if plugins.loss(settings.loss_mode, settings.params).looks_ahead:
         return True
     how = settings.correction
     if how is None or not (how.weighs or how.rejections):
@@ -219,8 +210,13 @@ def plan(
         corrected = correct(batch, scored, settings)
         mask = corrected.mask
         weights = corrected.weights if how.weighs else None
-    if settings.loss_mode in ("clip_cov", "kl_cov"):
-        chosen = _chosen(batch, scored, mask, step, settings)
+    loss = plugins.loss(settings.loss_mode, settings.params)
+    if loss.chosen is not None:
+        given = _given(batch, scored.logprobs, mask, loss, settings)
+        given |= {"tokens": batch.tokens, "positions": batch.positions, "step": step}
+        chosen = plugins.call(
+            loss.chosen, given | {"old_logprobs": _old_logprobs(batch, scored)}
+        )
     return Plan(
         masked.weights(
             settings.loss_agg_mode,
@@ -248,32 +244,6 @@ def correct(
         batch.sequence_ids,
         batch.num_sequences,
         how,
-    )
-
-
-def _chosen(batch, scored, mask, step, settings) -> Bool[Array, "R T"]:
-    found = covariance.covariance(scored.logprobs, batch.advantages, mask)
-    bits = covariance.random_bits(
-        batch.tokens, batch.positions, batch.sequence_ids, batch.num_sequences, step
-    )
-    if settings.loss_mode == "kl_cov":
-        ratio = settings.kl_cov_ratio
-        return covariance.largest(found, mask, bits, kl_cov_ratio=ratio)
-    clipped = losses.is_clipped(
-        scored.logprobs,
-        _old_logprobs(batch, scored),
-        batch.advantages,
-        clip_ratio_low=settings.clip_ratio_low,
-        clip_ratio_high=settings.clip_ratio_high,
-    )
-    return covariance.some_between(
-        found,
-        ~clipped,
-        mask,
-        bits,
-        clip_cov_ratio=settings.clip_cov_ratio,
-        clip_cov_lb=settings.clip_cov_lb,
-        clip_cov_ub=settings.clip_cov_ub,
     )
 
 
@@ -338,66 +308,47 @@ def policy_loss(
 
     Bypass mode with `loss_type` reinforce takes the place of that loss.
     """
-    A = rows.advantages
-    pair = (logprobs, old_logprobs)
-    bounds = {
-        "clip_ratio_low": settings.clip_ratio_low,
-        "clip_ratio_high": settings.clip_ratio_high,
-    }
-    c = settings.clip_ratio_c
-    where = (planned.mask, rows.sequence_ids, rows.num_sequences)
-    weights = planned.correction
-    how = settings.correction
-    bypass = how is not None and how.bypass_mode and how.loss_type == "reinforce"
+    A, how, weights = rows.advantages, settings.correction, planned.correction
     clipped = lower = jnp.zeros(A.shape, bool)
-    match "reinforce" if bypass else settings.loss_mode:
-        case "vanilla":
-            loss = losses.clipped_surrogate(*pair, A, **bounds, clip_ratio_c=c)
-            clipped = losses.is_clipped(*pair, A, **bounds)
-            if c is not None:
-                lower = (A < 0) & losses.is_over(*pair, c)
-        case "dppo_tv" | "dppo_kl" as mode:
-            inside_of = losses.inside_tv if mode == "dppo_tv" else losses.inside_kl
-            inside = inside_of(*pair, A, **bounds)
-            most = jnp.inf if c is None else c
-            loss = losses.dppo(*pair, A, inside, clip_ratio_c=most)
-            clipped = ~inside
-            lower = inside & losses.is_over(*pair, most)
-        case "gspo":
-            ratio = losses.sequence_log_ratio(*pair, *where)
-            pair = (ratio, jnp.zeros_like(ratio))
-            loss = losses.clipped_surrogate(*pair, A, **bounds)
-            clipped = losses.is_clipped(*pair, A, **bounds)
-        case "sapo":
-            tau = {"tau_pos": settings.tau_pos, "tau_neg": settings.tau_neg}
-            loss = losses.sapo(*pair, A, **tau)
-        case "gpg" | "reinforce":
-            loss = losses.reinforce(logprobs, A)
-        case "clip_cov":
-            loss = losses.clip_cov(*pair, A, planned.chosen, **bounds)
-            clipped = planned.chosen
-        case "kl_cov":
-            coef = settings.ppo_kl_coef
-            loss = losses.kl_cov(*pair, A, planned.chosen, ppo_kl_coef=coef)
-        case "geo_mean":
-            loss = losses.gmpo(*pair, A, *where, **bounds)
-            outside = losses.is_outside(*pair, **bounds, log=True)
-            clipped, lower = outside & (A > 0), outside & (A < 0)
-            if weights is not None:  # of the whole response, as its ratio is
-                logs = jnp.log(weights + 1e-10)
-                weights = jnp.exp(masked.sequence_average(logs, *where))
-        case "dro":
-            loss = losses.dro(*pair, A, beta=settings.dro_beta)
-        case "cispo":
-            loss = losses.cispo(*pair, A, **bounds)
-            clipped = losses.is_outside(*pair, **bounds)
-        case mode:
-            known = ", ".join(get_args(losses.Mode))
-            raise ValueError(f"loss_mode is {mode!r}; known: {known}")
+    named = plugins.loss(settings.loss_mode, settings.params)
+    if how is not None and how.is_policy_gradient:
+        loss = losses.reinforce(logprobs, A)
+    else:
+        given = _given(rows, logprobs, planned.mask, named, settings)
+        given |= {"old_logprobs": old_logprobs, "chosen": planned.chosen}
+        loss = plugins.call(named.function, given, named.params)
+        if loss.shape != A.shape:
+            raise ValueError(
+                f"loss {named.name} returned an array of shape {loss.shape}, not one "
+                f"number for each token, {A.shape}"
+            )
+        if named.clipped is not None:
+            clipped, lower = plugins.call(named.clipped, given)
     if weights is not None:
+        if named.weighs_sequences:  # of the whole response, as its ratio is
+            where = (planned.mask, rows.sequence_ids, rows.num_sequences)
+            logs = jnp.log(weights + 1e-10)
+            weights = jnp.exp(masked.sequence_average(logs, *where))
         loss = loss * weights
     as_floats = (x.astype(jnp.float32) for x in (clipped, lower))
     return PolicyLoss(loss, *as_floats)
+
+
+def _given(
+    rows: TrainBatch, logprobs, mask, loss: Loss, settings: Settings
+) -> dict[str, Any]:
+    """What functions of a loss may ask for, but for what differs between them."""
+    numbers = {name: getattr(settings, name) for name in LOSS_NUMBERS}
+    renamed = {p: numbers[name] for p, name in loss.parameters.items()}
+    return {
+        "logprobs": logprobs,
+        "advantages": rows.advantages,
+        "mask": mask,
+        "sequence_ids": rows.sequence_ids,
+        "num_sequences": rows.num_sequences,
+        **numbers,
+        **renamed,
+    }
 
 
 def mismatch(batch: TrainBatch, scored: Logprobs) -> Metrics:
@@ -420,60 +371,3 @@ def _old_logprobs(rows: TrainBatch, scored: Logprobs) -> Float[Array, "R T"]:
     if rows.old_logprobs is not None:
         return rows.old_logprobs
     return jax.lax.stop_gradient(scored.logprobs)
-
-
-def accumulate(
-    function: Callable[[Params, TrainBatch, Any], tuple[Any, Any]],
-    params: Params,
-    batch: TrainBatch,
-    beside: Any,
-    micro_batch_size: int | None,
-) -> tuple[Any, Any]:
-    """Sums a function, such as a gradient, over micro-batches of rows, in float32.
-
-    Micro-batch m of M has the rows m, m + M, m + 2 M, ... so that rows that are split
-    over devices stay split over all of them. Rows of padding fill up the last ones;
-    micro-batches of padding alone at the end are not computed.
-
-    Args:
-      function: `(params, rows, their part of beside) -> (terms, per token)`, the latter
-        such as `Logprobs`: a tree of [R, T].
-      beside: a tree of [R, T] arrays.
-
-    Returns:
-      The sum of the terms, and what was found per token, of all rows.
-    """
-    num_rows = batch.tokens.shape[0]
-    if micro_batch_size is None or micro_batch_size >= num_rows:
-        terms, scored = function(params, batch, beside)
-        return jax.tree.map(lambda x: x.astype(jnp.float32), terms), scored
-    count = -(-num_rows // micro_batch_size)
-    padded = pad_rows(batch, count * micro_batch_size)
-    extra = ((0, count * micro_batch_size - num_rows), (0, 0))
-
-    def split(x):
-        return x.reshape(micro_batch_size, count, -1).swapaxes(0, 1)
-
-    def join(x):
-        return x.swapaxes(0, 1).reshape(micro_batch_size * count, -1)[:num_rows]
-
-    beside = jax.tree.map(lambda x: jnp.pad(x, extra), beside)
-    micro_batches = jax.tree.map(split, (padded, beside))
-
-    def part(i):
-        return jax.tree.map(lambda x: x[i], micro_batches)
-
-    def add(i, found):
-        terms, scored = function(params, *part(i))
-        return (
-            jax.tree.map(jnp.add, found[0], terms),
-            jax.tree.map(lambda all, x: all.at[i].set(x), found[1], scored),
-        )
-
-    terms, scored = jax.eval_shape(function, params, *part(0))
-    total = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), terms)
-    scored = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), scored)
-    in_use = jnp.any(micro_batches[0].sequence_ids >= 0, axis=(1, 2))
-    last = jnp.max(jnp.where(in_use, jnp.arange(1, count + 1), 0))
-    total, scored = jax.lax.fori_loop(0, last, add, (total, scored))
-    return total, jax.tree.map(join, scored)

@@ -5,35 +5,22 @@ per token, `[R, T]`. Nothing in this file knows about models, meshes or configs,
 loss can be used in any JAX program and checked by hand. `masked` turns per-token losses
 into the scalar that is differentiated.
 
-Most are elementwise. `sequence_log_ratio` and `gmpo` look at whole sequences, which may
-share rows; they take a mask and `sequence_ids`.
+Most are elementwise. `sequence_log_ratio`, `gspo` and `gmpo` look at whole sequences,
+which may share rows; they take a mask and `sequence_ids`.
+
+A run gives a loss what it asks for by name (`config.algorithm.LOSSES`). What ends in
+`_clipped` is for the metrics of a loss: where a bound has taken the gradient away (in
+`cispo`, limits it), and where that is the second bound.
 
 Shapes: R = rows, T = tokens in a row. Units: log-probabilities are in nats; advantages
 in units of reward. `logprobs` is what is differentiated; nothing else is.
 """
-
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.algorithms import masked
-
-Mode = Literal[
-    "vanilla",
-    "dppo_tv",
-    "dppo_kl",
-    "gspo",
-    "sapo",
-    "gpg",
-    "clip_cov",
-    "kl_cov",
-    "geo_mean",
-    "dro",
-    "cispo",
-    "reinforce",
-]
 
 # exp(20) ~ 5e8 still fits in float32 with room for the product with an advantage.
 _MAX_LOG_RATIO = 20.0
@@ -106,6 +93,24 @@ def is_clipped(
     ratio = _ratio(logprobs, old_logprobs)
     clipped = jnp.clip(ratio, 1.0 - clip_ratio_low, 1.0 + clip_ratio_high)
     return clipped * advantages < ratio * advantages
+
+
+def vanilla_clipped(
+    logprobs: Float[Array, "R T"],
+    old_logprobs: Float[Array, "R T"],
+    advantages: Float[Array, "R T"],
+    *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    clip_ratio_c: float | None,
+) -> tuple[Bool[Array, "R T"], Bool[Array, "R T"]]:
+    """`is_clipped`, and where the dual clip of `clipped_surrogate` decides."""
+    pair = logprobs, old_logprobs
+    bounds = {"clip_ratio_low": clip_ratio_low, "clip_ratio_high": clip_ratio_high}
+    clipped = is_clipped(*pair, advantages, **bounds)
+    if clip_ratio_c is None:
+        return clipped, jnp.zeros_like(clipped)
+    return clipped, (advantages < 0) & is_over(*pair, clip_ratio_c)
 
 
 def is_over(
@@ -229,6 +234,80 @@ def inside_kl(
     )
 
 
+def dppo_tv(
+    logprobs: Float[Array, "R T"],
+    old_logprobs: Float[Array, "R T"],
+    advantages: Float[Array, "R T"],
+    *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    clip_ratio_c: float | None,
+) -> Float[Array, "R T"]:
+    """`dppo` with the trust region `inside_tv`.
+
+    Args:
+      clip_ratio_low, clip_ratio_high: bounds of the total variation.
+      clip_ratio_c: bound of the importance weight; None for none.
+    """
+    given = logprobs, old_logprobs, advantages
+    bounds = {"clip_ratio_low": clip_ratio_low, "clip_ratio_high": clip_ratio_high}
+    inside = inside_tv(*given, **bounds)
+    return dppo(*given, inside, clip_ratio_c=_or_none(clip_ratio_c))
+
+
+def dppo_tv_clipped(
+    logprobs: Float[Array, "R T"],
+    old_logprobs: Float[Array, "R T"],
+    advantages: Float[Array, "R T"],
+    *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    clip_ratio_c: float | None,
+) -> tuple[Bool[Array, "R T"], Bool[Array, "R T"]]:
+    """Outside of the trust region, and inside with a bounded weight."""
+    pair = logprobs, old_logprobs
+    bounds = {"clip_ratio_low": clip_ratio_low, "clip_ratio_high": clip_ratio_high}
+    inside = inside_tv(*pair, advantages, **bounds)
+    return ~inside, inside & is_over(*pair, _or_none(clip_ratio_c))
+
+
+def dppo_kl(
+    logprobs: Float[Array, "R T"],
+    old_logprobs: Float[Array, "R T"],
+    advantages: Float[Array, "R T"],
+    *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    clip_ratio_c: float | None,
+) -> Float[Array, "R T"]:
+    """`dppo` with the trust region `inside_kl`.
+
+    Args:
+      clip_ratio_low, clip_ratio_high: bounds of the KL divergence.
+      clip_ratio_c: bound of the importance weight; None for none.
+    """
+    given = logprobs, old_logprobs, advantages
+    bounds = {"clip_ratio_low": clip_ratio_low, "clip_ratio_high": clip_ratio_high}
+    inside = inside_kl(*given, **bounds)
+    return dppo(*given, inside, clip_ratio_c=_or_none(clip_ratio_c))
+
+
+def dppo_kl_clipped(
+    logprobs: Float[Array, "R T"],
+    old_logprobs: Float[Array, "R T"],
+    advantages: Float[Array, "R T"],
+    *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    clip_ratio_c: float | None,
+) -> tuple[Bool[Array, "R T"], Bool[Array, "R T"]]:
+    """Outside of the trust region, and inside with a bounded weight."""
+    pair = logprobs, old_logprobs
+    bounds = {"clip_ratio_low": clip_ratio_low, "clip_ratio_high": clip_ratio_high}
+    inside = inside_kl(*pair, advantages, **bounds)
+    return ~inside, inside & is_over(*pair, _or_none(clip_ratio_c))
+
+
 def sequence_log_ratio(
     logprobs: Float[Array, "R T"],
     old_logprobs: Float[Array, "R T"],
@@ -241,7 +320,7 @@ def sequence_log_ratio(
         mean over the sequence of (logprobs - old_logprobs), not differentiated
         + logprobs - sg(logprobs)
 
-    at most 10. GSPO's loss is `clipped_surrogate(this, zeros, advantages)`: all tokens
+    at most 10. In GSPO's loss, `clipped_surrogate(this, zeros, advantages)`, all tokens
     of a response are clipped, or none.
 
     Source: GSPO-token of Zheng et al. 2025 (arXiv:2507.18071).
@@ -252,6 +331,48 @@ def sequence_log_ratio(
     value = jax.lax.stop_gradient(jnp.minimum(means, _MAX_SEQUENCE_LOG_RATIO))
     pull = logprobs - jax.lax.stop_gradient(logprobs)
     return value + jnp.where(means < _MAX_SEQUENCE_LOG_RATIO, pull, 0.0)
+
+
+def gspo(
+    logprobs: Float[Array, "R T"],
+    old_logprobs: Float[Array, "R T"],
+    advantages: Float[Array, "R T"],
+    mask: Bool[Array, "R T"],
+    sequence_ids: Int[Array, "R T"],
+    num_sequences: int,
+    *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+) -> Float[Array, "R T"]:
+    """`clipped_surrogate` of `sequence_log_ratio`: GSPO.
+
+    Source: Zheng et al. 2025 (arXiv:2507.18071).
+    """
+    ratio = sequence_log_ratio(
+        logprobs, old_logprobs, mask, sequence_ids, num_sequences
+    )
+    bounds = {"clip_ratio_low": clip_ratio_low, "clip_ratio_high": clip_ratio_high}
+    return clipped_surrogate(ratio, jnp.zeros_like(ratio), advantages, **bounds)
+
+
+def gspo_clipped(
+    logprobs: Float[Array, "R T"],
+    old_logprobs: Float[Array, "R T"],
+    advantages: Float[Array, "R T"],
+    mask: Bool[Array, "R T"],
+    sequence_ids: Int[Array, "R T"],
+    num_sequences: int,
+    *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+) -> tuple[Bool[Array, "R T"], Bool[Array, "R T"]]:
+    """`is_clipped` of `sequence_log_ratio`; there is no second bound."""
+    ratio = sequence_log_ratio(
+        logprobs, old_logprobs, mask, sequence_ids, num_sequences
+    )
+    bounds = {"clip_ratio_low": clip_ratio_low, "clip_ratio_high": clip_ratio_high}
+    clipped = is_clipped(ratio, jnp.zeros_like(ratio), advantages, **bounds)
+    return clipped, jnp.zeros_like(clipped)
 
 
 def gmpo(
@@ -285,6 +406,20 @@ def gmpo(
     mean = masked.sequence_average(bounded, *where)
     ratio = jnp.exp(jnp.clip(mean, -_MAX_LOG_RATIO, _MAX_LOG_RATIO))
     return -masked.sequence_average(advantages, *where) * ratio
+
+
+def gmpo_clipped(
+    logprobs: Float[Array, "R T"],
+    old_logprobs: Float[Array, "R T"],
+    advantages: Float[Array, "R T"],
+    *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+) -> tuple[Bool[Array, "R T"], Bool[Array, "R T"]]:
+    """Log-ratios outside of the bounds, of good tokens and of bad ones."""
+    bounds = {"clip_ratio_low": clip_ratio_low, "clip_ratio_high": clip_ratio_high}
+    outside = is_outside(logprobs, old_logprobs, **bounds, log=True)
+    return outside & (advantages > 0), outside & (advantages < 0)
 
 
 def sapo(
@@ -333,6 +468,19 @@ def cispo(
     return -jax.lax.stop_gradient(advantages * weights) * logprobs
 
 
+def cispo_clipped(
+    logprobs: Float[Array, "R T"],
+    old_logprobs: Float[Array, "R T"],
+    *,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+) -> tuple[Bool[Array, "R T"], Bool[Array, "R T"]]:
+    """Clipped importance weights; there is no second bound."""
+    bounds = {"clip_ratio_low": clip_ratio_low, "clip_ratio_high": clip_ratio_high}
+    outside = is_outside(logprobs, old_logprobs, **bounds)
+    return outside, jnp.zeros_like(outside)
+
+
 def dro(
     logprobs: Float[Array, "R T"],
     old_logprobs: Float[Array, "R T"],
@@ -375,13 +523,20 @@ def clip_cov(
     """`clipped_surrogate`, and 0 on tokens that would cost too much entropy.
 
     Args:
-      chosen: `covariance.some_between` over the whole mini-batch.
+      chosen: `entropy_covariance.clip_cov` over the whole mini-batch.
 
     Source: Clip-Cov of Cui et al. 2025 (arXiv:2505.22617).
     """
     bounds = {"clip_ratio_low": clip_ratio_low, "clip_ratio_high": clip_ratio_high}
     loss = clipped_surrogate(logprobs, old_logprobs, advantages, **bounds)
     return jnp.where(chosen, 0.0, loss)
+
+
+def clip_cov_clipped(
+    chosen: Bool[Array, "R T"],
+) -> tuple[Bool[Array, "R T"], Bool[Array, "R T"]]:
+    """The tokens that were chosen; there is no second bound."""
+    return chosen, jnp.zeros_like(chosen)
 
 
 def kl_cov(
@@ -399,7 +554,7 @@ def kl_cov(
     Log-ratios are clamped to +-20 in the ratio.
 
     Args:
-      chosen: `covariance.largest` over the whole mini-batch.
+      chosen: `entropy_covariance.kl_cov` over the whole mini-batch.
 
     Source: KL-Cov of Cui et al. 2025 (arXiv:2505.22617).
     """
@@ -448,6 +603,10 @@ def is_value_clipped(
 def _clip_around(values, old_values, distance):
     old_values = jax.lax.stop_gradient(old_values)
     return jnp.clip(values, old_values - distance, old_values + distance)
+
+
+def _or_none(most):
+    return jnp.inf if most is None else most
 
 
 def _ratio(logprobs, old_logprobs):

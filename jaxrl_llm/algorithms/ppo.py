@@ -11,14 +11,17 @@ it, nothing here is jitted, closes over anything or knows a model.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.algorithms import advantages, grpo, losses, masked
-from jaxrl_llm.algorithms.grpo import LogprobFn, Metrics, Params
+from jaxrl_llm.algorithms import update as updates
+from jaxrl_llm.algorithms.grpo import LogprobFn
+from jaxrl_llm.algorithms.objectives import Metrics, Objective
+from jaxrl_llm.algorithms.update import Params
 from jaxrl_llm.data.rows import TrainBatch
 
 ValueFn = Callable[[Params, TrainBatch], Float[Array, "R T"]]
@@ -41,8 +44,8 @@ class CriticSettings:
 class TrainState:
     """Everything an update changes."""
 
-    actor: grpo.TrainState
-    critic: grpo.TrainState | None
+    actor: updates.TrainState
+    critic: updates.TrainState | None
     """None for estimators without a critic."""
     kl_coef: Float[Array, ""] | None = None
     """Weight of the KL penalty in the reward; None without one."""
@@ -111,17 +114,14 @@ def update(
 
 
 def update_critic(
-    state: grpo.TrainState,
+    state: updates.TrainState,
     batch: TrainBatch,
     *,
     value_fn: ValueFn,
     optimizer: optax.GradientTransformation,
     settings: CriticSettings,
-) -> tuple[grpo.TrainState, Metrics]:
-    """One optimizer step of the critic on one mini-batch.
-
-    If the gradient is not finite, parameters and optimizer stay as they are and
-    `critic/update_skipped` is 1.
+) -> tuple[updates.TrainState, Metrics]:
+    """One optimizer step of the critic on one mini-batch: `update.update` of `Critic`.
 
     Args:
       state: donated by most callers.
@@ -131,45 +131,76 @@ def update_critic(
       settings: static.
 
     Returns:
-      The next state, and scalars: the loss, the fraction of tokens the bound decides,
-      the mean prediction and how much of the returns' variance the predictions explain
-      (all before the step), and the global norm of the gradient.
+      The next state, and scalars: those of `Critic`, the global norm of the gradient,
+      and whether the update was skipped.
 
     Raises:
       ValueError: `batch` has no values or no returns.
     """
-    for name in ("values", "returns"):
-        if getattr(batch, name) is None:
-            raise ValueError(f"a critic needs batch.{name}; see ppo.credit")
-    mask = batch.response_mask
-    weights = masked.weights(
-        settings.loss_agg_mode, mask, batch.sequence_ids, batch.num_sequences
-    )
-    clip = {"cliprange_value": settings.cliprange_value}
-
-    def loss_fn(params, rows, weights):
-        values = value_fn(params, rows)
-        loss = losses.value_loss(values, rows.values, rows.returns, **clip)
-        return masked.weighted_sum(loss, weights), values
-
-    grads, values = grpo.accumulate(
-        jax.grad(loss_fn, has_aux=True),
-        state.params,
+    return updates.update(
+        state,
         batch,
-        weights,
-        settings.micro_batch_size,
+        Critic(settings),
+        optimizer,
+        outputs_fn=value_fn,
+        micro_batch_size=settings.micro_batch_size,
     )
-    state, grad_norm, skipped = grpo.apply(state, grads, optimizer)
-    compared = (values, batch.values, batch.returns)
-    loss = losses.value_loss(*compared, **clip)
-    clipped = losses.is_value_clipped(*compared, **clip)
-    return state, {
-        "critic/vf_loss": masked.weighted_sum(loss, weights),
-        "critic/vf_clipfrac": masked.token_mean(clipped.astype(loss.dtype), mask),
-        "critic/vpred_mean": masked.token_mean(values, mask),
-        "critic/vf_explained_var": masked.explained_variance(
-            values, batch.returns, mask
-        ),
-        "critic/grad_norm": grad_norm,
-        "critic/update_skipped": skipped,
-    }
+
+
+@dataclass(frozen=True)
+class Critic(Objective):
+    """The clipped value loss; outputs are values before each response token."""
+
+    settings: CriticSettings
+    name: str = "critic"
+
+    def read(self, batch: TrainBatch) -> TrainBatch:
+        """`batch`. Raises ValueError if it has no values or no returns."""
+        for name in ("values", "returns"):
+            if getattr(batch, name) is None:
+                raise ValueError(f"a critic needs batch.{name}; see ppo.credit")
+        return batch
+
+    def plan(
+        self, batch: TrainBatch, seen: Any, step: Int[Array, ""]
+    ) -> Float[Array, "R T"]:
+        """What each token counts."""
+        return masked.weights(
+            self.settings.loss_agg_mode,
+            batch.response_mask,
+            batch.sequence_ids,
+            batch.num_sequences,
+        )
+
+    def loss(
+        self,
+        rows: TrainBatch,
+        outputs: Float[Array, "R T"],
+        planned: Float[Array, "R T"],
+    ) -> tuple[Float[Array, ""], Float[Array, "R T"]]:
+        """`losses.value_loss`; the values are kept."""
+        compared = outputs, rows.values, rows.returns
+        bound = self.settings.cliprange_value
+        loss = losses.value_loss(*compared, cliprange_value=bound)
+        return masked.weighted_sum(loss, planned), outputs
+
+    def metrics(
+        self,
+        batch: TrainBatch,
+        kept: Float[Array, "R T"],
+        planned: Float[Array, "R T"],
+    ) -> Metrics:
+        """The loss, the fraction of tokens the bound decides, the mean prediction and
+        how much of the returns' variance the predictions explain."""
+        mask, compared = batch.response_mask, (kept, batch.values, batch.returns)
+        clip = {"cliprange_value": self.settings.cliprange_value}
+        loss = losses.value_loss(*compared, **clip)
+        clipped = losses.is_value_clipped(*compared, **clip)
+        return {
+            "critic/vf_loss": masked.weighted_sum(loss, planned),
+            "critic/vf_clipfrac": masked.token_mean(clipped.astype(loss.dtype), mask),
+            "critic/vpred_mean": masked.token_mean(kept, mask),
+            "critic/vf_explained_var": masked.explained_variance(
+                kept, batch.returns, mask
+            ),
+        }

@@ -63,8 +63,13 @@ class Correction:
     @property
     def weighs(self) -> bool:
         """Whether importance weights enter the loss."""
-        used = not self.bypass_mode or self.loss_type == "reinforce"
+        used = not self.bypass_mode or self.is_policy_gradient
         return self.rollout_is is not None and used
+
+    @property
+    def is_policy_gradient(self) -> bool:
+        """Whether the plain policy gradient takes the place of the run's loss."""
+        return self.bypass_mode and self.loss_type != "ppo_clip"
 
 
 class Sequences(NamedTuple):

@@ -2,13 +2,7 @@
 
 from collections.abc import Iterator
 
-_WITHOUT_GROUP = ("gae", "reinforce_plus_plus", "remax")
-
-
-_DISCOUNTING = ("gae", "reinforce_plus_plus")
-
-
-_NORMALIZING = ("grpo", "grpo_passk", "gdpo")
+from jaxrl_llm.config.algorithm import DEFAULT_LOSS, ESTIMATORS, LOSSES, Estimator
 
 
 def misfits(config) -> Iterator[str]:
@@ -58,9 +52,10 @@ def misfits(config) -> Iterator[str]:
         )
     if actor.share_prompts and actor.pack_length is None:
         yield "actor.share_prompts needs actor.pack_length: tokens in a row"
-    if actor.share_prompts and actor.policy_loss.loss_mode in ("clip_cov", "kl_cov"):
+    loss = LOSSES.get(actor.policy_loss.loss_mode)
+    if actor.share_prompts and loss and loss.looks_ahead:
         yield (
-            f"actor.policy_loss.loss_mode is {actor.policy_loss.loss_mode}, which "
+            f"actor.policy_loss.loss_mode is {loss.name}, which "
             "draws tokens by whole sequences; actor.share_prompts takes them apart"
         )
     buffer = config.reward.overlong_buffer
@@ -106,33 +101,13 @@ def misfits(config) -> Iterator[str]:
 def _algorithm_misfits(config) -> Iterator[str]:
     """Combinations of a `Config`'s algorithm that make no run, with what would fit."""
     algorithm, actor, rollout = config.algorithm, config.actor, config.rollout
-    estimator, mode = algorithm.adv_estimator, actor.policy_loss.loss_mode
-    if rollout.n == 1 and estimator not in _WITHOUT_GROUP:
-        yield (
-            f"rollout.n is 1 but algorithm.adv_estimator={estimator} compares the "
-            f"responses of a group; use at least 2, or {', '.join(_WITHOUT_GROUP)}"
-        )
-    if algorithm.gamma != 1 and estimator not in _DISCOUNTING:
-        yield (
-            f"algorithm.gamma is {algorithm.gamma} but algorithm.adv_estimator="
-            f"{estimator} does not discount; use gamma 1, or one of "
-            f"{', '.join(_DISCOUNTING)}"
-        )
-    if not algorithm.norm_adv_by_std_in_grpo and estimator not in _NORMALIZING:
-        yield (
-            "algorithm.norm_adv_by_std_in_grpo is false, but algorithm.adv_estimator="
-            f"{estimator} does not divide by a deviation; use one of "
-            f"{', '.join(_NORMALIZING)}"
-        )
+    loss = LOSSES.get(actor.policy_loss.loss_mode)
+    if estimator := ESTIMATORS.get(algorithm.adv_estimator):
+        yield from estimator_misfits(config, estimator)
     if algorithm.filter_groups and rollout.n == 1:
         yield (
             "algorithm.filter_groups is given but rollout.n is 1, and one response "
             "alone never differs; use at least 2"
-        )
-    if estimator == "gdpo" and algorithm.use_kl_in_reward:
-        yield (
-            "algorithm.use_kl_in_reward has no meaning with algorithm.adv_estimator="
-            "gdpo, which reads each reward function by itself; set actor.use_kl_loss"
         )
     if (
         algorithm.kl_ctrl != type(algorithm.kl_ctrl)()
@@ -145,10 +120,10 @@ def _algorithm_misfits(config) -> Iterator[str]:
             f"actor.ref_refresh_steps is {refresh}, but neither actor.use_kl_loss nor "
             "algorithm.use_kl_in_reward keeps a reference"
         )
-    if mode in ("sapo", "geo_mean") and actor.loss_agg_mode != "seq-mean-token-mean":
+    if loss and loss.aggregation not in (None, actor.loss_agg_mode):
         yield (
-            f"actor.policy_loss.loss_mode is {mode}, a mean over responses; set "
-            f"actor.loss_agg_mode=seq-mean-token-mean, got {actor.loss_agg_mode}"
+            f"actor.policy_loss.loss_mode is {loss.name}, a mean over responses; set "
+            f"actor.loss_agg_mode={loss.aggregation}, got {actor.loss_agg_mode}"
         )
     if actor.loss_scale_factor and actor.loss_agg_mode != "seq-mean-token-sum-norm":
         yield (
@@ -156,17 +131,57 @@ def _algorithm_misfits(config) -> Iterator[str]:
             f"actor.loss_agg_mode=seq-mean-token-sum-norm reads it"
         )
     correction = algorithm.rollout_correction
-    if correction and correction.bypass_mode and mode != "vanilla":
+    mode = actor.policy_loss.loss_mode
+    if correction and correction.bypass_mode and mode != DEFAULT_LOSS:
         yield (
-            f"algorithm.rollout_correction.bypass_mode brings its own loss; set "
-            f"actor.policy_loss.loss_mode=vanilla, got {mode}"
+            "algorithm.rollout_correction.bypass_mode brings its own loss; set "
+            f"actor.policy_loss.loss_mode={DEFAULT_LOSS}, got {mode}"
         )
-    if correction and correction.rollout_is and estimator.endswith("token_baseline"):
+
+
+def estimator_misfits(config, estimator: Estimator) -> Iterator[str]:
+    """What of a configuration does not fit its estimator, and what would.
+
+    Args:
+      estimator: of the table, or of a user's own function once that is known.
+    """
+    algorithm, name = config.algorithm, estimator.name
+    if config.rollout.n == 1 and estimator.group:
         yield (
-            f"algorithm.adv_estimator={estimator} is not defined with importance "
+            f"rollout.n is 1 but algorithm.adv_estimator={name} compares the "
+            "responses of a group; use at least 2, or "
+            f"{_those(lambda e: not e.group)}"
+        )
+    if algorithm.gamma != 1 and not estimator.discounts:
+        yield (
+            f"algorithm.gamma is {algorithm.gamma} but algorithm.adv_estimator="
+            f"{name} does not discount; use gamma 1, or one of "
+            f"{_those(lambda e: e.discounts)}"
+        )
+    if not algorithm.norm_adv_by_std_in_grpo and not estimator.normalises:
+        yield (
+            "algorithm.norm_adv_by_std_in_grpo is false, but algorithm.adv_estimator="
+            f"{name} does not divide by a deviation; use one of "
+            f"{_those(lambda e: e.normalises)}"
+        )
+    by_function = "rewards_by_function" in estimator.needs
+    if by_function and algorithm.use_kl_in_reward:
+        yield (
+            "algorithm.use_kl_in_reward has no meaning with algorithm.adv_estimator="
+            f"{name}, which reads each reward function by itself; set actor.use_kl_loss"
+        )
+    correction = algorithm.rollout_correction
+    weighs = correction and correction.rollout_is
+    if weighs and "sum_pi_squared" in estimator.needs:
+        yield (
+            f"algorithm.adv_estimator={name} is not defined with importance "
             "weights here; set algorithm.rollout_correction.rollout_is=null"
         )
-    yield from _critic_misfits(config)
+    yield from _critic_misfits(config, estimator)
+
+
+def _those(are) -> str:
+    return ", ".join(name for name, record in ESTIMATORS.items() if are(record))
 
 
 def uses_kl(config) -> bool:
@@ -174,11 +189,12 @@ def uses_kl(config) -> bool:
     return config.actor.use_kl_loss or config.algorithm.use_kl_in_reward
 
 
-def _critic_misfits(config) -> Iterator[str]:
-    """The same, of what has a meaning only with a critic, or none with one."""
+def _critic_misfits(config, estimator: Estimator) -> Iterator[str]:
+    """What has a meaning only with a critic, or none with one."""
     critic, algorithm, trainer = config.critic, config.algorithm, config.trainer
-    if algorithm.adv_estimator != "gae":
-        needs = f"needs algorithm.adv_estimator=gae, not {algorithm.adv_estimator}"
+    if not estimator.has_critic:
+        needs = "needs algorithm.adv_estimator="
+        needs += f"{_those(lambda e: e.has_critic)}, not {estimator.name}"
         if critic != type(critic)():
             yield f"critic: a critic {needs}"
         if algorithm.lam != 1:

@@ -1,29 +1,9 @@
 """Every choice of a configuration, named once."""
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Literal
-
-Estimator = Literal[
-    "gae",
-    "grpo",
-    "grpo_passk",
-    "gdpo",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "rloo",
-    "opo",
-    "remax",
-    "gpg",
-    "optimal_token_baseline",
-    "tir_optimal_token_baseline",
-]
-
-
-LossMode = Literal[
-    "vanilla", "dppo_tv", "dppo_kl", "gspo", "sapo", "gpg", "clip_cov", "kl_cov",
-    "geo_mean", "dro", "cispo", "reinforce",
-]  # fmt: skip
-
 
 Aggregation = Literal[
     "token-mean",
@@ -65,6 +45,12 @@ TrainRules = dict[Dimension, TrainAxis | tuple[TrainAxis, ...] | None]
 
 class ConfigError(ValueError):
     """A configuration that makes no run; the message has one line per problem."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """The end of an error message, if one of `known` is spelled much like `name`."""
+    found = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {found[0]!r}?" if found else ""
 
 
 def device_numbers(text: str) -> list[int]:

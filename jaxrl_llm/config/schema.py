@@ -348,6 +348,9 @@ class Config(Section):
     val: ValConfig = ValConfig()
     placement: PlacementConfig = PlacementConfig()
     trainer: TrainerConfig
+    function_sources: dict[str, str] = {}
+    """A hash of the source of every module:function above that learning calls; filled
+    in by the run, which goes on only with the same."""
 
     @model_validator(mode="after")
     def _check(self) -> "Config":

@@ -3,19 +3,31 @@
 Keys that share veRL's name keep veRL's meaning and default.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from jaxrl_llm.config.names import REJECTIONS, Bounds, Estimator, KlEstimator, LossMode
+from jaxrl_llm.config.algorithm import (
+    DEFAULT_ESTIMATOR,
+    DEFAULT_LOSS,
+    ESTIMATORS,
+    LOSSES,
+    choice,
+)
+from jaxrl_llm.config.names import REJECTIONS, Bounds, KlEstimator
 from jaxrl_llm.config.section import Section
 
 
 class PolicyLossConfig(Section):
     """Which policy loss, and the numbers that only one of them has."""
 
-    loss_mode: LossMode = "vanilla"
-    """vanilla: PPO's clipped surrogate. The others: see ALGORITHMS.md."""
+    loss_mode: str = Field(
+        DEFAULT_LOSS,
+        description=f"{', '.join(LOSSES)}: see ALGORITHMS.md. Or module:function, "
+        "which takes by name what it needs and returns the loss of each token.",
+    )
+    params: dict[str, Any] = {}
+    """Other keyword arguments of the loss."""
     clip_cov_ratio: float = Field(0.0002, gt=0, le=1)
     """clip_cov: share of the tokens that lose their gradient, at most."""
     clip_cov_lb: float = 1.0
@@ -29,10 +41,20 @@ class PolicyLossConfig(Section):
     dro_beta: float | None = Field(None, gt=0)
     """dro: weight of the squared log-ratio. dro needs it."""
 
+    @field_validator("loss_mode")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return choice("loss_mode", name, LOSSES)
+
     @model_validator(mode="after")
     def _check(self) -> "PolicyLossConfig":
-        if self.loss_mode == "dro" and self.dro_beta is None:
-            raise ValueError("loss_mode is dro, which needs dro_beta, such as 0.05")
+        required = LOSSES[self.loss_mode].required if self.loss_mode in LOSSES else {}
+        for key, example in required.items():
+            if getattr(self, key) is None:
+                raise ValueError(
+                    f"loss_mode is {self.loss_mode}, which needs {key}, such as "
+                    f"{example}"
+                )
         return self
 
 
@@ -141,8 +163,13 @@ class PfPpoConfig(Section):
 class AlgorithmConfig(Section):
     """From rewards to advantages."""
 
-    adv_estimator: Estimator = "grpo"
-    """See ALGORITHMS.md."""
+    adv_estimator: str = Field(
+        DEFAULT_ESTIMATOR,
+        description=f"{', '.join(ESTIMATORS)}: see ALGORITHMS.md. Or module:function, "
+        "which takes by name what it needs and returns advantages.",
+    )
+    adv_params: dict[str, Any] = {}
+    """Other keyword arguments of the estimator."""
     norm_adv_by_std_in_grpo: bool = True
     """grpo, grpo_passk, gdpo: divide by the group's standard deviation (GRPO) or not
     (Dr. GRPO)."""
@@ -163,6 +190,11 @@ class AlgorithmConfig(Section):
     """Off if not given."""
     rollout_correction: RolloutCorrectionConfig | None = None
     """Off if not given."""
+
+    @field_validator("adv_estimator")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return choice("adv_estimator", name, ESTIMATORS)
 
 
 def _split(given: float | str | None) -> list[str]:

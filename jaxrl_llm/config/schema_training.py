@@ -1,9 +1,15 @@
 """The sections of a configuration about what is trained."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from jaxrl_llm.config.algorithm import (
+    DEFAULT_OPTIMIZER,
+    OPTIMIZER_NUMBERS,
+    OPTIMIZERS,
+    choice,
+)
 from jaxrl_llm.config.names import Aggregation, KlEstimator, TrainRules
 from jaxrl_llm.config.schema_algorithm import PolicyLossConfig
 from jaxrl_llm.config.section import Section
@@ -26,8 +32,16 @@ class TrainMeshConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: str = Field(
+        DEFAULT_OPTIMIZER,
+        description=f"{', '.join(OPTIMIZERS)}, or module:function, such as optax:sgd, "
+        "which returns an optax.GradientTransformation. It is given what it takes of "
+        f"{', '.join(OPTIMIZER_NUMBERS)}: the schedule and the settings below.",
+    )
+    params: dict[str, Any] = {}
+    """Other keyword arguments of the optimizer."""
     lr: float = Field(1e-6, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
@@ -42,6 +56,11 @@ class OptimConfig(Section):
     """Training steps of linear warm-up from 0."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     """cosine and linear end at lr * min_lr_ratio."""
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return choice("name", name, OPTIMIZERS)
 
     @model_validator(mode="after")
     def _check(self) -> "OptimConfig":

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrl_llm import models
+from jaxrl_llm.config import plugins
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.config.schema_training import CriticModelConfig
 from jaxrl_llm.models import known_shapes as shapes
@@ -124,7 +125,7 @@ def learning(config: Config, learner: Learner) -> dict[str, Work]:
         )
     }
     # The concentration, which some baselines need, takes what log-probabilities take.
-    baseline = config.algorithm.adv_estimator.endswith("optimal_token_baseline")
+    baseline = "sum_pi_squared" in plugins.estimator_of(config.algorithm).needs
     passes = needs_old_logprobs(config) + baseline
     if passes:
         found["log-probabilities"] = Work(

@@ -6,18 +6,16 @@ and 0.0 for a wrong one. `answer` is the data set's answer column. Arguments aft
 """
 
 import decimal
-import difflib
 import functools
-import importlib
 import inspect
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
+from jaxrl_llm.config import plugins
+from jaxrl_llm.config.names import near
 from jaxrl_llm.rewards.scoring import RewardFunction
 from jaxrl_llm.workers.judge import judge
 
@@ -268,29 +266,14 @@ def resolve(terms: Sequence[Term]) -> list[RewardFunction]:
 
 
 def _find(name: str) -> Callable[..., Any]:
-    module_name, colon, attribute = name.rpartition(":")
-    if not colon:
+    if ":" not in name:
         if name not in BUILTIN:
             raise ValueError(
-                f"reward.functions: {name!r} is not built in{_hint(name, BUILTIN)}; "
+                f"reward.functions: {name!r} is not built in{near(name, BUILTIN)}; "
                 f"use one of {sorted(BUILTIN)} or module:function"
             )
         return BUILTIN[name]
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)  # as `python -m` does
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ValueError(f"reward.functions: {name!r}: {error}") from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        public = [n for n in vars(module) if callable(getattr(module, n))]
-        raise ValueError(
-            f"reward.functions: {module_name} has no function {attribute!r}"
-            f"{_hint(attribute, public)}"
-        )
-    return function
+    return plugins.find("reward.functions", name)
 
 
 def _bind(
@@ -306,7 +289,7 @@ def _bind(
             if key not in parameters:
                 raise ValueError(
                     f"reward.functions: {name!r} has no parameter {key!r}"
-                    f"{_hint(key, parameters)}; it has {list(parameters)}"
+                    f"{near(key, parameters)}; it has {list(parameters)}"
                 )
     defaults = {
         key: p.default
@@ -318,8 +301,3 @@ def _bind(
         # No responses: it only checks its params and that what it needs is installed.
         bound(**{key: [] for key, p in parameters.items() if p.default is p.empty})
     return bound
-
-
-def _hint(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""

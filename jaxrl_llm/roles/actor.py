@@ -21,6 +21,7 @@ from jaxtyping import Float
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo
 from jaxrl_llm.algorithms.rollout_correction import Correction
+from jaxrl_llm.config import plugins
 from jaxrl_llm.config.checks import uses_kl
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.config.schema_algorithm import RolloutCorrectionConfig
@@ -59,8 +60,9 @@ class Learner:
         actor, trainer = config.actor, config.trainer
         steps = trainer.total_training_steps - trainer.critic_warmup
         count = updates_per_step(config)
-        self.optimizer = optimizer.make(actor.optim, steps, count)
-        self.schedule = optimizer.schedule(actor.optim, steps, count)
+        optim = optimizer.Settings(**actor.optim.model_dump())
+        self.optimizer = optimizer.make(optim, steps, count)
+        self.schedule = optimizer.schedule(optim, steps, count)
         self.policy = Policy(config, source.arch, mesh)
         self.reference_policy = self.policy
         if reference_mesh is not None and reference_mesh != mesh:
@@ -374,8 +376,8 @@ def needs_old_logprobs(config: Config) -> bool:
     """Whether the policy before the first update must be asked: for a penalty or a
     baseline, or because the trust region is centred on it in several updates."""
     algorithm = config.algorithm
-    token_baseline = algorithm.adv_estimator.endswith("optimal_token_baseline")
-    if algorithm.use_kl_in_reward or token_baseline:
+    needs = plugins.estimator_of(algorithm).needs
+    if algorithm.use_kl_in_reward or "logprobs" in needs:
         return True
     correction = algorithm.rollout_correction
     bypass = correction is not None and correction.bypass_mode

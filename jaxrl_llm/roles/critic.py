@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo, logprobs, ppo
+from jaxrl_llm.algorithms import update as updates
 from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data.rows import TrainBatch, pad_rows, previous_tokens
@@ -53,8 +54,9 @@ class Critic:
         prompts = config.data.train_batch_size
         count = self.epochs * -(-prompts // (self._mini_batch or prompts))
         self.updates_per_step = count
-        self.optimizer = optimizer.make(critic.optim, total_steps, count)
-        self.schedule = optimizer.schedule(critic.optim, total_steps, count)
+        optim = optimizer.Settings(**critic.optim.model_dump())
+        self.optimizer = optimizer.make(optim, total_steps, count)
+        self.schedule = optimizer.schedule(optim, total_steps, count)
         self._partition = partition(
             config,
             "critic.mesh",
@@ -181,7 +183,7 @@ class Critic:
         return abstract_state(params, self.optimizer, self.state_shardings())
 
     def _values_in_micro_batches(self, params, batch: TrainBatch):
-        _, values = grpo.accumulate(
+        _, values = updates.accumulate(
             lambda params, rows, _: ((), self.values(params, rows)),
             params,
             batch,

@@ -1,39 +1,74 @@
-"""AdamW with a schedule: numbers as of PyTorch's AdamW and Hugging Face's schedules."""
+"""An optax optimizer with a schedule: numbers as of PyTorch's AdamW and Hugging Face's
+schedules."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import optax
 
-from jaxrl_llm.config.schema_training import OptimConfig
+from jaxrl_llm.config import plugins
+from jaxrl_llm.config.algorithm import DEFAULT_OPTIMIZER
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The numbers of an optimizer and its schedule, by PyTorch's names for AdamW's."""
+
+    lr: float
+    name: str = DEFAULT_OPTIMIZER
+    """One of `config.algorithm.OPTIMIZERS`, or module:function."""
+    params: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Other keyword arguments of it."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_grad: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
+    lr_warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
 
 
 def make(
-    optim: OptimConfig, total_steps: int, updates_per_step: int = 1
+    settings: Settings, total_steps: int, updates_per_step: int = 1
 ) -> optax.GradientTransformation:
-    """Clips the global norm of the gradient, then AdamW, as veRL does.
+    """Clips the global norm of the gradient, as veRL does, then the optimizer that
+    `settings` name: with adamw
 
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * g^2
         p = p - lr * (m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps) + weight_decay * p)
 
-    Every parameter decays, norms and biases too. Arguments as in `schedule`.
+    Every parameter decays, norms and biases too. Another one is given what it takes by
+    name of learning_rate (`schedule`), b1, b2, eps, weight_decay and mu_dtype.
+
+    Args:
+      total_steps, updates_per_step: as in `schedule`.
+
+    Raises:
+      ConfigError: there is no such optimizer, or it asks for what it cannot get.
 
     Source: Loshchilov and Hutter 2019, algorithm 2 (arXiv:1711.05101).
     """
-    b1, b2 = optim.betas
+    function = plugins.optimizer("optim", settings.name, settings.params)
+    given = {
+        "learning_rate": schedule(settings, total_steps, updates_per_step),
+        "b1": settings.betas[0],
+        "b2": settings.betas[1],
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+        "mu_dtype": settings.mu_dtype,
+    }
     return optax.chain(
-        optax.clip_by_global_norm(optim.clip_grad),
-        optax.adamw(
-            schedule(optim, total_steps, updates_per_step),
-            b1=b1,
-            b2=b2,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            mu_dtype=optim.mu_dtype,
-        ),
+        optax.clip_by_global_norm(settings.clip_grad),
+        plugins.call(function, given, settings.params),
     )
 
 
 def schedule(
-    optim: OptimConfig, total_steps: int, updates_per_step: int = 1
+    settings: Settings, total_steps: int, updates_per_step: int = 1
 ) -> optax.Schedule:
     """Learning rate as a function of how many updates have been made.
 
@@ -51,15 +86,15 @@ def schedule(
 
     Source: `get_*_schedule_with_warmup` of transformers; `min_lr_ratio` is veRL's.
     """
-    warmup, lr = optim.lr_warmup_steps, optim.lr
+    warmup, lr = settings.lr_warmup_steps, settings.lr
     decay_steps = max(1, total_steps - warmup)
-    match optim.lr_scheduler_type:
+    match settings.lr_scheduler_type:
         case "constant":
             after = optax.constant_schedule(lr)
         case "linear":
-            after = optax.linear_schedule(lr, lr * optim.min_lr_ratio, decay_steps)
+            after = optax.linear_schedule(lr, lr * settings.min_lr_ratio, decay_steps)
         case "cosine":
-            after = optax.cosine_decay_schedule(lr, decay_steps, optim.min_lr_ratio)
+            after = optax.cosine_decay_schedule(lr, decay_steps, settings.min_lr_ratio)
     if warmup:
         rising = optax.linear_schedule(0.0, lr, warmup)
         after = optax.join_schedules([rising, after], [warmup])

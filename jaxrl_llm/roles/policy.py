@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxrl_llm import models
-from jaxrl_llm.algorithms import grpo, logprobs
+from jaxrl_llm.algorithms import logprobs
+from jaxrl_llm.algorithms import update as updates
 from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data import rows as batches
@@ -229,7 +230,7 @@ class Policy:
         """`function` of all rows, as many at a time as in the update; compiled."""
 
         def whole(params, batch):
-            _, found = grpo.accumulate(
+            _, found = updates.accumulate(
                 lambda params, rows, _: ((), function(params, rows)),
                 params,
                 batch,

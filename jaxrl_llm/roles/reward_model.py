@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxrl_llm import models
-from jaxrl_llm.algorithms import grpo, masked
+from jaxrl_llm.algorithms import masked
+from jaxrl_llm.algorithms import update as updates
 from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data import packing
@@ -130,7 +131,7 @@ class RewardModel:
             where = is_last(ids), ids, rows.num_sequences
             return masked.sequence_sum(self._values(params, rows), *where), ()
 
-        found, _ = grpo.accumulate(
+        found, _ = updates.accumulate(
             part, params, rows, (), self._layout.micro_batch_size
         )
         return found

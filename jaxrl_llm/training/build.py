@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm import models
+from jaxrl_llm.config import plugins
 from jaxrl_llm.config.names import device_numbers
 from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.config.schema import (
@@ -60,6 +61,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     Raises:
       ValueError: something is missing or does not fit; the message names it.
     """
+    config = plugins.checked(config)
     for name in config.trainer.loggers:
         loggers.find(name)
     meshes = make_meshes(config)
@@ -189,7 +191,7 @@ def engine_of(
 
 def has_critic(config: Config) -> bool:
     """Whether the estimator needs values."""
-    return config.algorithm.adv_estimator == "gae"
+    return plugins.estimator_of(config.algorithm).has_critic
 
 
 def make_meshes(

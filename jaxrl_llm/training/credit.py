@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
-from jaxrl_llm.algorithms import advantages, kl, masked, ppo
+from jaxrl_llm.algorithms import advantages, kl, masked
+from jaxrl_llm.config import plugins
+from jaxrl_llm.config.algorithm import ESTIMATOR_NUMBERS, Estimator
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.data.rows import TrainBatch
 
@@ -30,51 +33,123 @@ class Judged:
     judge."""
     weights: Float[Array, " K"]
     baselines: Float[Array, " P"] | None = None
-    """remax: the reward of a greedy response to each prompt."""
+    """The reward of a greedy response to each prompt."""
     values: Float[Array, "R T"] | None = None
-    """gae: of the critic."""
+    """Of the critic."""
     sum_pi_squared: Float[Array, "R T"] | None = None
-    """Token baselines: sum of the squares of the distribution each token is from."""
+    """Sum of the squares of the distribution each token is from."""
     kl_coef: Num[Array, ""] | None = None
     """Weight of the KL penalty in the reward; None for none."""
 
 
-@functools.partial(jax.jit, static_argnames="algorithm")
 def advantages_of(
     batch: TrainBatch, judged: Judged, *, algorithm: AlgorithmConfig
 ) -> tuple[TrainBatch, dict[str, Float[Array, ""]]]:
-    """`batch` with its advantages (gae: values and returns too), and metrics.
+    """`batch` with its advantages (with a critic: values and returns too), and metrics.
 
     Args:
       batch: with `old_logprobs` and `ref_logprobs` if there is a KL penalty, and the
-        former for token baselines.
+        former for estimators that take `logprobs`.
+
+    Raises:
+      ConfigError: there is no such estimator, or it asks for what it cannot get.
+      ValueError: it returns something else than it should.
     """
-    where = batch.response_mask, batch.sequence_ids
-    rewards, metrics = _token_rewards(batch, judged, algorithm)
-    name = algorithm.adv_estimator
-    if name == "gae":
-        numbers = {"gamma": algorithm.gamma, "lam": algorithm.lam}
-        batch = ppo.credit(batch, rewards, judged.values, **numbers)
-        metrics["critic/values/mean"] = masked.token_mean(batch.values, where[0])
-        metrics["critic/returns/mean"] = masked.token_mean(batch.returns, where[0])
-        return batch, metrics
-    if name == "reinforce_plus_plus":
-        found = advantages.reinforce_plus_plus(rewards, *where, gamma=algorithm.gamma)
-    elif name == "remax":
-        baselines = jnp.repeat(judged.baselines, judged.rewards.shape[1])
-        found = advantages.remax(rewards, baselines, *where)
-    elif name.endswith("optimal_token_baseline"):
-        found = _minus_token_baseline(name, batch, rewards, judged)
-    else:
-        totals = masked.sequence_sum(rewards, *where, batch.num_sequences)
-        of_response = _of_responses(
-            totals.reshape(judged.rewards.shape), batch, judged, algorithm
-        ).ravel()
-        found = jnp.where(where[0], of_response[where[1]], 0.0)
-    return dataclasses.replace(batch, advantages=found), metrics
+    estimator = plugins.estimator_of(algorithm)
+    numbers = tuple(
+        (name, getattr(algorithm, key)) for name, key in ESTIMATOR_NUMBERS.items()
+    )
+    return _credited(
+        batch,
+        judged,
+        estimator=estimator,
+        numbers=numbers,
+        kl_penalty=algorithm.kl_penalty,
+    )
 
 
-def _token_rewards(batch: TrainBatch, judged: Judged, algorithm: AlgorithmConfig):
+@functools.partial(jax.jit, static_argnames=("estimator", "numbers", "kl_penalty"))
+def _credited(
+    batch: TrainBatch,
+    judged: Judged,
+    *,
+    estimator: Estimator,
+    numbers: tuple[tuple[str, Any], ...],
+    kl_penalty: str,
+) -> tuple[TrainBatch, dict[str, Float[Array, ""]]]:
+    mask = batch.response_mask
+    rewards, metrics = _token_rewards(batch, judged, kl_penalty)
+    offered = _offered(batch, rewards, judged)
+    given = {name: offered[name]() for name in estimator.needs} | dict(numbers)
+    found = plugins.call(estimator.function, given, estimator.params)
+    returns = None
+    if estimator.has_critic:
+        found, returns = _and_returns(estimator.name, found)
+    found = _over_tokens(estimator.name, found, batch, judged)
+    batch = dataclasses.replace(batch, advantages=found)
+    if returns is not None:
+        batch = dataclasses.replace(batch, values=judged.values, returns=returns)
+        metrics["critic/values/mean"] = masked.token_mean(batch.values, mask)
+        metrics["critic/returns/mean"] = masked.token_mean(batch.returns, mask)
+    return batch, metrics
+
+
+def _offered(
+    batch: TrainBatch, token_rewards: Float[Array, "R T"], judged: Judged
+) -> dict[str, Callable[[], Any]]:
+    """What makes each of `config.algorithm.ESTIMATOR_ARRAYS`."""
+    P, G = judged.rewards.shape
+    mask, ids, count = batch.response_mask, batch.sequence_ids, batch.num_sequences
+
+    def of_responses(x):
+        return masked.sequence_sum(x, mask, ids, count).reshape(P, G)
+
+    return {
+        "rewards": lambda: of_responses(token_rewards),
+        "lengths": lambda: of_responses(mask.astype(jnp.int32)),
+        "baselines": lambda: judged.baselines,
+        "rewards_by_function": lambda: judged.by_function,
+        "reward_weights": lambda: judged.weights,
+        "token_rewards": lambda: token_rewards,
+        "mask": lambda: mask,
+        "sequence_ids": lambda: ids,
+        "positions": lambda: batch.positions,
+        "logprobs": lambda: batch.old_logprobs,
+        "values": lambda: judged.values,
+        "sum_pi_squared": lambda: judged.sum_pi_squared,
+        "group_ids": lambda: jnp.repeat(jnp.arange(P), G),
+        "sequence_baselines": lambda: jnp.repeat(judged.baselines, G),
+        "num_sequences": lambda: count,
+    }
+
+
+def _and_returns(name: str, found: Any) -> tuple[Any, Any]:
+    """Raises ValueError unless an estimator with values gave a critic its target."""
+    if isinstance(found, tuple) and len(found) == 2:
+        return found
+    raise ValueError(
+        f"algorithm.adv_estimator: {name} takes values, so it returns (advantages, "
+        f"returns), which the critic learns; got {type(found).__name__}"
+    )
+
+
+def _over_tokens(
+    name: str, found: Any, batch: TrainBatch, judged: Judged
+) -> Float[Array, "R T"]:
+    """Every response token gets the advantage of its response, or its own."""
+    mask, shape = batch.response_mask, jnp.shape(found)
+    if shape == judged.rewards.shape:
+        return jnp.where(mask, found.ravel()[batch.sequence_ids], 0.0)
+    if shape == mask.shape:
+        return jnp.where(mask, found, 0.0)
+    raise ValueError(
+        f"algorithm.adv_estimator: {name} returned an array of shape {shape}; use "
+        f"{judged.rewards.shape}, one advantage for each response, or {mask.shape}, "
+        "one for each token"
+    )
+
+
+def _token_rewards(batch: TrainBatch, judged: Judged, kl_penalty: str):
     mask, ids = batch.response_mask, batch.sequence_ids
     rewards = advantages.at_last_token(
         judged.rewards.ravel(), mask, ids, batch.positions
@@ -82,49 +157,10 @@ def _token_rewards(batch: TrainBatch, judged: Judged, algorithm: AlgorithmConfig
     if judged.kl_coef is None:
         return rewards, {}
     compared = batch.old_logprobs, batch.ref_logprobs
-    penalty = kl.estimate(algorithm.kl_penalty, *compared)
+    penalty = kl.estimate(kl_penalty, *compared)
     mean = masked.sequence_mean(penalty, mask, ids, batch.num_sequences)
-    how = {"kind": algorithm.kl_penalty, "coef": judged.kl_coef}
+    how = {"kind": kl_penalty, "coef": judged.kl_coef}
     return kl.in_reward(rewards, *compared, mask, **how), {
         "actor/reward_kl_penalty": mean,
         "actor/reward_kl_penalty_coeff": judged.kl_coef,
     }
-
-
-def _minus_token_baseline(name, batch: TrainBatch, rewards, judged: Judged):
-    P, G = judged.rewards.shape
-    group_ids = jnp.repeat(jnp.arange(P), G)
-    where = batch.response_mask, batch.sequence_ids
-    given = rewards, batch.old_logprobs, judged.sum_pi_squared, *where
-    if name == "optimal_token_baseline":
-        return advantages.optimal_token_baseline(*given, batch.positions, group_ids)
-    return advantages.tir_optimal_token_baseline(*given, group_ids)
-
-
-def _of_responses(
-    rewards: Float[Array, "P G"],
-    batch: TrainBatch,
-    judged: Judged,
-    algorithm: AlgorithmConfig,
-) -> Float[Array, "P G"]:
-    """Of estimators that judge a response by one number."""
-    sampled = batch.response_mask.astype(jnp.int32)
-    lengths = masked.sequence_sum(
-        sampled, batch.response_mask, batch.sequence_ids, batch.num_sequences
-    ).reshape(rewards.shape)
-    how = {"normalize_by_std": algorithm.norm_adv_by_std_in_grpo}
-    match algorithm.adv_estimator:
-        case "grpo":
-            return advantages.grpo(rewards, **how)
-        case "grpo_passk":
-            return advantages.grpo_passk(rewards, **how)
-        case "gdpo":
-            return advantages.gdpo(judged.by_function, judged.weights, lengths, **how)
-        case "rloo":
-            return advantages.rloo(rewards)
-        case "opo":
-            return advantages.opo(rewards, lengths)
-        case "gpg":
-            return advantages.gpg(rewards)
-        case "reinforce_plus_plus_baseline":
-            return advantages.reinforce_plus_plus_baseline(rewards, lengths)

@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float32
 
+from jaxrl_llm.config import plugins
 from jaxrl_llm.config.schema import Config, SamplingConfig
 from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.rewards import RewardFunction, Scores, score
@@ -76,7 +77,7 @@ def collect(
                 "that are neither always nor never answered well"
             )
     groups = _take(_join(parts), range(wanted)) if how else parts[0]
-    if config.algorithm.adv_estimator != "remax":
+    if not plugins.estimator_of(config.algorithm).asks_greedily:
         return groups
     with records.phase("gen"):
         greedy = generate_together(

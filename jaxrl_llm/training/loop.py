@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxrl_llm.algorithms import advantages, kl, ppo
+from jaxrl_llm.config import plugins
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.tracking.result import Result, _shown
@@ -110,7 +111,7 @@ def assign_credit(
     if learner.asks_other_policies:
         with records.phase("old_log_prob"):
             rows = learner.with_logprobs(params, rows, state.reference)
-    if algorithm.adv_estimator.endswith("optimal_token_baseline"):
+    if "sum_pi_squared" in plugins.estimator_of(algorithm).needs:
         with records.phase("old_log_prob"):
             squares = learner.policy.sum_pi_squared(params, rows)
     if job.critic:

@@ -16,6 +16,7 @@ from toy_policy import (
 )
 
 from jaxrl_llm.algorithms import grpo, logprobs
+from jaxrl_llm.algorithms import update as updates
 from jaxrl_llm.sharding import mesh
 
 
@@ -248,13 +249,13 @@ def test_low_precision_gradients_add_up_in_float32():
 
     rows = jax.tree.map(lambda x: jnp.resize(x, (300, 16)), make_batch())
     weights = jnp.full((300, 16), 1 / 4800)
-    total, _ = grpo.accumulate(function, None, rows, weights, 1)
+    total, _ = updates.accumulate(function, None, rows, weights, 1)
     np.testing.assert_allclose(total, 1.0, rtol=4e-3)
 
 
 def test_logprobs_of_some_rows_at_a_time_are_those_of_all():
     params, batch = make_state().params, make_batch()
-    terms, got = grpo.accumulate(
+    terms, got = updates.accumulate(
         lambda params, rows, _: ((), logprob_fn(params, rows)),
         params,
         batch,

@@ -17,8 +17,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from toy_policy import logprob_fn, make_batch, make_state
 
-from jaxrl_llm.algorithms import grpo, losses, masked
+from jaxrl_llm.algorithms import grpo, masked
 from jaxrl_llm.algorithms.rollout_correction import Correction, Rejection
+from jaxrl_llm.config.algorithm import LOSSES
 from jaxrl_llm.sharding import mesh
 
 NUMBERS = {
@@ -53,7 +54,7 @@ CORRECTIONS = [
         rejections=(("seq_mean_k3", (None, 1.0)),),
     ),
 ]  # fmt: skip
-MODES, MEANS = get_args(losses.Mode), get_args(masked.Aggregation)
+MODES, MEANS = tuple(LOSSES), get_args(masked.Aggregation)
 
 
 def settings(mode, mean, correction):

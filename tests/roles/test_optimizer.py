@@ -4,12 +4,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxrl_llm.config.schema_training import OptimConfig
 from jaxrl_llm.roles import optimizer
+from jaxrl_llm.roles.optimizer import Settings
 
 
 def rates(count, total_steps, updates_per_step=1, **fields):
-    schedule = optimizer.schedule(OptimConfig(**fields), total_steps, updates_per_step)
+    schedule = optimizer.schedule(Settings(**fields), total_steps, updates_per_step)
     return [float(schedule(jnp.int32(i))) for i in range(count)]
 
 
@@ -67,7 +67,7 @@ def test_schedules_equal_hugging_face_s(kind):
 
 
 def test_five_updates_equal_the_equations():
-    optim = OptimConfig(
+    optim = Settings(
         lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.2, clip_grad=1.5
     )
     transformation = optimizer.make(optim, total_steps=5)
@@ -90,7 +90,7 @@ def test_five_updates_equal_the_equations():
 
 def test_five_updates_equal_torch_adamw():
     torch = pytest.importorskip("torch")
-    optim = OptimConfig(lr=0.05, weight_decay=0.1, clip_grad=1.0)
+    optim = Settings(lr=0.05, weight_decay=0.1, clip_grad=1.0)
     start = np.float32([1.0, -2.0, 0.5])
     theirs = torch.nn.Parameter(torch.tensor(start))
     adamw = torch.optim.AdamW([theirs], lr=0.05, weight_decay=0.1)
@@ -108,7 +108,7 @@ def test_five_updates_equal_torch_adamw():
 
 def test_a_first_moment_in_bfloat16_is_half_as_large_and_a_little_off():
     def after_three(mu_dtype):
-        made = optimizer.make(OptimConfig(lr=0.1, mu_dtype=mu_dtype), 10)
+        made = optimizer.make(Settings(lr=0.1, mu_dtype=mu_dtype), 10)
         params = jnp.linspace(0.1, 1.0, 64)
         state = made.init(params)
         for _ in range(3):
