@@ -22,15 +22,15 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 import tyro
 from rich.console import Console
 
-import jaxrl_llm
 from jaxrl_llm.config import parsing
-from jaxrl_llm.config.parsing import ConfigError
+from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
 
 # What --help shows of a configuration that is not given.
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     if given == ["--version"]:
-        print("jaxrl", jaxrl_llm.__version__)
+        print("jaxrl", metadata.version("jaxrl-llm"))
         return 0
     if given[0] not in verbs:
         return _fail(f"unknown verb {given[0]!r}; one of {', '.join(verbs)}")

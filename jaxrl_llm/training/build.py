@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm import models
 from jaxrl_llm.config import plugins
-from jaxrl_llm.config.names import device_numbers
-from jaxrl_llm.config.parsing import ConfigError
+from jaxrl_llm.config.names import ConfigError, device_numbers
 from jaxrl_llm.config.schema import (
     Config,
     DataConfig,

@@ -6,6 +6,7 @@ import site
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from collections import Counter
@@ -110,7 +111,10 @@ def test_what_is_installed_starts_its_coordinator_and_its_command(python, users_
     serve = "-m", "jaxrl_llm.sharding.coordinator", "0", "1", "0"
     assert not run(python, *serve, cwd=users_folder, input="done")
     command = pathlib.Path(python).with_name("jaxrl")
-    assert run(python, command, "--version", cwd=users_folder) == "jaxrl 0.1.0\n"
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        version = tomllib.load(file)["project"]["version"]
+    shown = run(python, command, "--version", cwd=users_folder)
+    assert shown == f"jaxrl {version}\n"
 
 
 def test_nothing_imports_the_folder_sharding_by_another_name():

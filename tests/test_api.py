@@ -1,0 +1,75 @@
+"""`evaluate` and `generate`; `train` is in test_notebooks.py and tests/training."""
+
+import numpy as np
+import pytest
+
+import jaxrl_llm
+from jaxrl_llm.tracking.result import Result
+
+ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(3)]
+
+
+def length(completions):
+    """The characters of a reply."""
+    return [float(len(completion[-1]["content"])) for completion in completions]
+
+
+def test_generate_returns_the_completions_of_every_prompt(tiny_model, tmp_path):
+    prompts = ["1+1=", [{"role": "user", "content": "1+1="}], "2+1="]
+    groups = jaxrl_llm.generate(tiny_model, prompts, n=2, max_tokens=4, seed=3)
+    assert [[(c.prompt_id, c.sample) for c in group] for group in groups] == [
+        [(i, 0), (i, 1)] for i in range(3)
+    ]
+    assert all(1 <= len(c.tokens) <= 4 for group in groups for c in group)
+    again = jaxrl_llm.generate(tiny_model, prompts, n=2, max_tokens=4, seed=3)
+    for one, other in zip(sum(groups, []), sum(again, []), strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+
+
+def test_a_run_stands_for_the_weights_in_it(tmp_path):
+    (tmp_path / "huggingface").mkdir()
+    for model in (tmp_path, str(tmp_path), Result(tmp_path)):
+        with pytest.raises(ValueError, match=f"^{tmp_path}/huggingface"):
+            jaxrl_llm.generate(model, ["a"])
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ("1+1=", {}, "prompts must be a list of at least one, got '1"),
+        ([], {}, r"prompts must be a list of at least one, got \[\]"),
+        (["a"], {"system": "b", "chat": False}, "system is a chat message"),
+        (["a"], {"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0"),
+        (["a"], {}, "/nowhere: no such directory"),
+    ],
+)
+def test_what_cannot_be_generated_is_named(prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        jaxrl_llm.generate("/nowhere", prompts, **options)
+
+
+def test_evaluate_scores_the_answers_that_generate_gives(tiny_model):
+    found = jaxrl_llm.evaluate(
+        tiny_model, ROWS, [length, "exact"], n=2, max_tokens=4, threshold=3.0
+    )
+    by_kind = {kind: [r for r in found.records if r["kind"] == kind]
+               for kind in ("sampled", "greedy")}  # fmt: skip
+    assert [len(records) for records in by_kind.values()] == [6, 3]
+    texts = [record["completion"] for record in by_kind["greedy"]]
+    questions = [row["prompt"] for row in ROWS]
+    greedy = jaxrl_llm.generate(tiny_model, questions, max_tokens=4, temperature=0.0)
+    assert texts == [completion.text for (completion,) in greedy]
+    rewards = [
+        len(r["completion"]) + (r["completion"].strip() == r["answer"])
+        for r in by_kind["sampled"]
+    ]
+    mean = found.metrics["val-core/all/reward/mean@2"]
+    assert mean == pytest.approx(np.mean(rewards))
+    share = found.metrics["val-core/all/acc/mean@2"]
+    assert share == pytest.approx(np.mean(np.array(rewards) >= 3))
+    assert found.records[0]["prompt"] == "0+1="
+
+
+def test_evaluate_reads_rows_as_training_does(tiny_model):
+    with pytest.raises(ValueError, match="prompts row 1: expected .*, got 'b'"):
+        jaxrl_llm.evaluate(tiny_model, [{"prompt": "a"}, "b"], length)
