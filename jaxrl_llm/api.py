@@ -26,10 +26,11 @@ from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.result import Result
+from jaxrl_llm.tracking.step_metrics import Validation
 from jaxrl_llm.training.build import build
-from jaxrl_llm.training.evaluate import Validation, validate
+from jaxrl_llm.training.evaluate import answer_held_out, validate
 from jaxrl_llm.training.experience import score_together
-from jaxrl_llm.training.loop import _answer_held_out, run
+from jaxrl_llm.training.loop import run
 
 Reward = str | Callable[..., Any]
 Model = str | PathLike[str] | Result
@@ -298,4 +299,4 @@ def evaluate_config(config: Config) -> Validation:
         raise ConfigError("data.val is needed: which questions to answer")
     with closing(job.engine):
         job.engine.load(job.learner.read_weights("float32"), version=0)
-        return _answer_held_out(job, 0)
+        return answer_held_out(job, 0)

@@ -26,6 +26,7 @@ from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.rewards import score
 from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
+from jaxrl_llm.sharding import hardware
 from jaxrl_llm.tracking import performance
 from jaxrl_llm.training import credit as estimate
 from jaxrl_llm.training.build import (
@@ -292,13 +293,13 @@ def _show(medians: dict[str, float], arch: models.Architecture, devices: int) ->
         arch.num_heads,
         arch.head_dim,
     )
-    kind = jax.devices()[0].device_kind
+    peak = hardware.peak_flops(jax.devices()[0].device_kind)
     found = {
         "step_seconds": whole,
         **{f"{name}_seconds": seconds for name, seconds in phases.items()},
         "generated_tokens_per_second": medians["new_tokens"] / phases["gen"],
         "update_tokens_per_second": medians["tokens"] / update,
-        **performance.mfu(flops, update, kind, devices),
+        **performance.mfu(flops, update, peak, devices),
         **performance.memory(),
         "token_efficiency": medians["token_efficiency"],
         "neither_rollout_nor_update": 1 - (phases["gen"] + update) / whole,

@@ -23,7 +23,7 @@ from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.roles.actor import Learner
-from jaxrl_llm.sharding import mesh
+from jaxrl_llm.sharding import hardware, mesh
 from jaxrl_llm.tracking import device_trace as profile
 from jaxrl_llm.tracking import performance
 
@@ -173,7 +173,8 @@ def _measure(
         arch.num_heads,
         arch.head_dim,
     )
-    share = performance.mfu(flops, median, devices.flat[0].device_kind, devices.size)
+    peak = hardware.peak_flops(devices.flat[0].device_kind)
+    share = performance.mfu(flops, median, peak, devices.size)
     return {
         "seconds": median,
         "tokens_per_second": tokens / median,

@@ -2,15 +2,12 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
 from jaxrl_llm.data.types import Prompt
-
-if TYPE_CHECKING:
-    pass
 
 
 class PromptBatches:

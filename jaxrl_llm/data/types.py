@@ -1,10 +1,12 @@
-"""What flows through a step on the host: prompts and the responses to them."""
+"""What flows through a step on the host: prompts, the responses to them, and what
+those are worth."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 
 Message = Mapping[str, Any]
 
@@ -56,3 +58,24 @@ class Completion:
     prompt_logprobs: np.ndarray | None = None
     """float32 [p - 1], nats: of the prompt's tokens but the first, under the model's
     own distribution; None where they were not asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The rewards of one step. Lives on the host."""
+
+    total: Float32[np.ndarray, "P G"]
+    """Sum over functions of weight * score. A function that does not judge a response
+    adds nothing to it; a response that none judges has 0."""
+    by_function: dict[str, Float32[np.ndarray, "P G"]]
+    """Unweighted; NaN where the function returned None: it does not judge this one."""
+    errors: dict[str, int]
+    """Per function, how many responses scored 0 because it failed on them."""
+
+    def take(self, prompts: Sequence[int]) -> "Scores":
+        """Of the given prompts only. `errors` still counts all of them."""
+        picked = np.asarray(prompts, np.intp)
+        by_function = {name: x[picked] for name, x in self.by_function.items()}
+        return Scores(
+            total=self.total[picked], by_function=by_function, errors=self.errors
+        )

@@ -1,6 +1,6 @@
 """(prompt, response, answer) -> number."""
 
 from jaxrl_llm.rewards.builtin import Term, resolve
-from jaxrl_llm.rewards.scoring import RewardError, RewardFunction, Scores, score
+from jaxrl_llm.rewards.scoring import RewardError, RewardFunction, score
 
-__all__ = ["RewardError", "RewardFunction", "Scores", "Term", "resolve", "score"]
+__all__ = ["RewardError", "RewardFunction", "Term", "resolve", "score"]

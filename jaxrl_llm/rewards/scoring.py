@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32
 
-from jaxrl_llm.data.types import Completion, Prompt
+from jaxrl_llm.data.types import Completion, Prompt, Scores
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -40,27 +39,6 @@ class RewardFunction:
     """With TRL's signature; see the module docstring."""
     weight: float = 1.0
     """Its scores are multiplied by it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """The rewards of one step. Lives on the host."""
-
-    total: Float32[np.ndarray, "P G"]
-    """Sum over functions of weight * score. A function that does not judge a response
-    adds nothing to it; a response that none judges has 0."""
-    by_function: dict[str, Float32[np.ndarray, "P G"]]
-    """Unweighted; NaN where the function returned None: it does not judge this one."""
-    errors: dict[str, int]
-    """Per function, how many responses scored 0 because it failed on them."""
-
-    def take(self, prompts: Sequence[int]) -> "Scores":
-        """Of the given prompts only. `errors` still counts all of them."""
-        picked = np.asarray(prompts, np.intp)
-        by_function = {name: x[picked] for name, x in self.by_function.items()}
-        return Scores(
-            total=self.total[picked], by_function=by_function, errors=self.errors
-        )
 
 
 def join(parts: Sequence[Scores]) -> Scores:

@@ -27,8 +27,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from jaxrl_llm.tracking.step_metrics import accuracy_name
-from jaxrl_llm.training.evaluate import Validation
+from jaxrl_llm.tracking.step_metrics import Validation, accuracy_name
 
 _BARS = "▁▂▃▄▅▆▇█"
 

@@ -5,10 +5,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import jax
 
-from jaxrl_llm.sharding.hardware import peak_flops
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """What speeds are relative to."""
+
+    count: int
+    """All that the run has."""
+    updating: int
+    """Those that the policy is updated on."""
+    peak_flops: float | None
+    """Operations per second of one of them; None if not known."""
 
 
 class Timer:
@@ -90,13 +101,14 @@ def train_flops(
 
 
 def mfu(
-    flops: float, seconds: float, device_kind: str, num_devices: int
+    flops: float, seconds: float, peak: float | None, num_devices: int
 ) -> dict[str, float]:
     """`perf/mfu/actor`, the share of the devices' peak that `flops` in `seconds` is.
 
-    Empty if the peak of `device_kind` is not known, as for a CPU.
+    Args:
+      peak: operations per second of one device (`sharding.hardware.peak_flops`); with
+        None, for a device whose peak is not known, there is no metric.
     """
-    peak = peak_flops(device_kind)
     if peak is None:
         return {}
     return {"perf/mfu/actor": flops / seconds / num_devices / peak}

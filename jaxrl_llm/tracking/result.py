@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.config.schema import Config
-from jaxrl_llm.sharding import processes
 from jaxrl_llm.tracking import report, run_directory
 from jaxrl_llm.tracking.console import before_after, whereabouts
-from jaxrl_llm.training import evaluate
+from jaxrl_llm.tracking.step_metrics import Validation
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,12 @@ class Result:
         return self.directory / "huggingface"
 
     @property
-    def before(self) -> evaluate.Validation | None:
+    def before(self) -> Validation | None:
         """The first validation, if it was made before training."""
         return self._validation(0)
 
     @property
-    def after(self) -> evaluate.Validation | None:
+    def after(self) -> Validation | None:
         """The newest validation since training began."""
         steps = [s for s, split, _ in run_directory.rollout_files(self.directory)
                  if split == "val" and s > 0]  # fmt: skip
@@ -53,25 +51,23 @@ class Result:
         path = files[step]
         return [json.loads(line) for line in path.read_text().splitlines()]
 
-    def _validation(self, step: int) -> evaluate.Validation | None:
+    def _validation(self, step: int) -> Validation | None:
         lines = {line["step"]: line for line in run_directory.read(self.directory)}
         found = {k: v for k, v in lines.get(step, {}).items() if k.startswith("val-")}
         if not found:
             return None
-        return evaluate.Validation(metrics=found, records=self.completions(step, "val"))
+        return Validation(metrics=found, records=self.completions(step, "val"))
 
+    def show(self, *, num_examples: int) -> None:
+        """Prints what training changed on the held-out questions, if it was measured,
+        and where everything lies.
 
-def _shown(result: Result, config: Config) -> Result:
-    """Prints what came of a run."""
-    if not processes.leads():
-        return result
-    if result.after:
-        before_after(
-            result.before,
-            result.after,
-            result.directory,
-            num_examples=config.trainer.num_examples,
-        )
-    else:
-        whereabouts(result.directory)
-    return result
+        Args:
+          num_examples: questions shown with their answers.
+        """
+        if self.after:
+            before_after(
+                self.before, self.after, self.directory, num_examples=num_examples
+            )
+        else:
+            whereabouts(self.directory)

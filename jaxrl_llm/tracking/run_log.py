@@ -1,33 +1,22 @@
-"""What a run leaves behind and goes on from, and what it shows meanwhile."""
+"""What a run leaves behind and shows meanwhile. It is told, and gives nothing back."""
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 
-from jaxrl_llm import models
-from jaxrl_llm.algorithms.ppo import TrainState
-from jaxrl_llm.config import resume
-from jaxrl_llm.config.names import device_numbers
-from jaxrl_llm.config.parsing import ConfigError
-from jaxrl_llm.config.schema import Config
-from jaxrl_llm.data.prompts import Datasets
-from jaxrl_llm.data.stream import PromptBatches
-from jaxrl_llm.data.types import Completion, Prompt
-from jaxrl_llm.rewards import Scores
-from jaxrl_llm.sharding import processes
+from jaxrl_llm.data.types import Completion, Prompt, Scores
 from jaxrl_llm.tracking import device_trace as profile
 from jaxrl_llm.tracking import performance, report, step_metrics
 from jaxrl_llm.tracking.console import LiveView, progress
-from jaxrl_llm.tracking.performance import Timer
+from jaxrl_llm.tracking.performance import Devices, Timer
 from jaxrl_llm.tracking.run_directory import MetricsWriter
-from jaxrl_llm.training import evaluate
-from jaxrl_llm.training.checkpoint import Checkpoints
+from jaxrl_llm.tracking.step_metrics import Validation
 
 _PHASES = {
     "gen": "generating",
@@ -43,96 +32,101 @@ _PHASES = {
 }
 
 
-class Records:
-    """What a run leaves behind and goes on from: metrics, rollouts, checkpoints, the
-    live view. A context manager; `open` is called first."""
+class RunLog:
+    """Metrics, rollouts, the report and the live view of one run.
 
-    def __init__(self, config: Config, source: models.Checkpoint, data: Datasets):
-        self.config, self.source, self.data = config, source, data
-        self.directory = Path(config.output_dir)
-        self._leads = processes.leads()
-        self._console = Console(quiet=not self._leads)
-        resume.check(self.directory, config)
-        self.prompt_batches = PromptBatches(
-            data.train,
-            config.data.train_batch_size,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-        )
-        trainer = config.trainer
+        with RunLog(...) as log:
+            log.start(0)
+            log.begin(1)
+            with log.phase("gen"): ...
+            log.rollouts(1, ...)
+            log.step(1, metrics)
+            log.end()
+
+    Args:
+      directory: of the run; made if it does not exist.
+      config: the resolved configuration, for config.yaml and the loggers.
+      devices: what speeds are relative to.
+      total_steps: the run ends after this step.
+      num_examples: completions in the live view.
+      loggers: services that get the metrics too; see `services`.
+      project: the run's project there.
+      profile: "FIRST:LAST", the steps whose trace is recorded; None for none.
+      writes: False for a process that leaves writing and printing to another one.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        config: Mapping[str, Any],
+        devices: Devices,
+        total_steps: int,
+        num_examples: int,
+        loggers: Sequence[str],
+        project: str,
+        profile: str | None,
+        writes: bool,
+    ):
+        self.directory = directory
+        self._devices, self._writes = devices, writes
+        self._total_steps, self._num_examples = total_steps, num_examples
+        self._profiled = tuple(map(int, (profile or "0:0").split(":")))
+        self._console = Console(quiet=not writes)
         self._exit = ExitStack()
-        processes.gather(None)  # nobody writes before all have looked
         self._writer: MetricsWriter | None = None
-        if self._leads:
+        if writes:
             self._writer = self._exit.enter_context(
-                MetricsWriter(
-                    self.directory,
-                    trainer.loggers,
-                    trainer.project,
-                    config.model_dump(mode="json"),
-                )
+                MetricsWriter(directory, loggers, project, config)
             )
-        processes.gather(None)
-        if not (self.directory / "config.yaml").exists():
-            raise ConfigError(
-                f"output_dir {self.directory}: what process 0 writes there is not seen "
-                f"by process {jax.process_index()}; use a directory that all share"
-            )
-        self._checkpoints = self._exit.enter_context(
-            Checkpoints(self.directory / "checkpoints", trainer.max_ckpt_to_keep)
-        )
         self._profiler = self._exit.enter_context(ExitStack())
         self._step = 0
         self._timer = Timer()
         self._shown: list[dict[str, Any]] = []
         self._batch: dict[str, float] = {}
-        self._said: str | None = None
+        self._advised: str | None = None
 
-    def __enter__(self) -> "Records":
+    def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._exit.close()
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._exit.__exit__(kind, error, trace)
 
-    def open(
-        self, like: TrainState, start: Callable[[], TrainState]
-    ) -> tuple[TrainState, int]:
-        """The state to go on from and the step it is at; 0 for a fresh start.
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Shows what is done, for how long, before the run starts."""
+        with progress(what, console=self._console):
+            yield
 
-        Args:
-          like: shapes, dtypes and shardings of the state.
-          start: makes the state of a fresh start.
-        """
-        trainer = self.config.trainer
-        found = self._checkpoints.restore(like)
-        step = self._step = found.step if found else 0
-        if found:
-            state = found.state
-            self.prompt_batches.restore(found.position["prompts"])
+    def start(self, step: int) -> None:
+        """The run begins (0), or goes on after `step`: nothing is refused any more, and
+        what was written of later steps is void."""
+        if step:
             self._console.print(f"going on from step {step} in {self.directory}")
-        else:
-            with progress("reading the weights", console=self._console):
-                state = start()
-        if self._writer:  # only now that nothing is refused
-            self._writer.rewind(step if found else -1)
+        if self._writer:
+            self._writer.rewind(step or -1)
+        self._step = step
         self._view = self._exit.enter_context(
             LiveView(
-                trainer.total_training_steps,
+                self._total_steps,
                 step,
                 console=self._console,
-                num_examples=trainer.num_examples,
+                num_examples=self._num_examples,
             )
         )
-        return state, step
 
     def begin(self, step: int) -> None:
         """A step begins: the profiler starts before the first step to look at, and
         stops after the last."""
-        first, _, last = (self.config.trainer.profile or "0:0").partition(":")
-        if step == int(first) and self._leads:
-            directory = self.directory / "profile"
-            self._profiler.enter_context(profile.recorded(directory))
-        elif step == int(last) + 1:
+        first, last = self._profiled
+        if step == first and self._writes:
+            self._profiler.enter_context(profile.recorded(self.directory / "profile"))
+        elif step == last + 1:
             self._profiler.close()
 
     @contextmanager
@@ -142,16 +136,6 @@ class Records:
         with self._timer(name), jax.profiler.TraceAnnotation(name):
             yield
 
-    def validation_due(self, step: int) -> bool:
-        """Whether the held-out questions are to be answered after this step."""
-        trainer = self.config.trainer
-        if not self.data.val:
-            return False
-        if step == 0:
-            return trainer.val_before_train
-        last = step == trainer.total_training_steps
-        return last or (trainer.test_freq > 0 and step % trainer.test_freq == 0)
-
     def rollouts(
         self,
         step: int,
@@ -159,33 +143,47 @@ class Records:
         rollouts: Sequence[Sequence[Completion]],
         scores: Scores,
         advantage: np.ndarray,
+        *,
+        epoch: float,
+        update_flops: float,
     ) -> None:
-        """Writes every response of a step with its reward."""
+        """Writes every response of a step with its reward.
+
+        Args:
+          advantage: [P, G], the mean of the tokens' of each response.
+          epoch: passes over the training data so far.
+          update_flops: operations of all passes of the policy's update, on the tokens
+            of these responses and their prompts.
+        """
         self._shown = step_metrics.rollout_records(
             step, "train", "train", asked, rollouts, scores, advantage=advantage
         )
         self._batch = step_metrics.batch_metrics(asked, rollouts, scores, advantage)
-        lengths = [
-            len(p.tokens) + len(c.tokens)
-            for p, g in zip(asked, rollouts, strict=True)
-            for c in g
-        ]
-        self._lengths = np.asarray(lengths)
+        self._new_tokens = sum(len(c.tokens) for group in rollouts for c in group)
+        self._tokens = self._new_tokens + sum(
+            len(p.tokens) * len(group) for p, group in zip(asked, rollouts, strict=True)
+        )
+        self._epoch, self._update_flops = epoch, update_flops
         if self._writer:
             self._writer.write_rollouts(step, "train", self._shown)
 
-    def write(
+    def step(
         self,
         step: int,
-        learned: Mapping[str, float],
-        validation: evaluate.Validation | None,
+        metrics: Mapping[str, float],
+        validation: Validation | None = None,
     ) -> None:
-        """Writes the step's metrics and shows them."""
+        """A step is done: writes its metrics and shows them.
+
+        Args:
+          step: 0 is before training, without rollouts.
+          validation: made after this step, if there was one.
+        """
         timing = self._timer.metrics()
-        line = {**learned, **self._batch, **timing}
+        line = {**metrics, **self._batch, **timing}
         if self._batch:
             line |= self._speed(timing)
-            line["training/epoch"] = self.prompt_batches.epoch
+            line["training/epoch"] = self._epoch
         if validation:
             line |= validation.metrics
         if self._writer:
@@ -194,102 +192,41 @@ class Records:
             self._writer.write(step, line)
         self._step = step
         self._view.update(step, line, self._shown)
-        advice = recommendation(self.config, line)
-        if advice and not self._said:  # once
-            self._said = advice
-            self._console.print(advice, soft_wrap=True, markup=False, highlight=False)
         self._timer, self._batch = Timer(), {}
 
+    def advise(self, text: str | None) -> None:
+        """Prints what to change, if that is anything; once in a run."""
+        if text and not self._advised:
+            self._advised = text
+            self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    def end(self) -> None:
+        """The run is over, at its end or before: writes the report."""
+        self._exit.close()
+        if self._writes:
+            report.write(self.directory)
+        if self._step < self._total_steps:
+            self._console.print(
+                f"stopped after step {self._step} of {self._total_steps}; the same "
+                "command goes on from there",
+                markup=False,
+            )
+
     def _speed(self, timing: Mapping[str, float]) -> dict[str, float]:
-        arch, count = self.source.arch, jax.device_count()
-        tokens = int(self._lengths.sum())
-        generated = self._batch["response_length/mean"] * len(self._lengths)
-        flops = self.config.actor.ppo_epochs * performance.train_flops(
-            models.num_matmul_params(arch),
-            tokens,
-            int((self._lengths**2).sum()),
-            arch.num_layers,
-            arch.num_heads,
-            arch.head_dim,
-        )
+        devices = self._devices
         speed = {
-            **performance.throughput(tokens, timing["timing_s/step"], count),
+            **performance.throughput(
+                self._tokens, timing["timing_s/step"], devices.count
+            ),
             **performance.memory(),
-            "perf/rollout_tokens_per_s": generated / timing["timing_s/gen"],
+            "perf/rollout_tokens_per_s": self._new_tokens / timing["timing_s/gen"],
         }
         update = timing.get("timing_s/update_actor")
         if update is None:  # the critic warms up
             return speed
-        placement = self.config.placement
-        if placement.groups:
-            count = len(device_numbers(placement.groups[placement.actor]))
         return speed | {
-            **performance.mfu(flops, update, jax.devices()[0].device_kind, count),
-            "perf/update_tokens_per_s": tokens / update,
+            **performance.mfu(
+                self._update_flops, update, devices.peak_flops, devices.updating
+            ),
+            "perf/update_tokens_per_s": self._tokens / update,
         }
-
-    def save(
-        self,
-        step: int,
-        state: TrainState,
-        validation: evaluate.Validation | None,
-        stopping: bool,
-    ) -> None:
-        """Saves a checkpoint in the background, if this is a step for it."""
-        trainer = self.config.trainer
-        last = step == trainer.total_training_steps or stopping
-        if not last and not (trainer.save_freq and step % trainer.save_freq == 0):
-            return
-        score = None
-        if validation:
-            name = step_metrics.accuracy_name(list(validation.metrics))
-            score = validation.metrics[name] if name else None
-        with self.phase("save_checkpoint"):
-            self._checkpoints.save(
-                step,
-                state,
-                {"prompts": self.prompt_batches.state()},
-                score,
-            )
-
-    def close(self, state: TrainState) -> None:
-        """Waits for the checkpoints, writes the weights and the report."""
-        with self.phase("save_checkpoint"):
-            self._checkpoints.wait()
-            if self.config.trainer.save_hf:
-                self._save_weights(state)
-        self._exit.close()
-        if self._leads:
-            report.write(self.directory)
-        if self._step < self.config.trainer.total_training_steps:
-            self._console.print(
-                f"stopped after step {self._step} of "
-                f"{self.config.trainer.total_training_steps}; the same command goes on "
-                "from there",
-                markup=False,
-            )
-
-    def _save_weights(self, state: TrainState) -> None:
-        """Writes the policy as a Hugging Face directory, in place of an older one."""
-        directory = self.directory / "huggingface"
-        fresh = self.directory / "huggingface.new"
-        if self._leads:
-            shutil.rmtree(fresh, ignore_errors=True)
-        processes.gather(None)
-        models.save(fresh, self.source.arch, state.actor.params, self.source.tokenizer)
-        if self._leads:
-            shutil.rmtree(directory, ignore_errors=True)
-            fresh.rename(directory)
-
-
-def recommendation(config: Config, line: Mapping[str, float]) -> str | None:
-    """What to change when sampler and trainer differ by more than they should."""
-    found = line.get("mismatch/logprob_diff_mean", 0.0)
-    if config.algorithm.rollout_correction or found <= config.rollout.max_mismatch:
-        return None
-    return (
-        f"sampler and trainer differ by {found:.3g} nats per token "
-        "(mismatch/logprob_diff_mean), over rollout.max_mismatch "
-        f"{config.rollout.max_mismatch}: --algorithm.rollout_correction.rollout_is "
-        "token corrects for it"
-    )

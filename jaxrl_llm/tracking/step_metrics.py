@@ -3,14 +3,25 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from jaxrl_llm.data.types import Completion, Prompt
-from jaxrl_llm.rewards import Scores
+from jaxrl_llm.data.types import Completion, Prompt, Scores
 from jaxrl_llm.tracking.run_directory import _finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What came of the held-out questions."""
+
+    metrics: dict[str, float]
+    """By name; see `training.evaluate.validate`."""
+    records: list[dict[str, Any]]
+    """One per answer, for `MetricsWriter.write_rollouts`; greedy ones after sampled
+    ones. They have "correct" besides the fields of the records of training."""
 
 
 def rollout_records(

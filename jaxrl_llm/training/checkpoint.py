@@ -9,6 +9,7 @@ Formats 0 and 1 differ in nothing else.
 """
 
 import logging
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
+
+from jaxrl_llm import models
+from jaxrl_llm.config.schema import TrainerConfig
+from jaxrl_llm.sharding import processes
 
 FORMAT = 1
 """Of the checkpoints written; every one up to it can be read."""
@@ -29,6 +34,13 @@ class Checkpoint(NamedTuple):
     """A tree of arrays."""
     position: dict[str, Any]
     """What is not an array: data position, coefficients."""
+
+
+def due(trainer: TrainerConfig, step: int, stopping: bool) -> bool:
+    """Whether a checkpoint is to be saved after this step; the last one always is."""
+    if step == trainer.total_training_steps or stopping:
+        return True
+    return trainer.save_freq > 0 and step % trainer.save_freq == 0
 
 
 class Checkpoints:
@@ -149,6 +161,26 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         """Waits, then ends the background threads."""
         self._manager.close()
+
+
+def save_weights(
+    run_directory: str | Path, source: models.Checkpoint, params: Any
+) -> None:
+    """Writes the policy as a Hugging Face directory, in place of an older one. All
+    processes call it.
+
+    Args:
+      source: what was trained; says the architecture and the tokenizer.
+    """
+    directory = Path(run_directory, "huggingface")
+    fresh = directory.with_name("huggingface.new")
+    if processes.leads():
+        shutil.rmtree(fresh, ignore_errors=True)
+    processes.gather(None)
+    models.save(fresh, source.arch, params, source.tokenizer)
+    if processes.leads():
+        shutil.rmtree(directory, ignore_errors=True)
+        fresh.rename(directory)
 
 
 def _score(metrics: Mapping[str, float]) -> float:

@@ -8,13 +8,18 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Num
 
-from jaxrl_llm.algorithms import advantages, kl, masked
+from jaxrl_llm.algorithms import advantages, kl, masked, ppo
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.algorithm import ESTIMATOR_NUMBERS, Estimator
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.data.rows import TrainBatch
+from jaxrl_llm.sharding import processes
+from jaxrl_llm.training.build import Job
+from jaxrl_llm.training.experience import Groups, Observe
+from jaxrl_llm.training.randomness import Purpose, seed
 
 
 @no_type_check  # JAX also builds such trees of shapes or shardings
@@ -164,3 +169,86 @@ def _token_rewards(batch: TrainBatch, judged: Judged, kl_penalty: str):
         "actor/reward_kl_penalty": mean,
         "actor/reward_kl_penalty_coeff": judged.kl_coef,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Credited:
+    """What a step trains on. Lives on the host."""
+
+    rows: TrainBatch
+    """With advantages (gae: values and returns too)."""
+    advantages: Float[np.ndarray, "P G"]
+    """The mean advantage of the tokens of every response that was generated."""
+    metrics: dict[str, float]
+
+
+def assign_credit(
+    job: Job, state: ppo.TrainState, groups: Groups, step: int, observe: Observe
+) -> tuple[ppo.TrainState, Credited]:
+    """The stage of a step from rewards to advantages.
+
+    The state is the same but for the weight of the KL penalty, if that is adaptive.
+    """
+    config, learner, scores = job.config, job.learner, groups.scores
+    algorithm, params = config.algorithm, state.actor.params
+    unknown = np.zeros_like(scores.total)
+    rows = learner.make_rows(groups.asked, groups.rollouts, unknown)
+    values = squares = None
+    if learner.asks_other_policies:
+        with observe("old_log_prob"):
+            rows = learner.with_logprobs(params, rows, state.reference)
+    if "sum_pi_squared" in plugins.estimator_of(algorithm).needs:
+        with observe("old_log_prob"):
+            squares = learner.policy.sum_pi_squared(params, rows)
+    if job.critic:
+        with observe("values"):
+            values = job.critic.judge(state.critic.params, rows)
+    with observe("adv"):
+        judged = Judged(
+            rewards=scores.total,
+            by_function=np.nan_to_num(np.stack([*scores.by_function.values()])),
+            weights=np.array(job.weights, np.float32),
+            baselines=groups.baselines,
+            values=values,
+            sum_pi_squared=squares,
+            kl_coef=jax.device_get(state.kl_coef),
+        )
+        rows, found = jax.device_get(advantages_of(rows, judged, algorithm=algorithm))
+        means = per_response(rows, scores.total.shape)
+        if algorithm.pf_ppo:
+            rows = draw_again(job, rows, scores.total, step)
+    if state.kl_coef is not None:
+        coef = kl.next_coef(
+            algorithm.kl_ctrl.type,
+            jnp.asarray(jax.device_get(state.kl_coef)),
+            float(found["actor/reward_kl_penalty"]),
+            scores.total.size,
+            target_kl=algorithm.kl_ctrl.target_kl,
+            horizon=algorithm.kl_ctrl.horizon,
+        )
+        coef = processes.place(coef, state.kl_coef.sharding)
+        state = dataclasses.replace(state, kl_coef=coef)
+    metrics = {name: float(value) for name, value in found.items()}
+    if algorithm.filter_groups:
+        metrics["training/groups_generated"] = float(groups.num_generated)
+    return state, Credited(rows=rows, advantages=means, metrics=metrics)
+
+
+def draw_again(
+    job: Job, rows: TrainBatch, rewards: Float[np.ndarray, "P G"], step: int
+) -> TrainBatch:
+    """As many responses as before, drawn with PF-PPO's weights."""
+    how = job.config.algorithm.pf_ppo
+    weights = advantages.pf_ppo_weights(
+        jnp.asarray(rewards.ravel()), how.reweight_method, weight_pow=how.weight_pow
+    )
+    key = jax.random.key(seed(job.config.seed, Purpose.RESAMPLE, step))
+    return job.learner.take(rows, advantages.resample(key, weights).tolist())
+
+
+def per_response(rows: TrainBatch, shape: tuple[int, int]) -> np.ndarray:
+    """The mean advantage of the tokens of every response, float32 [P, G]."""
+    ids = rows.sequence_ids[rows.response_mask]
+    total = np.bincount(ids, rows.advantages[rows.response_mask], rows.num_sequences)
+    count = np.maximum(np.bincount(ids, minlength=rows.num_sequences), 1)
+    return (total / count).reshape(shape).astype(np.float32)

@@ -5,31 +5,24 @@ question are not independent, so intervals are about other questions like these.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxrl_llm.config.schema import RolloutConfig, SamplingConfig, ValConfig
-from jaxrl_llm.data.types import Completion, Prompt
-from jaxrl_llm.rewards import Scores
+from jaxrl_llm.config.schema import (
+    RolloutConfig,
+    SamplingConfig,
+    TrainerConfig,
+    ValConfig,
+)
+from jaxrl_llm.data.types import Prompt
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate_together
 from jaxrl_llm.tracking import step_metrics
-
-Score = Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], Scores]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Validation:
-    """What `validate` found."""
-
-    metrics: dict[str, float]
-    """By name; see `validate`."""
-    records: list[dict[str, Any]]
-    """One per answer, for `MetricsWriter.write_rollouts`; greedy ones after sampled
-    ones. They have "correct" besides the fields of the records of training."""
+from jaxrl_llm.tracking.step_metrics import Validation
+from jaxrl_llm.training.build import Job
+from jaxrl_llm.training.experience import Observe, Score
+from jaxrl_llm.training.randomness import Purpose, seed
 
 
 def validate(
@@ -124,6 +117,43 @@ def validate(
         for source, rows in groups.items():
             metrics |= _share(f"val-core/{source}/acc/greedy", correct[rows])
     return Validation(metrics=metrics, records=records)
+
+
+def if_due(job: Job, step: int, observe: Observe) -> Validation | None:
+    """Answers the held-out questions with the weights the engine holds, if it is time
+    for it after this step."""
+    if not job.data.val or not due(job.config.trainer, step):
+        return None
+    with observe("testing"):
+        return answer_held_out(job, step)
+
+
+def due(trainer: TrainerConfig, step: int) -> bool:
+    """Whether held-out questions are to be answered after this step; after the last one
+    they always are."""
+    if step == 0:
+        return trainer.val_before_train
+    last = step == trainer.total_training_steps
+    return last or (trainer.test_freq > 0 and step % trainer.test_freq == 0)
+
+
+def answer_held_out(job: Job, step: int) -> Validation:
+    """Answers the run's held-out questions with the weights the engine holds."""
+    return validate(
+        job.engine,
+        job.data.val,
+        job.score_held_out,
+        config=job.config.val,
+        rollout=job.config.rollout,
+        seed=seed(job.config.seed, Purpose.VALIDATION, 0),
+        step=step,
+    )
+
+
+def accuracy(validation: Validation | None) -> float | None:
+    """The accuracy that says which checkpoint is best; None if not measured."""
+    name = step_metrics.accuracy_name(list(validation.metrics)) if validation else None
+    return validation.metrics[name] if name else None
 
 
 def mean_at_k(values: Float[np.ndarray, "Q n"]) -> float:

@@ -1,26 +1,28 @@
 """The responses that one step trains on: generated, scored, filtered."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32
 
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.schema import Config, SamplingConfig
-from jaxrl_llm.data.types import Completion, Prompt
-from jaxrl_llm.rewards import RewardFunction, Scores, score
+from jaxrl_llm.data.stream import PromptBatches
+from jaxrl_llm.data.types import Completion, Prompt, Scores
+from jaxrl_llm.rewards import RewardFunction, score
 from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.roles.reward_model import RewardModel
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate_together
 from jaxrl_llm.sharding import processes
-from jaxrl_llm.tracking.run_log import Records
-
-ROLLOUT, VALIDATION, ORDER, RESAMPLE = range(4)  # independent streams of random numbers
+from jaxrl_llm.training.randomness import Purpose, seed
 
 Score = Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], Scores]
+Observe = Callable[[str], AbstractContextManager[None]]
+"""Is told that a phase of the step, by its name, lasts as long as the block does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +37,19 @@ class Groups:
     it."""
     num_generated: int
     """Groups that were generated; P of them are trained on."""
+    epoch: float
+    """Passes over the training data up to and with these prompts."""
+    position: Mapping[str, Any]
+    """Where the training data stands behind these prompts (`PromptBatches.state`)."""
 
 
 def collect(
-    config: Config, engine: Engine, score: Score, records: Records, step: int
+    config: Config,
+    engine: Engine,
+    score: Score,
+    stream: PromptBatches,
+    observe: Observe,
+    step: int,
 ) -> Groups:
     """The groups of one step, in all processes the same.
 
@@ -54,15 +65,17 @@ def collect(
     wanted, how = config.data.train_batch_size, config.algorithm.filter_groups
     parts: list[Groups] = []
     for attempt in itertools.count():
-        with records.phase("gen"):
-            asked = next(records.prompt_batches)
+        with observe("gen"):
+            asked = next(stream)
             rollouts = generate_together(engine, requests(config, asked, step, attempt))
-        with records.phase("reward"):
+        with observe("reward"):
             made = Groups(
                 asked=asked,
                 rollouts=rollouts,
                 scores=score(asked, rollouts),
                 num_generated=len(asked),
+                epoch=stream.epoch,
+                position=stream.state(),
             )
         parts.append(_take(made, differing(made.scores, how.metric)) if how else made)
         found = sum(len(part.asked) for part in parts)
@@ -79,11 +92,11 @@ def collect(
     groups = _take(_join(parts), range(wanted)) if how else parts[0]
     if not plugins.estimator_of(config.algorithm).asks_greedily:
         return groups
-    with records.phase("gen"):
+    with observe("gen"):
         greedy = generate_together(
             engine, greedily(requests(config, groups.asked, step))
         )
-    with records.phase("reward"):
+    with observe("reward"):
         baselines = score(groups.asked, greedy).total[:, 0]
     return replace(groups, baselines=baselines)
 
@@ -144,7 +157,7 @@ def requests(
             prompt_id=prompt.id,
             tokens=prompt.tokens,
             num_samples=config.rollout.n,
-            seed=seed(config, ROLLOUT, step, attempt),
+            seed=seed(config.seed, Purpose.ROLLOUT, step, attempt),
             sampling=sampling(config, config.rollout),
         )
         for prompt in asked
@@ -172,12 +185,6 @@ def sampling(config: Config, section: SamplingConfig) -> Sampling:
     )
 
 
-def seed(config: Config, stream: int, step: int, attempt: int = 0) -> int:
-    """A 32-bit seed for one purpose in one step; nothing random has other state."""
-    words = [config.seed, stream, step, attempt]
-    return int(np.random.SeedSequence(words).generate_state(1)[0])
-
-
 def _take(groups: Groups, prompts: Sequence[int]) -> Groups:
     return replace(
         groups,
@@ -193,4 +200,6 @@ def _join(parts: Sequence[Groups]) -> Groups:
         rollouts=[group for part in parts for group in part.rollouts],
         scores=join([part.scores for part in parts]),
         num_generated=sum(part.num_generated for part in parts),
+        epoch=parts[-1].epoch,
+        position=parts[-1].position,
     )

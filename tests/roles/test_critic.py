@@ -20,6 +20,7 @@ from jaxrl_llm.roles.critic import Critic
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop as train
+from jaxrl_llm.training import state as states
 from jaxrl_llm.training.build import build
 
 ARCH = tiny.arch(num_layers=1, max_positions=64, eos_token_ids=(258,))
@@ -134,7 +135,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not(weights, tmp_path):
     shutil.rmtree(parts / "checkpoints" / "3")
     config = config.model_copy(update={"output_dir": str(parts)})
     job = run(config)
-    like = train.abstract_state(job)
+    like = states.abstract_state(job)
     expected, got = newest(whole, like), newest(parts, like)
     assert expected.critic.step == 6 and expected.kl_coef != np.float32(0.1)
     for x, y in zip(*map(jax.tree.leaves, (expected, got)), strict=True):

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from jaxrl_llm.tracking import console as view
 from jaxrl_llm.tracking.console import LiveView
-from jaxrl_llm.training.evaluate import Validation
+from jaxrl_llm.tracking.step_metrics import Validation
 
 METRICS = {
     "critic/rewards/mean": 0.53125,

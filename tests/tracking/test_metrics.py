@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.config import parsing
-from jaxrl_llm.data.types import Completion, Prompt
-from jaxrl_llm.rewards import Scores
+from jaxrl_llm.data.types import Completion, Prompt, Scores
 from jaxrl_llm.sharding import hardware
 from jaxrl_llm.tracking import performance, run_directory, step_metrics
 from jaxrl_llm.tracking import services as loggers
@@ -305,10 +304,11 @@ def test_peak_flops_of_known_devices_only(kind, peak):
 
 def test_mfu_is_left_out_where_the_peak_is_not_known():
     # 2 devices could have done 2 * 312e12 in one second.
-    assert performance.mfu(312e12, 1.0, "NVIDIA A100-SXM4-80GB", 2) == {
+    kind = "NVIDIA A100-SXM4-80GB"
+    assert performance.mfu(312e12, 1.0, hardware.peak_flops(kind), 2) == {
         "perf/mfu/actor": 0.5
     }
-    assert performance.mfu(1e12, 1.0, "cpu", 8) == {}
+    assert performance.mfu(1e12, 1.0, hardware.peak_flops("cpu"), 8) == {}
 
 
 def event_points(directory):

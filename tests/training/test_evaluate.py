@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.config.schema import RolloutConfig, ValConfig
-from jaxrl_llm.data.types import Completion, Prompt
-from jaxrl_llm.rewards import Scores
+from jaxrl_llm.data.types import Completion, Prompt, Scores
 from jaxrl_llm.training import evaluate
 
 

@@ -10,7 +10,8 @@ import tiny
 from short_run import GRPO, make_config, mean_id, newest
 
 from jaxrl_llm.config.parsing import ConfigError
-from jaxrl_llm.rewards import RewardFunction, Scores
+from jaxrl_llm.data.types import Scores
+from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.rewards.builtin import overlong_penalty
 from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.rollout.engine import generate
@@ -18,7 +19,9 @@ from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.training import experience as collect
 from jaxrl_llm.training import loop as train
+from jaxrl_llm.training import state as states
 from jaxrl_llm.training.build import build
+from jaxrl_llm.training.credit import draw_again
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def test_only_groups_that_differ_are_trained_on(weights, tmp_path):
         shutil.rmtree(parts / "checkpoints" / step, ignore_errors=True)
     again = config.model_copy(update={"output_dir": str(parts)})
     run(again, of_odd_prompts)
-    like = train.abstract_state(job)
+    like = states.abstract_state(job)
     for x, y in zip(
         *(jax.tree.leaves(newest(d, like)) for d in (tmp_path / "run", parts)),
         strict=True,
@@ -178,7 +181,7 @@ def test_a_refreshed_reference_is_the_policy_and_survives_a_restart(weights, tmp
     shutil.copytree(config.output_dir, parts)
     shutil.rmtree(parts / "checkpoints" / "4")
     run(config.model_copy(update={"output_dir": str(parts)}), mean_id)
-    like = train.abstract_state(job)
+    like = states.abstract_state(job)
     for x, y in zip(
         *(jax.tree.leaves(newest(d, like)) for d in (tmp_path / "run", parts)),
         strict=True,
@@ -212,7 +215,7 @@ def test_pf_ppo_trains_on_the_best_and_the_worst_only(weights, tmp_path):
     job = build(config, [RewardFunction(name="given", function=mean_id)])
     rewards = np.array([[0.5, 0.1], [0.2, 0.9]], np.float32)
     rows, _ = two_groups(job)
-    drawn = train.draw_again(job, rows, rewards, 1)
+    drawn = draw_again(job, rows, rewards, 1)
     assert drawn.num_sequences == rows.num_sequences == 4
     best_and_worst = {tuple(tokens_of(rows, s)) for s in (1, 2 + 1)}
     assert {tuple(tokens_of(drawn, s)) for s in range(4)} <= best_and_worst

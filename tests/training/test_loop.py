@@ -22,9 +22,9 @@ from jaxrl_llm import cli as launch
 from jaxrl_llm.config import parsing
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.tracking import run_directory
-from jaxrl_llm.tracking import run_log as records
 from jaxrl_llm.tracking.result import Result
-from jaxrl_llm.training import loop as train
+from jaxrl_llm.training import advice
+from jaxrl_llm.training import state as states
 from jaxrl_llm.training.build import build
 from jaxrl_llm.training.checkpoint import Checkpoints
 
@@ -116,7 +116,7 @@ def final_params(result):
     """The weights of the newest checkpoint, as they are."""
     job = build(parsing.load(result.directory / "config.yaml"))
     with Checkpoints(result.directory / "checkpoints", 9) as checkpoints:
-        step, state, _ = checkpoints.restore(train.abstract_state(job))
+        step, state, _ = checkpoints.restore(states.abstract_state(job))
     assert step == state.actor.step == STEPS
     return jax.device_get(state.actor.params)
 
@@ -393,11 +393,11 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(
 def test_a_correction_is_recommended_where_sampler_and_trainer_differ(values):
     line = {"mismatch/logprob_diff_mean": 0.06}
     config = parsing.parse(values | {"output_dir": "x"}, "test")
-    said = records.recommendation(config, line)
+    said = advice.on_mismatch(config, line)
     assert "differ by 0.06 nats" in said and "rollout.max_mismatch 0.05" in said
-    assert records.recommendation(config, {"mismatch/logprob_diff_mean": 0.04}) is None
+    assert advice.on_mismatch(config, {"mismatch/logprob_diff_mean": 0.04}) is None
     # What it says to add is a configuration, for which it says nothing more.
     option = re.search(r"--(algorithm\S+) (\w+) corrects", said)
     changed = json.loads(json.dumps(values)) | {"output_dir": "x"}
     parsing.put(changed, option[1].split("."), option[2])
-    assert records.recommendation(parsing.parse(changed, "test"), line) is None
+    assert advice.on_mismatch(parsing.parse(changed, "test"), line) is None

@@ -12,6 +12,7 @@ import pytest
 from jaxrl_llm.config import parsing
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop
+from jaxrl_llm.training import state as states
 from jaxrl_llm.training.build import build
 from jaxrl_llm.training.checkpoint import Checkpoints
 
@@ -31,7 +32,7 @@ def test_a_run_from_before_the_house_is_restored_bit_for_bit_and_goes_on(there):
     config = parsing.load("run/config.yaml")
     job = build(config)
     with Checkpoints("run/checkpoints", 3) as checkpoints:
-        found = checkpoints.restore(loop.abstract_state(job))
+        found = checkpoints.restore(states.abstract_state(job))
     assert (found.step, found.position["prompts"]["batches"]) == (1, 1)
     restored = {
         jax.tree_util.keystr(path, simple=True, separator="."): [

@@ -1,0 +1,70 @@
+"""What a run reads its prompts from and writes to, opened by all its processes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+from jaxrl_llm.config import resume
+from jaxrl_llm.config.names import ConfigError, device_numbers
+from jaxrl_llm.config.schema import PlacementConfig
+from jaxrl_llm.data.stream import PromptBatches
+from jaxrl_llm.sharding import hardware, processes
+from jaxrl_llm.tracking.performance import Devices
+from jaxrl_llm.tracking.run_log import RunLog
+from jaxrl_llm.training.build import Job
+from jaxrl_llm.training.checkpoint import Checkpoints
+
+
+@contextmanager
+def opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
+    """What a run reads its prompts from and writes to, if nothing stands against it.
+
+    Raises:
+      ConfigError: output_dir holds a run that this one cannot go on, or is not seen by
+        all processes.
+      ValueError: there are fewer prompts than a batch has.
+    """
+    config, trainer = job.config, job.config.trainer
+    directory = Path(config.output_dir)
+    resume.check(directory, config)
+    stream = PromptBatches(
+        job.data.train,
+        config.data.train_batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
+    processes.gather(None)  # nobody writes before all have looked
+    with RunLog(
+        directory,
+        config=config.model_dump(mode="json"),
+        devices=_devices(config.placement),
+        total_steps=trainer.total_training_steps,
+        num_examples=trainer.num_examples,
+        loggers=trainer.loggers,
+        project=trainer.project,
+        profile=trainer.profile,
+        writes=processes.leads(),
+    ) as log:
+        processes.gather(None)
+        if not (directory / "config.yaml").exists():
+            raise ConfigError(
+                f"output_dir {directory}: what process 0 writes there is not seen by "
+                f"process {jax.process_index()}; use a directory that all share"
+            )
+        folder = directory / "checkpoints"
+        with Checkpoints(folder, trainer.max_ckpt_to_keep) as checkpoints:
+            yield stream, log, checkpoints
+
+
+def _devices(placement: PlacementConfig) -> Devices:
+    """The devices that speeds are told of."""
+    updating = jax.device_count()
+    if placement.groups:
+        updating = len(device_numbers(placement.groups[placement.actor]))
+    return Devices(
+        count=jax.device_count(),
+        updating=updating,
+        peak_flops=hardware.peak_flops(jax.devices()[0].device_kind),
+    )
