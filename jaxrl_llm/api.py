@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm import models
-from jaxrl_llm.config import parsing
+from jaxrl_llm.config import parsing, plugins
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config, RolloutConfig, ValConfig
 from jaxrl_llm.data import prompts as questions
@@ -46,6 +46,8 @@ def train(
     val_prompts: str | Sequence[Mapping[str, Any]] | None = None,
     steps: int = 20,
     output_dir: str = "runs/notebook",
+    loss: str | Callable[..., Any] | None = None,
+    advantage: str | Callable[..., Any] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Result:
     """GRPO in one call.
@@ -58,6 +60,11 @@ def train(
         f(prompts, completions, completion_ids, **columns) -> list of numbers; or
         several; or [], if `settings` give a reward.model.
       val_prompts: held-out questions, for the validation before and after.
+      loss: as `actor.policy_loss.loss_mode`, or a function that takes by name what it
+        needs of `config.algorithm.LOSS_ARRAYS` and returns the loss of each token.
+      advantage: as `algorithm.adv_estimator`, or a function that takes by name what it
+        needs of `config.algorithm.ESTIMATOR_ARRAYS` and returns advantages, [P, G] or
+        [R, T].
       settings: anything else a configuration file can say, by dotted key:
         {"actor.optim.lr": 1e-5, "rollout.n": 16}.
 
@@ -65,18 +72,31 @@ def train(
       ValueError: something is missing or does not fit; the message names it.
     """
     functions = _functions(reward)
-    values = {
-        "output_dir": output_dir,
-        "model": {"path": model},
-        "data": {"train": {"path": _stored(prompts, output_dir, "train")}},
-        "reward": {"functions": [{"name": f.name} for f in functions]},
-        "trainer": {"total_training_steps": steps},
+    own = {"actor.policy_loss.loss_mode": loss, "algorithm.adv_estimator": advantage}
+    named = {
+        key: given if isinstance(given, str) else plugins.offer(given)
+        for key, given in own.items()
+        if given is not None
     }
-    if val_prompts is not None:
-        values["data"]["val"] = {"path": _stored(val_prompts, output_dir, "val")}
-    for key, value in (settings or {}).items():
-        parsing.put(values, key.split("."), value)
-    return run(build(parsing.parse(values, "train()"), functions))
+
+    def described(path: Callable[[Any, str], str]) -> Config:
+        values = {
+            "output_dir": output_dir,
+            "model": {"path": model},
+            "data": {"train": {"path": path(prompts, "train")}},
+            "reward": {"functions": [{"name": f.name} for f in functions]},
+            "trainer": {"total_training_steps": steps},
+        }
+        if val_prompts is not None:
+            values["data"]["val"] = {"path": path(val_prompts, "val")}
+        for key, value in {**named, **(settings or {})}.items():
+            parsing.put(values, key.split("."), value)
+        return parsing.parse(values, "train()")
+
+    # All that can be wrong without the rows is said before they are written down.
+    plugins.check(described(lambda rows, name: f"{name}.jsonl"))
+    config = described(lambda rows, name: _stored(rows, output_dir, name))
+    return run(build(config, functions))
 
 
 def evaluate(

@@ -70,12 +70,9 @@ ESTIMATOR_ARRAYS = (
 `values` (of the critic) and `sum_pi_squared`. Of S = P * G sequences: `group_ids`
 (which prompt) and `sequence_baselines`, [S]; and their number."""
 
-ESTIMATOR_NUMBERS = {
-    "gamma": "gamma",
-    "lam": "lam",
-    "normalize_by_std": "norm_adv_by_std_in_grpo",
-}
-"""Numbers that an estimator may take, and which setting of `algorithm` gives each."""
+ESTIMATOR_NUMBERS = ("gamma", "lam", "normalize_by_std")
+"""Numbers of `algorithm` that an estimator may take; the last one is
+norm_adv_by_std_in_grpo."""
 
 OPTIMIZER_NUMBERS = (
     "learning_rate",

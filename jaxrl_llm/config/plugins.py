@@ -164,9 +164,9 @@ def optimizer(
     return function
 
 
-def checked(config: Any) -> Any:
-    """A configuration whose functions of the user's own were found and checked, with
-    the fingerprint of each.
+def check(config: Any) -> dict[str, str]:
+    """Finds the functions of the user's own that a configuration names, before anything
+    is read or written, and returns their `fingerprints`.
 
     Raises:
       ConfigError: there is no such function, it asks for what it cannot get, what it
@@ -188,7 +188,7 @@ def checked(config: Any) -> Any:
                 "source has changed; go on with the function as it was, or leave "
                 "function_sources out and choose another output_dir"
             )
-    return config.model_copy(update={"function_sources": found})
+    return found
 
 
 def fingerprints(config: Any) -> dict[str, str]:

@@ -27,7 +27,7 @@ class Layout:
     micro_batch_size: int | None = None
     """Rows that are computed together. Each such part gets rows of about the same cost
     for all devices, and rows of padding come in parts of their own, which
-    `grpo.accumulate` skips."""
+    `update.accumulate` skips."""
     share_prompts: bool = False
     """The responses to a prompt share one copy of it, as many as fit a row. Needs
     `pack_length`, and attention that knows of it: `attention.shared_prompts`."""
@@ -121,7 +121,7 @@ def take(
 
 
 def token_efficiency(batch: TrainBatch, micro_batch_size: int | None) -> float:
-    """Real tokens over those that `grpo.accumulate` computes, padding included."""
+    """Real tokens over those that `update.accumulate` computes, padding included."""
     num_rows, length = batch.tokens.shape
     together = min(micro_batch_size or num_rows, num_rows)
     count = -(-num_rows // together)
@@ -264,7 +264,7 @@ def _arrange(
         source, ids = np.full(shape, -1), np.full(shape, -1, np.int32)
         copies = np.full(shape, -1, np.int32)
         for i, row in enumerate(rows):
-            # Micro-batch m has the rows m, m + M, ...: see `grpo.accumulate`.
+            # Micro-batch m has the rows m, m + M, ...: see `update.accumulate`.
             r = i
             if layout.pack_length is not None:
                 r = i % together * (num_rows // together) + i // together

@@ -60,7 +60,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     Raises:
       ValueError: something is missing or does not fit; the message names it.
     """
-    config = plugins.checked(config)
+    sources = plugins.check(config)
     for name in config.trainer.loggers:
         loggers.find(name)
     meshes = make_meshes(config)
@@ -88,7 +88,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         model = RewardModel(config, source, meshes["reward"])
     how = {"timeout_s": config.reward.timeout_s, "on_error": config.reward.on_error}
     return Job(
-        config=config,
+        config=config.model_copy(update={"function_sources": sources}),
         source=source,
         data=data,
         score=functools.partial(score_together, shaped, model, **how),

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Num
 
 from jaxrl_llm.algorithms import advantages, kl, masked, ppo
 from jaxrl_llm.config import plugins
-from jaxrl_llm.config.algorithm import ESTIMATOR_NUMBERS, Estimator
+from jaxrl_llm.config.algorithm import Estimator
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.sharding import processes
@@ -60,9 +60,11 @@ def advantages_of(
       ConfigError: there is no such estimator, or it asks for what it cannot get.
       ValueError: it returns something else than it should.
     """
-    estimator = plugins.estimator_of(algorithm)
-    numbers = tuple(
-        (name, getattr(algorithm, key)) for name, key in ESTIMATOR_NUMBERS.items()
+    estimator = plugins.estimator(algorithm.adv_estimator, algorithm.adv_params)
+    numbers = (
+        ("gamma", algorithm.gamma),
+        ("lam", algorithm.lam),
+        ("normalize_by_std", algorithm.norm_adv_by_std_in_grpo),
     )
     return _credited(
         batch,
