@@ -120,10 +120,10 @@ class RolloutCorrectionConfig(Section):
                 "rollout_is_batch_normalize is on but there are no weights; set "
                 "rollout_is to token or sequence"
             )
-        if self.loss_type == "reinforce" and not self.bypass_mode:
+        if self.loss_type != "ppo_clip" and not self.bypass_mode:
             raise ValueError(
-                "loss_type is reinforce, which is bypass_mode's; set bypass_mode, or "
-                "actor.policy_loss.loss_mode=reinforce"
+                f"loss_type is {self.loss_type}, which is bypass_mode's; set "
+                f"bypass_mode, or actor.policy_loss.loss_mode={self.loss_type}"
             )
         return self
 
