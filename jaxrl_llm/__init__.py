@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from jaxrl_llm.api import evaluate, generate, train
     from jaxrl_llm.config.parsing import load as load_config
 
+    __version__: str
+
 __all__ = [
     "advantages",
     "evaluate",

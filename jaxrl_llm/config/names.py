@@ -43,6 +43,9 @@ TrainAxis = Literal["data", "fsdp", "expert", "context", "tensor"]
 TrainRules = dict[Dimension, TrainAxis | tuple[TrainAxis, ...] | None]
 
 
+Overlong = Literal["error", "truncate", "drop"]
+
+
 class ConfigError(ValueError):
     """A configuration that makes no run; the message has one line per problem."""
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from jaxrl_llm.config.checks import misfits
-from jaxrl_llm.config.names import device_numbers
+from jaxrl_llm.config.names import Overlong, device_numbers
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.config.schema_training import (
     ActorConfig,
@@ -67,7 +67,7 @@ class DataConfig(Section):
     """Prompts per step; each is answered rollout.n times."""
     max_prompt_length: int = Field(512, gt=0)
     """Tokens, chat template included."""
-    overlong_prompts: Literal["error", "truncate", "drop"] = "error"
+    overlong_prompts: Overlong = "error"
     """What to do with longer ones. `truncate` keeps the end of the prompt."""
     chat_template: bool = True
     """Render prompts with the tokenizer's chat template; off for base models."""

@@ -8,10 +8,11 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from jaxrl_llm.config.names import Overlong
 from jaxrl_llm.data.sources import Row, Source, column, read_rows, where
 from jaxrl_llm.data.types import Message, Prompt
 
@@ -43,7 +44,7 @@ def load(
     tokenizer: "transformers.PreTrainedTokenizerBase",
     *,
     max_prompt_length: int,
-    overlong_prompts: Literal["error", "truncate", "drop"] = "error",
+    overlong_prompts: Overlong = "error",
     chat_template: bool = True,
 ) -> Datasets:
     """Reads, renders and tokenizes the training and the held-out questions.
@@ -122,7 +123,7 @@ def _tokenize_all(
     source: Source,
     tokenizer: "transformers.PreTrainedTokenizerBase",
     limit: int,
-    overlong_prompts: Literal["error", "truncate", "drop"],
+    overlong_prompts: Overlong,
 ) -> tuple[list[Prompt], int]:
     """The prompts that are kept, and how many were longer than `limit` tokens."""
     prompts, overlong = [], 0

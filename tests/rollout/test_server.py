@@ -3,11 +3,15 @@
 import asyncio
 import json
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from jaxrl_llm import models
+from jaxrl_llm.rollout.engine import Request, Sampling
 from jaxrl_llm.rollout.servers.server import Server, ServerError
+from jaxrl_llm.rollout.servers.vllm import VllmEngine, VllmSettings
 
 
 @pytest.fixture
@@ -61,3 +65,39 @@ def test_missing_routes_are_named_with_what_brings_them(answers):
         match="has no /collective_rpc, /reset_prefix_cache; start it with V",
     ):
         check(url)
+
+
+def engine(loaded, directory, *command):
+    """A vLLM engine whose servers are other programs."""
+    return VllmEngine(
+        loaded.arch,
+        loaded.tokenizer,
+        [(1, 2, 3)],
+        VllmSettings(command=command, weights_dir=str(directory)),
+        directory=directory,
+        dtype="float32",
+        max_model_len=8,
+        max_num_seqs=2,
+    )
+
+
+def test_a_program_that_is_no_server_is_named(tiny_model, tmp_path):
+    loaded = models.load(tiny_model)
+    with pytest.raises(ServerError, match="command: there is no program 'no-such'"):
+        engine(loaded, tmp_path, "no-such")
+    with closing(engine(loaded, tmp_path, "sh", "-c", "echo $*; exit 3")) as ended:
+        with pytest.raises(ServerError, match="ended while it was starting") as caught:
+            ended.load(loaded.params, 0)
+    told = "--runner generate --dtype float32 --max-model-len 8 --max-num-seqs 2"
+    assert told in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["vllm-0.log"]
+
+
+def test_a_request_that_no_server_takes_is_refused(tiny_model, tmp_path):
+    sampling = Sampling(max_tokens=6)
+    request = Request(
+        prompt_id=7, tokens=(1, 2, 3), num_samples=1, seed=0, sampling=sampling
+    )
+    with closing(engine(models.load(tiny_model), tmp_path, "sh")) as made:
+        with pytest.raises(ValueError, match="prompt 7 has 3 tokens .*6 more.* take 8"):
+            made.submit([request])
