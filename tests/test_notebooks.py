@@ -54,7 +54,7 @@ def test_the_quickstart_trains_a_model(tiny_model, tmp_path):
     cell.source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
     NotebookClient(
         notebook,
-        timeout=300,
+        timeout=900,
         kernel_name="python3",
         resources={"metadata": {"path": str(tmp_path)}},
     ).execute()
@@ -82,7 +82,7 @@ def test_the_losses_by_hand_are_as_they_say(tmp_path):
     notebook = nbformat.read(NOTEBOOKS / "02_losses_by_hand.ipynb", as_version=4)
     NotebookClient(
         notebook,
-        timeout=300,
+        timeout=900,
         kernel_name="python3",
         resources={"metadata": {"path": str(tmp_path)}},
     ).execute()
@@ -96,7 +96,7 @@ def test_two_meshes_shows_who_holds_what_and_what_moved(tmp_path):
     notebook = nbformat.read(NOTEBOOKS / "03_two_meshes.ipynb", as_version=4)
     NotebookClient(
         notebook,
-        timeout=300,
+        timeout=900,
         kernel_name="python3",
         resources={"metadata": {"path": str(tmp_path)}},
     ).execute()

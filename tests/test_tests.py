@@ -15,7 +15,3 @@ def test_nothing_imports_a_test():
         for name in IMPORT.findall(path.read_text()):
             found = set(TESTS) & set(name.split("."))
             assert not found, f"{path.name}: move what it uses of {name} to support"
-
-
-def test_no_two_test_files_have_one_name():
-    assert len(TESTS) == len(set(TESTS))

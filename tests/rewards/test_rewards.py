@@ -4,19 +4,21 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import FIRST_COMPLETED, wait
 
 import numpy as np
 import pytest
 from scored_texts import make, run
 
 from jaxrl_llm.data.sources import Source, read_rows
-from jaxrl_llm.rewards import RewardError, RewardFunction, Term, resolve
+from jaxrl_llm.rewards import RewardError, RewardFunction, Term, resolve, scoring
 from jaxrl_llm.rewards.builtin import exact, gsm8k, math, numeric, reasoning_gym
 from jaxrl_llm.workers.judge import judge
 
 ROOT = pathlib.Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
 CHAT = [{"role": "user", "content": "q1"}]
+PATIENT = {"limit_s": 300.0}  # where no reply takes long, however busy the machine
 
 
 def length(completions):
@@ -74,17 +76,17 @@ def test_an_array_of_scores_is_as_good_as_a_list():
 
 
 def test_functions_run_side_by_side():
-    meet = threading.Barrier(2, timeout=20)
+    meet = threading.Barrier(2, timeout=300)
 
-    def wait(completions):
+    def meets(completions):
         meet.wait()
         return [1.0] * 4
 
-    async def wait_async(completions):
+    async def meets_async(completions):
         meet.wait()
         return [1.0] * 4
 
-    np.testing.assert_array_equal(run(wait, wait_async).total, np.full((2, 2), 2.0))
+    np.testing.assert_array_equal(run(meets, meets_async).total, np.full((2, 2), 2.0))
 
 
 def raises(completions):
@@ -112,13 +114,19 @@ async def hangs_async(completions):
     ],
 )
 def test_a_function_that_fails_stops_the_run_or_scores_0_and_is_counted(
-    function, cause
+    function, cause, monkeypatch
 ):
+    hung = "finish" in cause
+    limit = {"timeout_s": 0.5} if hung else {}
     with pytest.raises(RewardError, match=f"reward function 'f0' {cause}") as info:
-        run(function, timeout_s=0.5)
+        run(function, **limit)
     for shown in ("prompt 0 ends: 'q0'", "response 0: 'a'", "answer: 'A'"):
         assert shown in str(info.value)
-    scores = run(function, length, timeout_s=0.5, on_error="zero")
+    if hung:  # the other one takes as long as it needs
+        monkeypatch.setattr(
+            scoring, "wait", lambda calls, _: wait(calls, return_when=FIRST_COMPLETED)
+        )
+    scores = run(function, length, **limit, on_error="zero")
     np.testing.assert_array_equal(scores.by_function["f0"], np.zeros((2, 2)))
     np.testing.assert_array_equal(scores.total, [[1, 2], [3, 0]])
     assert scores.errors == {"f0": 4, "f1": 0}
@@ -163,7 +171,7 @@ def test_a_function_that_hangs_does_not_keep_the_program_from_ending():
     found = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program)],
         cwd=ROOT,
-        timeout=60,
+        timeout=600,
         capture_output=True,
         text=True,
         check=True,
@@ -281,18 +289,18 @@ MATH = [
 
 def test_math_is_equality_of_expressions():
     replies, answers, expected = zip(*MATH, strict=True)
-    assert math(replies, answers) == list(expected)
+    assert math(replies, answers, **PATIENT) == list(expected)
 
 
 def test_math_gives_up_on_a_reply_that_never_ends():
     # sympy would compute 9^(9^9), all 369,693,100 digits of it.
     assert math(["$9^{9^9}$"], ["2"], limit_s=0.5) == [0.0]
-    assert math([r"\boxed{2}"], ["2"]) == [1.0]
+    assert math([r"\boxed{2}"], ["2"], **PATIENT) == [1.0]
 
 
 def test_math_refuses_an_answer_that_is_no_expression():
     with pytest.raises(ValueError, match="no expression in answer"):
-        math([r"\boxed{1}"], [""])
+        math([r"\boxed{1}"], [""], **PATIENT)
 
 
 def entry_columns(task, **fields):
@@ -306,18 +314,21 @@ def test_reasoning_gym_scores_as_the_task_does():
     columns = entry_columns("chain_sum")
     first, second = columns["answer"]
     tagged = f"<answer>0</answer> or <answer> {first} </answer>"
-    assert reasoning_gym([tagged, f" {second}\n"], **columns) == [1.0, 1.0]
-    assert reasoning_gym(["hm", "<answer></answer>"], **columns) == [0.0, 0.0]
+    assert reasoning_gym([tagged, f" {second}\n"], **columns, **PATIENT) == [1.0, 1.0]
+    assert reasoning_gym(["hm", "<answer></answer>"], **columns, **PATIENT) == [
+        0.0,
+        0.0,
+    ]
     # This scorer raises on 'hello'.
     columns = entry_columns("prime_factorization")
     replies = [columns["answer"][0], "hello"]
-    assert reasoning_gym(replies, **columns) == [1.0, 0.0]
+    assert reasoning_gym(replies, **columns, **PATIENT) == [1.0, 0.0]
 
 
 def test_reasoning_gym_names_an_entry_that_its_scorer_cannot_read():
     columns = entry_columns("prime_factorization") | {"answer": ["broken"] * 2}
     with pytest.raises(ValueError, match="ValueError: invalid literal.*'broken'"):
-        reasoning_gym(["2", "3"], **columns)
+        reasoning_gym(["2", "3"], **columns, **PATIENT)
 
 
 def test_a_verifier_that_is_not_installed_is_named(monkeypatch):

@@ -40,7 +40,7 @@ def answers():
 
 def check(url):
     async def ask():
-        server = Server(url, timeout_s=5.0)
+        server = Server(url, timeout_s=300.0)
         try:
             await server.check(max_len=512)
         finally:

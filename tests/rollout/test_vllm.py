@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import waiting
 import yaml
 from vllm_on_cpu import MODEL, PYTHON, make, processes
 
@@ -356,13 +357,6 @@ def test_two_servers_share_the_work(model, tmp_path):
     assert "127.0.0.1" in (tmp_path / "vllm-1.log").read_text()
 
 
-def busy(port):
-    taken = socket.socket()
-    taken.bind(("127.0.0.1", port))
-    taken.listen()
-    return taken
-
-
 @pytest.mark.parametrize(
     "vllm, message",
     [
@@ -374,13 +368,18 @@ def busy(port):
         ({"args": ["--no-such-flag"]}, "does not know one of rollout.vllm.args"),
         ({"args": ["--model", "/nowhere"]}, "ended while it was starting"),
         ({"env": {"VLLM_CPU_KVCACHE_SPACE": "500"}}, "the host has no room; lower"),
-        ({"port": 18123}, "its port is taken; set another rollout.vllm.port"),
+        ({"port": "taken"}, "its port is taken; set another rollout.vllm.port"),
         ({"start_timeout_s": 2}, "is not up after rollout.vllm.start_timeout_s"),
         ({"urls": ["http://127.0.0.1:9"]}, "no vLLM server answers at http://127.0.0"),
     ],
 )
 def test_a_server_that_cannot_work_is_one_clear_error(model, tmp_path, vllm, message):
-    with busy(18123), pytest.raises(ServerError, match=message) as caught:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(ServerError, match=message) as caught,
+    ):
+        if "port" in vllm:
+            vllm = {"port": taken.getsockname()[1]}
         with closing(make(model, tmp_path, **vllm)) as engine:
             engine.load(model[1], 0)
     print(str(caught.value)[:300])
@@ -416,10 +415,7 @@ def test_nothing_outlives_a_trainer_that_is_killed(tmp_path):
     assert alive(group) and weights.exists()
     trainer.kill()
     trainer.communicate()
-    end = time.monotonic() + 30
-    while (alive(group) or weights.exists()) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert not alive(group) and not weights.exists()
+    waiting.until(lambda: not alive(group) and not weights.exists())
 
 
 def test_five_steps_learn_as_with_the_jax_engine(tmp_path):

@@ -33,7 +33,7 @@ def make(contents=("q0", "q1"), columns=({"answer": "A"}, {"answer": "B"})):
     return prompts, completions
 
 
-def run(*functions, data=None, timeout_s=30.0, on_error="raise"):
+def run(*functions, data=None, timeout_s=300.0, on_error="raise"):
     terms = [
         f if isinstance(f, RewardFunction) else RewardFunction(name=f"f{i}", function=f)
         for i, f in enumerate(functions)

@@ -1,12 +1,11 @@
 """The smallest tokenizer and the smallest model that behave like real ones."""
 
 import json
-import os
 import pathlib
-import time
 
 import jax
 import numpy as np
+import waiting
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -95,7 +94,7 @@ def reward_model(directory, **overrides) -> str:
 def small_ids(completion_ids: list[list[int]]) -> list[float]:
     """A reward that is quickly learned: the share of tokens with an id below 100.
 
-    The environment variable TINY_PAUSE_S makes it take its time.
+    A test may stop it at any call, see `waiting.at_the_gate`.
     """
-    time.sleep(float(os.environ.get("TINY_PAUSE_S", "0")))
+    waiting.at_the_gate()
     return [sum(token < 100 for token in ids) / len(ids) for ids in completion_ids]

@@ -205,7 +205,7 @@ def test_a_browser_draws_it_and_does_not_obey_the_model(tmp_path, rollouts):
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     ).stdout
     assert "<title>run · run report</title>" in page

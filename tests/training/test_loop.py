@@ -7,13 +7,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import waiting
 import yaml
 from learnable import PROMPTS, QUESTIONS, SAMPLES, STEPS
 
@@ -140,13 +141,19 @@ def test_it_is_plotted(finished):
 
 
 class Process:
-    """`python -m jaxrl_llm train CONFIG`, like the run in this process."""
+    """`python -m jaxrl_llm train CONFIG`, like the run in this process.
 
-    def __init__(self, config, pause_s=0.0):
+    Its `stop_at`-th call of the reward function waits at the gate.
+    """
+
+    def __init__(self, config, cache, stop_at=0):
+        self.gate = pathlib.Path(tempfile.mkdtemp(dir=cache.parent))
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "8",
-            "TINY_PAUSE_S": str(pause_s),
+            # A process that is killed may leave half a file behind.
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "GATE": f"{stop_at}:{self.gate}",
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "jaxrl_llm", "train", config],
@@ -159,14 +166,22 @@ class Process:
 
     def stop_when(self, condition, number):
         """Sends the signal as soon as the condition holds; returns what was printed."""
-        while not condition():
+
+        def holds():
             assert self.process.poll() is None, self.process.stdout.read()
-            time.sleep(0.002)
+            return condition()
+
+        waiting.until(holds)
         self.process.send_signal(number)
+        for waits in self.gate.iterdir():
+            waits.unlink()
         return self.finish()
 
+    def is_at_the_gate(self):
+        return any(self.gate.iterdir())
+
     def finish(self):
-        return self.process.communicate(timeout=300)[0]
+        return self.process.communicate(timeout=600)[0]
 
 
 def lines(run):
@@ -190,26 +205,26 @@ def what_a_run_says(run):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(finished, values, tmp_path):
     run = tmp_path / "killed"
-    config = write_config(values, run)
+    config, cache = write_config(values, run), tmp_path / "compiled"
 
-    # In the middle of a step; then while a checkpoint is being written.
-    process = Process(config, pause_s=0.1)
-    process.stop_when(lambda: lines(run) == 4, signal.SIGKILL)
-    assert process.process.returncode == -signal.SIGKILL
-    process = Process(config)
+    # In the middle of step 4, after the scores of the first validation and three steps;
+    # then in the one in which checkpoint 4 is being written, or has just been.
+    process = Process(config, cache, stop_at=5)
+    process.stop_when(process.is_at_the_gate, signal.SIGKILL)
+    assert process.process.returncode == -signal.SIGKILL and lines(run) == 4
+    process = Process(config, cache, stop_at=6)
     said = process.stop_when(lambda: max(steps_on_disk(run)) >= 4, signal.SIGKILL)
     assert process.process.returncode == -signal.SIGKILL
 
     # Asked to stop, it ends the step, saves, and says how to go on.
-    process = Process(config, pause_s=0.3)
-    begun = lines(run)
-    said = process.stop_when(lambda: lines(run) not in (0, begun), signal.SIGTERM)
+    process = Process(config, cache, stop_at=2)
+    said = process.stop_when(process.is_at_the_gate, signal.SIGTERM)
     assert process.process.returncode == 0, said
     last = run_directory.read(run)[-1]["step"]
     assert f"stopped after step {last} of {STEPS}; the same command goes on" in said
     assert last in steps_on_disk(run)
 
-    process = Process(config)
+    process = Process(config, cache)
     said = process.finish()
     assert process.process.returncode == 0, said
     assert f"going on from step {last}" in said
