@@ -8,7 +8,8 @@ import dataclasses
 import gc
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -18,22 +19,26 @@ from rich.table import Table
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo
-from jaxrl_llm.config import parsing
+from jaxrl_llm.bench.train import Remat, random_actor
 from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.config.schema import Config
+from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
+from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.models import known_shapes as shapes
-from jaxrl_llm.rewards import score
-from jaxrl_llm.roles.actor import Learner
+from jaxrl_llm.rewards import RewardFunction, score
+from jaxrl_llm.roles.actor import Actor, StepSize
+from jaxrl_llm.roles.policy import PolicySettings
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
-from jaxrl_llm.sharding import hardware
+from jaxrl_llm.rollout.native.engine import JaxEngine
+from jaxrl_llm.sharding import hardware, mesh
 from jaxrl_llm.tracking import performance
 from jaxrl_llm.training import credit as estimate
 from jaxrl_llm.training.build import (
+    actor_of,
     engine_of,
     has_critic,
     make_meshes,
-    reward_functions,
 )
 
 
@@ -55,8 +60,8 @@ def main(
     cap: int = 1024,
     pack_length: int = 8192,
     micro_batch_size: int = 2,
-    remat: str = "dots",
-    dtype: str = "bfloat16",
+    remat: Remat = "dots",
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
     max_num_seqs: int = 512,
     decode_chunk: int = 64,
     steps: int = 3,
@@ -78,61 +83,70 @@ def main(
       decode_chunk: tokens per dispatch.
       steps: timed steps.
     """
-    config = parsing.parse(
-        {
-            "output_dir": "unused",
-            "model": {"path": model},
-            "data": {
-                "train": {"path": "unused.jsonl"},
-                "train_batch_size": prompts,
-                "max_prompt_length": prompt_length,
-            },
-            "reward": {"functions": [{"name": "numeric"}]},
-            "rollout": {
-                "n": n,
-                "max_response_length": cap,
-                "dtype": dtype,
-                "max_num_seqs": max_num_seqs,
-                "decode_chunk": decode_chunk,
-            },
-            "actor": {
-                "micro_batch_size": micro_batch_size,
-                "pack_length": pack_length,
-                "remat": remat,
-                "dtype": dtype,
-            },
-            "trainer": {"total_training_steps": steps + 1},
-        },
-        "jaxrl bench step",
+    arch, count = shapes.find(model), jax.device_count()
+    policy = PolicySettings(
+        dtype=dtype,
+        remat=remat,
+        rows=Layout(
+            pack_length=pack_length,
+            micro_batch_size=micro_batch_size,
+            longest=prompt_length + cap,
+        ),
     )
-    arch = shapes.find(model)
-    measured = [found for found, _ in run(config, arch, steps + 1, mean)]
+    size = StepSize(
+        num_prompts=prompts,
+        group_size=n,
+        prompt_length=prompt_length,
+        response_length=cap,
+    )
+    axes = {"data": 1, "fsdp": count, "expert": 1, "context": 1, "tensor": 1}
+    engine = JaxEngine(
+        _endless(arch),
+        _Numbers(),
+        mesh=mesh.make_by_process({"data": count, "tensor": 1}),
+        dtype=dtype,
+        max_model_len=prompt_length + cap,
+        max_num_seqs=max_num_seqs,
+        decode_chunk=decode_chunk,
+    )
+    setup = Setup(
+        actor=random_actor(arch, mesh.make(axes), policy, size),
+        engine=engine,
+        rewards=[RewardFunction(name="numeric", function=builtin.numeric)],
+        algorithm=AlgorithmConfig(),
+    )
+    measured = [found for found, _ in run(setup, steps + 1, mean)]
     medians = {
         name: float(np.median([line[name] for line in measured[1:]]))
         for name in measured[-1]
     }
-    _show(medians, arch, jax.device_count())
+    _show(medians, arch, count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What steps are made of."""
+
+    actor: Actor
+    engine: Engine
+    """Of a model that never stops by itself."""
+    rewards: Sequence[RewardFunction]
+    algorithm: AlgorithmConfig
 
 
 def run(
-    config: Config, arch: models.Architecture, steps: int, mean: int | None = None
+    setup: Setup, steps: int, mean: int | None = None
 ) -> Iterator[tuple[dict[str, float], Any]]:
-    """Whole steps of `config`, without a critic, on random weights of a shape: what
-    each measured, and the state after it.
+    """Whole steps without a critic: what each measured, and the state after it.
 
     Args:
       mean: of the lengths of responses; all as long as they may be if not given.
     """
-    meshes = make_meshes(config)
-    source = models.RandomWeights(arch)
-    learner = Learner(config, source, meshes["actor"], meshes["reference"])
-    endless = dataclasses.replace(arch, eos_token_ids=())
-    engine = engine_of(config, endless, _Numbers(), meshes["rollout"], [])
-    state = learner.start()
-    engine.load(state.params, 0)
+    state = setup.actor.start()
+    setup.engine.load(state.params, 0)
     for step in range(steps):
         timer = performance.Timer()
-        state, found = _step(config, learner, engine, state, timer, mean, step)
+        state, found = _step(setup, state, timer, mean, step)
         yield {**timer.metrics(), **found}, state
 
 
@@ -157,7 +171,14 @@ def measure(
             f"algorithm.use_kl_in_reward {config.algorithm.use_kl_in_reward}"
         )
     held, others = 0, _live_bytes()
-    for _ in run(config, arch, steps):
+    meshes, source = make_meshes(config), models.RandomWeights(arch)
+    setup = Setup(
+        actor=actor_of(config, source, meshes["actor"], meshes["reference"]),
+        engine=engine_of(config, _endless(arch), _Numbers(), meshes["rollout"], []),
+        rewards=reward_functions(config.reward),
+        algorithm=config.algorithm,
+    )
+    for _ in run(setup, steps):
         gc.collect()  # what Python has not let go of yet does not stay
         held = max(size - others.get(on, 0) for on, size in _live_bytes().items())
     peak = performance.memory().get("perf/max_memory_allocated_gb")
@@ -174,46 +195,41 @@ def _live_bytes() -> dict[int, int]:
     return {device: sum(of.values()) for device, of in sizes.items()}
 
 
+def _endless(arch: models.Architecture) -> models.Architecture:
+    """A model that never stops by itself."""
+    return dataclasses.replace(arch, eos_token_ids=())
+
+
 def _step(
-    config: Config,
-    learner: Learner,
-    engine: Engine,
+    setup: Setup,
     state: grpo.TrainState,
     timer: performance.Timer,
     mean: int | None,
     step: int,
 ):
-    rng = np.random.default_rng(step)
+    rng, actor, engine = np.random.default_rng(step), setup.actor, setup.engine
+    size = actor.settings.step_size
     asked = [
         Prompt(
             id=p,
             content="",
             tokens=tuple(
-                rng.integers(
-                    0, learner.arch.vocab_size, config.data.max_prompt_length
-                ).tolist()
+                rng.integers(0, actor.arch.vocab_size, size.prompt_length).tolist()
             ),
             columns={"answer": "1"},
         )
-        for p in range(config.data.train_batch_size)
+        for p in range(size.num_prompts)
     ]
-    G, cap = config.rollout.n, config.rollout.max_response_length
-    lengths = np.full((len(asked), G), cap)
+    lengths = np.full((len(asked), size.group_size), size.response_length)
     if mean is not None:
         lengths = _drawn(rng, mean, lengths)
     with timer("gen"):
         rollouts = _responses(engine, asked, lengths.tolist(), step)
     with timer("reward"):
-        scores = score(
-            reward_functions(config.reward),
-            asked,
-            rollouts,
-            timeout_s=60.0,
-            on_error="raise",
-        )
+        scores = score(setup.rewards, asked, rollouts, timeout_s=60.0, on_error="raise")
     with timer("adv"):
         unknown = np.zeros_like(scores.total)
-        rows = learner.make_rows(asked, rollouts, unknown)
+        rows = actor.make_rows(asked, rollouts, unknown)
         noise = rng.normal(size=unknown.shape).astype(np.float32)
         judged = estimate.Judged(
             rewards=scores.total + noise,
@@ -221,13 +237,13 @@ def _step(
             weights=np.ones(1, np.float32),
         )
         rows, _ = jax.device_get(
-            estimate.advantages_of(rows, judged, algorithm=config.algorithm)
+            estimate.advantages_of(rows, judged, algorithm=setup.algorithm)
         )
     with timer("update_actor"):
-        state, learned = learner.update(state, rows, seed=step)
+        state, learned = actor.update(state, rows, seed=step)
     with timer("update_weights"):
         engine.load(state.params, step + 1)
-    sizes = lengths.ravel() + config.data.max_prompt_length
+    sizes = lengths.ravel() + size.prompt_length
     return state, {
         "tokens": float(sizes.sum()),
         "new_tokens": float(np.sum(lengths)),

@@ -12,17 +12,21 @@ from typing import Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import models
-from jaxrl_llm.config import parsing
-from jaxrl_llm.config.schema import Config
+from jaxrl_llm.algorithms import grpo
 from jaxrl_llm.data import packing
+from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.models import known_shapes as shapes
-from jaxrl_llm.roles.actor import Learner
+from jaxrl_llm.roles import optimizer
+from jaxrl_llm.roles.actor import Actor, ActorSettings, StepSize
+from jaxrl_llm.roles.policy import Policy, PolicySettings
+from jaxrl_llm.roles.trained_model import MiniBatches
 from jaxrl_llm.sharding import hardware, mesh
 from jaxrl_llm.tracking import device_trace as profile
 from jaxrl_llm.tracking import performance
@@ -76,44 +80,31 @@ def main(
         raise ValueError(f"sequences must be a multiple of {_GROUP}, got {sequences}")
     arch = shapes.find(model)
     lengths = _lengths(sequences, length, mean, prompt_length)
+    on = mesh.make(
+        {"data": 1, "fsdp": fsdp, "expert": 1, "context": 1, "tensor": tensor}
+    )
     table = Table(
         "micro-batch", "remat", "attention", "ms", "tok/s", "MFU", "real tokens",
         "peak GiB", "compile s", title=f"{model}, {len(lengths)} sequences",
     )  # fmt: skip
     console, profiles = Console(), []
     for size, kept, kind in itertools.product(micro_batch_size, remat, attention):
-        config = parsing.parse(
-            {
-                "output_dir": "unused",
-                "model": {"path": model},
-                "data": {
-                    "train": {"path": "unused.jsonl"},
-                    "train_batch_size": sequences // _GROUP,
-                    "max_prompt_length": prompt_length,
-                },
-                "reward": {"functions": [{"name": "exact"}]},
-                "rollout": {
-                    "n": _GROUP,
-                    "max_response_length": length - prompt_length,
-                },
-                "actor": {
-                    "micro_batch_size": size,
-                    "pack_length": pack_length,
-                    "remat": kept,
-                    "attention": kind,
-                    "unroll": unroll,
-                    "keep_probabilities": keep_probabilities,
-                    "dtype": dtype,
-                    "optim": {"mu_dtype": mu_dtype},
-                    "mesh": {"fsdp": fsdp, "tensor": tensor},
-                },
-                "trainer": {"total_training_steps": 1000},
-            },
-            "jaxrl bench train",
+        policy = PolicySettings(
+            dtype=dtype,
+            remat=kept,
+            attention=kind,
+            unroll=unroll,
+            keep_probabilities=keep_probabilities,
+            rows=Layout(pack_length=pack_length, micro_batch_size=size, longest=length),
         )
-        result, trace = _measure(
-            config, models.RandomWeights(arch), lengths, steps, profiled
+        step = StepSize(
+            num_prompts=sequences // _GROUP,
+            group_size=_GROUP,
+            prompt_length=prompt_length,
+            response_length=length - prompt_length,
         )
+        actor = random_actor(arch, on, policy, step, mu_dtype)
+        result, trace = _measure(actor, lengths, steps, profiled)
         table.add_row(
             str(size), kept, kind,
             f"{1e3 * result['seconds']:.1f}", f"{result['tokens_per_second']:,.0f}",
@@ -133,38 +124,51 @@ def main(
     console.print(table, *profiles)
 
 
+def random_actor(
+    arch: models.Architecture,
+    on: Mesh,
+    policy: PolicySettings,
+    step: StepSize,
+    mu_dtype: Literal["float32", "bfloat16"] = "float32",
+) -> Actor:
+    """A policy of random weights with the update of GRPO: vanilla loss, AdamW, one
+    optimizer step per training step."""
+    adamw = optimizer.Settings(lr=1e-6, mu_dtype=mu_dtype), 1000
+    return Actor(
+        Policy(arch, on, policy),
+        models.RandomWeights(arch),
+        ActorSettings(
+            update=grpo.Settings(micro_batch_size=policy.rows.micro_batch_size),
+            mini_batches=MiniBatches(group_size=step.group_size),
+            step_size=step,
+        ),
+        optimizer=optimizer.make(*adamw),
+        schedule=optimizer.schedule(*adamw),
+    )
+
+
 def _measure(
-    config: Config,
-    source: models.WeightSource,
-    lengths: Sequence[int],
-    steps: int,
-    profiled: bool,
+    actor: Actor, lengths: Sequence[int], steps: int, profiled: bool
 ) -> tuple[dict[str, float], Table | None]:
-    sizes = config.actor.mesh.model_dump()
-    learner = Learner(config, source, mesh.make(sizes))
-    batch = _batch(learner, lengths, config)
+    batch = _batch(actor, lengths)
     start = time.perf_counter()
-    compiled = learner.compile_update(batch)
+    compiled = actor.compile_update(batch)
     compile_seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    rows, state, seconds, trace = (
-        learner.policy.on_devices(batch),
-        learner.start(),
-        [],
-        None,
-    )
+    rows, state = actor.policy.on_devices(batch), actor.start()
+    seconds, trace = [], None
     for _ in range(steps + 2):
         start = time.perf_counter()
-        state, found = compiled(state, rows)
+        state, found = compiled(state, rows, None)
         jax.block_until_ready((state, found))
         seconds.append(time.perf_counter() - start)
     if profiled:
         with profile.recorded() as recording:
-            state, found = compiled(state, rows)
+            state, found = compiled(state, rows, None)
             jax.block_until_ready((state, found))
         trace = profile.table(recording)
     median = float(np.median(seconds[2:]))
-    tokens, arch, devices = sum(lengths), source.arch, learner.mesh.devices
+    tokens, arch, devices = sum(lengths), actor.arch, actor.mesh.devices
     flops = performance.train_flops(
         models.num_matmul_params(arch),
         tokens,
@@ -180,7 +184,7 @@ def _measure(
         "tokens_per_second": tokens / median,
         **({"mfu": share["perf/mfu/actor"]} if share else {}),
         "token_efficiency": packing.token_efficiency(
-            batch, config.actor.micro_batch_size
+            batch, actor.policy.layout.micro_batch_size
         ),
         "peak_bytes": memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -201,10 +205,10 @@ def _lengths(count: int, longest: int, mean: int | None, shortest: int) -> list[
     return np.clip(drawn, shortest + 1, longest).astype(int).tolist()
 
 
-def _batch(learner: Learner, lengths: Sequence[int], config: Config) -> TrainBatch:
+def _batch(actor: Actor, lengths: Sequence[int]) -> TrainBatch:
     """Random tokens as responses to random prompts."""
     rng = np.random.default_rng(0)
-    size, vocabulary = config.data.max_prompt_length, learner.arch.vocab_size
+    size, vocabulary = actor.settings.step_size.prompt_length, actor.arch.vocab_size
     prompts = [
         Prompt(
             id=p,
@@ -229,4 +233,4 @@ def _batch(learner: Learner, lengths: Sequence[int], config: Config) -> TrainBat
     ]
     groups = [completions[i : i + _GROUP] for i in range(0, len(lengths), _GROUP)]
     advantages = rng.normal(size=(len(prompts), _GROUP)).astype(np.float32)
-    return learner.make_rows(prompts, groups, advantages)
+    return actor.make_rows(prompts, groups, advantages)

@@ -19,7 +19,8 @@ from jaxrl_llm.config.schema import Config
 from jaxrl_llm.planning.planner import Estimate
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.tracking.console import progress
-from jaxrl_llm.training.build import Job, placed
+from jaxrl_llm.training.build import Job
+from jaxrl_llm.training.settings import placed
 
 _GIB = 2**30
 
@@ -99,11 +100,11 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
         model, kept = job.reward_model, "reward model"
         if config.reward.model.offload:  # there while it scores
             kept = _PEAK
-        sizes = {_PEAK: model.memory(learner.largest_rows()).temp_size_in_bytes}
+        sizes = {_PEAK: _temporary(model.lower_scoring(learner.largest_rows()))}
         sizes[kept] = sizes.get(kept, 0) + _bytes(model.abstract_params())
         add("reward", sizes)
     if uses_kl(config):
-        add("reference", {"reference": _bytes(learner.abstract_reference())})
+        add("reference", {"reference": _bytes(learner.reference.abstract_params())})
     return memory
 
 

@@ -21,9 +21,9 @@ from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.planning import workload
 from jaxrl_llm.planning.workload import Program, Work
-from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import hardware, mesh, processes
-from jaxrl_llm.training.build import engine_of, has_critic, make_meshes, placed
+from jaxrl_llm.training.build import actor_of, engine_of, has_critic, make_meshes
+from jaxrl_llm.training.settings import placed
 
 Watch = Callable[[str], AbstractContextManager[Any]]
 """Called with what is being done while it is done, such as `console.progress`."""
@@ -145,11 +145,11 @@ def estimate(
     held: dict[str, dict[str, int]] = {group_of[role]: {} for role in meshes}
     work: dict[str, dict[str, Work]] = {group: {} for group in held}
 
-    learner = Learner(config, source, meshes["actor"], meshes["reference"])
+    learner = actor_of(config, source, meshes["actor"], meshes["reference"])
     held[group_of["actor"]] |= workload.held_by("", learner.abstract_state())
     work[group_of["actor"]] |= workload.learning(config, learner)
     if uses_kl(config):
-        size = workload.bytes_of(learner.abstract_reference())
+        size = workload.bytes_of(learner.reference.abstract_params())
         held[group_of["reference"]]["reference"] = size
         work[group_of["reference"]] |= workload.reference(config, learner, size)
     if has_critic(config):

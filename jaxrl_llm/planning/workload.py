@@ -17,15 +17,15 @@ from jax.sharding import Mesh
 from jaxrl_llm import models
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.schema import Config
-from jaxrl_llm.config.schema_training import CriticModelConfig
 from jaxrl_llm.models import known_shapes as shapes
-from jaxrl_llm.roles.actor import Learner, needs_old_logprobs, updates_per_step
+from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.critic import Critic
 from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.sharding import compiled_traffic as collectives
 from jaxrl_llm.sharding import processes, reshard
 from jaxrl_llm.sharding import transfer_plan as plan
 from jaxrl_llm.tracking import performance
+from jaxrl_llm.training import build, settings
 
 _GIB = 2**30
 
@@ -102,7 +102,7 @@ def held_by(whose: str, state: Any) -> dict[str, int]:
     }
 
 
-def learning(config: Config, learner: Learner) -> dict[str, Work]:
+def learning(config: Config, learner: Actor) -> dict[str, Work]:
     """The policy's programs."""
     state, rows = learner.abstract_state(), learner.largest_rows()
     params, actor = bytes_of(state.params), config.actor
@@ -110,7 +110,7 @@ def learning(config: Config, learner: Learner) -> dict[str, Work]:
     each, micro = _weights_read(learner.arch, learner.mesh, actor.dtype), 1
     if actor.micro_batch_size:
         micro = -(-rows.tokens.shape[0] // actor.micro_batch_size)
-    epochs, updates = actor.ppo_epochs, updates_per_step(config)
+    epochs, updates = actor.ppo_epochs, settings.updates_per_step(config)
     # What waits in the host's memory comes for the update and is not held otherwise.
     away = bytes_of(state.opt_state) if "optimizer" in actor.offload else 0
     found = {
@@ -126,7 +126,7 @@ def learning(config: Config, learner: Learner) -> dict[str, Work]:
     }
     # The concentration, which some baselines need, takes what log-probabilities take.
     baseline = "sum_pi_squared" in plugins.estimator_of(config.algorithm).needs
-    passes = needs_old_logprobs(config) + baseline
+    passes = settings.needs_old_logprobs(config) + baseline
     if passes:
         found["log-probabilities"] = Work(
             lower=lambda: learner.policy.lower_scoring(rows, jnp.float32),
@@ -139,9 +139,13 @@ def learning(config: Config, learner: Learner) -> dict[str, Work]:
     return found
 
 
-def reference(config: Config, learner: Learner, size: int) -> dict[str, Work]:
+def reference(config: Config, learner: Actor, size: int) -> dict[str, Work]:
     """The log-probabilities of the reference, whose weights have `size` bytes."""
-    policy, rows, actor = learner.reference_policy, learner.largest_rows(), config.actor
+    policy, rows, actor = (
+        learner.reference.policy,
+        learner.largest_rows(),
+        config.actor,
+    )
     micro = -(-rows.tokens.shape[0] // (actor.micro_batch_size or len(rows.tokens)))
     return {
         "reference's log-probabilities": Work(
@@ -156,17 +160,15 @@ def reference(config: Config, learner: Learner, size: int) -> dict[str, Work]:
     }
 
 
-def critic_of(config: Config, arch: models.Architecture, on: Mesh):
+def critic_of(config: Config, arch: models.Architecture, on: Mesh) -> Critic:
     """A critic of random weights, of the shape that `critic.model` names."""
     wanted = config.critic.model
     if wanted.path is not None:
         arch = architecture(wanted.path, wanted.revision)
-        alone = config.critic.model_copy(update={"model": CriticModelConfig()})
-        config = config.model_copy(update={"critic": alone})
-    return Critic(config, models.RandomWeights(arch), on)
+    return build.critic_of(config, models.RandomWeights(arch), on)
 
 
-def judging(config: Config, critic: Critic, learner: Learner) -> dict[str, Work]:
+def judging(config: Config, critic: Critic, learner: Actor) -> dict[str, Work]:
     """The critic's programs."""
     state, rows, section = (
         critic.abstract_state(),
@@ -177,7 +179,8 @@ def judging(config: Config, critic: Critic, learner: Learner) -> dict[str, Work]
     each = _weights_read(critic.arch, critic.mesh, section.dtype)
     size = section.micro_batch_size or config.actor.micro_batch_size
     micro = -(-len(rows.tokens) // (size or len(rows.tokens)))
-    updates, epochs = critic.updates_per_step, critic.epochs
+    updates = settings.critic_updates_per_step(config)
+    epochs = critic.settings.mini_batches.epochs
     return {
         "values": Work(
             lower=lambda: critic.lower_judging(rows),
@@ -248,7 +251,7 @@ def generating(
 
 
 def moving(
-    learner: Learner, engine: JaxEngine, held: Mapping[str, int]
+    learner: Actor, engine: JaxEngine, held: Mapping[str, int]
 ) -> dict[str, Program]:
     """The weights' way to the engine, by the role whose devices have a part in it.
 

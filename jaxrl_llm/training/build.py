@@ -10,23 +10,28 @@ import jax.numpy as jnp
 
 from jaxrl_llm import models
 from jaxrl_llm.config import plugins
+from jaxrl_llm.config.checks import uses_kl
 from jaxrl_llm.config.names import ConfigError, device_numbers
 from jaxrl_llm.config.schema import (
     Config,
     DataConfig,
-    PlacementConfig,
     RewardConfig,
 )
 from jaxrl_llm.data import prompts
 from jaxrl_llm.data.sources import Source
 from jaxrl_llm.rewards import RewardFunction, Term, resolve
 from jaxrl_llm.rewards.builtin import overlong_penalty
-from jaxrl_llm.roles.actor import Learner
+from jaxrl_llm.roles import optimizer, placement
+from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.critic import Critic
+from jaxrl_llm.roles.policy import Policy
+from jaxrl_llm.roles.reference import Reference
 from jaxrl_llm.roles.reward_model import RewardModel
+from jaxrl_llm.roles.sharded_model import ShardedModel
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.sharding import mesh, processes
 from jaxrl_llm.tracking import services as loggers
+from jaxrl_llm.training import settings
 from jaxrl_llm.training.experience import Score, score_together
 
 
@@ -44,7 +49,7 @@ class Job:
     score_held_out: Score
     """The same without what only shapes training (`reward.overlong_buffer`)."""
     engine: Engine
-    learner: Learner
+    learner: Actor
     critic: Critic | None
     """None for estimators without one."""
     reward_model: RewardModel | None
@@ -85,7 +90,11 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     shaped = [*functions, *shaping(config)]
     model = None
     if config.reward.model:
-        model = RewardModel(config, source, meshes["reward"])
+        judge = open_reward_model(config, source)
+        model = reward_model_of(config, judge, meshes["reward"])
+    critic = None
+    if has_critic(config):
+        critic = critic_of(config, open_critic(config, source), meshes["critic"])
     how = {"timeout_s": config.reward.timeout_s, "on_error": config.reward.on_error}
     return Job(
         config=config.model_copy(update={"function_sources": sources}),
@@ -101,8 +110,8 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
             meshes["rollout"],
             [prompt.tokens for prompt in data.train],
         ),
-        learner=Learner(config, source, meshes["actor"], meshes["reference"]),
-        critic=Critic(config, source, meshes["critic"]) if has_critic(config) else None,
+        learner=actor_of(config, source, meshes["actor"], meshes["reference"]),
+        critic=critic,
         reward_model=model,
     )
 
@@ -188,6 +197,155 @@ def engine_of(
             )
 
 
+def actor_of(
+    config: Config,
+    source: models.WeightSource,
+    on: jax.sharding.Mesh,
+    reference_on: jax.sharding.Mesh | None = None,
+) -> Actor:
+    """The policy of a run, with a reference if a KL term asks for one.
+
+    Args:
+      source: of the weights to start from.
+      reference_on: the mesh of the reference; `on` if not given.
+
+    Raises:
+      ValueError: the model or its rows cannot be split evenly over a mesh, or
+        `actor.keep_probabilities` is not for this model.
+    """
+    actor, how, arch = config.actor, settings.policy(config), source.arch
+    policy, reference = Policy(arch, on, how, keys=settings.keys("actor.mesh")), None
+    if uses_kl(config):
+        judge = policy
+        if reference_on is not None and reference_on != on:
+            keys = settings.keys("actor.ref_mesh")
+            judge = Policy(arch, reference_on, how, keys=keys)
+        reference = Reference(judge, source, offload="reference" in actor.offload)
+    steps = config.trainer.total_training_steps - config.trainer.critic_warmup
+    numbers = settings.optim(actor.optim), steps, settings.updates_per_step(config)
+    return Actor(
+        policy,
+        source,
+        settings.actor(config),
+        optimizer=optimizer.make(*numbers),
+        schedule=optimizer.schedule(*numbers),
+        reference=reference,
+    )
+
+
+def critic_of(
+    config: Config, source: models.WeightSource, on: jax.sharding.Mesh
+) -> Critic:
+    """The value model of a run.
+
+    Args:
+      source: of the weights to start from, such as of `open_critic`.
+
+    Raises:
+      ValueError: the model or its rows cannot be split evenly over the mesh.
+    """
+    how, keys = settings.value_model(config), settings.keys("critic.mesh")
+    model = ShardedModel(source.arch, on, how, head="value", keys=keys)
+    steps, count = (
+        config.trainer.total_training_steps,
+        settings.critic_updates_per_step(config),
+    )
+    numbers = settings.optim(config.critic.optim), steps, count
+    return Critic(
+        model,
+        source,
+        settings.critic(config),
+        optimizer=optimizer.make(*numbers),
+        schedule=optimizer.schedule(*numbers),
+    )
+
+
+def reward_model_of(
+    config: Config, source: models.Classifier, on: jax.sharding.Mesh
+) -> RewardModel:
+    """The reward model of a run.
+
+    Args:
+      source: of `open_reward_model`.
+
+    Raises:
+      ValueError: the model or its rows cannot be split evenly over the mesh.
+    """
+    how, keys = settings.reward_model(config), settings.keys("reward.model.mesh")
+    return RewardModel(
+        ShardedModel(source.arch, on, how, head="value", keys=keys),
+        source,
+        most_responses=config.data.train_batch_size * config.rollout.n,
+        weight=config.reward.model.weight,
+        offload=config.reward.model.offload,
+    )
+
+
+def open_critic(config: Config, source: models.WeightSource) -> models.WeightSource:
+    """The checkpoint the critic starts from: the policy's, unless `critic.model.path`
+    says otherwise.
+
+    Raises:
+      ConfigError: the critic's model does not fit the policy's.
+      ValueError: there is no such model.
+    """
+    model = config.critic.model
+    if model.path is None:
+        return source
+    found = models.open(model.path, revision=model.revision, tokenizer=source.tokenizer)
+    wanted, longest = source.arch.vocab_size, found.arch.max_positions
+    if found.arch.vocab_size != wanted:
+        raise ConfigError(
+            f"critic.model.path {model.path} has {found.arch.vocab_size} tokens in its "
+            f"vocabulary, the policy {wanted}; they must read the same tokens"
+        )
+    needed = config.data.max_prompt_length + config.rollout.max_response_length
+    if needed > longest:
+        raise ConfigError(
+            f"critic.model.path {model.path} has {longest} positions, but "
+            f"data.max_prompt_length + rollout.max_response_length is {needed}"
+        )
+    return found
+
+
+def open_reward_model(config: Config, source: models.Checkpoint) -> models.Classifier:
+    """The checkpoint of the reward model, if it can judge what the policy says.
+
+    Args:
+      source: the policy's.
+
+    Raises:
+      ConfigError: there is no such model, or it does not fit the policy's.
+    """
+    section = config.reward.model
+    key = f"reward.model.path {section.path}"
+    try:
+        found = models.open_classifier(section.path, revision=section.revision)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    arch, wanted = found.arch, source.arch.vocab_size
+    if arch.vocab_size != wanted:
+        raise ConfigError(
+            f"{key} has {arch.vocab_size} tokens in its vocabulary, the policy "
+            f"{wanted}; they must read the same tokens"
+        )
+    if found.tokenizer is not None:
+        own, given = found.tokenizer.get_vocab(), source.tokenizer.get_vocab()
+        for text in sorted(own.keys() & given.keys()):
+            if own[text] != given[text]:
+                raise ConfigError(
+                    f"{key}: {text!r} is token {own[text]}, of the policy "
+                    f"{given[text]}; they must read the same tokens"
+                )
+    needed = config.data.max_prompt_length + config.rollout.max_response_length
+    if needed > arch.max_positions:
+        raise ConfigError(
+            f"{key} has {arch.max_positions} positions, but data.max_prompt_length + "
+            f"rollout.max_response_length is {needed}"
+        )
+    return found
+
+
 def has_critic(config: Config) -> bool:
     """Whether the estimator needs values."""
     return plugins.estimator_of(config.algorithm).has_critic
@@ -205,51 +363,20 @@ def make_meshes(
     Raises:
       ConfigError: a group or a mesh does not fit the devices.
     """
-    placement, actor = config.placement, config.actor
     devices = jax.devices() if devices is None else devices
-    everywhere = {_EVERYWHERE: f"0-{len(devices) - 1}"}
+    everywhere = {placement.EVERYWHERE: f"0-{len(devices) - 1}"}
     try:
-        texts = placement.groups or everywhere
+        texts = config.placement.groups or everywhere
         numbers = {name: device_numbers(text) for name, text in texts.items()}
         groups = mesh.groups(numbers, devices)
     except ValueError as error:
         raise ConfigError(f"placement: {error}") from None
-    wanted = {
-        "actor": ("actor.mesh", actor.mesh),
-        "reference": ("actor.ref_mesh", actor.ref_mesh or actor.mesh),
-        "critic": ("critic.mesh", config.critic.mesh),
-        "rollout": ("rollout.mesh", config.rollout.mesh),
-    }
-    if config.reward.model:
-        wanted["reward"] = ("reward.model.mesh", config.reward.model.mesh)
-    made, group_of = {}, placed(placement)
-    for role, (name, sizes) in wanted.items():
-        group = group_of[role]
-        where = f"{name} on {group}" if placement.groups else name
-        try:
-            axes = mesh.fill(sizes.model_dump(), len(groups[group]))
-        except ValueError as error:
-            raise ConfigError(f"{where}: {error}") from None
-        # Processes generate by themselves, each on its own devices.
-        make = mesh.make_by_process if role == "rollout" else mesh.make
-        made[role] = make(axes, groups[group])
+    try:
+        made = placement.make_meshes(settings.places(config), groups)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     _check_processes(config, made["rollout"])
     return made
-
-
-_EVERYWHERE = "all devices"
-
-
-def placed(placement: PlacementConfig) -> dict[str, str]:
-    """The group of each role; one of all devices, if no groups are named."""
-    actor = placement.actor or _EVERYWHERE
-    return {
-        "actor": actor,
-        "reference": placement.reference or actor,
-        "critic": placement.critic or actor,
-        "reward": placement.reward or actor,
-        "rollout": placement.rollout or actor,
-    }
 
 
 def _check_processes(config: Config, rollout: jax.sharding.Mesh) -> None:

@@ -126,7 +126,14 @@ def score_together(
     terms = list(functions)
     if model is not None:
         known = processes.share(model.score(prompts, completions).tolist())
-        terms.append(model.as_function([x for group in known for x in group]))
+        scores = [x for group in known for x in group]
+        terms.append(
+            RewardFunction(
+                name=model.name,
+                weight=model.weight,
+                function=lambda completion_ids: scores,
+            )
+        )
     mine, answers = processes.share(prompts), processes.share(completions)
     made = None
     if mine:

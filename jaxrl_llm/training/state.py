@@ -38,7 +38,7 @@ def start(job: Job) -> TrainState:
         coef = np.float32(config.algorithm.kl_ctrl.kl_coef)
         coef = processes.place(coef, actor.step.sharding)
     if config.actor.ref_refresh_steps:
-        reference = job.learner.read_reference()
+        reference = job.learner.reference.read()
     critic = job.critic and job.critic.start()
     return TrainState(actor, critic, coef, reference)
 
@@ -50,6 +50,6 @@ def abstract_state(job: Job) -> TrainState:
     if config.algorithm.use_kl_in_reward:
         coef = jax.ShapeDtypeStruct((), jnp.float32, sharding=actor.step.sharding)
     if config.actor.ref_refresh_steps:
-        reference = job.learner.abstract_reference()
+        reference = job.learner.reference.abstract_params()
     critic = job.critic and job.critic.abstract_state()
     return TrainState(actor, critic, coef, reference)

@@ -10,9 +10,9 @@ from jaxrl_llm import models
 from jaxrl_llm.config import parsing
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.planning import planner
-from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.sharding import mesh
+from jaxrl_llm.training.build import actor_of
 
 pytest.importorskip("libtpu", reason="the TPU compiler is the package libtpu")
 
@@ -52,7 +52,7 @@ def make_learner(chips, **actor):
         vocab_size=1024,
     )
     devices = mesh.make({"data": 2, "fsdp": 4, "tensor": 1}, chips)
-    return Learner(settings, models.RandomWeights(arch), devices)
+    return actor_of(settings, models.RandomWeights(arch), devices)
 
 
 def test_a_decoding_step_does_not_copy_its_cache():

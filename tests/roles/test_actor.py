@@ -7,16 +7,18 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from fixed_rollouts import ADVANTAGES, EIGHT, ONE, make_config, make_rollouts
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import logprobs
-from jaxrl_llm.config import parsing
 from jaxrl_llm.models import layer_loop as loop
-from jaxrl_llm.roles.actor import Learner, updates_per_step
+from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.policy import Policy
 from jaxrl_llm.sharding import mesh
+from jaxrl_llm.training import settings
+from jaxrl_llm.training.build import actor_of
 from jaxrl_llm.training.checkpoint import Checkpoints
 
 
@@ -24,7 +26,7 @@ from jaxrl_llm.training.checkpoint import Checkpoints
 def learner(path, sizes=ONE, **actor):
     axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
     on = mesh.make(axes, jax.devices()[: math.prod(sizes)])
-    return Learner(make_config(path, **actor), models.open(path), on)
+    return actor_of(make_config(path, **actor), models.open(path), on)
 
 
 @functools.cache
@@ -120,8 +122,10 @@ def test_kept_probabilities_are_not_for_capped_logits(tiny_model):
     config = make_config(tiny_model, keep_probabilities=True)
     capped = dataclasses.replace(models.open(tiny_model).arch, logit_softcap=30.0)
     one = mesh.make({"data": 1}, jax.devices()[:1])
-    with pytest.raises(parsing.ConfigError, match="caps its logits"):
-        Policy(config, capped, one)
+    with pytest.raises(
+        ValueError, match="actor.keep_probabilities is true, .* caps its logits"
+    ):
+        Policy(capped, one, settings.policy(config), keys=settings.keys("actor.mesh"))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +149,7 @@ def test_what_waits_on_the_host_changes_nothing(tiny_model, tmp_path):
     made = learner(tiny_model, EIGHT, offload=("optimizer", "reference"), **ALL_TERMS)
     rows = made.make_rows(*make_rollouts(), ADVANTAGES)
     state, _ = made.update(made.start(), rows, seed=3)
-    away = jax.tree.leaves((state.opt_state, made.reference))
+    away = jax.tree.leaves((state.opt_state, made.reference.initial))
     assert {x.sharding.memory_kind for x in away} == {"pinned_host"}
     here = jax.tree.leaves(state.params)
     assert {x.sharding.memory_kind for x in here} == {"device"}
@@ -155,6 +159,42 @@ def test_what_waits_on_the_host_changes_nothing(tiny_model, tmp_path):
         restored = checkpoints.restore(made.abstract_state()).state
     for one, other in zip(*map(jax.tree.leaves, (state, restored)), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_frozen_half_stays_and_the_other_learns_as_if_all_did(tiny_model):
+    whole = learner(tiny_model, EIGHT, micro_batch_size=4, **ALL_TERMS)
+    before = jax.device_get(whole.start().params)  # in float32, as is computed
+
+    def trained(is_trained):
+        # Not AdamW: its clipping would look at the norm of all that is trained.
+        made = Actor(
+            whole.policy,
+            models.open(tiny_model),
+            whole.settings,
+            optimizer=optax.sgd(0.1, momentum=0.9),
+            schedule=optax.constant_schedule(0.1),
+            reference=whole.reference,
+            is_trained=is_trained,
+        )
+        rows = made.make_rows(*make_rollouts(), ADVANTAGES)
+        state, metrics = made.update(made.start(), rows, seed=3)
+        assert jax.tree.map(lambda x: x.sharding, state) == made.state_shardings()
+        return state, jax.device_get(made.weights(state)), metrics
+
+    def in_half(name):
+        return name in ("layers.q", "layers.down", "norm.scale", "output")
+
+    (_, all_new, metrics), (state, new, found) = trained(None), trained(in_half)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert len(moments) == len(jax.tree.leaves(state.params)) == 4
+    moved, _ = models.split_params(all_new, in_half)
+    _, stays = models.split_params(before, in_half)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        new,
+        models.merge(moved, stays),
+    )
+    assert found["actor/loss"] == pytest.approx(metrics["actor/loss"], rel=1e-5)
 
 
 def test_steps_of_any_lengths_are_one_compiled_update(tiny_model):
@@ -172,7 +212,9 @@ def test_steps_of_any_lengths_are_one_compiled_update(tiny_model):
         rows = made.make_rows(prompts, shorter, ADVANTAGES)
         assert rows.tokens.shape == (4, 32)  # 2 of 16 tokens fit a row at worst
         state, _ = made.update(state, rows, seed=3)
-    assert made._update._cache_size() <= 2  # rows of up to 4, or of up to 8 sequences
+    assert (
+        made._trained._step._cache_size() <= 2
+    )  # rows of up to 4, or of up to 8 sequences
 
 
 def test_the_policy_is_scored_anew_only_if_the_update_cannot_do_it(
@@ -221,18 +263,19 @@ def test_the_reference_is_where_training_began(tiny_model):
 
 def test_the_ratio_is_one_in_the_first_of_several_updates(tiny_model, monkeypatch):
     made = learner(tiny_model, ONE, **SEVERAL)
-    seen, update = [], made._update
+    seen, update = [], made._trained._step
 
-    def watched(state, rows):
-        state, metrics = update(state, rows)
+    def watched(state, rows, frozen):
+        state, metrics = update(state, rows, frozen)
         seen.append(jax.device_get(metrics))
         return state, metrics
 
-    monkeypatch.setattr(made, "_update", watched)
+    monkeypatch.setattr(made._trained, "_step", watched)
     rows = made.make_rows(*make_rollouts(), ADVANTAGES)
     _, means = made.update(made.start(), rows, seed=3)
     drift = [abs(float(metrics["actor/ppo_kl"])) for metrics in seen]
-    assert len(drift) == updates_per_step(made.config) == 4
+    config = make_config(tiny_model, **SEVERAL)
+    assert len(drift) == settings.updates_per_step(config) == 4
     assert drift[0] < 1e-6 and min(drift[1:]) > 1e-4
     assert seen[0]["actor/pg_clipfrac"] == 0
     for name in seen[0]:
@@ -260,4 +303,4 @@ def test_updates_per_step(tiny_model, batch, mini, epochs, updates):
     data = config.data.model_copy(update={"train_batch_size": batch})
     actor = config.actor.model_copy(update={"ppo_mini_batch_size": mini})
     config = config.model_copy(update={"data": data, "actor": actor})
-    assert updates_per_step(config) == updates
+    assert settings.updates_per_step(config) == updates

@@ -16,12 +16,11 @@ from jaxrl_llm.config import parsing
 from jaxrl_llm.data.packing import make_rows
 from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.rewards import RewardFunction
-from jaxrl_llm.roles.critic import Critic
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop as train
 from jaxrl_llm.training import state as states
-from jaxrl_llm.training.build import build
+from jaxrl_llm.training.build import build, critic_of, open_critic
 
 ARCH = tiny.arch(num_layers=1, max_positions=64, eos_token_ids=(258,))
 HIGH = 200  # token ids from here on are rewarded
@@ -184,7 +183,7 @@ def one_device():
 
 def test_a_critic_learns_to_predict_returns(weights, tmp_path):
     config = make_config(weights, tmp_path, **{"data.train_batch_size": 16})
-    critic = Critic(config, models.open(weights), one_device())
+    critic = critic_of(config, models.open(weights), one_device())
     state, (rows, scores) = critic.start(), toy_rows()
     for i in range(40):
         state, found = critic.update(state, credit(critic, state, rows, scores), i)
@@ -201,7 +200,7 @@ def test_the_mesh_and_the_micro_batches_of_a_critic_change_nothing(weights, tmp_
         )
         axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
         devices = jax.devices()[: int(np.prod(sizes))]
-        critic = Critic(config, models.open(weights), mesh.make(axes, devices))
+        critic = critic_of(config, models.open(weights), mesh.make(axes, devices))
         state = critic.start()
         state, _ = critic.update(state, credit(critic, state, rows, scores), 0)
         credited = credit(critic, state, rows, scores)
@@ -278,4 +277,4 @@ def test_a_critic_reads_the_policy_s_tokens(weights, tmp_path):
         weights, tmp_path, **{"critic.model.path": str(tmp_path / "other")}
     )
     with pytest.raises(parsing.ConfigError, match="has 400 tokens in its vocabulary"):
-        Critic(config, models.open(weights), one_device())
+        open_critic(config, models.open(weights))

@@ -12,9 +12,8 @@ import tiny
 from fixed_rollouts import ADVANTAGES, make_config, make_rollouts
 
 from jaxrl_llm import models
-from jaxrl_llm.config.parsing import ConfigError
-from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import mesh, rules
+from jaxrl_llm.training.build import actor_of
 from jaxrl_llm.training.checkpoint import Checkpoints
 
 LAYOUTS = {
@@ -45,7 +44,7 @@ def learner(path, axes, **actor):
         jax.devices()[: math.prod(axes.values())],
     )
     actor = {"entropy_coeff": 0.1, **actor}
-    return Learner(make_config(path, **actor), models.open(path), on)
+    return actor_of(make_config(path, **actor), models.open(path), on)
 
 
 def gradient(made):
@@ -163,12 +162,12 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_others(axes, model, tmp_path
 def test_what_cannot_be_split_is_said_before_anything_is_compiled(
     axes, actor, message, model
 ):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ValueError, match=message):
         learner(model, axes, **actor)
 
 
 def test_there_are_not_more_devices_than_heads_to_split(tiny_model):
-    with pytest.raises(ConfigError, match="4 attention heads .* over 4 x 2 devices"):
+    with pytest.raises(ValueError, match="4 attention heads .* over 4 x 2 devices"):
         learner(tiny_model, {"tensor": 4, "context": 2})
 
 

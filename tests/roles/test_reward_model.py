@@ -21,7 +21,7 @@ from jaxrl_llm.roles.reward_model import RewardModel, is_last
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop as train
-from jaxrl_llm.training.build import build
+from jaxrl_llm.training.build import build, open_reward_model, reward_model_of
 from jaxrl_llm.training.experience import score_together
 
 VOCABULARY = 264  # of tiny.checkpoint
@@ -160,7 +160,8 @@ def settings(directory, model, path, **changed):
 def scorer(config, model, **axes):
     devices = jax.devices()[: int(np.prod(list(axes.values())))]
     sizes = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | axes
-    return RewardModel(config, models.open(model), mesh.make(sizes, devices))
+    source = open_reward_model(config, models.open(model))
+    return reward_model_of(config, source, mesh.make(sizes, devices))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

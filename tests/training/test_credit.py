@@ -11,9 +11,9 @@ from fixed_rollouts import EIGHT, make_config, make_rollouts
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import masked
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
-from jaxrl_llm.roles.actor import Learner
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.training import credit as estimate
+from jaxrl_llm.training.build import actor_of
 
 PROMPTS, COMPLETIONS = make_rollouts()
 LENGTHS = np.array([[5, 2], [7, 3], [1, 8], [4, 4]])
@@ -26,7 +26,7 @@ def made(path, pack_length=None, old=None, ref=None, kl_coef=None, **algorithm):
     on = mesh.make(
         dict(zip(("data", "fsdp", "tensor"), EIGHT, strict=True)), jax.devices()
     )
-    learner = Learner(config, models.open(path), on)
+    learner = actor_of(config, models.open(path), on)
     rows = learner.make_rows(PROMPTS, COMPLETIONS, np.zeros_like(REWARDS))
     if kl_coef is not None:
         filled = [np.where(rows.response_mask, np.float32(x), 0.0) for x in (old, ref)]

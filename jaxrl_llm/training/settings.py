@@ -1,0 +1,213 @@
+"""The sections of a configuration as the settings of what computes.
+
+Roles, meshes and optimizers take plain numbers and records of their own; here is where
+these come from, and what a configuration calls them in errors.
+"""
+
+from jaxrl_llm.algorithms import grpo, ppo
+from jaxrl_llm.algorithms.rollout_correction import Correction
+from jaxrl_llm.config import plugins
+from jaxrl_llm.config.schema import Config, PlacementConfig
+from jaxrl_llm.config.schema_algorithm import RolloutCorrectionConfig
+from jaxrl_llm.config.schema_training import OptimConfig
+from jaxrl_llm.data.packing import Layout
+from jaxrl_llm.roles import optimizer
+from jaxrl_llm.roles.actor import ActorSettings, StepSize
+from jaxrl_llm.roles.critic import CriticSettings
+from jaxrl_llm.roles.placement import EVERYWHERE, Place
+from jaxrl_llm.roles.policy import PolicySettings
+from jaxrl_llm.roles.sharded_model import ModelSettings
+from jaxrl_llm.roles.trained_model import MiniBatches
+
+
+def keys(mesh: str) -> dict[str, str]:
+    """What errors of a model on the mesh of that key call their settings."""
+    shared = ("pack_length", "share_prompts", "keep_probabilities")
+    return {name: f"actor.{name}" for name in shared} | {"mesh": mesh}
+
+
+def rows(config: Config, micro_batch_size: int | None) -> Layout:
+    """The rows of a training step, on any mesh."""
+    return Layout(
+        pack_length=config.actor.pack_length,
+        micro_batch_size=micro_batch_size,
+        share_prompts=config.actor.share_prompts,
+        longest=config.data.max_prompt_length + config.rollout.max_response_length,
+    )
+
+
+def policy(config: Config) -> PolicySettings:
+    """How the policy is computed, and its reference."""
+    actor = config.actor
+    return PolicySettings(
+        dtype=actor.dtype,
+        remat=actor.remat,
+        attention=actor.attention,
+        unroll=actor.unroll,
+        rules=actor.rules,
+        rows=rows(config, actor.micro_batch_size),
+        temperature=config.rollout.temperature,
+        entropy_gradient=actor.entropy_coeff != 0,
+        keep_probabilities=actor.keep_probabilities,
+    )
+
+
+def actor(config: Config) -> ActorSettings:
+    """How the policy learns."""
+    actor, data, rollout = config.actor, config.data, config.rollout
+    return ActorSettings(
+        update=update_settings(config),
+        mini_batches=MiniBatches(
+            epochs=actor.ppo_epochs,
+            num_prompts=actor.ppo_mini_batch_size,
+            group_size=rollout.n,
+        ),
+        step_size=StepSize(
+            num_prompts=data.train_batch_size,
+            group_size=rollout.n,
+            prompt_length=data.max_prompt_length,
+            response_length=rollout.max_response_length,
+        ),
+        needs_old_logprobs=needs_old_logprobs(config),
+        offload="optimizer" in actor.offload,
+    )
+
+
+def value_model(config: Config) -> ModelSettings:
+    """How the critic's model is computed."""
+    critic = config.critic
+    return ModelSettings(
+        dtype=critic.dtype,
+        remat=critic.remat,
+        attention=critic.attention,
+        unroll=critic.unroll,
+        rules=critic.rules,
+        rows=rows(config, critic.micro_batch_size or config.actor.micro_batch_size),
+    )
+
+
+def critic(config: Config) -> CriticSettings:
+    """How the critic learns."""
+    critic, actor = config.critic, config.actor
+    return CriticSettings(
+        update=ppo.CriticSettings(
+            cliprange_value=critic.cliprange_value,
+            loss_agg_mode=critic.loss_agg_mode,
+            micro_batch_size=critic.micro_batch_size or actor.micro_batch_size,
+        ),
+        mini_batches=MiniBatches(
+            epochs=critic.ppo_epochs or actor.ppo_epochs,
+            num_prompts=critic.ppo_mini_batch_size or actor.ppo_mini_batch_size,
+            group_size=config.rollout.n,
+        ),
+    )
+
+
+def reward_model(config: Config) -> ModelSettings:
+    """How the reward model is computed."""
+    section = config.reward.model
+    return ModelSettings(
+        dtype=section.dtype,
+        attention=section.attention,
+        unroll=section.unroll,
+        rules=section.rules,
+        rows=rows(config, section.micro_batch_size or config.actor.micro_batch_size),
+    )
+
+
+def optim(section: OptimConfig) -> optimizer.Settings:
+    """The numbers of an optimizer and its schedule."""
+    return optimizer.Settings(**section.model_dump())
+
+
+def places(config: Config) -> dict[str, Place]:
+    """The mesh and the group that each role (actor, reference, critic, reward, rollout)
+    wants; reward only if there is a reward model."""
+    meshes = {
+        "actor": ("actor.mesh", config.actor.mesh),
+        "reference": ("actor.ref_mesh", config.actor.ref_mesh or config.actor.mesh),
+        "critic": ("critic.mesh", config.critic.mesh),
+        "rollout": ("rollout.mesh", config.rollout.mesh),
+    }
+    if config.reward.model:
+        meshes["reward"] = ("reward.model.mesh", config.reward.model.mesh)
+    group_of = placed(config.placement)
+    return {
+        role: Place(
+            axes=sizes.model_dump(),
+            group=group_of[role],
+            key=key,
+            by_process=role == "rollout",
+        )
+        for role, (key, sizes) in meshes.items()
+    }
+
+
+def placed(placement: PlacementConfig) -> dict[str, str]:
+    """The group of each role; one of all devices, if no groups are named."""
+    actor = placement.actor or EVERYWHERE
+    return {
+        "actor": actor,
+        "reference": placement.reference or actor,
+        "critic": placement.critic or actor,
+        "reward": placement.reward or actor,
+        "rollout": placement.rollout or actor,
+    }
+
+
+def update_settings(config: Config) -> grpo.Settings:
+    """The numbers of one update."""
+    actor = config.actor
+    return grpo.Settings(
+        clip_ratio_low=actor.clip_ratio_low,
+        clip_ratio_high=actor.clip_ratio_high,
+        clip_ratio_c=actor.clip_ratio_c,
+        tau_pos=actor.tau_pos,
+        tau_neg=actor.tau_neg,
+        loss_agg_mode=actor.loss_agg_mode,
+        loss_scale_factor=actor.loss_scale_factor
+        or float(config.rollout.max_response_length),
+        entropy_coeff=actor.entropy_coeff,
+        kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
+        kl_loss_type=actor.kl_loss_type,
+        micro_batch_size=actor.micro_batch_size,
+        correction=_correction(config.algorithm.rollout_correction),
+        **actor.policy_loss.model_dump(),
+    )
+
+
+def _correction(section: RolloutCorrectionConfig | None) -> Correction | None:
+    if section is None:
+        return None
+    return Correction(
+        rollout_is=section.rollout_is,
+        is_bounds=section.is_bounds,
+        rollout_is_batch_normalize=section.rollout_is_batch_normalize,
+        rejections=section.rejections,
+        bypass_mode=section.bypass_mode,
+        loss_type=section.loss_type,
+    )
+
+
+def needs_old_logprobs(config: Config) -> bool:
+    """Whether the policy before the first update must be asked: for a penalty or a
+    baseline, or because the trust region is centred on it in several updates."""
+    algorithm = config.algorithm
+    needs = plugins.estimator_of(algorithm).needs
+    if algorithm.use_kl_in_reward or "logprobs" in needs:
+        return True
+    correction = algorithm.rollout_correction
+    bypass = correction is not None and correction.bypass_mode
+    return updates_per_step(config) > 1 and not bypass
+
+
+def updates_per_step(config: Config) -> int:
+    """Optimizer steps of the policy per training step."""
+    actor, prompts = config.actor, config.data.train_batch_size
+    return actor.ppo_epochs * -(-prompts // (actor.ppo_mini_batch_size or prompts))
+
+
+def critic_updates_per_step(config: Config) -> int:
+    """Optimizer steps of the critic per training step."""
+    how, prompts = critic(config).mini_batches, config.data.train_batch_size
+    return how.epochs * -(-prompts // (how.num_prompts or prompts))
