@@ -26,7 +26,7 @@ from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.data.types import Completion, Prompt
 from jaxrl_llm.models import known_shapes as shapes
-from jaxrl_llm.rewards import RewardFunction, score
+from jaxrl_llm.rewards import RewardFunction, builtin, score
 from jaxrl_llm.roles.actor import Actor, StepSize
 from jaxrl_llm.roles.policy import PolicySettings
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate
@@ -39,6 +39,7 @@ from jaxrl_llm.training.build import (
     engine_of,
     has_critic,
     make_meshes,
+    reward_functions,
 )
 
 
