@@ -1,4 +1,4 @@
-"""A policy loss of one's own: python examples/custom_loss.py MODEL [OUTPUT_DIR]."""
+"""A policy loss of one's own: python examples/custom_loss.py MODEL OUTPUT_DIR"""
 
 import sys
 
@@ -8,18 +8,17 @@ import jaxrl_llm
 
 
 def tempered(logprobs, old_logprobs, advantages, *, strength=0.1):
-    """The policy gradient, held back by the square of how far a token has moved."""
-    ratio = jnp.exp(logprobs - old_logprobs)
-    return strength * (logprobs - old_logprobs) ** 2 - advantages * ratio
+    """The policy gradient, and a pull back to where the step began."""
+    moved = logprobs - old_logprobs
+    return strength * moved**2 - advantages * jnp.exp(moved)
 
 
-def digits(completions, **_):
-    """The share of digits in each reply."""
-    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+def brevity(completion_ids, **_):
+    """Short replies are better."""
+    return [1 / (1 + len(ids)) for ids in completion_ids]
 
 
 rows = [{"prompt": f"{i} + {i} ="} for i in range(16)]
 size = {"data.train_batch_size": 4, "rollout.n": 4, "rollout.max_response_length": 16}
-out = sys.argv[2] if len(sys.argv) > 2 else "runs/custom_loss"
-how = {"loss": tempered, "output_dir": out, "settings": size}
-jaxrl_llm.train(sys.argv[1], rows, digits, steps=2, **how)
+how = {"steps": 2, "settings": size, "output_dir": sys.argv[2]}
+jaxrl_llm.train(sys.argv[1], rows, brevity, loss=tempered, **how)
