@@ -279,3 +279,56 @@ def test_a_state_may_hold_shardings():
         out_shardings=(shardings, None),
     )(make_state(), make_batch())
     assert state.step.sharding == everywhere
+
+
+def clipped_by_hand(
+    logprobs, old_logprobs, advantages, clip_ratio_low, clip_ratio_high
+):
+    ratio = jnp.exp(logprobs - old_logprobs)
+    bound = jnp.clip(ratio, 1 - clip_ratio_low, 1 + clip_ratio_high)
+    return -jnp.minimum(ratio * advantages, bound * advantages)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_a_loss_of_ones_own_takes_the_place_of_a_built_in_one(micro_batch_size):
+    numbers = {"clip_ratio_high": 0.3, "clip_ratio_c": None}
+    got = step(
+        make_batch(),
+        loss_mode=clipped_by_hand,
+        micro_batch_size=micro_batch_size,
+        **numbers,
+        **ALL_TERMS,
+    )
+    wanted = step(make_batch(), **numbers, **ALL_TERMS)
+    got[1]["actor/pg_clipfrac"] = wanted[1]["actor/pg_clipfrac"]  # not known of it
+    assert_same(got, wanted)
+
+
+def test_params_of_a_loss_come_before_the_settings():
+    def loss(logprobs, advantages, tau_pos, *, scale):
+        return -tau_pos * scale * advantages * logprobs
+
+    batch = make_batch()
+    wanted = step(batch, loss_mode="gpg")[1]["actor/pg_loss"]
+    for params, factor in (
+        ({"scale": 3.0}, 6.0),
+        ({"scale": 3.0, "tau_pos": 1.0}, 3.0),
+    ):
+        got = step(batch, loss_mode=loss, params=params, tau_pos=2.0)[1]
+        np.testing.assert_allclose(got["actor/pg_loss"], factor * wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"loss_mode": "vanila"}, "loss_mode is 'vanila', did you mean 'vanilla'?"),
+        ({"loss_mode": "dro"}, "loss_mode dro needs dro_beta > 0, such as 0.05, got N"),
+        (
+            {"loss_mode": lambda logprobs: logprobs.sum()},
+            "returned an array of shape .., not one number for each token, .6, 16.",
+        ),
+    ],
+)
+def test_a_loss_that_cannot_be_is_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        step(make_batch(), **fields)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,8 @@ import pytest
 from fixed_rollouts import ADVANTAGES, EIGHT, ONE, make_config, make_rollouts
 
 from jaxrl_llm import models
-from jaxrl_llm.algorithms import logprobs
+from jaxrl_llm.algorithms import logprobs, masked
+from jaxrl_llm.config import plugins
 from jaxrl_llm.models import layer_loop as loop
 from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.policy import Policy
@@ -71,6 +73,38 @@ def test_an_update_moves_every_weight(tiny_model):
 def test_eight_devices_change_nothing(tiny_model):
     got = step(tiny_model, EIGHT, micro_batch_size=4, **ALL_TERMS)
     assert_same(got, step(tiny_model, **ALL_TERMS))
+
+
+def of_whole_responses(
+    logprobs, advantages, mask, sequence_ids, num_sequences, clip_ratio_high, *, power
+):
+    """A loss of a user's own, that looks at whole responses: their mean log-probability
+    to a power, from below bounded by a number of the configuration."""
+    where = mask, sequence_ids, num_sequences
+    mean = masked.sequence_average(logprobs, *where)
+    return -advantages * jnp.maximum(mean + 6.0, clip_ratio_high) ** power
+
+
+def test_a_loss_of_ones_own_has_one_gradient_on_any_devices(tiny_model):
+    """By SGD of rate 1, which is a function of a user's choice too, so that weights
+    change by the gradient."""
+    own = {"loss_mode": plugins.offer(of_whole_responses), "params": {"power": 2.0}}
+    sgd = {"name": "optax:sgd", "lr": 1.0, "clip_grad": 1e9}
+
+    def gradient(sizes, **actor):
+        actor |= {"policy_loss": own, "optim": sgd, "clip_ratio_high": 0.3}
+        made = learner.__wrapped__(tiny_model, sizes, **actor)
+        before = jax.device_get(made.start().params)
+        rows = made.make_rows(*make_rollouts(), ADVANTAGES)
+        state, metrics = made.update(made.start(), rows, seed=3)
+        after = jax.device_get(state.params)
+        return jax.tree.map(np.subtract, before, after), metrics
+
+    (one, metrics), (eight, _) = gradient(ONE), gradient(EIGHT, micro_batch_size=4)
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(one))
+    chex.assert_trees_all_close(eight, one, rtol=1e-5, atol=1e-6 * largest)
+    norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(one)))
+    np.testing.assert_allclose(metrics["actor/grad_norm"], norm, rtol=1e-3)
 
 
 def test_weights_and_moments_stay_split(tiny_model):

@@ -13,8 +13,8 @@ ADVANTAGES = np.array([[1, -1], [0.5, -0.5], [-2, 2], [0.3, -0.3]], np.float32)
 
 
 def make_config(path, **actor):
-    # Plain SGD cannot be configured; with a large eps AdamW is nearly that, and does
-    # not blow rounding errors of a vanishing gradient up to a whole step.
+    # With a large eps AdamW is nearly SGD: it does not blow rounding errors of a
+    # vanishing gradient up to a whole step.
     optim = {"lr": 0.05, "eps": 0.01, "weight_decay": 0.1}
     return configs.Config.model_validate(
         {

@@ -9,7 +9,8 @@ import pytest
 from fixed_rollouts import EIGHT, make_config, make_rollouts
 
 from jaxrl_llm import models
-from jaxrl_llm.algorithms import masked
+from jaxrl_llm.algorithms import advantages, masked
+from jaxrl_llm.config import plugins
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.training import credit as estimate
@@ -137,3 +138,46 @@ def test_kl_in_the_reward_is_taken_off_every_token(tiny_model, estimator):
         scaled = [(x - every.mean()).mean() / every.std(ddof=1) for x in togo]
         expected = np.reshape(scaled, REWARDS.shape)
     np.testing.assert_allclose(means, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_estimator_of_ones_own_gives_one_advantage_for_each_response(tiny_model):
+    def halves(rewards, lengths, baselines, normalize_by_std, *, share):
+        assert normalize_by_std
+        return rewards - share * baselines[:, None] + 0 * lengths
+
+    rows, means, _ = made(
+        tiny_model, adv_estimator=plugins.offer(halves), adv_params={"share": 0.5}
+    )
+    np.testing.assert_allclose(means, REWARDS - 0.5 * np.array([[1], [2], [3], [4]]))
+    assert not rows.advantages[~rows.response_mask].any()
+
+
+def test_an_estimator_of_ones_own_may_judge_tokens(tiny_model):
+    def togo(token_rewards, mask, sequence_ids, gamma):
+        found = advantages.discounted_returns(
+            token_rewards, mask, sequence_ids, gamma=gamma
+        )
+        return found + 1.0  # what it says of other tokens does not matter
+
+    rows, _, _ = made(tiny_model, 40, adv_estimator=plugins.offer(togo), gamma=0.5)
+    for s, (reward, length) in enumerate(
+        zip(REWARDS.ravel(), LENGTHS.ravel(), strict=True)
+    ):
+        where = (rows.sequence_ids == s) & rows.response_mask
+        wanted = 1 + reward * 0.5 ** np.arange(length)[::-1]
+        np.testing.assert_allclose(rows.advantages[where], wanted)
+    assert not rows.advantages[~rows.response_mask].any()
+
+
+@pytest.mark.parametrize(
+    "estimator, said",
+    [
+        (lambda rewards: rewards.mean(), r"use \(4, 2\), one advantage for each resp"),
+        (lambda values: values, "takes values, so it returns .advantages, returns."),
+    ],
+)
+def test_an_estimator_that_returns_something_else_is_refused(
+    tiny_model, estimator, said
+):
+    with pytest.raises(ValueError, match=said):
+        made(tiny_model, adv_estimator=plugins.offer(estimator))
