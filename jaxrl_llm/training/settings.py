@@ -7,9 +7,9 @@ these come from, and what a configuration calls them in errors.
 from jaxrl_llm.algorithms import grpo, ppo
 from jaxrl_llm.algorithms.rollout_correction import Correction
 from jaxrl_llm.config import plugins
-from jaxrl_llm.config.schema import Config, PlacementConfig
+from jaxrl_llm.config.schema import Config, PlacementConfig, RolloutMeshConfig
 from jaxrl_llm.config.schema_algorithm import RolloutCorrectionConfig
-from jaxrl_llm.config.schema_training import OptimConfig
+from jaxrl_llm.config.schema_training import OptimConfig, TrainMeshConfig
 from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.roles import optimizer
 from jaxrl_llm.roles.actor import ActorSettings, StepSize
@@ -134,13 +134,18 @@ def places(config: Config) -> dict[str, Place]:
     group_of = placed(config.placement)
     return {
         role: Place(
-            axes=sizes.model_dump(),
+            axes=axes(sizes),
             group=group_of[role],
             key=key,
             by_process=role == "rollout",
         )
         for role, (key, sizes) in meshes.items()
     }
+
+
+def axes(section: TrainMeshConfig | RolloutMeshConfig) -> dict[str, int]:
+    """How many devices lie along each axis of a mesh; -1: what is left."""
+    return section.model_dump()
 
 
 def placed(placement: PlacementConfig) -> dict[str, str]:

@@ -1,5 +1,7 @@
 import ast
+import inspect
 import pathlib
+import re
 from typing import get_args
 
 import pydantic
@@ -323,11 +325,13 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
 
 def sections():
     """Every section by its class's name."""
-    return {
-        name: kind
-        for name, kind in vars(configs).items()
-        if isinstance(kind, type) and issubclass(kind, Section)
-    }
+    kinds, rest = {}, [Section]
+    while rest:
+        for kind in rest.pop().__subclasses__():
+            if kind.__module__.startswith("jaxrl_llm.config."):
+                kinds[kind.__name__] = kind
+                rest.append(kind)
+    return kinds
 
 
 class Reads(ast.NodeVisitor):
@@ -398,6 +402,10 @@ class Reads(ast.NodeVisitor):
             for kind in owner.__mro__:  # a field is its own class's, wherever it is
                 if node.attr in getattr(kind, "model_fields", {}):
                     self.found.add((kind, node.attr))
+        elif isinstance(vars(owner).get(node.attr), property):
+            source = inspect.getsource(vars(owner)[node.attr].fget)
+            read = set(re.findall(r"\bself\.(\w+)", source))
+            self.found |= {(owner, field) for field in read & set(owner.model_fields)}
 
 
 def section_in(owner, field):
