@@ -158,11 +158,11 @@ class Group:
         return self
 
     def __exit__(self, *_):
+        self.held.close()
         for member in self.members:
             if member.poll() is None:
                 member.kill()
             member.communicate()
-        self.held.close()
 
     def wait(self):
         """(status, what was printed) of each, in order."""
@@ -173,7 +173,7 @@ class Group:
 
         def still():
             for member in self.members:
-                assert member.poll() is None, member.communicate()[0]
+                assert member.poll() is None, member.stdout.read()
             return holds()
 
         waiting.until(still)
