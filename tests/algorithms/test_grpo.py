@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,8 +39,7 @@ ALL_TERMS = {"entropy_coeff": 0.1, "kl_loss_coef": 0.5}
 
 def assert_same(one, other, rtol=1e-6):
     """The same parameters (so the same gradient, under SGD) and the same metrics."""
-    for got, wanted in zip(*map(jax.tree.leaves, (one, other)), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=rtol, atol=rtol)
+    chex.assert_trees_all_close(one, other, rtol=rtol, atol=rtol)
 
 
 @functools.cache
@@ -190,14 +190,8 @@ def test_an_update_that_is_not_finite_is_skipped(micro_batch_size):
         state, metrics = jax.device_get((state, metrics))
     assert metrics["actor/update_skipped"] == 1 and state.step == 1
     before = make_state(adam)
-    for got, wanted in zip(
-        *map(
-            jax.tree.leaves,
-            ((state.params, state.opt_state), (before.params, before.opt_state)),
-        ),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(got, wanted)
+    chex.assert_trees_all_equal(state.params, before.params)
+    chex.assert_trees_all_equal(state.opt_state, before.opt_state)
 
 
 def test_equal_rewards_change_nothing():
@@ -226,7 +220,7 @@ def test_a_huge_mismatch_stays_finite(mismatch):
     )
     state, metrics = step(batch, **ALL_TERMS)
     assert metrics["actor/update_skipped"] == 0
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state, metrics)))
+    chex.assert_tree_all_finite((state, metrics))
 
 
 def test_a_reference_without_a_coefficient_is_only_measured():

@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,8 +148,7 @@ def test_kept_probabilities_give_the_same_gradient(chunk):
         )
         for keep in (True, False)
     )
-    for a, b in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("how", [{}, {"logit_softcap": 2.0, "entropy_gradient": False}])

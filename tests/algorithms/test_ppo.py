@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,8 +134,7 @@ def step(batch, **fields):
 
 
 def assert_same(one, other, rtol=1e-6):
-    for got, wanted in zip(*map(jax.tree.leaves, (one, other)), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=rtol, atol=rtol)
+    chex.assert_trees_all_close(one, other, rtol=rtol, atol=rtol)
 
 
 @functools.cache

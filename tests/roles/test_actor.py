@@ -13,7 +13,7 @@ import pytest
 from fixed_rollouts import ADVANTAGES, EIGHT, ONE, make_config, make_rollouts
 
 from jaxrl_llm import models
-from jaxrl_llm.algorithms import logprobs, masked
+from jaxrl_llm.algorithms import grpo, logprobs, masked
 from jaxrl_llm.config import plugins
 from jaxrl_llm.models import layer_loop as loop
 from jaxrl_llm.roles.actor import Actor
@@ -44,17 +44,14 @@ def step(path, sizes=ONE, updates=1, **actor):
 
 def assert_same(one, other, rtol=1e-5):
     (state, metrics), (others, other_metrics) = one, other
-    for (path, got), wanted in zip(
-        jax.tree.leaves_with_path(state.params),
-        jax.tree.leaves(others.params),
-        strict=True,
-    ):
-        np.testing.assert_allclose(got, wanted, rtol, 1e-6, err_msg=str(path))
-    assert metrics.keys() == other_metrics.keys()
-    for name, value in metrics.items():
-        if name == "perf/token_efficiency":
-            continue  # how much of the rows is padding is all that may differ
-        np.testing.assert_allclose(value, other_metrics[name], rtol, 1e-6, err_msg=name)
+    # How much of the rows is padding is all that may differ.
+    metrics, other_metrics = (
+        {k: v for k, v in x.items() if k != "perf/token_efficiency"}
+        for x in (metrics, other_metrics)
+    )
+    chex.assert_trees_all_close(
+        (state.params, metrics), (others.params, other_metrics), rtol=rtol, atol=1e-6
+    )
 
 
 ALL_TERMS = {"entropy_coeff": 0.1, "use_kl_loss": True, "kl_loss_coef": 0.5}
@@ -116,12 +113,8 @@ def test_weights_and_moments_stay_split(tiny_model):
     state, _ = made.update(state, rows, seed=3)
     assert jax.tree.map(lambda x: x.sharding, state) == wanted
     abstract = made.abstract_state()
-    for got, like in zip(*map(jax.tree.leaves, (state, abstract)), strict=True):
-        assert (got.shape, got.dtype, got.sharding) == (
-            like.shape,
-            like.dtype,
-            like.sharding,
-        )
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
+    assert jax.tree.map(lambda x: x.sharding, abstract) == wanted
     # 8 devices hold each moment once on either side of "data".
     mu = max(jax.tree.leaves(state.opt_state), key=lambda x: x.size)
     assert mu.addressable_shards[0].data.size == mu.size // 4
@@ -191,8 +184,7 @@ def test_what_waits_on_the_host_changes_nothing(tiny_model, tmp_path):
         checkpoints.save(1, state, {}, None)
         checkpoints.wait()
         restored = checkpoints.restore(made.abstract_state()).state
-    for one, other in zip(*map(jax.tree.leaves, (state, restored)), strict=True):
-        np.testing.assert_array_equal(one, other)
+    chex.assert_trees_all_equal(state, restored)
 
 
 def test_a_frozen_half_stays_and_the_other_learns_as_if_all_did(tiny_model):
@@ -223,16 +215,15 @@ def test_a_frozen_half_stays_and_the_other_learns_as_if_all_did(tiny_model):
     assert len(moments) == len(jax.tree.leaves(state.params)) == 4
     moved, _ = models.split_params(all_new, in_half)
     _, stays = models.split_params(before, in_half)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
-        new,
-        models.merge(moved, stays),
-    )
+    chex.assert_trees_all_close(new, models.merge(moved, stays), rtol=1e-5, atol=1e-6)
     assert found["actor/loss"] == pytest.approx(metrics["actor/loss"], rel=1e-5)
 
 
-def test_steps_of_any_lengths_are_one_compiled_update(tiny_model):
-    made = learner(tiny_model, pack_length=32, micro_batch_size=1)
+def test_steps_of_any_lengths_are_one_compiled_update(tiny_model, monkeypatch):
+    # Two at most: rows of up to 4, or of up to 8 sequences.
+    chex.clear_trace_counter()
+    monkeypatch.setattr(grpo, "update", chex.assert_max_traces(grpo.update, n=2))
+    made = learner.__wrapped__(tiny_model, pack_length=32, micro_batch_size=1)
     prompts, completions = make_rollouts()
     state = made.start()
     for cut in range(1, 6):
@@ -246,9 +237,6 @@ def test_steps_of_any_lengths_are_one_compiled_update(tiny_model):
         rows = made.make_rows(prompts, shorter, ADVANTAGES)
         assert rows.tokens.shape == (4, 32)  # 2 of 16 tokens fit a row at worst
         state, _ = made.update(state, rows, seed=3)
-    assert (
-        made._trained._step._cache_size() <= 2
-    )  # rows of up to 4, or of up to 8 sequences
 
 
 def test_the_policy_is_scored_anew_only_if_the_update_cannot_do_it(
@@ -323,9 +311,9 @@ def test_the_order_of_prompts_in_mini_batches_is_the_seeds(tiny_model):
     one, same, other = (
         jax.device_get(made.update(made.start(), rows, seed=s)[0]) for s in (3, 3, 4)
     )
-    leaves = [jax.tree.leaves(state.params) for state in (one, same, other)]
-    assert all(np.array_equal(a, b) for a, b in zip(*leaves[:2], strict=True))
-    assert not all(np.array_equal(a, b) for a, b in zip(*leaves[1:], strict=True))
+    chex.assert_trees_all_equal(one.params, same.params)
+    with pytest.raises(AssertionError, match="not equal"):
+        chex.assert_trees_all_equal(same.params, other.params)
 
 
 @pytest.mark.parametrize(

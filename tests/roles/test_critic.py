@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,9 +71,7 @@ def test_values_do_not_look_ahead_nor_at_other_sequences(params):
 def test_shapes_and_axes_are_those_of_a_critic(params):
     critic = models.init_critic(ARCH, params)
     abstract, axes = models.abstract_critic(ARCH), models.critic_axes(ARCH)
-    assert jax.tree.structure(critic) == jax.tree.structure(abstract)
-    for x, y in zip(jax.tree.leaves(critic), jax.tree.leaves(abstract), strict=True):
-        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    chex.assert_trees_all_equal_shapes_and_dtypes(critic, abstract)
     is_axes = {"is_leaf": lambda x: isinstance(x, tuple)}
     for x, names in zip(
         jax.tree.leaves(critic), jax.tree.leaves(axes, **is_axes), strict=True
@@ -137,8 +136,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not(weights, tmp_path):
     like = states.abstract_state(job)
     expected, got = newest(whole, like), newest(parts, like)
     assert expected.critic.step == 6 and expected.kl_coef != np.float32(0.1)
-    for x, y in zip(*map(jax.tree.leaves, (expected, got)), strict=True):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(expected, got)
 
 
 def toy_rows():
@@ -205,8 +203,7 @@ def test_the_mesh_and_the_micro_batches_of_a_critic_change_nothing(weights, tmp_
         state, _ = critic.update(state, credit(critic, state, rows, scores), 0)
         credited = credit(critic, state, rows, scores)
         found.append((credited.values, credited.advantages))
-    for x, y in zip(*map(jax.tree.leaves, found), strict=True):
-        np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(*found[::-1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

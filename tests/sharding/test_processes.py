@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 
+import chex
 import jax
 import layouts
 import learnable
@@ -191,6 +192,7 @@ class Group:
 
 WORK = """
 import os, signal, sys
+import chex
 import jax
 from jaxrl_llm.sharding import processes
 address, index, victim, how, lost_after_s = sys.argv[1:]
@@ -388,10 +390,9 @@ def assert_same_run(directory, alone):
             np.testing.assert_allclose(
                 got[name], wanted[name], rtol=1e-5, atol=1e-5, err_msg=name
             )
-    for got, wanted in zip(
-        *(jax.tree.leaves(final_state(run)) for run in (directory, alone)), strict=True
-    ):
-        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+    chex.assert_trees_all_close(
+        final_state(directory), final_state(alone), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.slow

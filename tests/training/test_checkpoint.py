@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,11 +61,9 @@ def test_a_state_comes_back_bit_for_bit_on_any_mesh(tmp_path, fsdp, tensor):
     save(tmp_path, [5])
     step, state, position = newest(tmp_path, like(fsdp, tensor))
     assert step == 5 and position == {**POSITION, "step": 5}
-    for got, wanted, sharding in zip(
-        *map(jax.tree.leaves, (state, STATE, layout(fsdp, tensor))), strict=True
-    ):
-        np.testing.assert_array_equal(got, wanted)
-        assert got.dtype == wanted.dtype and got.sharding == sharding
+    chex.assert_trees_all_equal(state, STATE)
+    chex.assert_trees_all_equal_dtypes(state, STATE)
+    assert jax.tree.map(lambda x: x.sharding, state) == layout(fsdp, tensor)
 
 
 def test_a_state_may_be_overwritten_while_it_is_being_saved(tmp_path):

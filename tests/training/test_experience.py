@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-import jax
+import chex
 import numpy as np
 import pytest
 import tiny
@@ -69,11 +69,7 @@ def test_only_groups_that_differ_are_trained_on(weights, tmp_path):
     again = config.model_copy(update={"output_dir": str(parts)})
     run(again, of_odd_prompts)
     like = states.abstract_state(job)
-    for x, y in zip(
-        *(jax.tree.leaves(newest(d, like)) for d in (tmp_path / "run", parts)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(newest(tmp_path / "run", like), newest(parts, like))
 
 
 def test_a_task_without_differences_gives_up_after_the_bound(weights, tmp_path):
@@ -182,11 +178,7 @@ def test_a_refreshed_reference_is_the_policy_and_survives_a_restart(weights, tmp
     shutil.rmtree(parts / "checkpoints" / "4")
     run(config.model_copy(update={"output_dir": str(parts)}), mean_id)
     like = states.abstract_state(job)
-    for x, y in zip(
-        *(jax.tree.leaves(newest(d, like)) for d in (tmp_path / "run", parts)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(newest(tmp_path / "run", like), newest(parts, like))
 
 
 @pytest.mark.parametrize(

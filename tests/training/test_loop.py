@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -236,11 +237,7 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, values, tmp_path):
         for directory in (run, finished.directory)
     }
     assert files[run] == files[finished.directory]
-    for got, wanted in zip(
-        *map(jax.tree.leaves, (final_params(result), final_params(finished))),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(got, wanted)
+    chex.assert_trees_all_equal(final_params(result), final_params(finished))
     weights = [r.weights / "model.safetensors" for r in (result, finished)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
