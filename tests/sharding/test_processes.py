@@ -459,9 +459,9 @@ def test_a_run_that_lost_a_process_goes_on_and_one_asked_to_stop_stops_all(
     def all_wait(group):
         return all((gate / str(member.pid)).exists() for member in group.members)
 
-    # In the middle of step 2, after the scores of the first validation and of step 1.
+    # In the middle of step 2, after two scores of the first validation and one step.
     with training(
-        2, values, run, cache, lost_after_s=LOST_AFTER_S, gate=f"3:{gate}"
+        2, values, run, cache, lost_after_s=LOST_AFTER_S, gate=f"4:{gate}"
     ) as group:
         saved = run / "checkpoints" / "1"
         group.until(lambda: all_wait(group) and saved.exists())

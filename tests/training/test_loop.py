@@ -208,10 +208,13 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, values, tmp_path):
     run = tmp_path / "killed"
     config, cache = write_config(values, run), tmp_path / "compiled"
 
-    # In the middle of step 4, after the scores of the first validation and three steps;
-    # then in the one in which checkpoint 4 is being written, or has just been.
-    process = Process(config, cache, stop_at=5)
-    process.stop_when(process.is_at_the_gate, signal.SIGKILL)
+    # In the middle of step 4, after two scores of the first validation and three of
+    # steps; then while checkpoint 4 is being written, or has just been.
+    process = Process(config, cache, stop_at=6)
+    saved = run / "checkpoints" / "2"
+    process.stop_when(
+        lambda: process.is_at_the_gate() and saved.exists(), signal.SIGKILL
+    )
     assert process.process.returncode == -signal.SIGKILL and lines(run) == 4
     process = Process(config, cache, stop_at=6)
     said = process.stop_when(lambda: max(steps_on_disk(run)) >= 4, signal.SIGKILL)
