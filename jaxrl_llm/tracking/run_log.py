@@ -219,8 +219,9 @@ class RunLog:
                 self._tokens, timing["timing_s/step"], devices.count
             ),
             **performance.memory(),
-            "perf/rollout_tokens_per_s": self._new_tokens / timing["timing_s/gen"],
         }
+        if generating := timing.get("timing_s/gen"):  # else within an earlier step
+            speed["perf/rollout_tokens_per_s"] = self._new_tokens / generating
         update = timing.get("timing_s/update_actor")
         if update is None:  # the critic warms up
             return speed

@@ -1,0 +1,134 @@
+"""What a run log leaves behind of what it is told."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxrl_llm.data.types import Completion, Prompt, Scores
+from jaxrl_llm.tracking import run_directory
+from jaxrl_llm.tracking.performance import Devices
+from jaxrl_llm.tracking.run_log import RunLog
+from jaxrl_llm.tracking.step_metrics import Validation
+
+PROMPT = Prompt(id=5, content="2+2?", tokens=(1, 2, 3), columns={"answer": "4"})
+ROLLOUTS = [
+    [
+        Completion(
+            prompt_id=5,
+            sample=sample,
+            tokens=np.arange(length, dtype=np.int32),
+            logprobs=np.zeros(length, np.float32),
+            raw_logprobs=None,
+            finish_reason="stop",
+            weight_version=0,
+            text="4",
+        )
+        for sample, length in enumerate((2, 4))
+    ]
+]
+SCORES = Scores(
+    total=np.array([[1, 0]], np.float32),
+    by_function={"exact": np.array([[1, 0]], np.float32)},
+    errors={"exact": 0},
+)
+
+
+def log(directory, writes=True):
+    return RunLog(
+        directory,
+        config={"seed": 3},
+        devices=Devices(count=2, updating=1, peak_flops=None),
+        total_steps=2,
+        num_examples=0,
+        loggers=[],
+        project="project",
+        profile=None,
+        writes=writes,
+    )
+
+
+def tell(log, step):
+    log.begin(step)
+    with log.phase("gen"):
+        pass
+    log.rollouts(
+        step,
+        [PROMPT],
+        ROLLOUTS,
+        SCORES,
+        np.array([[0.5, -0.5]], np.float32),
+        epoch=0.25 * step,
+        update_flops=1.0,
+    )
+    log.step(step, {"actor/pg_loss": 0.5})
+
+
+def test_what_it_is_told_it_writes(tmp_path):
+    with log(tmp_path) as told:
+        told.start(0)
+        told.step(
+            0, {}, Validation(metrics={"val-core/all/acc/greedy": 0.5}, records=[])
+        )
+        tell(told, 1)
+        tell(told, 2)
+        told.end()
+    lines = run_directory.read(tmp_path)
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert lines[0]["val-core/all/acc/greedy"] == 0.5
+    assert lines[2]["actor/pg_loss"] == 0.5
+    assert lines[2]["training/epoch"] == 0.5
+    assert lines[2]["perf/total_num_tokens"] == 2 * 3 + 2 + 4
+    assert (lines[2]["reward/exact/mean"], lines[2]["critic/rewards/mean"]) == (
+        0.5,
+        0.5,
+    )
+    assert {"timing_s/gen", "timing_s/step"} <= lines[2].keys()
+    assert [(s, n) for s, n, _ in run_directory.rollout_files(tmp_path)] == [
+        (0, "val"),
+        (1, "train"),
+        (2, "train"),
+    ]
+    assert (tmp_path / "report.html").exists()
+
+
+def test_of_many_processes_one_writes_and_prints(tmp_path, capsys):
+    with log(tmp_path / "run", writes=False) as told:
+        told.start(0)
+        tell(told, 1)
+        told.advise("change something")
+        told.end()
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_goes_on_says_so_and_drops_what_was_later(tmp_path, capsys):
+    with log(tmp_path) as told:
+        told.start(0)
+        tell(told, 1)
+        tell(told, 2)
+    with log(tmp_path) as told:
+        told.start(1)
+        told.end()
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "going on from step 1 in" in said
+    assert "stopped after step 1 of 2; the same command goes on from there" in said
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1]
+
+
+def test_advice_is_given_once(tmp_path, capsys):
+    with log(tmp_path) as told:
+        told.start(0)
+        for text in (None, "use less", "use less"):
+            told.advise(text)
+    assert capsys.readouterr().out.count("use less") == 1
+
+
+def test_a_run_that_fails_is_not_shown_as_done(tmp_path, monkeypatch):
+    shown = []
+    with pytest.raises(RuntimeError), log(tmp_path) as told:
+        told.start(0)
+        monkeypatch.setattr(told._view, "phase", shown.append)
+        raise RuntimeError
+    assert shown == ["stopped"]
