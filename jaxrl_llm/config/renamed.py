@@ -78,7 +78,7 @@ def _section(
 
 
 def _copy(tree: Any) -> Any:
-    """The same nested mappings, so that changing one leaves the other as it is."""
+    """Nested mappings, copied so that changing one leaves the other as it is."""
     if not isinstance(tree, Mapping):
         return tree
     return {key: _copy(value) for key, value in tree.items()}

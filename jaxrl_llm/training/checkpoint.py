@@ -23,7 +23,7 @@ from jaxrl_llm.config.schema import TrainerConfig
 from jaxrl_llm.sharding import processes
 
 FORMAT = 1
-"""Of the checkpoints written; every one up to it can be read."""
+"""The format of checkpoints written now; older ones can be read."""
 
 
 class Checkpoint(NamedTuple):
