@@ -28,8 +28,8 @@ def there(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_run_from_before_the_house_is_restored_bit_for_bit_and_goes_on(there):
-    config = parsing.load("run/config.yaml")
+def test_a_run_from_before_the_house_is_restored_bit_for_bit(there, capsys):
+    config = parsing.load("run/config.yaml", ["--trainer.total_training_steps=1"])
     job = build(config)
     with Checkpoints("run/checkpoints", 3) as checkpoints:
         found = checkpoints.restore(states.abstract_state(job))
@@ -44,7 +44,15 @@ def test_a_run_from_before_the_house_is_restored_bit_for_bit_and_goes_on(there):
     }
     assert restored == json.loads((there / "leaves.json").read_text())
 
-    loop.run(job)
+    before = run_directory.read("run")
+    loop.run(job)  # nothing is refused, nothing lost
+    assert "going on from step 1 in run" in capsys.readouterr().out
+    assert run_directory.read("run") == before
+
+
+@pytest.mark.slow
+def test_a_run_from_before_the_house_goes_on_to_the_numbers_it_would_have_had(there):
+    loop.run(build(parsing.load("run/config.yaml")))
     told = (there / "metrics.jsonl").read_text().splitlines()
     lines = run_directory.read("run")
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
