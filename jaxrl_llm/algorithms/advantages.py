@@ -5,7 +5,7 @@ the equation has one, and return one advantage per response, `[P, G]`. Those tha
 tokens take the rows of a `TrainBatch`: token_rewards `[R, T]` (usually all on a
 response's last token), its `response_mask` and its `sequence_ids`. They give the same
 numbers however the sequences are packed. A run gives an estimator what it asks for by
-name (`config.algorithm.ESTIMATORS`). Tokens inside a response that the policy did not
+name (`config.algorithm.ESTIMATORS`). Tokens behind a prompt that the policy did not
 sample (observations of a tool) have mask False: they hold 0 in results, and time does
 not pass there.
 
@@ -210,6 +210,7 @@ def optimal_token_baseline(
     mask: Bool[Array, "R T"],
     sequence_ids: Int[Array, "R T"],
     positions: Int[Array, "R T"],
+    is_prompt: Bool[Array, "R T"],
     group_ids: Int[Array, " S"],
     *,
     correction: Float[Array, "R T"] | None = None,
@@ -222,9 +223,9 @@ def optimal_token_baseline(
         advantage[t] = returns[t] - B[t]
 
     w is the expected square of the score of a token, from its probability p. Steps are
-    counted from the first token of the response, observations included. Where only one
-    response of the group is still going (its steps from the number of sampled tokens of
-    the second longest on), and in a group of one, B is 0.
+    counted from the first token behind the prompt, observations included. Where only
+    one response of the group is still going (its steps from the number of sampled
+    tokens of the second longest on), and in a group of one, B is 0.
 
     Args:
       logprobs: under the policy before the update.
@@ -235,7 +236,7 @@ def optimal_token_baseline(
     Source: veRL 0.9.1, optimal_token_baseline.
     """
     first = jax.ops.segment_min(
-        jnp.where(mask, positions, positions.shape[1]).ravel(),
+        jnp.where(is_prompt, positions.shape[1], positions).ravel(),
         jnp.where(sequence_ids < 0, group_ids.size, sequence_ids).ravel(),
         group_ids.size,
     )

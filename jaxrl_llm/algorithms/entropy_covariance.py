@@ -28,6 +28,8 @@ def clip_cov(
     num_sequences: int,
     step: Int[Array, ""],
     *,
+    is_prompt: Bool[Array, "R T"] | None = None,
+    prompt_ids: Int[Array, "R T"] | None = None,
     clip_ratio_low: float,
     clip_ratio_high: float,
     clip_cov_ratio: float,
@@ -38,9 +40,12 @@ def clip_cov(
 
     Args:
       step: what is random differs from one to the next.
+      is_prompt, prompt_ids: as of `random_bits`.
     """
     found = covariance(logprobs, advantages, mask)
-    bits = random_bits(tokens, positions, sequence_ids, num_sequences, step)
+    whole = tokens, positions, sequence_ids, num_sequences
+    shared = {"is_prompt": is_prompt, "prompt_ids": prompt_ids}
+    bits = random_bits(*whole, step, **shared)
     clipped = losses.is_clipped(
         logprobs,
         old_logprobs,
@@ -69,11 +74,15 @@ def kl_cov(
     num_sequences: int,
     step: Int[Array, ""],
     *,
+    is_prompt: Bool[Array, "R T"] | None = None,
+    prompt_ids: Int[Array, "R T"] | None = None,
     kl_cov_ratio: float,
 ) -> Bool[Array, "R T"]:
     """KL-Cov's choice: `largest`, with equals decided as `step` draws them."""
     found = covariance(logprobs, advantages, mask)
-    bits = random_bits(tokens, positions, sequence_ids, num_sequences, step)
+    whole = tokens, positions, sequence_ids, num_sequences
+    shared = {"is_prompt": is_prompt, "prompt_ids": prompt_ids}
+    bits = random_bits(*whole, step, **shared)
     return largest(found, mask, bits, kl_cov_ratio=kl_cov_ratio)
 
 
@@ -134,15 +143,27 @@ def random_bits(
     sequence_ids: Int[Array, "R T"],
     num_sequences: int,
     seed: Int[Array, ""],
+    *,
+    is_prompt: Bool[Array, "R T"] | None = None,
+    prompt_ids: Int[Array, "R T"] | None = None,
 ) -> UInt32[Array, "R T"]:
-    """A random number for every token: a function of `seed`, the tokens of its sequence
-    and its position in it, and of nothing else.
+    """A random number for every token behind a prompt: a function of `seed`, the tokens
+    of its sequence and its position in it, and of nothing else.
 
     Two sequences with the same tokens get the same numbers.
+
+    Args:
+      is_prompt, prompt_ids: as in `TrainBatch`; needed where prompts are shared.
     """
     here = _mixed(tokens.astype(jnp.uint32) ^ _mixed(positions.astype(jnp.uint32)))
-    whole = masked.sequence_sum(here, sequence_ids >= 0, sequence_ids, num_sequences)
-    state = _mixed(whole[sequence_ids] ^ _mixed(seed.astype(jnp.uint32)))
+    own = sequence_ids >= 0
+    if prompt_ids is not None:
+        own &= ~is_prompt
+    whole = masked.sequence_sum(here, own, sequence_ids, num_sequences)[sequence_ids]
+    if prompt_ids is not None:
+        of_prompts = masked.sequence_sum(here, is_prompt, prompt_ids, num_sequences)
+        whole = whole + of_prompts[prompt_ids]
+    state = _mixed(whole ^ _mixed(seed.astype(jnp.uint32)))
     return _mixed(state ^ here)
 
 

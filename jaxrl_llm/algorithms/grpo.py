@@ -213,7 +213,13 @@ def plan(
     loss = plugins.loss(settings.loss_mode, settings.params)
     if loss.chosen is not None:
         given = _given(batch, scored.logprobs, mask, loss, settings)
-        given |= {"tokens": batch.tokens, "positions": batch.positions, "step": step}
+        given |= {
+            "tokens": batch.tokens,
+            "positions": batch.positions,
+            "is_prompt": batch.is_prompt,
+            "prompt_ids": batch.prompt_ids,
+            "step": step,
+        }
         chosen = plugins.call(
             loss.chosen, given | {"old_logprobs": _old_logprobs(batch, scored)}
         )

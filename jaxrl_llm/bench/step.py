@@ -24,7 +24,7 @@ from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.data.packing import Layout
-from jaxrl_llm.data.types import Completion, Prompt
+from jaxrl_llm.data.types import Completion, Prompt, single_turn
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.rewards import RewardFunction, builtin, score
 from jaxrl_llm.roles.actor import Actor, StepSize
@@ -225,7 +225,7 @@ def _step(
     if mean is not None:
         lengths = _drawn(rng, mean, lengths)
     with timer("gen"):
-        rollouts = _responses(engine, asked, lengths.tolist(), step)
+        rollouts = single_turn(_responses(engine, asked, lengths.tolist(), step))
     with timer("reward"):
         scores = score(setup.rewards, asked, rollouts, timeout_s=60.0, on_error="raise")
     with timer("adv"):

@@ -21,7 +21,7 @@ from jaxrl_llm.algorithms import grpo
 from jaxrl_llm.data import packing
 from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.data.rows import TrainBatch
-from jaxrl_llm.data.types import Completion, Prompt
+from jaxrl_llm.data.types import Completion, Prompt, single_turn
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.roles import optimizer
 from jaxrl_llm.roles.actor import Actor, ActorSettings, StepSize
@@ -231,6 +231,7 @@ def _batch(actor: Actor, lengths: Sequence[int]) -> TrainBatch:
         )
         for i, n in enumerate(lengths)
     ]
-    groups = [completions[i : i + _GROUP] for i in range(0, len(lengths), _GROUP)]
+    starts = range(0, len(lengths), _GROUP)
+    groups = single_turn([completions[i : i + _GROUP] for i in starts])
     advantages = rng.normal(size=(len(prompts), _GROUP)).astype(np.float32)
     return actor.make_rows(prompts, groups, advantages)

@@ -27,8 +27,16 @@ LOSS_ARRAYS = (
 """What a policy loss may take: arrays [R, T], and the number of sequences. `mask` has
 the response tokens that are trained on."""
 
-LOOKING_AHEAD = (*LOSS_ARRAYS, "tokens", "positions", "step")
-"""What a choice over the whole mini-batch may take besides."""
+LOOKING_AHEAD = (
+    *LOSS_ARRAYS,
+    "tokens",
+    "positions",
+    "is_prompt",
+    "prompt_ids",
+    "step",
+)
+"""What a choice over the whole mini-batch may take besides; `prompt_ids` is None if no
+prompt is shared."""
 
 LOSS_NUMBERS = (
     "clip_ratio_low",
@@ -55,6 +63,7 @@ ESTIMATOR_ARRAYS = (
     "mask",
     "sequence_ids",
     "positions",
+    "is_prompt",
     "logprobs",
     "values",
     "sum_pi_squared",
@@ -66,9 +75,9 @@ ESTIMATOR_ARRAYS = (
 `lengths` [P, G], `baselines` [P] (the reward of a greedy response to each prompt),
 `rewards_by_function` [K, P, G] and `reward_weights` [K]. Of R rows of T tokens:
 `token_rewards` (the reward on the last token of its response, less a KL penalty),
-`mask`, `sequence_ids`, `positions`, `logprobs` (of the policy before the update),
-`values` (of the critic) and `sum_pi_squared`. Of S = P * G sequences: `group_ids`
-(which prompt) and `sequence_baselines`, [S]; and their number."""
+`mask`, `sequence_ids`, `positions`, `is_prompt`, `logprobs` (of the policy before the
+update), `values` (of the critic) and `sum_pi_squared`. Of S = P * G sequences:
+`group_ids` (which prompt) and `sequence_baselines`, [S]; and their number."""
 
 ESTIMATOR_NUMBERS = ("gamma", "lam", "normalize_by_std")
 """Numbers of `algorithm` that an estimator may take; the last one is
@@ -328,7 +337,7 @@ ESTIMATORS = {
         Estimator(
             name="optimal_token_baseline",
             function=_ADVANTAGES + "optimal_token_baseline",
-            needs=(*_BASELINE, "positions", "group_ids"),
+            needs=(*_BASELINE, "positions", "is_prompt", "group_ids"),
             group=True,
         ),
         Estimator(

@@ -52,12 +52,6 @@ def misfits(config) -> Iterator[str]:
         )
     if actor.share_prompts and actor.pack_length is None:
         yield "actor.share_prompts needs actor.pack_length: tokens in a row"
-    loss = LOSSES.get(actor.policy_loss.loss_mode)
-    if actor.share_prompts and loss and loss.looks_ahead:
-        yield (
-            f"actor.policy_loss.loss_mode is {loss.name}, which "
-            "draws tokens by whole sequences; actor.share_prompts takes them apart"
-        )
     buffer = config.reward.overlong_buffer
     if buffer and buffer.len > rollout.max_response_length:
         yield (

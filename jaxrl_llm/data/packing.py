@@ -3,6 +3,7 @@
 import bisect
 import dataclasses
 import heapq
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxrl_llm.data.rows import TrainBatch
-from jaxrl_llm.data.types import Completion, Prompt
+from jaxrl_llm.data.types import Episode, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +21,8 @@ class Layout:
     """How sequences are laid out in rows."""
 
     pack_length: int | None = None
-    """Tokens in a row, which several sequences share. One sequence per row if not
-    given; rows are then as long as the longest, rounded up to a `bucket`."""
+    """Tokens in a row, which several sequences share. Rows of `sequences_together` if
+    not given; they are then as long as the longest, rounded up to a `bucket`."""
     rows_multiple: int = 1
     """Devices that rows are split over: the number of rows is a multiple of it."""
     micro_batch_size: int | None = None
@@ -37,40 +38,48 @@ class Layout:
     """No sequence can be longer. With it and `micro_batch_size`, the number of packed
     rows does not depend on how long the sequences are, so that an update is compiled
     once; it is rounded up to a `bucket` without them."""
+    sequences_together: int = 1
+    """So many neighbouring sequences always share a row, packed or not, and with it a
+    micro-batch: 2 for pairs that a loss compares."""
 
 
 def make_rows(
     prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[Completion]],
+    episodes: Sequence[Sequence[Episode]],
     advantages: Float[np.ndarray, "P G"],
     *,
     layout: Layout = Layout(),
 ) -> TrainBatch:
-    """Lays out prompts and their completions as NumPy rows.
+    """Lays out prompts and the episodes that begin with them as NumPy rows.
 
-    Sequence p * G + g is response g to prompt p.
+    Sequence p * G + g is episode g of prompt p.
 
     Args:
-      completions: G of them for every prompt, by sample.
+      episodes: G of them for every prompt, by sample.
 
     Raises:
-      ValueError: the arguments do not belong together, a prompt is empty, or a sequence
-        is longer than `pack_length`.
+      ValueError: the arguments do not belong together, a prompt is empty, or what must
+        share a row is longer than `pack_length`.
     """
     P, G = advantages.shape
-    groups = [len(group) for group in completions]
+    groups = [len(group) for group in episodes]
     if len(prompts) != P or groups != [G] * P:
         raise ValueError(
             f"advantages are {P} x {G}, but there are {len(prompts)} prompts with "
-            f"{groups} completions"
+            f"{groups} episodes"
         )
-    values = advantages.tolist()
-    sequences = [
-        _sequence(p * G + g, P * G, prompts[p], completions[p][g], values[p][g])
-        for p in range(P)
-        for g in range(G)
-    ]
-    one_row = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *sequences)
+    for prompt, group in zip(prompts, episodes, strict=True):
+        if not prompt.tokens:
+            raise ValueError(
+                f"prompt {prompt.id} has no tokens; nothing to condition on"
+            )
+        for episode in group:
+            if episode.prompt_id != prompt.id:
+                raise ValueError(
+                    f"an episode of prompt {episode.prompt_id} stands with prompt "
+                    f"{prompt.id}"
+                )
+    one_row = _one_row(prompts, episodes, advantages)
     return _arrange(one_row, [range(P * G)], layout)[0]
 
 
@@ -92,12 +101,18 @@ def mini_batches(
       seed: of a random order of the prompts; their own order if not given.
 
     Raises:
-      ValueError: `group_size` does not divide the number of sequences.
+      ValueError: `group_size` does not divide the number of sequences, or a group would
+        part what `layout.sequences_together` keeps together.
     """
     if batch.num_sequences % group_size:
         raise ValueError(
             f"{batch.num_sequences} sequences are no whole number of groups of "
             f"{group_size}"
+        )
+    if group_size % layout.sequences_together:
+        raise ValueError(
+            f"groups of {group_size} are no whole number of sequences_together "
+            f"{layout.sequences_together}, which a shuffle would part"
         )
     groups = np.arange(batch.num_sequences).reshape(-1, group_size)
     if seed is not None:
@@ -204,39 +219,39 @@ def bucket(n: int, step: int = 1) -> int:
     return -(-n // step) * step
 
 
-def _sequence(
-    index: int,
-    num_sequences: int,
-    prompt: Prompt,
-    completion: Completion,
-    advantage: float,
+def _one_row(
+    prompts: Sequence[Prompt],
+    episodes: Sequence[Sequence[Episode]],
+    advantages: Float[np.ndarray, "P G"],
 ) -> TrainBatch:
-    """One row, one sequence, no padding."""
-    if completion.prompt_id != prompt.id:
-        raise ValueError(
-            f"a completion of prompt {completion.prompt_id} stands with prompt "
-            f"{prompt.id}"
-        )
-    if len(completion.logprobs) != len(completion.tokens):
-        raise ValueError(
-            f"completion {completion.sample} of prompt {prompt.id} has "
-            f"{len(completion.tokens)} tokens but {len(completion.logprobs)} logprobs"
-        )
-    if not prompt.tokens:
-        raise ValueError(f"prompt {prompt.id} has no tokens; nothing to condition on")
-    start, length = len(prompt.tokens), len(prompt.tokens) + len(completion.tokens)
-    mask = np.arange(length) >= start
-    logprobs = np.concatenate([np.zeros(start), completion.logprobs])
+    """All sequences one after the other, without padding."""
+    flat = [episode for group in episodes for episode in group]
+    tokens = [np.asarray(prompt.tokens, np.int32) for prompt in prompts]
+    before = np.repeat([len(x) for x in tokens], advantages.shape[1])
+    lengths = before + [len(episode.tokens) for episode in flat]
+    ids = np.repeat(np.arange(len(flat), dtype=np.int32), lengths)
+    positions = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)
+    is_prompt = positions < np.repeat(before, lengths)
+    each = zip(
+        np.repeat(np.arange(len(tokens)), advantages.shape[1]), flat, strict=True
+    )
+    whole = [part for p, episode in each for part in (tokens[p], episode.tokens)]
+    mask, logprobs = np.zeros(len(ids), bool), np.zeros(len(ids), np.float32)
+    mask[~is_prompt] = np.concatenate([episode.response_mask for episode in flat])
+    logprobs[~is_prompt] = np.concatenate([episode.logprobs for episode in flat])
+    worth = advantages.ravel().astype(np.float32)[ids]
+    fields = {
+        "tokens": np.concatenate(whole).astype(np.int32),
+        "sequence_ids": ids,
+        "positions": positions.astype(np.int32),
+        "is_prompt": is_prompt,
+        "response_mask": mask,
+        "sampler_logprobs": np.where(mask, logprobs, np.float32(0)),
+        "advantages": np.where(mask, worth, np.float32(0)),
+    }
     return TrainBatch(
-        tokens=np.concatenate([prompt.tokens, completion.tokens])[None].astype(
-            np.int32
-        ),
-        sequence_ids=np.full((1, length), index, np.int32),
-        positions=np.arange(length, dtype=np.int32)[None],
-        response_mask=mask[None],
-        sampler_logprobs=logprobs[None].astype(np.float32),
-        advantages=np.where(mask, advantage, 0.0)[None].astype(np.float32),
-        num_sequences=num_sequences,
+        **{name: x[None] for name, x in fields.items()},
+        num_sequences=len(flat),
         sequence_capacity=0,  # decided with the layout
     )
 
@@ -247,7 +262,9 @@ def _arrange(
     """The sequences of each part in rows of their own; all parts have one shape."""
     laid_out = [_rows(batch, part, layout) for part in parts]
     most = max(map(len, parts))
-    longest = max(len(span) for rows in laid_out for row in rows for _, _, span in row)
+    longest = max(
+        sum(len(span) for _, _, span in row) for rows in laid_out for row in rows
+    )
     multiple = layout.length_multiple
     length = layout.pack_length or bucket(longest, step=16)
     length = -(-length // multiple) * multiple
@@ -272,10 +289,13 @@ def _arrange(
             source[r, : sum(sizes)] = np.concatenate([span for _, _, span in row])
             ids[r, : sum(sizes)] = np.repeat([i for i, _, _ in row], sizes)
             copies[r, : sum(sizes)] = np.repeat([copy for _, copy, _ in row], sizes)
-        moved = jax.tree.map(
-            lambda x: np.where(source < 0, x.dtype.type(0), x.ravel()[source]),
-            dataclasses.replace(batch, prompt_ids=None),
-        )
+
+        def move(x: np.ndarray) -> np.ndarray:
+            empty = (source < 0).reshape(shape + (1,) * (x.ndim - 2))
+            found = x.reshape(-1, *x.shape[2:])[source]
+            return np.where(empty, x.dtype.type(0), found)
+
+        moved = jax.tree.map(move, dataclasses.replace(batch, prompt_ids=None))
         return dataclasses.replace(
             moved,
             sequence_ids=ids,
@@ -293,33 +313,52 @@ _Row = list[tuple[int, int, np.ndarray]]
 def _rows(batch: TrainBatch, part: Sequence[int], layout: Layout) -> list[_Row]:
     """The rows of the sequences `part`; packed ones by falling cost of attention."""
     prompts, responses = _spans(batch)
-    if not layout.share_prompts:
-        units = [[i] for i in range(len(part))]
-    else:
+    together, row_length = layout.sequences_together, layout.pack_length
+    if len(part) % together:
+        raise ValueError(
+            f"{len(part)} sequences are no whole number of sequences_together "
+            f"{together}, which share a row"
+        )
+    if layout.share_prompts:
         tokens = batch.tokens.ravel()
-        units = _sharing(
+        blocks = _sharing(
             [tokens[prompts[s]].tolist() for s in part],
             [len(responses[s]) for s in part],
-            layout.pack_length,
+            row_length,
+            together,
         )
+    else:
+        starts = range(0, len(part), together)
+        blocks = [[[i] for i in range(start, start + together)] for start in starts]
+    number = itertools.count()
 
-    def pieces(copy: int) -> _Row:
-        first, *others = units[copy]
+    def pieces(copy: Sequence[int]) -> _Row:
+        (first, *others), of = copy, next(number)
         whole = np.concatenate([prompts[part[first]], responses[part[first]]])
-        rest = [(i, copy, responses[part[i]]) for i in others]
-        return [(first, copy, whole), *rest]
+        rest = [(i, of, responses[part[i]]) for i in others]
+        return [(first, of, whole), *rest]
 
-    held = [pieces(copy) for copy in range(len(units))]
-    sizes = [sum(len(span) for _, _, span in pieces) for pieces in held]
-    rows = lay_out(sizes, layout.pack_length)
-    if layout.pack_length is not None:
-        rows.sort(key=lambda row: -sum(sizes[copy] ** 2 for copy in row))
-    return [[piece for copy in row for piece in held[copy]] for row in rows]
+    held, sizes, costs = [], [], []
+    for block in blocks:
+        copies = [pieces(copy) for copy in block]
+        lengths = [sum(len(span) for _, _, span in copy) for copy in copies]
+        held.append([piece for copy in copies for piece in copy])
+        sizes.append(sum(lengths))
+        costs.append(sum(length**2 for length in lengths))
+        if together > 1 and row_length is not None and sizes[-1] > row_length:
+            raise ValueError(
+                f"sequences {block[0][0]} to {block[-1][-1]} have {sizes[-1]} tokens, "
+                f"more than pack_length {row_length}, and must share a row"
+            )
+    rows = lay_out(sizes, row_length)
+    if row_length is not None:
+        rows.sort(key=lambda row: -sum(costs[block] for block in row))
+    return [[piece for block in row for piece in held[block]] for row in rows]
 
 
 def _spans(batch: TrainBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """For each sequence, where its prompt and where its response stand in the batch."""
-    ids, response = batch.sequence_ids.ravel(), batch.response_mask.ravel()
+    """For each sequence, where its prompt and what follows it stand in the batch."""
+    ids, is_prompt = batch.sequence_ids.ravel(), batch.is_prompt.ravel()
 
     def by_id(chosen: np.ndarray) -> list[np.ndarray]:
         order = np.flatnonzero(chosen)
@@ -327,36 +366,51 @@ def _spans(batch: TrainBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:
         bounds = np.searchsorted(ids[order], np.arange(batch.num_sequences + 1))
         return [order[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
-    prompts, responses = by_id(~response & (ids >= 0)), by_id(response)
+    prompts, responses = by_id(is_prompt), by_id(~is_prompt & (ids >= 0))
     if batch.prompt_ids is not None:
         copies = batch.prompt_ids.ravel()
         held = {copies[prompt[0]]: prompt for prompt in prompts if len(prompt)}
         prompts = [
-            held[copies[response[0]]] if len(response) else response
-            for response in responses
+            held[copies[response[0]]] if len(response) else prompt
+            for prompt, response in zip(prompts, responses, strict=True)
         ]
     return prompts, responses
 
 
 def _sharing(
-    prompts: Sequence[list[int]], sizes: Sequence[int], row_length: int
-) -> list[list[int]]:
+    prompts: Sequence[list[int]],
+    sizes: Sequence[int],
+    row_length: int,
+    together: int,
+) -> list[list[list[int]]]:
     """Which responses stand behind one copy of their prompt: neighbours with the same
     prompt, as many as a row has room for.
 
     Args:
       prompts: their tokens.
       sizes: tokens of each response.
+      together: so many neighbours may not be parted.
+
+    Returns:
+      Blocks of copies of responses; a block is in one row.
     """
-    units: list[list[int]] = []
+    other = [i == 0 or prompt != prompts[i - 1] for i, prompt in enumerate(prompts)]
+    blocks: list[list[list[int]]] = []
     room = 0
-    for i, (prompt, size) in enumerate(zip(prompts, sizes, strict=True)):
-        if i == 0 or size > room or prompt != prompts[i - 1]:
-            units.append([])
-            room = row_length - len(prompt)
-        units[-1].append(i)
-        room -= size
-    return units
+    for start in range(0, len(prompts), together):
+        added = range(start, start + together)
+        needed = sum(sizes[i] + other[i] * len(prompts[i]) for i in added)
+        opens = other[start] or needed > room
+        if opens:
+            blocks.append([])
+            room = row_length
+            needed += len(prompts[start]) * (not other[start])
+        for i in added:
+            if other[i] or (opens and i == start):
+                blocks[-1].append([])
+            blocks[-1][-1].append(i)
+        room -= needed
+    return blocks
 
 
 def _num_rows(needed: int, num_sequences: int, layout: Layout) -> int:
@@ -364,10 +418,9 @@ def _num_rows(needed: int, num_sequences: int, layout: Layout) -> int:
     multiple, together = layout.rows_multiple, layout.micro_batch_size
     if layout.pack_length is not None:  # what is needed differs from step to step
         if together and layout.longest:
-            needed = max(
-                needed,
-                -(-num_sequences // max(layout.pack_length // layout.longest, 1)),
-            )
+            size = layout.sequences_together * layout.longest
+            blocks = num_sequences // layout.sequences_together
+            needed = max(needed, -(-blocks // max(layout.pack_length // size, 1)))
         else:
             needed = bucket(needed)
     if together and needed > together:

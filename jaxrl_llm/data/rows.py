@@ -23,7 +23,8 @@ class TrainBatch:
 
     A row holds one or more whole sequences one after the other, then padding. With
     shared prompts it holds a prompt once, then several responses to it, each of which
-    goes on from the prompt. NumPy arrays on the host, JAX arrays on devices.
+    goes on from the prompt. NumPy arrays on the host, JAX arrays on devices. What
+    arranges rows moves arrays [R, T, ...] with any axes behind these two.
     """
 
     tokens: Int[Array, "R T"]
@@ -32,8 +33,12 @@ class TrainBatch:
     padding. A shared prompt belongs to the first response behind it."""
     positions: Int[Array, "R T"]
     """Index of a token within its sequence, from 0."""
+    is_prompt: Bool[Array, "R T"]
+    """True on the tokens that a sequence begins with before the policy has any part in
+    it, which several sequences may share; False on padding."""
     response_mask: Bool[Array, "R T"]
-    """True on tokens the policy sampled, the stop token included."""
+    """True on tokens the policy sampled, the stop token included. Behind the prompt, it
+    is False on observations: tokens the policy reads, such as a tool's answer."""
     sampler_logprobs: Float[Array, "R T"]
     """Under the distribution that was sampled from, nats."""
     advantages: Float[Array, "R T"]
@@ -67,28 +72,31 @@ def pad_rows(batch: TrainBatch, num_rows: int, length: int | None = None) -> Tra
     rows up to `length`, if given; JAX arrays."""
     rows, tokens = batch.tokens.shape
     extra = ((0, num_rows - rows), (0, (length or tokens) - tokens))
-    padded = jax.tree.map(lambda x: jnp.pad(x, extra), batch)
+
+    def pad(x):
+        return jnp.pad(x, extra + ((0, 0),) * (x.ndim - 2))
+
+    padded = jax.tree.map(pad, batch)
     ids = jnp.pad(batch.sequence_ids, extra, constant_values=-1)
     return dataclasses.replace(padded, sequence_ids=ids)
 
 
 def previous_tokens(batch: TrainBatch) -> Int[Array, "R T"] | None:
-    """Where in its row the token before each response token stands, if that is not
-    always to its left: before the first token of a response is the end of its prompt.
+    """Where in its row the token before each token behind a prompt stands, if that is
+    not always to its left: before the first token behind a prompt is the prompt's last.
     """
     if batch.prompt_ids is None:
         return None
     place = jnp.broadcast_to(
         jnp.arange(batch.tokens.shape[1])[None], batch.tokens.shape
     )
-    is_prompt = ~batch.response_mask & (batch.sequence_ids >= 0)
-    end_of_prompt = jax.lax.cummax(jnp.where(is_prompt, place, 0), axis=1)
+    end_of_prompt = jax.lax.cummax(jnp.where(batch.is_prompt, place, 0), axis=1)
     left = jnp.maximum(place - 1, 0)
 
     def of_left(x):
         return jnp.take_along_axis(x, left, axis=1)
 
-    goes_on = of_left(batch.response_mask) & (
+    goes_on = ~of_left(batch.is_prompt) & (
         of_left(batch.sequence_ids) == batch.sequence_ids
     )
     return jnp.where(goes_on, left, end_of_prompt)

@@ -1,6 +1,7 @@
-"""What flows through a step on the host: prompts, the responses to them, and what
-those are worth."""
+"""What flows through a step on the host: prompts, the episodes that begin with them,
+and what those are worth."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +24,20 @@ class Prompt:
     """After the chat template and, where allowed, truncation."""
     columns: Mapping[str, Any]
     """Every other column of the row ("answer", ...), for the reward functions."""
+    media: tuple[Any, ...] = ()
+    """Images, sound or video that `tokens` stand for. No model here reads any."""
+
+    def __post_init__(self) -> None:
+        if self.media:
+            raise ValueError(
+                f"prompt {self.id} has {len(self.media)} entries in its field media, "
+                "which no model here reads; leave it empty"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One response, as an engine returns it. Lives on the host.
+    """What an engine returns for one sample of a request. Lives on the host.
 
     The three arrays have one entry per sampled token, the stop token included.
     """
@@ -58,6 +68,142 @@ class Completion:
     prompt_logprobs: np.ndarray | None = None
     """float32 [p - 1], nats: of the prompt's tokens but the first, under the model's
     own distribution; None where they were not asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What the policy or its environment adds to an episode at once. Lives on the host.
+
+    The four arrays have one entry per token.
+    """
+
+    role: str
+    """Who speaks, in the words of chat templates: "assistant", "user", "tool", ..."""
+    tokens: np.ndarray
+    """int32 [t]."""
+    response_mask: np.ndarray
+    """bool [t]: whether the policy sampled it. The others are observations."""
+    logprobs: np.ndarray
+    """float32 [t], nats: as of `Completion`; not read where the mask is False."""
+    weight_versions: np.ndarray
+    """int32 [t]: the training step that made the weights it was sampled with; not read
+    where the mask is False."""
+    finish_reason: str | None
+    """As of `Completion`; None if the policy has no part in the turn."""
+    text: str
+    """Decoded, without special tokens and without a stop string."""
+
+    @classmethod
+    def sampled(cls, completion: Completion) -> "Turn":
+        """A turn that the policy sampled from its first token to its last."""
+        count = len(completion.tokens)
+        return cls(
+            role="assistant",
+            tokens=completion.tokens,
+            response_mask=np.ones(count, bool),
+            logprobs=completion.logprobs,
+            weight_versions=np.full(count, completion.weight_version, np.int32),
+            finish_reason=completion.finish_reason,
+            text=completion.text,
+        )
+
+    @classmethod
+    def observed(
+        cls, role: str, tokens: Sequence[int] | np.ndarray, text: str
+    ) -> "Turn":
+        """A turn that the policy reads and did not write, such as a tool's answer."""
+        count = len(tokens)
+        return cls(
+            role=role,
+            tokens=np.asarray(tokens, np.int32),
+            response_mask=np.zeros(count, bool),
+            logprobs=np.zeros(count, np.float32),
+            weight_versions=np.full(count, -1, np.int32),
+            finish_reason=None,
+            text=text,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """A prompt's id and the turns that followed it. Lives on the host.
+
+    A single response is an episode of one turn. t = tokens of all turns.
+    """
+
+    prompt_id: int
+    sample: int
+    """0 .. G-1: which of the episodes that begin with this prompt."""
+    turns: tuple[Turn, ...]
+
+    def __post_init__(self) -> None:
+        for index, turn in enumerate(self.turns):
+            for name in ("response_mask", "logprobs", "weight_versions"):
+                if len(getattr(turn, name)) != len(turn.tokens):
+                    raise ValueError(
+                        f"episode {self.sample} of prompt {self.prompt_id}: turn "
+                        f"{index} has {len(turn.tokens)} tokens but "
+                        f"{len(getattr(turn, name))} {name}"
+                    )
+        if not self.turns:
+            raise ValueError(
+                f"episode {self.sample} of prompt {self.prompt_id} has no turns"
+            )
+
+    @classmethod
+    def of(cls, completion: Completion) -> "Episode":
+        """The episode whose one turn is `completion`."""
+        return cls(
+            prompt_id=completion.prompt_id,
+            sample=completion.sample,
+            turns=(Turn.sampled(completion),),
+        )
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        """int32 [t]: everything after the prompt."""
+        return self._joined("tokens")
+
+    @functools.cached_property
+    def response_mask(self) -> np.ndarray:
+        """bool [t]: whether the policy sampled the token."""
+        return self._joined("response_mask")
+
+    @functools.cached_property
+    def logprobs(self) -> np.ndarray:
+        """float32 [t], nats: under the distribution the token was sampled from."""
+        return self._joined("logprobs")
+
+    @functools.cached_property
+    def weight_versions(self) -> np.ndarray:
+        """int32 [t]: the training step that made the weights behind the token."""
+        return self._joined("weight_versions")
+
+    @property
+    def weight_version(self) -> int:
+        """The oldest weights that any of its tokens was sampled with; -1 without a
+        sampled token."""
+        return min(self.weight_versions[self.response_mask].tolist(), default=-1)
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the policy's last turn ended; None if it had none."""
+        reasons = [turn.finish_reason for turn in self.turns if turn.finish_reason]
+        return reasons[-1] if reasons else None
+
+    @property
+    def text(self) -> str:
+        """The texts of all turns, one behind the other."""
+        return "".join(turn.text for turn in self.turns)
+
+    def _joined(self, name: str) -> np.ndarray:
+        parts = [getattr(turn, name) for turn in self.turns]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def single_turn(completions: Sequence[Sequence[Completion]]) -> list[list[Episode]]:
+    """An episode of one turn around each completion."""
+    return [[Episode.of(completion) for completion in group] for group in completions]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ P = prompts, G = responses per prompt. A reward function has TRL's signature
 with one entry per response everywhere: the G responses to the first prompt, then those
 to the second. It may be `async`, and gets only the arguments its signature names,
 unless that ends in **kwargs. For a prompt that is text a completion is text; for a
-prompt that is chat messages it is `[{"role": "assistant", "content": text}]`.
+prompt that is chat messages it is `[{"role": "assistant", "content": text}]`, with a
+message for each turn. `completion_ids` are all tokens behind the prompt.
 
 Source: TRL 1.16, `GRPOTrainer._calculate_rewards`.
 """
@@ -24,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxrl_llm.data.types import Completion, Prompt, Scores
+from jaxrl_llm.data.types import Episode, Prompt, Scores
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -61,7 +62,7 @@ class RewardError(ValueError):
 def score(
     functions: Sequence[RewardFunction],
     prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[Completion]],
+    episodes: Sequence[Sequence[Episode]],
     *,
     timeout_s: float,
     on_error: Literal["raise", "zero"],
@@ -71,7 +72,7 @@ def score(
     Args:
       functions: at least one.
       prompts: P of them.
-      completions: for each prompt, its G responses.
+      episodes: for each prompt, the G that begin with it.
       timeout_s: seconds that all functions have together, as they run side by side. One
         that hangs is left behind; it holds up neither this call nor the program's end.
         Only code that never lets go of the interpreter's lock, such as a runaway
@@ -81,19 +82,19 @@ def score(
 
     Raises:
       RewardError: a function failed and on_error is "raise".
-      ValueError: no function, two of one name, or completions that do not fit prompts.
+      ValueError: no function, two of one name, or episodes that do not fit prompts.
     """
-    _check(functions, prompts, completions)
+    _check(functions, prompts, episodes)
     samples = [
-        (prompt, completion)
-        for prompt, group in zip(prompts, completions, strict=True)
-        for completion in group
+        (prompt, episode)
+        for prompt, group in zip(prompts, episodes, strict=True)
+        for episode in group
     ]
     arguments = _arguments(samples)
     calls = [_start(f.function, arguments, timeout_s) for f in functions]
     done, _ = wait(calls, timeout_s)
 
-    shape = len(prompts), len(completions[0])
+    shape = len(prompts), len(episodes[0])
     total = np.zeros(shape, np.float32)
     by_function, errors = {}, {}
     for function, call in zip(functions, calls, strict=True):
@@ -117,24 +118,24 @@ def score(
 def _check(
     functions: Sequence[RewardFunction],
     prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[Completion]],
+    episodes: Sequence[Sequence[Episode]],
 ) -> None:
     names = [function.name for function in functions]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"reward functions need different names, got {names}")
-    sizes = [len(group) for group in completions]
+    sizes = [len(group) for group in episodes]
     if len(sizes) != len(prompts) or len(set(sizes)) != 1 or not sizes[0]:
         raise ValueError(
             f"each of the {len(prompts)} prompts needs the same number of responses, "
             f"got groups of {sizes}"
         )
-    for prompt, group in zip(prompts, completions, strict=True):
-        if any(completion.prompt_id != prompt.id for completion in group):
-            ids = [completion.prompt_id for completion in group]
+    for prompt, group in zip(prompts, episodes, strict=True):
+        if any(episode.prompt_id != prompt.id for episode in group):
+            ids = [episode.prompt_id for episode in group]
             raise ValueError(f"responses to prompts {ids} stand at prompt {prompt.id}")
 
 
-def _arguments(samples: Sequence[tuple[Prompt, Completion]]) -> dict[str, list[Any]]:
+def _arguments(samples: Sequence[tuple[Prompt, Episode]]) -> dict[str, list[Any]]:
     """What every function is offered, one entry per response.
 
     A column that only some prompts have is None for the others.
@@ -143,12 +144,12 @@ def _arguments(samples: Sequence[tuple[Prompt, Completion]]) -> dict[str, list[A
     return dict(
         prompts=[prompt.content for prompt, _ in samples],
         completions=[
-            completion.text
+            episode.text
             if isinstance(prompt.content, str)
-            else [{"role": "assistant", "content": completion.text}]
-            for prompt, completion in samples
+            else [{"role": turn.role, "content": turn.text} for turn in episode.turns]
+            for prompt, episode in samples
         ],
-        completion_ids=[completion.tokens.tolist() for _, completion in samples],
+        completion_ids=[episode.tokens.tolist() for _, episode in samples],
         **{name: [p.columns.get(name) for p, _ in samples] for name in columns},
     )
 
@@ -222,14 +223,14 @@ def _all_failed(cause: str, count: int) -> tuple[list[float], dict[int, str]]:
     return [0.0] * count, dict.fromkeys(range(count), cause)
 
 
-def _show(prompt: Prompt, completion: Completion) -> str:
+def _show(prompt: Prompt, episode: Episode) -> str:
     """One response, short enough for an error message."""
-    text = completion.text
+    text = episode.text
     if len(text) > 600:
         text = f"{text[:300]} ... {text[-300:]}"
     lines = [
         f"  prompt {prompt.id} ends: {str(prompt.content)[-200:]!r}",
-        f"  response {completion.sample}: {text!r}",
+        f"  response {episode.sample}: {text!r}",
     ]
     if "answer" in prompt.columns:
         lines.append(f"  answer: {prompt.columns['answer']!r}")

@@ -22,7 +22,7 @@ from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo
 from jaxrl_llm.data import packing
 from jaxrl_llm.data.rows import TrainBatch
-from jaxrl_llm.data.types import Completion, Prompt
+from jaxrl_llm.data.types import Completion, Episode, Prompt
 from jaxrl_llm.models import Architecture, WeightSource
 from jaxrl_llm.models.apply import Params
 from jaxrl_llm.roles.policy import Policy
@@ -142,12 +142,12 @@ class Actor:
     def make_rows(
         self,
         prompts: Sequence[Prompt],
-        completions: Sequence[Sequence[Completion]],
+        episodes: Sequence[Sequence[Episode]],
         advantages: Float[np.ndarray, "P G"],
     ) -> TrainBatch:
         """The training batch of one step, on the host."""
         return packing.make_rows(
-            prompts, completions, advantages, layout=self.policy.layout
+            prompts, episodes, advantages, layout=self.policy.layout
         )
 
     def take(self, batch: TrainBatch, sequences: Sequence[int]) -> TrainBatch:
@@ -171,7 +171,9 @@ class Actor:
         )
         P, G = step.num_prompts, step.group_size
         return self.make_rows(
-            [prompt] * P, [[completion] * G] * P, np.zeros((P, G), np.float32)
+            [prompt] * P,
+            [[Episode.of(completion)] * G] * P,
+            np.zeros((P, G), np.float32),
         )
 
     @property

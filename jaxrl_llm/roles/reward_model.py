@@ -1,7 +1,7 @@
 """A frozen model that judges: its weights on a mesh, and what it says of responses.
 
 judge = RewardModel(model, source, most_responses=256)
-scores = judge.score(prompts, completions)
+scores = judge.score(prompts, episodes)
 """
 
 import functools
@@ -19,7 +19,7 @@ from jaxrl_llm.algorithms import masked
 from jaxrl_llm.algorithms import update as updates
 from jaxrl_llm.data import packing
 from jaxrl_llm.data.rows import TrainBatch
-from jaxrl_llm.data.types import Completion, Prompt
+from jaxrl_llm.data.types import Episode, Prompt
 from jaxrl_llm.models import WeightSource
 from jaxrl_llm.models.apply import Params
 from jaxrl_llm.roles.sharded_model import (
@@ -68,23 +68,23 @@ class RewardModel:
         )
 
     def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+        self, prompts: Sequence[Prompt], episodes: Sequence[Sequence[Episode]]
     ) -> Float32[np.ndarray, "P G"]:
-        """One number per response. All processes call it with the same ones.
+        """One number per episode. All processes call it with the same ones.
 
         Never more than `most_responses` at a time, if that is a group or more, so that
         held-out questions, which may be many, need no more memory than a step.
 
         Args:
-          completions: G of them for every prompt, by sample.
+          episodes: G of them for every prompt, by sample.
         """
         params = self._kept
         if self.offload:
             params = to_devices(params)
-        together = max(1, self._most_responses // len(completions[0]))
+        together = max(1, self._most_responses // len(episodes[0]))
         found = []
         for i in range(0, len(prompts), together):
-            groups = completions[i : i + together]
+            groups = episodes[i : i + together]
             unknown = np.zeros((len(groups), len(groups[0])), np.float32)
             rows = packing.make_rows(
                 prompts[i : i + together], groups, unknown, layout=self.model.layout

@@ -194,7 +194,7 @@ class ShardedModel:
             return functools.partial(
                 models.shared_prompts,
                 prompt_ids=rows.prompt_ids,
-                response_mask=rows.response_mask,
+                is_prompt=rows.is_prompt,
             )
         how, capacity = self.settings, rows.sequence_capacity
         return models.choose_attention(

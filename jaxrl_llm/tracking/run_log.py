@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxrl_llm.data.types import Completion, Prompt, Scores
+from jaxrl_llm.data.types import Episode, Prompt, Scores
 from jaxrl_llm.tracking import device_trace as profile
 from jaxrl_llm.tracking import performance, report, step_metrics
 from jaxrl_llm.tracking.console import LiveView, progress
@@ -140,7 +140,7 @@ class RunLog:
         self,
         step: int,
         asked: Sequence[Prompt],
-        rollouts: Sequence[Sequence[Completion]],
+        rollouts: Sequence[Sequence[Episode]],
         scores: Scores,
         advantage: np.ndarray,
         *,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxrl_llm.data.types import Completion, Prompt, Scores
+from jaxrl_llm.data.types import Episode, Prompt, Scores
 from jaxrl_llm.tracking.run_directory import _finite
 
 
@@ -29,11 +29,11 @@ def rollout_records(
     split: str,
     kind: str,
     prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[Completion]],
+    episodes: Sequence[Sequence[Episode]],
     scores: Scores,
     **per_response: np.ndarray,
 ) -> list[dict[str, Any]]:
-    """One record per completion, for `MetricsWriter.write_rollouts`.
+    """One record per episode, for `MetricsWriter.write_rollouts`.
 
     A function that does not judge a response has null among its "scores".
 
@@ -47,23 +47,23 @@ def rollout_records(
             "split": split,
             "kind": kind,
             "prompt_id": prompt.id,
-            "sample": completion.sample,
+            "sample": episode.sample,
             "prompt": last_user_message(prompt),
             "content": prompt.content,
-            "completion": completion.text,
+            "completion": episode.text,
             "answer": _plain(prompt.columns.get("answer")),
             "reward": float(scores.total[p, g]),
             "scores": _finite(
                 {n: float(value[p, g]) for n, value in scores.by_function.items()}
             ),
             **{name: value[p, g].item() for name, value in per_response.items()},
-            "finish_reason": completion.finish_reason,
-            "num_tokens": len(completion.tokens),
-            "tokens": completion.tokens.tolist(),
-            "weight_version": completion.weight_version,
+            "finish_reason": episode.finish_reason,
+            "num_tokens": len(episode.tokens),
+            "tokens": episode.tokens.tolist(),
+            "weight_version": episode.weight_version,
         }
         for p, prompt in enumerate(prompts)
-        for g, completion in enumerate(completions[p])
+        for g, episode in enumerate(episodes[p])
     ]
 
 
@@ -80,19 +80,20 @@ def last_user_message(prompt: Prompt) -> str:
 
 def batch_metrics(
     prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[Completion]],
+    episodes: Sequence[Sequence[Episode]],
     scores: Scores,
     advantages: Float[np.ndarray, "P G"],
 ) -> dict[str, float]:
     """What one batch of responses looked like.
 
-    `clip_ratio` is the share of responses cut off at their limit;
+    `response_length` counts all tokens behind the prompt, observations among them, as
+    veRL does; `clip_ratio` is the share of responses cut off at their limit;
     `training/groups_all_equal` the share of prompts whose responses all got the same
     reward, so that they teach GRPO nothing; `reward/NAME/mean` the mean of one
     function over the responses it judges.
     """
-    flat = [completion for group in completions for completion in group]
-    lengths = [len(completion.tokens) for completion in flat]
+    flat = [episode for group in episodes for episode in group]
+    lengths = [len(episode.tokens) for episode in flat]
     total = scores.total
     metrics = {
         **_spread("critic/rewards", total),
@@ -112,9 +113,9 @@ def batch_metrics(
     return metrics
 
 
-def cut_off(completions: Sequence[Completion]) -> float:
-    """The share of completions that reached their length limit."""
-    return float(np.mean([c.finish_reason == "length" for c in completions]))
+def cut_off(episodes: Sequence[Episode]) -> float:
+    """The share of episodes that end because a response reached its length limit."""
+    return float(np.mean([e.finish_reason == "length" for e in episodes]))
 
 
 def accuracy_name(names: Sequence[str]) -> str | None:

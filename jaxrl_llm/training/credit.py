@@ -121,6 +121,7 @@ def _offered(
         "mask": lambda: mask,
         "sequence_ids": lambda: ids,
         "positions": lambda: batch.positions,
+        "is_prompt": lambda: batch.is_prompt,
         "logprobs": lambda: batch.old_logprobs,
         "values": lambda: judged.values,
         "sum_pi_squared": lambda: judged.sum_pi_squared,

@@ -16,7 +16,7 @@ from jaxrl_llm.config.schema import (
     TrainerConfig,
     ValConfig,
 )
-from jaxrl_llm.data.types import Prompt
+from jaxrl_llm.data.types import Prompt, single_turn
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate_together
 from jaxrl_llm.tracking import step_metrics
 from jaxrl_llm.tracking.step_metrics import Validation
@@ -86,15 +86,15 @@ def validate(
             )
             for prompt in prompts
         ]
-        completions = generate_together(engine, requests)
-        scores = score(prompts, completions)
+        episodes = single_turn(generate_together(engine, requests))
+        scores = score(prompts, episodes)
         correct = scores.total >= config.threshold
         records = step_metrics.rollout_records(
-            step, "val", kind, prompts, completions, scores, correct=correct
+            step, "val", kind, prompts, episodes, scores, correct=correct
         )
-        return completions, scores, correct, records
+        return episodes, scores, correct, records
 
-    completions, scores, correct, records = answer(config, config.n, "sampled")
+    episodes, scores, correct, records = answer(config, config.n, "sampled")
     groups = _groups(prompts)
     metrics: dict[str, float] = {}
     for source, rows in groups.items():
@@ -107,8 +107,8 @@ def validate(
             if not np.isnan(value[rows]).all():
                 judged = float(np.nanmean(value[rows]))
                 metrics[f"{aux}/{name}/mean@{config.n}"] = judged
-    flat = [completion for group in completions for completion in group]
-    lengths = [len(completion.tokens) for completion in flat]
+    flat = [episode for group in episodes for episode in group]
+    lengths = [len(episode.tokens) for episode in flat]
     metrics["val-aux/response_length/mean"] = float(np.mean(lengths))
     metrics["val-aux/response_length/clip_ratio"] = step_metrics.cut_off(flat)
     if config.greedy:

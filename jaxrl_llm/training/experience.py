@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.schema import Config, SamplingConfig
 from jaxrl_llm.data.stream import PromptBatches
-from jaxrl_llm.data.types import Completion, Prompt, Scores
+from jaxrl_llm.data.types import Episode, Prompt, Scores, single_turn
 from jaxrl_llm.rewards import RewardFunction, score
 from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.roles.reward_model import RewardModel
@@ -20,17 +20,17 @@ from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate_togethe
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.training.randomness import Purpose, seed
 
-Score = Callable[[Sequence[Prompt], Sequence[Sequence[Completion]]], Scores]
+Score = Callable[[Sequence[Prompt], Sequence[Sequence[Episode]]], Scores]
 Observe = Callable[[str], AbstractContextManager[None]]
 """Is told that a phase of the step, by its name, lasts as long as the block does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """P prompts, G responses to each, and what they are worth."""
+    """P prompts, G episodes that begin with each, and what they are worth."""
 
     asked: Sequence[Prompt]
-    rollouts: Sequence[Sequence[Completion]]
+    rollouts: Sequence[Sequence[Episode]]
     scores: Scores
     baselines: Float32[np.ndarray, " P"] | None = None
     """The reward of a greedy response to each prompt, if the estimator compares with
@@ -67,7 +67,8 @@ def collect(
     for attempt in itertools.count():
         with observe("gen"):
             asked = next(stream)
-            rollouts = generate_together(engine, requests(config, asked, step, attempt))
+            of_step = requests(config, asked, step, attempt)
+            rollouts = single_turn(generate_together(engine, of_step))
         with observe("reward"):
             made = Groups(
                 asked=asked,
@@ -97,7 +98,7 @@ def collect(
             engine, greedily(requests(config, groups.asked, step))
         )
     with observe("reward"):
-        baselines = score(groups.asked, greedy).total[:, 0]
+        baselines = score(groups.asked, single_turn(greedy)).total[:, 0]
     return replace(groups, baselines=baselines)
 
 
@@ -105,7 +106,7 @@ def score_together(
     functions: Sequence[RewardFunction],
     model: RewardModel | None,
     prompts: Sequence[Prompt],
-    completions: Sequence[Sequence[Completion]],
+    episodes: Sequence[Sequence[Episode]],
     *,
     timeout_s: float,
     on_error: Literal["raise", "zero"],
@@ -125,7 +126,7 @@ def score_together(
     """
     terms = list(functions)
     if model is not None:
-        known = processes.share(model.score(prompts, completions).tolist())
+        known = processes.share(model.score(prompts, episodes).tolist())
         scores = [x for group in known for x in group]
         terms.append(
             RewardFunction(
@@ -134,7 +135,7 @@ def score_together(
                 function=lambda completion_ids: scores,
             )
         )
-    mine, answers = processes.share(prompts), processes.share(completions)
+    mine, answers = processes.share(prompts), processes.share(episodes)
     made = None
     if mine:
         made = score(terms, mine, answers, timeout_s=timeout_s, on_error=on_error)

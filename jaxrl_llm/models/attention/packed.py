@@ -72,16 +72,16 @@ def shared_prompts(
     scale: float,
     softcap: float | None = None,
     prompt_ids: Int[Array, "R T"],
-    response_mask: Bool[Array, "R T"],
+    is_prompt: Bool[Array, "R T"],
 ) -> Float[Array, "R T N H"]:
     """`packed` for rows in which several responses go on from one copy of their prompt:
     a token sees its own sequence and the prompt it goes on from.
 
     Args:
-      prompt_ids: see `TrainBatch`, as well as `response_mask`.
+      prompt_ids: see `TrainBatch`, as well as `is_prompt`.
     """
-    is_prompt = ~response_mask[:, None, :]
-    its_prompt = (prompt_ids[:, :, None] == prompt_ids[:, None, :]) & is_prompt
+    its_prompt = prompt_ids[:, :, None] == prompt_ids[:, None, :]
+    its_prompt &= is_prompt[:, None, :]
     distance = positions[:, :, None] - positions[:, None, :]
     mask = its_prompt & (distance >= 0) & _near(distance, window)
     mask |= packed_mask(sequence_ids, positions, window)
