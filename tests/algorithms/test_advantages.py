@@ -114,18 +114,19 @@ APART = {
     "mask": [[0, 1, 1, 0, 1], [0, 1, 1, 1, 0]],
     "ids": [[0, 0, 0, 0, 0], [1, 1, 1, 1, -1]],
     "positions": [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0]],
+    "prompt": [[1, 0, 0, 0, 0], [1, 0, 0, 0, 0]],
     "rewards": [[0, 0.5, 0, 7, 1], [0, 0, 0, 2, 0]],
     "values": [[0, 0.1, 0.2, 9, 0.3], [0, 0.4, 0.5, 0.6, 0]],
     "logprobs": [[0, -1, -2, 0, -0.5], [0, -0.3, -1, -2, 0]],
     "pi": [[0, 0.3, 0.4, 0, 0.6], [0, 0.7, 0.5, 0.2, 0]],
 }
+DTYPES = {"mask": bool, "prompt": bool, "ids": np.int32, "positions": np.int32}
 ORDER = [5, 6, 7, 8, 0, 1, 2, 3, 4]  # of the flattened arrays
 
 
 def arrange(packed):
     def one(name, x):
-        x = np.array(x, {"mask": bool, "ids": np.int32, "positions": np.int32}.get(
-            name, np.float32))  # fmt: skip
+        x = np.array(x, DTYPES.get(name, np.float32))
         return jnp.asarray(x.ravel()[ORDER][None] if packed else x)
 
     return {name: one(name, x) for name, x in APART.items()}
@@ -204,7 +205,8 @@ def test_the_optimal_token_baseline_by_hand(packed):
     )
     # Counted with observations, the first response has steps 0, 1, 3, and the last of
     # the second (step 2) and of the first (step 3) are compared with nobody.
-    got = advantages.optimal_token_baseline(*rows, a["positions"], jnp.array([0, 0]))
+    behind = a["positions"], a["prompt"]
+    got = advantages.optimal_token_baseline(*rows, *behind, jnp.array([0, 0]))
     expected = (returns - baseline) * [1, 1, 0]
     np.testing.assert_allclose(
         tokens(got, packed), expected.ravel(), rtol=1e-5, atol=1e-6
@@ -227,3 +229,30 @@ def test_resampling_draws_in_proportion():
     drawn = np.asarray(advantages.resample(jax.random.key(0), weights)) % 4
     share = np.bincount(drawn, minlength=4) / 4000
     np.testing.assert_allclose(share, [0.25, 0.75, 0.0, 0.0], atol=0.03)
+
+
+@both_layouts
+def test_steps_of_the_optimal_token_baseline_begin_behind_the_prompt(packed):
+    """Even if the policy reads before it writes: veRL's columns of a response."""
+    mask = np.array([[0, 0, 1, 1], [0, 1, 1, 1]], bool)
+    is_prompt = np.array([[1, 0, 0, 0], [1, 0, 0, 0]], bool)
+    rewards = np.array([[0, 0, 0, 2], [0, 0, 0, 1]], np.float32)
+    logprobs = np.array([[0, 0, -1, -2], [0, -0.3, -1, -2]], np.float32)
+    pi = np.array([[0, 0, 0.3, 0.4], [0, 0.7, 0.5, 0.2]], np.float32)
+    ids, positions = np.repeat([[0], [1]], 4, axis=1), np.tile(np.arange(4), (2, 1))
+    arrays = (rewards, logprobs, pi, mask, ids, positions, is_prompt)
+    if packed:
+        arrays = tuple(x[::-1].reshape(1, -1) for x in arrays)
+    got = advantages.optimal_token_baseline(
+        *map(jnp.asarray, arrays), jnp.zeros(2, int)
+    )
+    if packed:
+        got = got.reshape(2, 4)[::-1]
+    returns = np.array([[2, 2, 2], [1, 1, 1]])
+    w = np.cumsum(((1 - 2 * np.exp(logprobs) + pi) * mask)[:, 1:], axis=1)
+    behind = mask[:, 1:]
+    baseline = (returns * w * behind).sum(axis=0) / (w * behind).sum(axis=0)
+    expected = (returns - baseline) * behind
+    # The second response has sampled more; its third token is compared with nobody.
+    expected[1, 2] = 1
+    np.testing.assert_allclose(got[:, 1:], expected, rtol=1e-5, atol=1e-6)

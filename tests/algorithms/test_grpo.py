@@ -54,10 +54,11 @@ def reference(mode):
         ("token-mean", 4, {}),  # of 6 rows
         ("seq-mean-token-mean", 2, {}),
         ("seq-mean-token-mean", 5, {}),
-        ("token-mean", None, {"pack_length": 11}),
+        ("token-mean", None, {"pack_length": 14}),
         ("seq-mean-token-mean", None, {"order": (2, 0, 1)}),
-        ("seq-mean-token-mean", 3, {"order": (1, 2, 0), "pack_length": 12}),
+        ("seq-mean-token-mean", 3, {"order": (1, 2, 0), "pack_length": 15}),
         ("token-mean", 3, {"pack_length": 16, "rows_multiple": 8}),
+        ("token-mean", 2, {"pack_length": 20, "share_prompts": True}),
     ],
 )
 def test_micro_batches_packing_order_and_padding_change_nothing(

@@ -20,6 +20,7 @@ from toy_policy import logprob_fn, make_batch, make_state
 from jaxrl_llm.algorithms import grpo, masked
 from jaxrl_llm.algorithms.rollout_correction import Correction, Rejection
 from jaxrl_llm.config.algorithm import LOSSES
+from jaxrl_llm.data import packing
 from jaxrl_llm.sharding import mesh
 
 NUMBERS = {
@@ -104,12 +105,23 @@ def split(batch, devices=8):
 
 
 HARDEST = "packed, another order, micro-batches"
+SHARED = "laid out anew with shared prompts, another order, micro-batches"
+
+
+def share(make):
+    """Packed rows, laid out anew with one copy of each prompt."""
+    layout = packing.Layout(pack_length=24, share_prompts=True)
+    rows = jax.device_get(make(order=(2, 0, 1), pack_length=15))
+    return packing.take(rows, range(rows.num_sequences), layout=layout)
+
+
 LAYOUTS = {
     "micro-batches": (lambda make: make(), 2),
     HARDEST: (
-        lambda make: make(order=(2, 0, 1), pack_length=12),
+        lambda make: make(order=(2, 0, 1), pack_length=15),
         1,
     ),
+    SHARED: (share, 1),
     "eight devices": (lambda make: split(make(rows_multiple=8)), None),
 }
 
@@ -142,7 +154,12 @@ def reference(cases, off_policy):
 
 
 @pytest.mark.parametrize(
-    "layout", [HARDEST, pytest.param("eight devices", marks=pytest.mark.slow)]
+    "layout",
+    [
+        SHARED,
+        pytest.param(HARDEST, marks=pytest.mark.slow),
+        pytest.param("eight devices", marks=pytest.mark.slow),
+    ],
 )
 def test_some_of_everything_is_the_same_in_any_layout(layout):
     arrange, micro_batch_size = LAYOUTS[layout]

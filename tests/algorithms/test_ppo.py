@@ -11,10 +11,12 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from observations import insert
 
 from jaxrl_llm.algorithms import advantages, grpo, logprobs, masked, ppo
 from jaxrl_llm.data.packing import Layout, make_rows
-from jaxrl_llm.data.types import Completion, Prompt
+from jaxrl_llm.data.rows import previous_tokens
+from jaxrl_llm.data.types import Completion, Episode, Prompt
 from jaxrl_llm.sharding import mesh
 
 
@@ -39,7 +41,7 @@ PROMPTS = [
     )
     for p, n in enumerate([3, 5, 2])
 ]
-COMPLETIONS = [
+SAMPLED = [
     [
         Completion(
             prompt_id=p,
@@ -55,6 +57,11 @@ COMPLETIONS = [
     ]
     for p, lengths in enumerate([(1, 4), (2, 6), (3, 1)])
 ]
+OBSERVED = {(0, 1): {0: [2, 5]}, (1, 1): {1: [3], 4: [6, 0]}, (2, 0): {0: [1], 2: [4]}}
+EPISODES = [
+    [insert(Episode.of(c), OBSERVED.get((p, g), {})) for g, c in enumerate(group)]
+    for p, group in enumerate(SAMPLED)
+]
 SCORES = np.array([[1.0, -1.0], [0.3, -0.3], [-2.0, 2.0]], np.float32)
 ADAM, SGD = optax.adam(0.03), optax.sgd(0.1)
 
@@ -67,7 +74,8 @@ def hidden(params, rows):
 @jax.jit
 def value_fn(params, rows):
     after = hidden(params, rows) @ params["output"][0]
-    return logprobs.before(after, rows.positions, rows.response_mask)
+    previous = previous_tokens(rows)
+    return logprobs.before(after, rows.positions, rows.response_mask, previous)
 
 
 @jax.jit
@@ -78,6 +86,7 @@ def logprob_fn(params, rows):
         rows.tokens,
         rows.positions,
         rows.response_mask,
+        previous=previous_tokens(rows),
     )
 
 
@@ -102,7 +111,7 @@ def make_batch(order=(0, 1, 2), **how):
     some of the value loss is clipped."""
     batch = make_rows(
         [PROMPTS[p] for p in order],
-        [COMPLETIONS[p] for p in order],
+        [EPISODES[p] for p in order],
         np.zeros((3, 2), np.float32),
         layout=Layout(**how),
     )
@@ -148,9 +157,10 @@ def reference(mode):
     [
         (1, {}),
         (4, {}),  # of 6 rows
-        (None, {"pack_length": 11}),
+        (None, {"pack_length": 14}),
         (None, {"order": (2, 0, 1)}),
-        (3, {"order": (1, 2, 0), "pack_length": 12, "rows_multiple": 8}),
+        (3, {"order": (1, 2, 0), "pack_length": 15, "rows_multiple": 8}),
+        (1, {"pack_length": 20, "share_prompts": True}),
     ],
 )
 def test_micro_batches_packing_order_and_padding_change_nothing(
@@ -194,7 +204,7 @@ def test_the_metrics_are_those_of_a_loop_over_tokens():
 
 
 def test_advantages_are_whitened_over_the_whole_batch():
-    batch = make_batch(pack_length=12)
+    batch = make_batch(pack_length=15)
     chosen = np.asarray(batch.advantages)[np.asarray(batch.response_mask)]
     np.testing.assert_allclose(chosen.mean(), 0, atol=1e-6)
     np.testing.assert_allclose(chosen.std(ddof=1), 1, rtol=1e-5)

@@ -27,6 +27,7 @@ def make_batch():
     """Each row has a pair: prompt, better response, prompt, worse response."""
     tokens, ids = np.zeros((PAIRS, T), np.int32), np.full((PAIRS, T), -1, np.int32)
     positions, mask = np.zeros((PAIRS, T), np.int32), np.zeros((PAIRS, T), bool)
+    is_prompt = np.zeros((PAIRS, T), bool)
     for pair, lengths in enumerate(LENGTHS):
         start = 0
         for side, length in enumerate(lengths):
@@ -34,6 +35,7 @@ def make_batch():
             tokens[pair, where] = RNG.integers(0, V, PROMPT + length)
             ids[pair, where] = 2 * pair + side
             positions[pair, where] = np.arange(PROMPT + length)
+            is_prompt[pair, start : start + PROMPT] = True
             mask[pair, start + PROMPT : where.stop] = True
             start = where.stop
     drawn = RNG.uniform(-3, -1, (PAIRS, T)).astype(np.float32)
@@ -41,6 +43,7 @@ def make_batch():
         tokens=jnp.asarray(tokens),
         sequence_ids=jnp.asarray(ids),
         positions=jnp.asarray(positions),
+        is_prompt=jnp.asarray(is_prompt),
         response_mask=jnp.asarray(mask),
         sampler_logprobs=jnp.asarray(drawn * mask),
         advantages=jnp.zeros((PAIRS, T)),

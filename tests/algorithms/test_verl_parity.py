@@ -62,6 +62,7 @@ def masked_out(x):
 GAE = functools.partial(advantages.gae, REWARDS, INPUTS["values"], MASK, IDS)
 OTB = (REWARDS, INPUTS["old_log_prob"], INPUTS["sum_pi_squared"], MASK, IDS)
 POSITIONS = jnp.broadcast_to(jnp.arange(MASK.shape[1]), MASK.shape)
+NO_PROMPT = jnp.zeros_like(MASK)
 ESTIMATORS = {
     "gae g=1 lam=1": lambda: GAE(gamma=1.0, lam=1.0)[0],
     "gae g=.99 lam=.95": lambda: GAE(gamma=0.99, lam=0.95)[0],
@@ -84,7 +85,7 @@ ESTIMATORS = {
         SCORES[None], jnp.ones(1), LENGTHS, normalize_by_std=True
     ),
     "optimal_token_baseline": lambda: advantages.optimal_token_baseline(
-        *OTB, POSITIONS, GROUPS
+        *OTB, POSITIONS, NO_PROMPT, GROUPS
     ),
     "tir_optimal_token_baseline": lambda: advantages.tir_optimal_token_baseline(
         *OTB, GROUPS
@@ -135,6 +136,7 @@ def batch_of(inputs):
         tokens=jnp.zeros(mask.shape, jnp.int32),
         sequence_ids=rows_of(mask),
         positions=jnp.broadcast_to(jnp.arange(mask.shape[1]), mask.shape),
+        is_prompt=jnp.zeros_like(mask),
         response_mask=mask,
         sampler_logprobs=inputs["rollout_log_prob"],
         advantages=inputs["advantages"],
@@ -377,8 +379,8 @@ def draw(seed, observations=True):
     rng = np.random.default_rng(seed)
     shape = (12, 9)
     mask = np.arange(9) < rng.integers(1, 10, (12, 1))
-    if observations:  # inside a response, and neither its first nor its last token
-        inner = mask & np.roll(mask, -1, axis=1) & (np.arange(9) > 0)
+    if observations:  # anywhere in a response but at its end
+        inner = mask & np.roll(mask, -1, axis=1)
         inner[:, -1] = False
         mask &= ~(inner & (rng.random(shape) < 0.2))
     last = np.argmax(np.where(mask, np.arange(9), -1), axis=1)
@@ -431,6 +433,7 @@ def test_fresh_advantages(verl, seed):
     index = np.repeat(np.array(["a", "b", "c"], object), 4)
     groups = jnp.repeat(jnp.arange(3), 4)
     positions = jnp.broadcast_to(jnp.arange(9), mask.shape)
+    behind = positions, jnp.zeros(mask.shape, bool)
     rows = (j["token_level_rewards"], jnp.asarray(mask), ids)
     otb = (rows[0], j["old_log_prob"], j["sum_pi_squared"], *rows[1:])
     known = (t["token_level_rewards"], t["mask"])
@@ -496,12 +499,12 @@ def test_fresh_advantages(verl, seed):
             algos.compute_optimal_token_baseline_advantage(
                 *known, **grouped, **tensors
             ),
-            advantages.optimal_token_baseline(*otb, positions, groups),
+            advantages.optimal_token_baseline(*otb, *behind, groups),
         ),
         (
             algos.compute_optimal_token_baseline_advantage(*known, **weighted),
             advantages.optimal_token_baseline(
-                *otb, positions, groups, correction=correction
+                *otb, *behind, groups, correction=correction
             ),
         ),
         (

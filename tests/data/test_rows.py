@@ -1,20 +1,22 @@
 import dataclasses
+import itertools
 
 import chex
 import numpy as np
 import pytest
+from observations import insert
 
 from jaxrl_llm.data import packing
 from jaxrl_llm.data import rows as batch
-from jaxrl_llm.data.types import Completion, Prompt
+from jaxrl_llm.data.types import Completion, Episode, Prompt, Turn
 
 
 def prompt(id, *tokens):
     return Prompt(id=id, content="", tokens=tokens, columns={})
 
 
-def completion(prompt_id, sample, tokens, logprobs):
-    return Completion(
+def episode(prompt_id, sample, tokens, logprobs):
+    completion = Completion(
         prompt_id=prompt_id,
         sample=sample,
         tokens=np.array(tokens, np.int32),
@@ -24,19 +26,20 @@ def completion(prompt_id, sample, tokens, logprobs):
         weight_version=0,
         text="",
     )
+    return Episode.of(completion)
 
 
 PROMPTS = [prompt(7, 10, 11), prompt(3, 20, 21, 22)]
-COMPLETIONS = [
-    [completion(7, 0, [12], [-0.5]), completion(7, 1, [13, 14], [-1.0, -2.0])],
-    [completion(3, 0, [23, 24, 25], [-3.0] * 3), completion(3, 1, [26], [-4.0])],
+EPISODES = [
+    [episode(7, 0, [12], [-0.5]), episode(7, 1, [13, 14], [-1.0, -2.0])],
+    [episode(3, 0, [23, 24, 25], [-3.0] * 3), episode(3, 1, [26], [-4.0])],
 ]
 ADVANTAGES = np.array([[1.0, -1.0], [0.5, -0.5]], np.float32)
 
 
 def make(**how):
     layout = packing.Layout(**how)
-    return packing.make_rows(PROMPTS, COMPLETIONS, ADVANTAGES, layout=layout)
+    return packing.make_rows(PROMPTS, EPISODES, ADVANTAGES, layout=layout)
 
 
 def sequences(rows):
@@ -60,6 +63,7 @@ def test_one_sequence_per_row_by_hand():
     np.testing.assert_array_equal(rows.tokens[1, :5], [10, 11, 13, 14, 0])
     np.testing.assert_array_equal(rows.sequence_ids[1, :5], [1, 1, 1, 1, -1])
     np.testing.assert_array_equal(rows.positions[1, :5], [0, 1, 2, 3, 0])
+    np.testing.assert_array_equal(rows.is_prompt[1, :5], [1, 1, 0, 0, 0])
     np.testing.assert_array_equal(rows.response_mask[1, :5], [0, 0, 1, 1, 0])
     np.testing.assert_array_equal(rows.sampler_logprobs[1, :5], [0, 0, -1, -2, 0])
     np.testing.assert_array_equal(rows.advantages[1, :5], [0, 0, -1, -1, 0])
@@ -90,6 +94,7 @@ def test_padding_holds_zeros():
         prompt_or_padding = ~rows.response_mask
         assert not rows.tokens[padding].any() and not rows.positions[padding].any()
         assert not rows.response_mask[padding].any()
+        assert not rows.is_prompt[padding].any()
         assert not rows.sampler_logprobs[prompt_or_padding].any()
         assert not rows.advantages[prompt_or_padding].any()
 
@@ -104,10 +109,10 @@ def test_no_row_has_more_sequences_than_the_capacity(pack_length):
 @pytest.mark.parametrize("pack_length", [None, 8])
 def test_mini_batches_share_a_shape_and_lose_nothing(pack_length):
     three = PROMPTS + [prompt(5, 30)]
-    completions = COMPLETIONS + [[completion(5, g, [31], [-1.0]) for g in range(2)]]
+    episodes = EPISODES + [[episode(5, g, [31], [-1.0]) for g in range(2)]]
     rows = packing.make_rows(
         three,
-        completions,
+        episodes,
         np.ones((3, 2)),
         layout=packing.Layout(pack_length=pack_length),
     )
@@ -184,7 +189,7 @@ def test_lay_out_fits_and_keeps_every_sequence():
 def test_rows_of_packing_come_in_parts_of_padding_at_the_end():
     # 4 rows of 8 could be needed for 4 sequences of up to 6; 3 are, with 17 tokens.
     layout = packing.Layout(pack_length=8, micro_batch_size=2, longest=6)
-    rows = packing.make_rows(PROMPTS, COMPLETIONS, ADVANTAGES, layout=layout)
+    rows = packing.make_rows(PROMPTS, EPISODES, ADVANTAGES, layout=layout)
     assert rows.tokens.shape == (4, 8)
     in_use = (rows.sequence_ids >= 0).any(axis=1)
     # Micro-batch 0 is rows 0 and 2, and the costliest two; micro-batch 1 has the third.
@@ -238,18 +243,14 @@ def test_bucket_rounds_up_a_little_and_to_few_sizes():
             "sequence 2 has 6 tokens, more than pack_length 5",
         ),
         ({"advantages": ADVANTAGES[:1]}, "advantages are 1 x 2, but there are 2"),
-        ({"completions": COMPLETIONS[::-1]}, "a completion of prompt 3 stands with"),
+        ({"episodes": EPISODES[::-1]}, "an episode of prompt 3 stands with"),
         ({"prompts": [prompt(7), PROMPTS[1]]}, "prompt 7 has no tokens"),
-        (
-            {"completions": [[completion(7, 0, [1], [])] * 2, COMPLETIONS[1]]},
-            "completion 0 of prompt 7 has 1 tokens but 0 logprobs",
-        ),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):
     arguments = {
         "prompts": PROMPTS,
-        "completions": COMPLETIONS,
+        "episodes": EPISODES,
         "advantages": ADVANTAGES,
     }
     with pytest.raises(ValueError, match=message):
@@ -259,3 +260,204 @@ def test_what_does_not_fit_is_refused(change, message):
 def test_groups_must_divide_the_batch():
     with pytest.raises(ValueError, match="4 sequences are no whole number of groups"):
         packing.mini_batches(make(), 1, 3)
+
+
+# The policy reads before it writes, in between (twice), or never; and a response of
+# which nothing was sampled.
+OBSERVED = [
+    [insert(EPISODES[0][0], {0: [90]}), insert(EPISODES[0][1], {0: [91], 1: [92, 93]})],
+    [insert(EPISODES[1][0], {1: [94], 2: [95, 96]}), EPISODES[1][1]],
+]
+
+
+def observed(**how):
+    layout = packing.Layout(**how)
+    return packing.make_rows(PROMPTS, OBSERVED, ADVANTAGES, layout=layout)
+
+
+def test_observations_stand_where_they_were_read():
+    rows = observed()
+    np.testing.assert_array_equal(
+        rows.tokens[:, :9],
+        [
+            [10, 11, 90, 12, 0, 0, 0, 0, 0],
+            [10, 11, 91, 13, 92, 93, 14, 0, 0],
+            [20, 21, 22, 23, 94, 24, 95, 96, 25],
+            [20, 21, 22, 26, 0, 0, 0, 0, 0],
+        ],
+    )
+    np.testing.assert_array_equal(rows.is_prompt[1], [1, 1] + [0] * 14)
+    np.testing.assert_array_equal(
+        rows.response_mask[1], [0] * 3 + [1, 0, 0, 1] + [0] * 9
+    )
+    np.testing.assert_array_equal(rows.positions[1, :7], range(7))
+    expected = [0, 0, 0, -1, 0, 0, -2]
+    np.testing.assert_array_equal(rows.sampler_logprobs[1, :7], expected)
+    np.testing.assert_array_equal(rows.advantages[1, :7], [0, 0, 0, -1, 0, 0, -1])
+
+
+LAYOUTS = {
+    "rows": {},
+    "packed": {"pack_length": 16, "rows_multiple": 4},
+    "micro-batches": {"pack_length": 10, "micro_batch_size": 2, "longest": 9},
+    "shared": {"pack_length": 16, "share_prompts": True},
+    "shared by few": {"pack_length": 10, "share_prompts": True},
+    "pairs": {"sequences_together": 2},
+    "packed pairs": {"pack_length": 16, "sequences_together": 2},
+    "shared pairs": {"pack_length": 16, "share_prompts": True, "sequences_together": 2},
+}
+
+
+@pytest.mark.parametrize("before, after", list(itertools.permutations(LAYOUTS, 2)))
+def test_rearranging_never_changes_a_token_of_an_episode(before, after):
+    rows = observed(**LAYOUTS[before])
+    rows = dataclasses.replace(rows, old_logprobs=rows.tokens + 0.5 * rows.positions)
+    whole, layout = sequences(observed()), packing.Layout(**LAYOUTS[after])
+
+    def read(part):
+        """Sequence by sequence, each laid out alone."""
+        return sequences(packing.take(part, range(part.num_sequences)))
+
+    def same(found, wanted):
+        found = dict(found)
+        old = found.pop("old_logprobs")
+        assert found == wanted
+        assert old == [
+            t + 0.5 * i
+            for t, i in zip(found["tokens"], found["positions"], strict=True)
+        ]
+
+    taken = read(packing.take(rows, [3, 2, 0, 0], layout=layout))
+    for i, s in enumerate([3, 2, 0, 0]):
+        same(taken[i], whole[s])
+    order = packing.mini_batches(rows, 1, 2, layout=layout, seed=1)
+    found = [read(part)[s] for part in order for s in range(2)]
+    found.sort(key=lambda sequence: [sequence["tokens"][0], sequence["tokens"][3:]])
+    wanted = [whole[s] for s in (1, 0, 2, 3)]
+    wanted.sort(key=lambda sequence: [sequence["tokens"][0], sequence["tokens"][3:]])
+    for one, other in zip(found, wanted, strict=True):
+        same(one, other)
+
+
+def test_behind_a_shared_prompt_the_first_token_may_be_an_observation():
+    rows = observed(pack_length=16, share_prompts=True)
+    where = np.nonzero(rows.tokens == 10)
+    (r,), (start,) = where
+    np.testing.assert_array_equal(
+        rows.tokens[r, start : start + 9], [10, 11, 90, 12, 91, 13, 92, 93, 14]
+    )
+    previous = np.asarray(batch.previous_tokens(rows))[r] - start
+    # 11 is before 90 and 91; behind these, each token follows the one to its left.
+    np.testing.assert_array_equal(
+        previous[start + 2 : start + 9], [1, 2, 1, 4, 5, 6, 7]
+    )
+
+
+def test_a_prompt_without_a_response_keeps_its_tokens():
+    nothing = dataclasses.replace(
+        OBSERVED[0][0], turns=(Turn.observed("tool", [], ""),)
+    )
+    rows = packing.make_rows(
+        PROMPTS[:1],
+        [[nothing, OBSERVED[0][1]]],
+        ADVANTAGES[:1],
+        layout=packing.Layout(pack_length=16, share_prompts=True),
+    )
+    again = sequences(packing.take(rows, [0, 1]))
+    assert [again[s]["tokens"] for s in (0, 1)] == [
+        [10, 11],
+        [10, 11, 91, 13, 92, 93, 14],
+    ]
+
+
+def test_rows_carry_further_axes():
+    def with_routes(rows):
+        """Three numbers a token, which tell the token and its position."""
+        token, position, ids = (
+            np.asarray(x)[..., None]
+            for x in (rows.tokens, rows.positions, rows.sequence_ids)
+        )
+        of_token = np.where(ids >= 0, token * np.array([1, 2, 3]) + position, 0)
+        return dataclasses.replace(rows, values=of_token[..., None])
+
+    rows = with_routes(observed(pack_length=16))
+    assert rows.values.shape == (*rows.tokens.shape, 3, 1)
+    again = packing.take(rows, [2, 0], layout=packing.Layout(length_multiple=3))
+    np.testing.assert_array_equal(again.values, with_routes(again).values)
+    for part in packing.mini_batches(rows, 1, 2, seed=0):
+        np.testing.assert_array_equal(part.values, with_routes(part).values)
+    padded = batch.pad_rows(rows, 5, 20)
+    assert padded.values.shape == (5, 20, 3, 1)
+    np.testing.assert_array_equal(padded.values, with_routes(padded).values)
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+@pytest.mark.parametrize("pack_length", [None, 16, 40])
+@pytest.mark.parametrize("micro_batch_size", [None, 1, 2])
+def test_a_pair_is_never_parted(share_prompts, pack_length, micro_batch_size):
+    if share_prompts and pack_length is None:
+        return
+    rng = np.random.default_rng(0)
+    # Pairs of prompts that are the same, or differ; every fourth prompt is another.
+    prompts = [prompt(p, *([p // 4] * (2 + p % 3 // 2))) for p in range(12)]
+    episodes = [
+        [
+            episode(p, g, rng.integers(0, 9, n), np.zeros(n))
+            for g, n in enumerate(rng.integers(1, 6, 4).tolist())
+        ]
+        for p in range(12)
+    ]
+    layout = packing.Layout(
+        pack_length=pack_length,
+        micro_batch_size=micro_batch_size,
+        share_prompts=share_prompts,
+        sequences_together=2,
+        rows_multiple=2,
+        longest=8,
+    )
+    plain = packing.make_rows(prompts, episodes, np.ones((12, 4)))
+    rows = packing.make_rows(prompts, episodes, np.ones((12, 4)), layout=layout)
+    again = packing.take(plain, range(2, 8), layout=layout)
+    parts = packing.mini_batches(plain, 5, 4, layout=layout, seed=3)
+    for part in (rows, again, *parts):
+        for pair in range(part.num_sequences // 2):
+            held = {
+                r
+                for s in (2 * pair, 2 * pair + 1)
+                for r in np.nonzero(part.sequence_ids == s)[0]
+            }
+            assert len(held) <= 1
+        if micro_batch_size:  # rows are computed by the micro-batch, whole
+            assert len(part.tokens) % micro_batch_size == 0
+    everything = packing.take(rows, range(48))
+    assert sequences(everything) == sequences(plain)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda rows: packing.take(
+                rows, [0, 1, 2], layout=packing.Layout(sequences_together=2)
+            ),
+            "3 sequences are no whole number of sequences_together 2",
+        ),
+        (
+            lambda rows: packing.mini_batches(
+                rows, 1, 2, layout=packing.Layout(sequences_together=4)
+            ),
+            "groups of 2 are no whole number of sequences_together 4",
+        ),
+        (
+            lambda rows: packing.take(
+                rows,
+                [0, 1, 2, 3],
+                layout=packing.Layout(pack_length=12, sequences_together=2),
+            ),
+            "sequences 2 to 3 have 13 tokens, more than pack_length 12",
+        ),
+    ],
+)
+def test_what_must_share_a_row_and_cannot_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(observed())

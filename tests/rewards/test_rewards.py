@@ -5,12 +5,14 @@ import sys
 import textwrap
 import threading
 from concurrent.futures import FIRST_COMPLETED, wait
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scored_texts import make, run
 
 from jaxrl_llm.data.sources import Source, read_rows
+from jaxrl_llm.data.types import Turn
 from jaxrl_llm.rewards import RewardError, RewardFunction, Term, resolve, scoring
 from jaxrl_llm.rewards.builtin import exact, gsm8k, math, numeric, reasoning_gym
 from jaxrl_llm.workers.judge import judge
@@ -45,6 +47,28 @@ def test_a_function_gets_what_trl_gives_it():
     ]
     assert completion_ids == [[0], [0, 1], [0, 1, 2], []]
     assert rest == {"answer": ["A", "A", "B", "B"], "level": [1, 1, None, None]}
+
+
+def test_a_chat_of_several_turns_is_a_message_each():
+    prompts, episodes = make(contents=(CHAT, CHAT))
+    said = Turn.observed("tool", [7], "42")
+    several = [
+        [replace(e, turns=(*e.turns, said, *e.turns)) for e in group]
+        for group in episodes
+    ]
+    seen = {}
+
+    def judges(completions, completion_ids):
+        seen.update(messages=completions[1], tokens=completion_ids[1])
+        return [0.0] * len(completions)
+
+    run(judges, data=(prompts, several))
+    assert seen["messages"] == [
+        {"role": "assistant", "content": "bb"},
+        {"role": "tool", "content": "42"},
+        {"role": "assistant", "content": "bb"},
+    ]
+    assert seen["tokens"] == [0, 1, 7, 0, 1]
 
 
 def test_total_is_the_weighted_sum():

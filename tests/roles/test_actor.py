@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from fixed_rollouts import ADVANTAGES, EIGHT, ONE, make_config, make_rollouts
+from observations import part
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo, logprobs, masked
@@ -224,15 +225,17 @@ def test_steps_of_any_lengths_are_one_compiled_update(tiny_model, monkeypatch):
     chex.clear_trace_counter()
     monkeypatch.setattr(grpo, "update", chex.assert_max_traces(grpo.update, n=2))
     made = learner.__wrapped__(tiny_model, pack_length=32, micro_batch_size=1)
-    prompts, completions = make_rollouts()
+    prompts, episodes = make_rollouts()
     state = made.start()
     for cut in range(1, 6):
         shorter = [
             [
-                dataclasses.replace(c, tokens=c.tokens[:cut], logprobs=c.logprobs[:cut])
-                for c in group
+                dataclasses.replace(
+                    episode, turns=tuple(part(turn, 0, cut) for turn in episode.turns)
+                )
+                for episode in group
             ]
-            for group in completions
+            for group in episodes
         ]
         rows = made.make_rows(prompts, shorter, ADVANTAGES)
         assert rows.tokens.shape == (4, 32)  # 2 of 16 tokens fit a row at worst

@@ -15,7 +15,7 @@ from jaxrl_llm import models
 from jaxrl_llm.algorithms import advantages, ppo
 from jaxrl_llm.config import parsing
 from jaxrl_llm.data.packing import make_rows
-from jaxrl_llm.data.types import Completion, Prompt
+from jaxrl_llm.data.types import Completion, Prompt, single_turn
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import run_directory
@@ -162,7 +162,7 @@ def toy_rows():
         for p in range(16)
     ]
     scores = (answers >= HIGH).mean(axis=2).astype(np.float32)
-    return make_rows(prompts, completions, np.zeros_like(scores)), scores
+    return make_rows(prompts, single_turn(completions), np.zeros_like(scores)), scores
 
 
 def credit(critic, state, rows, scores):

@@ -14,7 +14,7 @@ from short_run import make_config
 
 from jaxrl_llm import api, models
 from jaxrl_llm.config.parsing import ConfigError
-from jaxrl_llm.data.types import Completion, Prompt
+from jaxrl_llm.data.types import Completion, Prompt, single_turn
 from jaxrl_llm.planning import dry_run, planner
 from jaxrl_llm.rewards import RewardError, RewardFunction
 from jaxrl_llm.roles.reward_model import RewardModel, is_last
@@ -141,7 +141,7 @@ def answered(num_prompts=4, group_size=2):
         ]
         for p, group in enumerate(lengths)
     ]
-    return prompts, completions
+    return prompts, single_turn(completions)
 
 
 def settings(directory, model, path, **changed):

@@ -1,11 +1,12 @@
-"""Four prompts with two responses each, their advantages, and a run's configuration."""
+"""Four prompts with two episodes each, their advantages, and a run's configuration."""
 
 import functools
 
 import numpy as np
+from observations import insert
 
 from jaxrl_llm.config import schema as configs
-from jaxrl_llm.data.types import Completion, Prompt
+from jaxrl_llm.data.types import Completion, Prompt, single_turn
 
 ONE, EIGHT = (1, 1, 1), (2, 2, 2)  # data, fsdp, tensor
 P, G = 4, 2
@@ -33,6 +34,18 @@ def make_config(path, **actor):
     )
 
 
+# What tools say before which sampled tokens: nothing, at the start, within, repeatedly.
+# No episode gets longer than 16 tokens.
+OBSERVED = {
+    (0, 0): {0: [7, 8], 3: [9]},
+    (1, 0): {2: [11, 12], 6: [13]},
+    (1, 1): {0: [14]},
+    (2, 0): {0: [15, 16]},
+    (2, 1): {0: [17], 1: [18], 2: [19]},
+    (3, 1): {2: [20, 21, 22]},
+}
+
+
 def make_rollouts():
     rng = np.random.default_rng(0)
     draw = functools.partial(rng.integers, 0, 256)
@@ -57,4 +70,7 @@ def make_rollouts():
         ]
         for p, group in enumerate(lengths)
     ]
-    return prompts, completions
+    return prompts, [
+        [insert(e, OBSERVED.get((p, g), {})) for g, e in enumerate(group)]
+        for p, group in enumerate(single_turn(completions))
+    ]

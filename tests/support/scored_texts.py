@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxrl_llm.data.types import Completion, Prompt
+from jaxrl_llm.data.types import Completion, Prompt, single_turn
 from jaxrl_llm.rewards import RewardFunction, score
 
 TEXTS = [["a", "bb"], ["ccc", ""]]
@@ -30,7 +30,7 @@ def make(contents=("q0", "q1"), columns=({"answer": "A"}, {"answer": "B"})):
         ]
         for i, group in enumerate(TEXTS)
     ]
-    return prompts, completions
+    return prompts, single_turn(completions)
 
 
 def run(*functions, data=None, timeout_s=300.0, on_error="raise"):

@@ -1,4 +1,4 @@
-"""A policy of three small matrices, and six responses to three prompts."""
+"""A policy of three small matrices, and six episodes that begin with three prompts."""
 
 import dataclasses
 
@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from observations import insert
 
 from jaxrl_llm.algorithms import grpo, logprobs
 from jaxrl_llm.data.packing import Layout, make_rows
-from jaxrl_llm.data.types import Completion, Prompt
+from jaxrl_llm.data.rows import previous_tokens
+from jaxrl_llm.data.types import Completion, Episode, Prompt
 
 VOCAB, WIDTH = 7, 4
 OPTIMIZER = optax.sgd(0.1)
@@ -24,7 +26,7 @@ PROMPTS = [
     Prompt(id=p, content="", tokens=tuple(draw(0, VOCAB, n).tolist()), columns={})
     for p, n in enumerate([3, 5, 2])
 ]
-COMPLETIONS = [
+SAMPLED = [
     [
         Completion(
             prompt_id=p,
@@ -40,13 +42,19 @@ COMPLETIONS = [
     ]
     for p, lengths in enumerate([(1, 4), (2, 6), (3, 1)])
 ]
+# What tools say before which sampled tokens: nothing, at the start, within, repeatedly.
+OBSERVED = {(0, 1): {0: [2, 5]}, (1, 1): {1: [3], 4: [6, 0]}, (2, 0): {0: [1], 2: [4]}}
+EPISODES = [
+    [insert(Episode.of(c), OBSERVED.get((p, g), {})) for g, c in enumerate(group)]
+    for p, group in enumerate(SAMPLED)
+]
 ADVANTAGES = np.array([[1.0, -1.0], [0.3, -0.3], [-2.0, 2.0]], np.float32)
 
 
 @jax.jit
 def logprob_fn(params, rows):
     """Position and token embeddings into a linear output: no attention, so packing is
-    only a matter of positions."""
+    only a matter of positions and of what stands before a token."""
     hidden = params["tokens"][rows.tokens] + params["positions"][rows.positions]
     return logprobs.of_tokens(
         jnp.tanh(hidden),
@@ -54,6 +62,7 @@ def logprob_fn(params, rows):
         rows.tokens,
         rows.positions,
         rows.response_mask,
+        previous=previous_tokens(rows),
     )
 
 
@@ -71,7 +80,7 @@ def make_batch(order=(0, 1, 2), off_policy=True, **how):
     """Off-policy: old and reference log-probabilities are those of other weights."""
     batch = make_rows(
         [PROMPTS[p] for p in order],
-        [COMPLETIONS[p] for p in order],
+        [EPISODES[p] for p in order],
         ADVANTAGES[list(order)],
         layout=Layout(**how),
     )

@@ -1,5 +1,6 @@
 """Expected values are worked by hand in the comments, or say where they are from."""
 
+import dataclasses
 import json
 import struct
 import sys
@@ -10,7 +11,7 @@ import pytest
 import waiting
 
 from jaxrl_llm.config import parsing
-from jaxrl_llm.data.types import Completion, Prompt, Scores
+from jaxrl_llm.data.types import Completion, Episode, Prompt, Scores, Turn
 from jaxrl_llm.sharding import hardware
 from jaxrl_llm.tracking import performance, run_directory, step_metrics
 from jaxrl_llm.tracking import services as loggers
@@ -20,8 +21,8 @@ def writer(run_dir, *names):
     return run_directory.MetricsWriter(run_dir, names, "project", {"seed": 3})
 
 
-def completion(prompt_id, sample, length, reason="stop"):
-    return Completion(
+def episode(prompt_id, sample, length, reason="stop"):
+    made = Completion(
         prompt_id=prompt_id,
         sample=sample,
         tokens=np.arange(length, dtype=np.int32),
@@ -31,6 +32,7 @@ def completion(prompt_id, sample, length, reason="stop"):
         weight_version=7,
         text=f"reply {prompt_id}.{sample}",
     )
+    return Episode.of(made)
 
 
 def prompt(id, content="2+2?", tokens=(1, 2, 3), **columns):
@@ -38,9 +40,9 @@ def prompt(id, content="2+2?", tokens=(1, 2, 3), **columns):
 
 
 PROMPTS = [prompt(5, answer="4"), prompt(6, tokens=(1,), answer="4")]
-COMPLETIONS = [
-    [completion(5, 0, 2), completion(5, 1, 6, "length")],
-    [completion(6, 0, 3), completion(6, 1, 1)],
+EPISODES = [
+    [episode(5, 0, 2), episode(5, 1, 6, "length")],
+    [episode(6, 0, 3), episode(6, 1, 1)],
 ]
 SCORES = Scores(
     total=np.array([[1, 0], [2, 2]], np.float32),
@@ -169,7 +171,7 @@ def test_the_run_directory_says_what_ran_and_where(tmp_path):
 
 def test_batch_metrics_by_hand():
     advantages = np.array([[0.5, -0.5], [0, 0]])
-    found = step_metrics.batch_metrics(PROMPTS, COMPLETIONS, SCORES, advantages)
+    found = step_metrics.batch_metrics(PROMPTS, EPISODES, SCORES, advantages)
     assert found == {
         "critic/rewards/mean": 1.25,  # (1 + 0 + 2 + 2) / 4
         "critic/rewards/max": 2.0,
@@ -194,7 +196,7 @@ def test_batch_metrics_by_hand():
 
 def test_rollout_records_hold_one_completion_each():
     records = step_metrics.rollout_records(
-        12, "train", "train", PROMPTS, COMPLETIONS, SCORES, advantage=SCORES.total / 2
+        12, "train", "train", PROMPTS, EPISODES, SCORES, advantage=SCORES.total / 2
     )
     assert [(r["prompt_id"], r["sample"]) for r in records] == [
         (5, 0),
@@ -391,3 +393,18 @@ def test_nested_settings_become_dotted_names():
         "a.c": {},
         "d": [2],
     }
+
+
+def test_a_record_of_several_turns_has_all_that_follows_the_prompt():
+    answer = Turn.observed("tool", [8, 9], "42")
+    first = EPISODES[0][0]
+    several = dataclasses.replace(first, turns=(*first.turns, answer, *first.turns))
+    episodes = [[several, EPISODES[0][1]], EPISODES[1]]
+    record, *_ = step_metrics.rollout_records(
+        12, "train", "train", PROMPTS, episodes, SCORES
+    )
+    assert record["tokens"] == [0, 1, 8, 9, 0, 1] and record["num_tokens"] == 6
+    assert record["completion"] == "reply 5.042reply 5.0"
+    assert record["finish_reason"] == "stop" and record["weight_version"] == 7
+    found = step_metrics.batch_metrics(PROMPTS, episodes, SCORES, SCORES.total)
+    assert found["response_length/mean"] == (6 + 6 + 3 + 1) / 4

@@ -11,12 +11,15 @@ from fixed_rollouts import EIGHT, make_config, make_rollouts
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import advantages, masked
 from jaxrl_llm.config import plugins
+from jaxrl_llm.config.algorithm import ESTIMATORS
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
+from jaxrl_llm.data import packing
+from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.training import credit as estimate
 from jaxrl_llm.training.build import actor_of
 
-PROMPTS, COMPLETIONS = make_rollouts()
+PROMPTS, EPISODES = make_rollouts()
 LENGTHS = np.array([[5, 2], [7, 3], [1, 8], [4, 4]])
 REWARDS = np.array([[1, 0], [0.5, 2], [0, 0], [1, 3]], np.float32)
 
@@ -28,7 +31,7 @@ def made(path, pack_length=None, old=None, ref=None, kl_coef=None, **algorithm):
         dict(zip(("data", "fsdp", "tensor"), EIGHT, strict=True)), jax.devices()
     )
     learner = actor_of(config, models.open(path), on)
-    rows = learner.make_rows(PROMPTS, COMPLETIONS, np.zeros_like(REWARDS))
+    rows = learner.make_rows(PROMPTS, EPISODES, np.zeros_like(REWARDS))
     if kl_coef is not None:
         filled = [np.where(rows.response_mask, np.float32(x), 0.0) for x in (old, ref)]
         rows = dataclasses.replace(rows, old_logprobs=filled[0], ref_logprobs=filled[1])
@@ -181,3 +184,48 @@ def test_an_estimator_that_returns_something_else_is_refused(
 ):
     with pytest.raises(ValueError, match=said):
         made(tiny_model, adv_estimator=plugins.offer(estimator))
+
+
+PACKED = Layout(pack_length=20)
+SHARED = Layout(pack_length=40, share_prompts=True)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_is_the_same_in_any_layout(estimator):
+    """Of episodes with observations, which get no advantage."""
+    rng = np.random.default_rng(0)
+    rows = packing.make_rows(PROMPTS, EPISODES, np.zeros_like(REWARDS))
+
+    def drawn():
+        return np.where(rows.response_mask, rng.uniform(0.1, 0.9, rows.tokens.shape), 0)
+
+    names = ("old_logprobs", "values", "returns")  # what the estimators look at
+    rows = dataclasses.replace(
+        rows, **{name: drawn().astype(np.float32) for name in names}
+    )
+    rows = dataclasses.replace(rows, old_logprobs=-rows.old_logprobs)
+
+    def credited(layout):
+        there = packing.take(rows, range(rows.num_sequences), layout=layout)
+        judged = estimate.Judged(
+            rewards=REWARDS,
+            by_function=REWARDS[None],
+            weights=np.ones(1, np.float32),
+            baselines=np.array([1, 2, 3, 4], np.float32),
+            values=there.values,
+            sum_pi_squared=there.returns,
+        )
+        algorithm = AlgorithmConfig(adv_estimator=estimator, gamma=0.9, lam=0.8)
+        found, _ = jax.device_get(
+            estimate.advantages_of(there, judged, algorithm=algorithm)
+        )
+        back = packing.take(found, range(rows.num_sequences))
+        assert not back.advantages[~rows.response_mask].any()
+        return back
+
+    wanted = credited(Layout())
+    for layout in (PACKED, SHARED):
+        for got, other in zip(
+            *map(jax.tree.leaves, (credited(layout), wanted)), strict=True
+        ):
+            np.testing.assert_allclose(got, other, rtol=1e-5, atol=1e-6)
