@@ -122,8 +122,7 @@ class Actor:
     @functools.cached_property
     def frozen(self) -> Params:
         """The weights that are not trained; None if all are. Reads them."""
-        _, frozen = self._trained.split(self._trained.model.abstract_params())
-        if frozen is None:
+        if self._trained.is_trained is None:
             return None
         return self._trained.split(self._read(self.policy.settings.dtype))[1]
 
@@ -230,8 +229,7 @@ class Actor:
 
     def lower_update(self, batch: TrainBatch) -> jax.stages.Lowered:
         """The update of the state with rows of these shapes."""
-        model = self._trained.model
-        _, frozen = self._trained.split(model.abstract_params())
+        _, frozen = self._trained.split(self.policy.abstract_params())
         return self._trained.lower(batch, frozen)
 
     def compile_largest_update(self) -> jax.stages.Compiled:
@@ -248,7 +246,7 @@ class Actor:
         return self.lower_update(self._trained.split_rows(batch, 0, 0)[0])
 
     def _measure(self, rows: TrainBatch) -> dict[str, float]:
-        together = self.settings.update.micro_batch_size
+        together = self.policy.layout.micro_batch_size
         return {"perf/token_efficiency": packing.token_efficiency(rows, together)}
 
     def _read(self, dtype: Any) -> Params:

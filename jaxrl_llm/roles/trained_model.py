@@ -74,7 +74,7 @@ class TrainedModel:
         is_trained: Callable[[str], bool] | None = None,
     ):
         self.model, self.optimizer, self.mini_batches = model, optimizer, mini_batches
-        self._is_trained = is_trained
+        self.is_trained = is_trained
         self._step = jax.jit(
             step,
             donate_argnums=0,
@@ -85,9 +85,9 @@ class TrainedModel:
     def split(self, params: Any) -> tuple[Params, Params]:
         """Trained and frozen ones of a tree like the parameters; the latter None if all
         are trained."""
-        if self._is_trained is None:
+        if self.is_trained is None:
             return params, None
-        return models.split_params(params, self._is_trained)
+        return models.split_params(params, self.is_trained)
 
     def state_shardings(self) -> TrainState:
         """The sharding of every array of the state: moments lie where their parameters
