@@ -116,7 +116,7 @@ class Actor:
 
     def start(self) -> grpo.TrainState:
         """The state before the first update. Reads the weights."""
-        params, _ = self._trained.split(self._read("float32"))
+        params, _ = self._trained.split(self.read_weights("float32"))
         return self._trained.first_state(params)
 
     @functools.cached_property
@@ -124,7 +124,7 @@ class Actor:
         """The weights that are not trained; None if all are. Reads them."""
         if self._trained.is_trained is None:
             return None
-        return self._trained.split(self._read(self.policy.settings.dtype))[1]
+        return self._trained.split(self.read_weights(self.policy.settings.dtype))[1]
 
     def weights(self, state: grpo.TrainState) -> Params:
         """All weights of the policy."""
@@ -249,7 +249,7 @@ class Actor:
         together = self.policy.layout.micro_batch_size
         return {"perf/token_efficiency": packing.token_efficiency(rows, together)}
 
-    def _read(self, dtype: Any) -> Params:
+    def read_weights(self, dtype: Any) -> Params:
         """The weights before training, laid out for training."""
         return self._source.load(
             dtype=jnp.dtype(dtype), shardings=self.policy.param_shardings()
