@@ -59,7 +59,7 @@ def zeros(completions, **_):
         ({"loss": "no_such_module:f"}, "No module named 'no_such_module'"),
         ({"loss": "gsop"}, "loss_mode is 'gsop', did you mean 'gspo'?"),
     ],
-    ids=str,
+    ids=["loss", "advantage", "module", "name"],
 )
 def test_a_wrong_signature_comes_before_weights_and_folders(own, said, tmp_path):
     out = tmp_path / "run"
