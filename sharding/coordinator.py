@@ -11,15 +11,15 @@ import signal
 import sys
 import time
 
-from jaxlib import _jax
+from jaxrl_llm.sharding import private_jax
 
 
 def main(port: str, num_processes: str, grace_s: str) -> None:
     """Serves until standard input ends."""
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the run, which saves
         signal.signal(number, signal.SIG_IGN)
-    service = _jax.get_distributed_runtime_service(
-        f"[::]:{port}", int(num_processes), heartbeat_timeout=24 * 3600
+    service = private_jax.coordination_service(
+        f"[::]:{port}", int(num_processes), heartbeat_timeout_s=24 * 3600
     )
     if sys.stdin.read() != "done":
         time.sleep(float(grace_s))

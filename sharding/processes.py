@@ -29,9 +29,10 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import clusters, distributed  # the key-value store is nowhere else
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, Sharding
+
+from jaxrl_llm.sharding import private_jax
 
 Item = TypeVar("Item")
 _WEEK_MS = 7 * 24 * 3600 * 1000
@@ -63,7 +64,7 @@ def gather(value: Any) -> list[Any]:
     if jax.process_count() == 1:
         return [value]
     # Devices would give up waiting for a process that is busy with something else.
-    client = distributed.global_state.client
+    client = private_jax.coordination_client()
     client.wait_at_barrier(f"gather/{next(_round)}", _WEEK_MS)
     sent = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([len(sent)]))[:, 0]
@@ -184,7 +185,7 @@ class _Watch:
 
     def __init__(self, index: int, count: int, lost_after_s: float | int):
         self._index, self._count, self._lost_after = index, count, lost_after_s
-        self._client = distributed.global_state.client
+        self._client = private_jax.coordination_client()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -263,10 +264,8 @@ def _settings(
     missing = [name for name, value in given.items() if value is None]
     devices = None
     if missing:
-        detect = clusters.ClusterEnv.auto_detect_unset_distributed_params
-        address, count, index, devices = detect(
-            address, count, index, None, None, timeout_s
-        )
+        found = private_jax.detect_cluster(address, count, index, timeout_s)
+        address, count, index, devices = found
     if len(missing) == len(given) and count in (None, 1):
         return None
     if None in (address, count, index):

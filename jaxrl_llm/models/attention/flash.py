@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.models.attention import packed as attention
 from jaxrl_llm.models.attention.packed import PackedAttention, Window
 from jaxrl_llm.models.partitioning import across
+from jaxrl_llm.sharding import private_jax
 from jaxrl_llm.sharding.mesh import platform_of
 from jaxrl_llm.sharding.rules import Partition
 
@@ -59,9 +60,7 @@ def cudnn(
       window: static.
       max_sequences: no row holds more; padding at its end counts as one.
     """
-    # The packed layout has no public name in JAX.
-    from jax._src.cudnn import fused_attention_stablehlo as fused
-
+    fused = private_jax.cudnn_attention()
     if softcap is not None:
         return attention.packed(
             q, k, v, sequence_ids, positions,
