@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm import models
-from jaxrl_llm.config import parsing, plugins
+from jaxrl_llm.config import checks, parsing, plugins
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config, RolloutConfig, ValConfig
 from jaxrl_llm.data import prompts as questions
@@ -94,7 +94,7 @@ def train(
         return parsing.parse(values, "train()")
 
     # All that can be wrong without the rows is said before they are written down.
-    plugins.check(described(lambda rows, name: f"{name}.jsonl"))
+    checks.check_functions(described(lambda rows, name: f"{name}.jsonl"))
     config = described(lambda rows, name: _stored(rows, output_dir, name))
     return run(build(config, functions))
 

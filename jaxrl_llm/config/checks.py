@@ -1,8 +1,17 @@
 """Combinations of fields that make no run, each with what would fit."""
 
 from collections.abc import Iterator
+from typing import Any
 
-from jaxrl_llm.config.algorithm import DEFAULT_LOSS, ESTIMATORS, LOSSES, Estimator
+from jaxrl_llm.config import plugins
+from jaxrl_llm.config.algorithm import (
+    DEFAULT_LOSS,
+    ESTIMATORS,
+    LOSSES,
+    OPTIMIZERS,
+    Estimator,
+)
+from jaxrl_llm.config.names import ConfigError
 
 
 def misfits(config) -> Iterator[str]:
@@ -217,3 +226,67 @@ def _critic_misfits(config, estimator: Estimator) -> Iterator[str]:
         )
     if critic.model.revision is not None and critic.model.path is None:
         yield "critic.model.revision needs critic.model.path"
+
+
+def check_functions(config: Any) -> dict[str, str]:
+    """Finds the functions of the user's own that a configuration names, before anything
+    is read or written, and returns their `fingerprints`.
+
+    Raises:
+      ConfigError: there is no such function, it asks for what it cannot get, what it
+        asks for does not fit the rest of the configuration, or its source is not that
+        of the fingerprint that the configuration has.
+    """
+    policy_loss = config.actor.policy_loss
+    plugins.loss(policy_loss.loss_mode, policy_loss.params)
+    own = plugins.estimator_of(config.algorithm)
+    for key, section in _optimizers(config):
+        _check_optimizer(key, section)
+    if own.name not in ESTIMATORS and (bad := [*estimator_misfits(config, own)]):
+        raise ConfigError("; ".join(bad))
+    found = fingerprints(config)
+    for name, known in config.function_sources.items():
+        if found.get(name) != known:
+            raise ConfigError(
+                f"function_sources: {name} was {known}, but is {found.get(name)}: its "
+                "source has changed; go on with the function as it was, or leave "
+                "function_sources out and choose another output_dir"
+            )
+    return found
+
+
+def fingerprints(config: Any) -> dict[str, str]:
+    """Of every function of the user's own that learning calls, by its module:function,
+    a hash that changes with its source."""
+    names = {
+        "actor.policy_loss.loss_mode": config.actor.policy_loss.loss_mode,
+        "algorithm.adv_estimator": config.algorithm.adv_estimator,
+        **{f"{key}.name": section.name for key, section in _optimizers(config)},
+    }
+    builtin = LOSSES.keys() | ESTIMATORS.keys() | OPTIMIZERS.keys()
+    return {
+        name: plugins.fingerprint(plugins.find(key, name))
+        for key, name in names.items()
+        if name not in builtin
+    }
+
+
+def _optimizers(config: Any) -> Iterator[tuple[str, Any]]:
+    yield "actor.optim", config.actor.optim
+    yield "critic.optim", config.critic.optim
+
+
+def _check_optimizer(key: str, section: Any) -> None:
+    """Raises ConfigError also for a setting that the optimizer does not read."""
+    function = plugins.optimizer(key, section.name, section.params)
+    takes = {k for k in plugins.named_parameters(function) if k not in section.params}
+    for field, names in (
+        ("betas", {"b1", "b2"}),
+        *((n, {n}) for n in ("eps", "weight_decay", "mu_dtype")),
+    ):
+        default = type(section).model_fields[field].default
+        if getattr(section, field) != default and takes.isdisjoint(names):
+            raise ConfigError(
+                f"{key}.{field} is {getattr(section, field)}, but {section.name} takes "
+                f"no {' or '.join(sorted(names))} from it"
+            )

@@ -30,7 +30,6 @@ from jaxrl_llm.config.algorithm import (
     Loss,
     choice,
 )
-from jaxrl_llm.config.checks import estimator_misfits
 from jaxrl_llm.config.names import ConfigError, near
 
 Function = Callable[..., Any]
@@ -92,7 +91,7 @@ def call(
     """`function` of what it asks for by name out of `given`, and of all of `params`."""
     if isinstance(function, str):
         function = find("function", function)
-    asked = [k for k in _parameters(function) if k in given and k not in params]
+    asked = [k for k in named_parameters(function) if k in given and k not in params]
     return function(**{k: given[k] for k in asked}, **params)
 
 
@@ -164,49 +163,6 @@ def optimizer(
     return function
 
 
-def check(config: Any) -> dict[str, str]:
-    """Finds the functions of the user's own that a configuration names, before anything
-    is read or written, and returns their `fingerprints`.
-
-    Raises:
-      ConfigError: there is no such function, it asks for what it cannot get, what it
-        asks for does not fit the rest of the configuration, or its source is not that
-        of the fingerprint that the configuration has.
-    """
-    policy_loss = config.actor.policy_loss
-    loss(policy_loss.loss_mode, policy_loss.params)
-    own = estimator_of(config.algorithm)
-    for key, section in _optimizers(config):
-        _check_optimizer(key, section)
-    if own.name not in ESTIMATORS and (bad := [*estimator_misfits(config, own)]):
-        raise ConfigError("; ".join(bad))
-    found = fingerprints(config)
-    for name, known in config.function_sources.items():
-        if found.get(name) != known:
-            raise ConfigError(
-                f"function_sources: {name} was {known}, but is {found.get(name)}: its "
-                "source has changed; go on with the function as it was, or leave "
-                "function_sources out and choose another output_dir"
-            )
-    return found
-
-
-def fingerprints(config: Any) -> dict[str, str]:
-    """Of every function of the user's own that learning calls, by its module:function,
-    a hash that changes with its source."""
-    names = {
-        _LOSS: config.actor.policy_loss.loss_mode,
-        _ESTIMATOR: config.algorithm.adv_estimator,
-        **{f"{key}.name": section.name for key, section in _optimizers(config)},
-    }
-    builtin = LOSSES.keys() | ESTIMATORS.keys() | OPTIMIZERS.keys()
-    return {
-        name: fingerprint(find(key, name))
-        for key, name in names.items()
-        if name not in builtin
-    }
-
-
 def fingerprint(function: Function) -> str:
     """The first 16 digits of a sha256 of a function's source (its code, if there is no
     source), and of numbers and text that it closes over or is bound to.
@@ -259,7 +215,7 @@ def _with_params(record: Any, offered, params, where) -> Any:
     return replace(record, params=params)
 
 
-def _parameters(function: Function) -> dict[str, inspect.Parameter]:
+def named_parameters(function: Function) -> dict[str, inspect.Parameter]:
     """What a function can be given by name; what a partial has bound, it has."""
     named = (
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -294,7 +250,7 @@ def _check(
         all_parameters = inspect.signature(function).parameters.values()
     except ValueError as error:
         raise ConfigError(f"{key}: {name} has no signature to read: {error}") from None
-    parameters = _parameters(function)
+    parameters = named_parameters(function)
     if not any(p.kind is p.VAR_KEYWORD for p in all_parameters):
         for param in params:
             if param not in parameters:
@@ -322,24 +278,3 @@ def _check(
                 f"{params_key}.{asked}"
             )
     return [k for k in parameters if k in (*arrays, *numbers) and k not in params]
-
-
-def _optimizers(config: Any) -> Iterator[tuple[str, Any]]:
-    yield "actor.optim", config.actor.optim
-    yield "critic.optim", config.critic.optim
-
-
-def _check_optimizer(key: str, section: Any) -> None:
-    """Raises ConfigError also for a setting that the optimizer does not read."""
-    function = optimizer(key, section.name, section.params)
-    takes = {k for k in _parameters(function) if k not in section.params}
-    for field, names in (
-        ("betas", {"b1", "b2"}),
-        *((n, {n}) for n in ("eps", "weight_decay", "mu_dtype")),
-    ):
-        default = type(section).model_fields[field].default
-        if getattr(section, field) != default and takes.isdisjoint(names):
-            raise ConfigError(
-                f"{key}.{field} is {getattr(section, field)}, but {section.name} takes "
-                f"no {' or '.join(sorted(names))} from it"
-            )

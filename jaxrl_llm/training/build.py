@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm import models
-from jaxrl_llm.config import plugins
+from jaxrl_llm.config import checks, plugins
 from jaxrl_llm.config.checks import uses_kl
 from jaxrl_llm.config.names import ConfigError, device_numbers
 from jaxrl_llm.config.schema import (
@@ -65,7 +65,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     Raises:
       ValueError: something is missing or does not fit; the message names it.
     """
-    sources = plugins.check(config)
+    sources = checks.check_functions(config)
     for name in config.trainer.loggers:
         loggers.find(name)
     meshes = make_meshes(config)

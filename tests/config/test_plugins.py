@@ -10,7 +10,7 @@ import textwrap
 
 import pytest
 
-from jaxrl_llm.config import algorithm, parsing, plugins
+from jaxrl_llm.config import algorithm, checks, parsing, plugins
 from jaxrl_llm.config.algorithm import ESTIMATORS, LOSSES, OPTIMIZERS
 from jaxrl_llm.config.names import ConfigError
 
@@ -224,7 +224,7 @@ def module(tmp_path_factory):
 def test_a_wrong_function_is_an_error_that_says_what_fits(module, overrides, said):
     config = parse(*overrides)
     with pytest.raises(ConfigError) as error:
-        plugins.check(config)
+        checks.check_functions(config)
     assert said in str(error.value)
 
 
@@ -239,7 +239,7 @@ def test_a_wrong_function_is_an_error_that_says_what_fits(module, overrides, sai
     ],
 )
 def test_a_function_that_fits_passes(module, override):
-    plugins.check(parse(override))
+    checks.check_functions(parse(override))
 
 
 def test_a_name_that_nobody_knows_lists_the_choices():
@@ -256,11 +256,11 @@ def test_another_source_is_another_fingerprint(tmp_path, monkeypatch):
         (tmp_path / "changing.py").write_text(f"def f(logprobs):\n    return {text}\n")
         sys.modules.pop("changing", None)
         config = parse("--actor.policy_loss.loss_mode=changing:f")
-        found.append(plugins.check(config)["changing:f"])
+        found.append(checks.check_functions(config)["changing:f"])
     assert found[0] == found[1] != found[2]
     before = config.model_copy(update={"function_sources": {"changing:f": found[0]}})
     with pytest.raises(ConfigError, match=f"changing:f was {found[0]}, but is"):
-        plugins.check(before)
+        checks.check_functions(before)
     sys.modules.pop("changing", None)
 
 
@@ -278,4 +278,4 @@ def test_what_a_function_closes_over_counts():
 
 
 def test_built_in_functions_have_no_fingerprint():
-    assert plugins.check(parse()) == {}
+    assert checks.check_functions(parse()) == {}
