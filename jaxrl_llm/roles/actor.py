@@ -114,6 +114,12 @@ class Actor:
         """The policy's."""
         return self.policy.mesh
 
+    def read_weights(self, dtype: Any) -> Params:
+        """The weights before training, laid out for training."""
+        return self._source.load(
+            dtype=jnp.dtype(dtype), shardings=self.policy.param_shardings()
+        )
+
     def start(self) -> grpo.TrainState:
         """The state before the first update. Reads the weights."""
         params, _ = self._trained.split(self.read_weights("float32"))
@@ -248,9 +254,3 @@ class Actor:
     def _measure(self, rows: TrainBatch) -> dict[str, float]:
         together = self.policy.layout.micro_batch_size
         return {"perf/token_efficiency": packing.token_efficiency(rows, together)}
-
-    def read_weights(self, dtype: Any) -> Params:
-        """The weights before training, laid out for training."""
-        return self._source.load(
-            dtype=jnp.dtype(dtype), shardings=self.policy.param_shardings()
-        )

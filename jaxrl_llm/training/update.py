@@ -33,7 +33,7 @@ def update(
         state, learned = dataclasses.replace(state, actor=actor), learned | of_actor
     refresh = config.actor.ref_refresh_steps
     if refresh and step % refresh == 0:
-        reference = job.learner.as_reference(state.actor.params)
+        reference = job.learner.reference.copy_of(state.actor.params)
         state = dataclasses.replace(state, reference=reference)
     return state, learned
 
