@@ -318,5 +318,5 @@ def evaluate_config(config: Config) -> Validation:
     if not job.data.val:
         raise ConfigError("data.val is needed: which questions to answer")
     with closing(job.engine):
-        job.engine.load(job.learner.read_weights("float32"), version=0)
+        job.engine.load(job.actor.read_weights("float32"), version=0)
         return answer_held_out(job, 0)

@@ -42,6 +42,11 @@ class Layout:
     """So many neighbouring sequences always share a row, packed or not, and with it a
     micro-batch: 2 for pairs that a loss compares."""
 
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value is not None and not isinstance(value, bool) and value < 1:
+                raise ValueError(f"{name} is {value}; it must be positive")
+
 
 def make_rows(
     prompts: Sequence[Prompt],

@@ -27,7 +27,7 @@ _GIB = 2**30
 
 def show(job: Job) -> None:
     """Prints the resolved configuration, sizes, and memory per device."""
-    config, arch, learner = job.config, job.source.arch, job.learner
+    config, arch, learner = job.config, job.source.arch, job.actor
     console = Console(quiet=not processes.leads())
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     console.print(text, markup=False, highlight=False)
@@ -60,7 +60,7 @@ def show(job: Job) -> None:
 
 def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
     """Bytes on the fullest device of every group."""
-    config, learner, critic = job.config, job.learner, job.critic
+    config, learner, critic = job.config, job.actor, job.critic
     state, memory = learner.abstract_state(), {}
     group_of = placed(config.placement)
 

@@ -49,7 +49,7 @@ class Job:
     score_held_out: Score
     """The same without what only shapes training (`reward.overlong_buffer`)."""
     engine: Engine
-    learner: Actor
+    actor: Actor
     critic: Critic | None
     """None for estimators without one."""
     reward_model: RewardModel | None
@@ -110,7 +110,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
             meshes["rollout"],
             [prompt.tokens for prompt in data.train],
         ),
-        learner=actor_of(config, source, meshes["actor"], meshes["reference"]),
+        actor=actor_of(config, source, meshes["actor"], meshes["reference"]),
         critic=critic,
         reward_model=model,
     )

@@ -192,17 +192,17 @@ def assign_credit(
 
     The state is the same but for the weight of the KL penalty, if that is adaptive.
     """
-    config, learner, scores = job.config, job.learner, groups.scores
+    config, actor, scores = job.config, job.actor, groups.scores
     algorithm, params = config.algorithm, state.actor.params
     unknown = np.zeros_like(scores.total)
-    rows = learner.make_rows(groups.asked, groups.rollouts, unknown)
+    rows = actor.make_rows(groups.asked, groups.rollouts, unknown)
     values = squares = None
-    if learner.asks_other_policies:
+    if actor.asks_other_policies:
         with observe("old_log_prob"):
-            rows = learner.with_logprobs(params, rows, state.reference)
+            rows = actor.with_logprobs(params, rows, state.reference)
     if "sum_pi_squared" in plugins.estimator_of(algorithm).needs:
         with observe("old_log_prob"):
-            squares = learner.policy.sum_pi_squared(params, rows)
+            squares = actor.policy.sum_pi_squared(params, rows)
     if job.critic:
         with observe("values"):
             values = job.critic.judge(state.critic.params, rows)
@@ -246,7 +246,7 @@ def draw_again(
         jnp.asarray(rewards.ravel()), how.reweight_method, weight_pow=how.weight_pow
     )
     key = jax.random.key(seed(job.config.seed, Purpose.RESAMPLE, step))
-    return job.learner.take(rows, advantages.resample(key, weights).tolist())
+    return job.actor.take(rows, advantages.resample(key, weights).tolist())
 
 
 def per_response(rows: TrainBatch, shape: tuple[int, int]) -> np.ndarray:

@@ -32,24 +32,24 @@ def start_or_go_on(
 
 def start(job: Job) -> TrainState:
     """The state before the first step. Reads the weights."""
-    config, actor = job.config, job.learner.start()
+    config, actor = job.config, job.actor.start()
     coef, reference = None, None
     if config.algorithm.use_kl_in_reward:
         coef = np.float32(config.algorithm.kl_ctrl.kl_coef)
         coef = processes.place(coef, actor.step.sharding)
     if config.actor.ref_refresh_steps:
-        reference = job.learner.reference.read()
+        reference = job.actor.reference.read()
     critic = job.critic and job.critic.start()
     return TrainState(actor, critic, coef, reference)
 
 
 def abstract_state(job: Job) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
-    config, actor = job.config, job.learner.abstract_state()
+    config, actor = job.config, job.actor.abstract_state()
     coef, reference = None, None
     if config.algorithm.use_kl_in_reward:
         coef = jax.ShapeDtypeStruct((), jnp.float32, sharding=actor.step.sharding)
     if config.actor.ref_refresh_steps:
-        reference = job.learner.reference.abstract_params()
+        reference = job.actor.reference.abstract_params()
     critic = job.critic and job.critic.abstract_state()
     return TrainState(actor, critic, coef, reference)

@@ -29,11 +29,11 @@ def update(
         state = dataclasses.replace(state, critic=critic)
     if step > config.trainer.critic_warmup:
         with observe("update_actor"):
-            actor, of_actor = job.learner.update(state.actor, rows, order)
+            actor, of_actor = job.actor.update(state.actor, rows, order)
         state, learned = dataclasses.replace(state, actor=actor), learned | of_actor
     refresh = config.actor.ref_refresh_steps
     if refresh and step % refresh == 0:
-        reference = job.learner.reference.copy_of(state.actor.params)
+        reference = job.actor.reference.copy_of(state.actor.params)
         state = dataclasses.replace(state, reference=reference)
     return state, learned
 

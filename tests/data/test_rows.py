@@ -461,3 +461,11 @@ def test_a_pair_is_never_parted(share_prompts, pack_length, micro_batch_size):
 def test_what_must_share_a_row_and_cannot_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(observed())
+
+
+@pytest.mark.parametrize(
+    "name", ["pack_length", "micro_batch_size", "longest", "sequences_together"]
+)
+def test_a_layout_of_nothing_is_an_error(name):
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be positive"):
+        packing.Layout(**{name: 0})

@@ -34,7 +34,7 @@ def job(tmp_path_factory):
 
 def test_memory_is_that_of_the_arrays(job):
     (memory,) = dry_run.memory_per_device(job).values()
-    state = job.learner.start()
+    state = job.actor.start()
 
     def on_one_device(tree):
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))

@@ -104,8 +104,8 @@ def test_every_placement_gives_the_same_numbers(folder, colocated, name):
 
 def test_roles_are_where_they_are_placed(folder):
     made = job(folder, "where", **PLACEMENTS["disjoint"])
-    assert devices(made.learner.abstract_state()) == {0, 1}
-    assert devices(made.learner.reference.abstract_params()) == {3, 7}
+    assert devices(made.actor.abstract_state()) == {0, 1}
+    assert devices(made.actor.reference.abstract_params()) == {3, 7}
     assert devices(made.critic.abstract_state()) == {2, 4}
     assert devices(made.engine.abstract_params()) == {5, 6}
     held = dry_run.memory_per_device(made)

@@ -105,7 +105,7 @@ def test_differing_groups_by_hand():
 def test_a_prompt_that_comes_back_gets_other_responses(weights, tmp_path):
     config = make_config(weights, tmp_path, **GRPO)
     job = build(config, [RewardFunction(name="given", function=mean_id)])
-    job.engine.load(job.learner.read_weights("float32"), 0)
+    job.engine.load(job.actor.read_weights("float32"), 0)
     asked = job.data.train[:1]
     first, again, other = (
         generate(job.engine, collect.requests(config, asked, 1, attempt))[0][0].tokens
@@ -215,11 +215,11 @@ def test_pf_ppo_trains_on_the_best_and_the_worst_only(weights, tmp_path):
 
 
 def two_groups(job):
-    job.engine.load(job.learner.read_weights("float32"), 0)
+    job.engine.load(job.actor.read_weights("float32"), 0)
     asked = job.data.train[:2]
     rollouts = generate(job.engine, collect.requests(job.config, asked, 1))
     zeros = np.zeros((2, 2), np.float32)
-    return job.learner.make_rows(asked, rollouts, zeros), rollouts
+    return job.actor.make_rows(asked, rollouts, zeros), rollouts
 
 
 def tokens_of(rows, sequence):
