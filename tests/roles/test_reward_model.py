@@ -1,6 +1,5 @@
 """Scores of a reward model: those of transformers, wherever and however it is asked."""
 
-import dataclasses
 import functools
 import json
 
@@ -14,7 +13,7 @@ from short_run import make_config
 
 from jaxrl_llm import api, models
 from jaxrl_llm.config.parsing import ConfigError
-from jaxrl_llm.data.types import Completion, Prompt, single_turn
+from jaxrl_llm.data.types import Completion, Episode, Prompt, Turn, single_turn
 from jaxrl_llm.planning import dry_run, planner
 from jaxrl_llm.rewards import RewardError, RewardFunction
 from jaxrl_llm.roles.reward_model import RewardModel, is_last
@@ -364,15 +363,19 @@ def test_functions_and_model_add_up_in_training_and_validation(
     config = settings(tmp_path, tiny_model, saved("Llama"), **changed)
     job, result = run(config, [RewardFunction(name="length", function=length)])
     assert job.weights == (1.0, 1.0, 0.5)
+
+    def said(tokens):
+        turn = Turn.observed("assistant", tokens, "")
+        return Episode(prompt_id=0, sample=0, turns=(turn,))
+
     prompts = {p.id: p for p in (*job.data.train, *job.data.val)}
     for split in ("train", "val"):
         records = result.completions(1, split)
         theirs = their_scores(
             "Llama",
             [prompts[r["prompt_id"]] for r in records],
-            [[dataclasses.replace(answered()[1][0][0], tokens=np.array(r["tokens"]))]
-             for r in records],
-        )  # fmt: skip
+            [[said(r["tokens"])] for r in records],
+        )
         for record, expected in zip(records, theirs[:, 0].tolist(), strict=True):
             scores, count = record["scores"], len(record["tokens"])
             assert scores["reward_model"] == pytest.approx(expected, abs=1e-4)
