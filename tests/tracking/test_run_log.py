@@ -5,28 +5,30 @@ import json
 import numpy as np
 import pytest
 
-from jaxrl_llm.data.types import Completion, Prompt, Scores
+from jaxrl_llm.data.types import Completion, Prompt, Scores, single_turn
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.performance import Devices
 from jaxrl_llm.tracking.run_log import RunLog
 from jaxrl_llm.tracking.step_metrics import Validation
 
 PROMPT = Prompt(id=5, content="2+2?", tokens=(1, 2, 3), columns={"answer": "4"})
-ROLLOUTS = [
+ROLLOUTS = single_turn(
     [
-        Completion(
-            prompt_id=5,
-            sample=sample,
-            tokens=np.arange(length, dtype=np.int32),
-            logprobs=np.zeros(length, np.float32),
-            raw_logprobs=None,
-            finish_reason="stop",
-            weight_version=0,
-            text="4",
-        )
-        for sample, length in enumerate((2, 4))
+        [
+            Completion(
+                prompt_id=5,
+                sample=sample,
+                tokens=np.arange(length, dtype=np.int32),
+                logprobs=np.zeros(length, np.float32),
+                raw_logprobs=None,
+                finish_reason="stop",
+                weight_version=0,
+                text="4",
+            )
+            for sample, length in enumerate((2, 4))
+        ]
     ]
-]
+)
 SCORES = Scores(
     total=np.array([[1, 0]], np.float32),
     by_function={"exact": np.array([[1, 0]], np.float32)},
