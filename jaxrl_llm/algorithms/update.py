@@ -25,7 +25,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.algorithms.objectives import Metrics, Objective, Outputs
+from jaxrl_llm.algorithms.objectives import (
+    SEQUENCES_TOGETHER,
+    Metrics,
+    Objective,
+    Outputs,
+)
 from jaxrl_llm.data.rows import TrainBatch, pad_rows
 
 Params = Any
@@ -78,8 +83,15 @@ def update(
       gradient before clipping (NAME/grad_norm), and whether the update was skipped.
 
     Raises:
-      ValueError: the batch lacks what the objective needs.
+      ValueError: the batch lacks what the objective needs, or its sequences are no
+        whole number of the objective's segments.
     """
+    together = SEQUENCES_TOGETHER[objective.segments]
+    if batch.num_sequences % together:
+        raise ValueError(
+            f"{batch.num_sequences} sequences are no whole number of the "
+            f"{objective.segments} of {objective.name}"
+        )
     given, batch = batch, objective.read(batch)
     params = state.params if prepare is None else prepare(state.params)
     seen = None

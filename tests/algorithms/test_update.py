@@ -1,6 +1,7 @@
 """One update for objectives of every kind: pairs, preferences, distillation, and what
 is frozen. Each against a gradient worked out directly, and in micro-batches."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -354,3 +355,12 @@ def test_arrays_keep_their_trailing_axes():
 def test_segments_say_what_must_share_a_row():
     together = {objective.segments for objective, _, _ in CASES.values()}
     assert {SEQUENCES_TOGETHER[s] for s in together} == {1, 2}
+
+
+def test_half_a_pair_is_an_error():
+    odd = dataclasses.replace(BATCH, num_sequences=BATCH.num_sequences - 1)
+    params = make_params(0)
+    state = TrainState(params, SGD.init(params), jnp.int32(0))
+    name = Preference.name
+    with pytest.raises(ValueError, match=f"sequences are no whole number .* {name}"):
+        update(state, odd, Preference(), SGD, outputs_fn=logprob_fn)
