@@ -439,13 +439,3 @@ def test_collectives_of_a_chunk_are_those_of_its_steps():
     # Eight steps pass between two looks at whether to go on, or one.
     assert received(8) * 7 == pytest.approx(received(7) * 8, rel=0.01)
     assert received(16) == pytest.approx(2 * received(8), rel=0.01)
-
-
-def test_what_the_host_does_between_chunks_has_a_chunk_of_frames_of_its_own():
-    """A frame larger than CPython's chunks of 16 KiB gets one with room behind it."""
-    run = jax_engine._with_room
-    assert run(divmod, 7, 2) == (3, 1)
-    with pytest.raises(KeyError, match="gone"):
-        run({}.__getitem__, "gone")
-    slots = run.__code__.co_stacksize + run.__code__.co_nlocals
-    assert 8 * slots > 16 * 1024

@@ -8,7 +8,7 @@ the next. Shapes come from a few sizes, so that nothing compiles after the first
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -273,7 +273,7 @@ class JaxEngine:
         while self._running and (self._finished or self._running.outstanding):
             while self._finished:
                 yield self._finished.popleft()
-            self._finished.extend(_with_room(self._advance, self._running))
+            self._finished.extend(self._advance(self._running))
         if self._running:
             self._running.close()
         self._running = None
@@ -447,20 +447,6 @@ class JaxEngine:
         return tokenizer.backend_tokenizer.decode_batch(
             sequences, skip_special_tokens=True
         )
-
-
-def _with_room(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, with room behind this frame for all that it calls.
-
-    CPython 3.11 to 3.13 keep frames in chunks of 16 KiB, and get a new chunk at every
-    call that crosses the end of one: 10 us instead of 0.1 for each call of a loop whose
-    caller happens to be that deep. This frame is larger than a chunk, so it gets one
-    with room for 1,000 more values, once.
-    """
-    return function(*arguments)
-
-
-_with_room.__code__ = _with_room.__code__.replace(co_stacksize=4096)
 
 
 def _most_likely(response: Response) -> dict[str, np.ndarray]:
