@@ -145,10 +145,12 @@ def run(
     """
     state = setup.actor.start()
     setup.engine.load(state.params, 0)
-    for step in range(steps):
-        timer = performance.Timer()
-        state, found = _step(setup, state, timer, mean, step)
-        yield {**timer.metrics(), **found}, state
+    with performance.long_lived_objects_set_aside() as set_aside:
+        for step in range(steps):
+            timer = performance.Timer()
+            state, found = _step(setup, state, timer, mean, step)
+            yield {**timer.metrics(), **found}, state
+            set_aside()
 
 
 def measure(

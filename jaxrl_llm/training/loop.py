@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 from jaxrl_llm.sharding import processes
+from jaxrl_llm.tracking import performance
 from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.training import advice, checkpoint, evaluate
 from jaxrl_llm.training.build import Job
@@ -40,6 +41,7 @@ def run(
         closing(engine),
         opened(job) as (stream, log, checkpoints),
         asked_to_stop() as stopping,
+        performance.long_lived_objects_set_aside() as set_aside,
     ):
         state, first = start_or_go_on(job, stream, checkpoints, log.waiting)
         log.start(first)
@@ -76,6 +78,7 @@ def run(
                     checkpoints.save(step, state, {"prompts": position}, reached)
             if stop:
                 break
+            set_aside()
         with log.phase("save_checkpoint"):
             checkpoints.wait()
             if trainer.save_hf:
