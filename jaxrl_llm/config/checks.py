@@ -134,6 +134,15 @@ def _algorithm_misfits(config) -> Iterator[str]:
             f"actor.loss_agg_mode=seq-mean-token-sum-norm reads it"
         )
     correction = algorithm.rollout_correction
+    cut = rollout.top_k != -1 or rollout.top_p < 1 or rollout.min_p > 0
+    if correction and cut and rollout.engine == "vllm":
+        yield (
+            "algorithm.rollout_correction compares log-probabilities from before top_k "
+            f"{rollout.top_k}, top_p {rollout.top_p} and min_p {rollout.min_p} cut "
+            "anything off, which vLLM does not tell; set rollout.top_k=-1, "
+            "rollout.top_p=1 and rollout.min_p=0, or rollout.engine=jax, or leave the "
+            "correction out"
+        )
     mode = actor.policy_loss.loss_mode
     if correction and correction.bypass_mode and mode != DEFAULT_LOSS:
         yield (

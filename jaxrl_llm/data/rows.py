@@ -40,7 +40,8 @@ class TrainBatch:
     """True on tokens the policy sampled, the stop token included. Behind the prompt, it
     is False on observations: tokens the policy reads, such as a tool's answer."""
     sampler_logprobs: Float[Array, "R T"]
-    """Under the distribution that was sampled from, nats."""
+    """Under the sampler's policy at the sampling temperature, before top-k, top-p and
+    min-p cut anything off, nats; NaN where an engine does not tell."""
     advantages: Float[Array, "R T"]
     ref_logprobs: Float[Array, "R T"] | None = None
     """Under the reference policy, nats; None without one."""

@@ -59,6 +59,10 @@ class Completion:
     """The training step that made the weights it was sampled with."""
     text: str
     """Decoded, without special tokens and without the stop string."""
+    full_logprobs: np.ndarray | None = None
+    """float32 [t], nats: after temperature, before top-k, top-p and min-p cut anything
+    off; NaN where an engine does not tell. None if nothing was to be cut off: they are
+    `logprobs`."""
     top_tokens: np.ndarray | None = None
     """int32 [t, N]: the most likely ones at every position, the first first; None where
     none were asked for."""
@@ -84,7 +88,9 @@ class Turn:
     response_mask: np.ndarray
     """bool [t]: whether the policy sampled it. The others are observations."""
     logprobs: np.ndarray
-    """float32 [t], nats: as of `Completion`; not read where the mask is False."""
+    """float32 [t], nats: after temperature, before top-k, top-p and min-p cut anything
+    off, as a trainer computes them; NaN where an engine does not tell. Not read where
+    the mask is False."""
     weight_versions: np.ndarray
     """int32 [t]: the training step that made the weights it was sampled with; not read
     where the mask is False."""
@@ -92,16 +98,26 @@ class Turn:
     """As of `Completion`; None if the policy has no part in the turn."""
     text: str
     """Decoded, without special tokens and without a stop string."""
+    kept_mass: np.ndarray | None = None
+    """float32 [t], 0 to 1: the probability of all tokens that top-k, top-p and min-p
+    left to draw from; NaN where an engine does not tell. Not read where the mask is
+    False; None if nothing was to be cut off."""
 
     @classmethod
     def sampled(cls, completion: Completion) -> "Turn":
         """A turn that the policy sampled from its first token to its last."""
         count = len(completion.tokens)
+        logprobs, kept_mass = completion.full_logprobs, None
+        if logprobs is None:
+            logprobs = completion.logprobs
+        else:
+            kept_mass = np.exp(np.minimum(logprobs - completion.logprobs, 0.0))
         return cls(
             role="assistant",
             tokens=completion.tokens,
             response_mask=np.ones(count, bool),
-            logprobs=completion.logprobs,
+            logprobs=logprobs,
+            kept_mass=kept_mass,
             weight_versions=np.full(count, completion.weight_version, np.int32),
             finish_reason=completion.finish_reason,
             text=completion.text,
@@ -138,12 +154,13 @@ class Episode:
 
     def __post_init__(self) -> None:
         for index, turn in enumerate(self.turns):
-            for name in ("response_mask", "logprobs", "weight_versions"):
-                if len(getattr(turn, name)) != len(turn.tokens):
+            for name in ("response_mask", "logprobs", "weight_versions", "kept_mass"):
+                values = getattr(turn, name)
+                if values is not None and len(values) != len(turn.tokens):
                     raise ValueError(
                         f"episode {self.sample} of prompt {self.prompt_id}: turn "
-                        f"{index} has {len(turn.tokens)} tokens but "
-                        f"{len(getattr(turn, name))} {name}"
+                        f"{index} has {len(turn.tokens)} tokens but {len(values)} "
+                        f"{name}"
                     )
         if not self.turns:
             raise ValueError(
@@ -171,8 +188,17 @@ class Episode:
 
     @functools.cached_property
     def logprobs(self) -> np.ndarray:
-        """float32 [t], nats: under the distribution the token was sampled from."""
+        """float32 [t], nats: as of `Turn`."""
         return self._joined("logprobs")
+
+    @functools.cached_property
+    def kept_mass(self) -> np.ndarray:
+        """float32, one for each token sampled from what top-k, top-p and min-p left:
+        as of `Turn`; empty if nothing was to be cut off."""
+        kept = [
+            t.kept_mass[t.response_mask] for t in self.turns if t.kept_mass is not None
+        ]
+        return np.concatenate([np.zeros(0, np.float32), *kept])
 
     @functools.cached_property
     def weight_versions(self) -> np.ndarray:

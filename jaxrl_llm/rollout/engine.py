@@ -54,10 +54,14 @@ class Sampling:
             raise ValueError("a stop string must not be empty")
 
     @property
+    def truncates(self) -> bool:
+        """Whether some tokens may not be drawn."""
+        return self.top_k != -1 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def plain(self) -> bool:
         """Whether tokens are drawn from the model's own distribution."""
-        cut = self.top_k != -1 or self.top_p < 1 or self.min_p > 0
-        return self.temperature == 1 and not cut
+        return self.temperature == 1 and not self.truncates
 
 
 @dataclass(frozen=True, kw_only=True)

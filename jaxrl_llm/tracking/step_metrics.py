@@ -90,7 +90,8 @@ def batch_metrics(
     veRL does; `clip_ratio` is the share of responses cut off at their limit;
     `training/groups_all_equal` the share of prompts whose responses all got the same
     reward, so that they teach GRPO nothing; `reward/NAME/mean` the mean of one
-    function over the responses it judges.
+    function over the responses it judges; `rollout/kept_mass` the probability, before
+    top-k, top-p and min-p cut anything off, of the tokens that they left to draw from.
     """
     flat = [episode for group in episodes for episode in group]
     lengths = [len(episode.tokens) for episode in flat]
@@ -104,6 +105,10 @@ def batch_metrics(
         **_spread("prompt_length", [len(prompt.tokens) for prompt in prompts]),
         "training/groups_all_equal": float((np.ptp(total, axis=1) == 0).mean()),
     }
+    masses = np.concatenate([episode.kept_mass for episode in flat])
+    if np.isfinite(masses).any():
+        metrics["rollout/kept_mass_mean"] = float(np.nanmean(masses))
+        metrics["rollout/kept_mass_min"] = float(np.nanmin(masses))
     for name, value in scores.by_function.items():
         if not np.isnan(value).all():
             metrics[f"reward/{name}/mean"] = float(np.nanmean(value))

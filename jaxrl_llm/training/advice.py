@@ -8,7 +8,7 @@ from jaxrl_llm.config.schema import Config
 def on_mismatch(config: Config, metrics: Mapping[str, float]) -> str | None:
     """What to change when sampler and trainer differ by more than they should."""
     found = metrics.get("mismatch/logprob_diff_mean", 0.0)
-    if config.algorithm.rollout_correction or found <= config.rollout.max_mismatch:
+    if config.algorithm.rollout_correction or not found > config.rollout.max_mismatch:
         return None
     return (
         f"sampler and trainer differ by {found:.3g} nats per token "

@@ -209,6 +209,15 @@ def test_a_mistake_is_one_line_with_the_key_and_what_fits(override, line):
     assert "\n" not in said
 
 
+@pytest.mark.parametrize("cut", ["top_k=20", "top_p=0.9", "min_p=0.1"])
+def test_what_vllm_does_not_tell_is_not_corrected_for(cut):
+    given = f"--rollout.{cut}", "--algorithm.rollout_correction.bypass_mode=true"
+    said = complaint("--rollout.engine=vllm", *given)
+    assert "cut anything off, which vLLM does not tell; set rollout.top_k=-1" in said
+    assert cut.replace("=", " ") in said
+    assert parse(*given).algorithm.rollout_correction.bypass_mode
+
+
 def test_every_mistake_has_its_line():
     lines = complaint("--seeed=1", "--rollout.nn=3", "--val.n=0").splitlines()
     assert [line.split(": ")[1] for line in lines] == ["rollout.nn", "val.n", "seeed"]

@@ -45,6 +45,21 @@ def test_an_episode_joins_its_turns():
     assert (episode.text, episode.finish_reason) == ("?ab42abend", "stop")
 
 
+def test_what_was_cut_off_does_not_count_as_the_policy_s_probability():
+    full = np.array([-1.5, -2.0], np.float32)
+    cut = dataclasses.replace(COMPLETION, full_logprobs=full)
+    turn = Turn.sampled(cut)
+    assert turn.logprobs is full
+    np.testing.assert_allclose(turn.kept_mass, [np.exp(-0.5), 1.0])
+    turns = (turn, Turn.observed("tool", [8], "42"), turn, Turn.sampled(COMPLETION))
+    episode = Episode(prompt_id=7, sample=0, turns=turns)
+    np.testing.assert_allclose(episode.kept_mass, [np.exp(-0.5), 1.0] * 2)
+    assert len(Episode.of(COMPLETION).kept_mass) == 0
+    short = dataclasses.replace(turn, kept_mass=turn.kept_mass[:1])
+    with pytest.raises(ValueError, match="turn 0 has 2 tokens but 1 kept_mass"):
+        Episode(prompt_id=7, sample=0, turns=(short,))
+
+
 def test_what_is_no_episode_is_refused():
     few = dataclasses.replace(COMPLETION, logprobs=COMPLETION.logprobs[:1])
     expected = "episode 1 of prompt 7: turn 0 has 2 tokens but 1 logprobs"

@@ -75,6 +75,27 @@ def test_raw_logprobs_ignore_temperature_and_truncation():
 
 @pytest.mark.parametrize(
     "options, probs",
+    [
+        ({"mode": "plain"}, PROBS),
+        ({"temperature": 0.5}, np.array([0.25, 0.0625, 0.0225, 0.01]) / 0.345),
+        (
+            {"temperature": 0.5, "top_k": 2},
+            np.array([0.25, 0.0625, 0.0225, 0.01]) / 0.345,
+        ),
+        ({"top_p": 0.7}, PROBS),
+        ({"min_p": 0.29, "top_k": 3}, PROBS),
+        ({"temperature": 0.0}, PROBS),
+    ],
+    ids=str,
+)
+def test_full_logprobs_ignore_what_is_cut_off(options, probs):
+    sampled = draw_many(64, **options)
+    index = np.searchsorted(TOKENS, np.asarray(sampled.tokens))
+    np.testing.assert_allclose(sampled.full_logprobs, np.log(probs)[index], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, probs",
     [({"mode": "plain"}, PROBS[:3]), ({"top_k": 2}, [2 / 3, 1 / 3, 0])],
     ids=str,
 )

@@ -157,7 +157,7 @@ def simulate(
         zeros = np.zeros(last.shape[:2], np.float32)
         none = zeros[..., None][..., :0]
         for response, before in scheduler.took(
-            last[..., 0], last[..., 1], zeros, zeros, none, none
+            last[..., 0], last[..., 1], zeros, zeros, zeros, none, none
         ):
             key = response.request.prompt_id * 3 + response.sample
             expected = [token_of(key, i) for i in range(len(response.tokens))]
@@ -220,7 +220,7 @@ def test_the_page_to_copy_from_may_be_the_only_one_there_is():
         [[piece]] = made.rounds  # read again: nothing to copy from would be left
         assert (piece.tokens, made.copies) == ((1, 2), [])
         [(response, _)] = scheduler.took(
-            np.full((2, 1), slot), *np.zeros((3, 2, 1), int), *np.zeros((2, 2, 1, 0))
+            np.full((2, 1), slot), *np.zeros((4, 2, 1), int), *np.zeros((2, 2, 1, 0))
         )
         scheduler.finish(response, told=True)
     assert scheduler.outstanding == 0

@@ -164,6 +164,7 @@ def test_sampled_logprobs_are_those_of_the_distribution_drawn_from(engine, model
         ]
         for completion in group:
             assert completion.raw_logprobs is None  # the server told only one of two
+            assert np.isnan(completion.full_logprobs).all()
             row = jnp.asarray([[*tokens, *completion.tokens]])
             places = jnp.arange(row.shape[1])[None]
             hidden = models.forward(

@@ -8,8 +8,9 @@ from jaxrl_llm.data.types import Episode, Turn
 
 def part(turn: Turn, begin: int, end: int) -> Turn:
     """The tokens begin .. end - 1 of a turn."""
-    names = ("tokens", "response_mask", "logprobs", "weight_versions")
-    return replace(turn, **{name: getattr(turn, name)[begin:end] for name in names})
+    names = ("tokens", "response_mask", "logprobs", "weight_versions", "kept_mass")
+    cut = {n: x[begin:end] for n in names if (x := getattr(turn, n)) is not None}
+    return replace(turn, **cut)
 
 
 def insert(episode: Episode, observed: Mapping[int, Sequence[int]]) -> Episode:

@@ -194,6 +194,22 @@ def test_batch_metrics_by_hand():
     }
 
 
+def test_the_kept_mass_is_over_the_tokens_that_know_it():
+    def kept(*mass):
+        turn = EPISODES[1][0].turns[0]
+        known = dataclasses.replace(turn, kept_mass=np.array(mass, np.float32))
+        return dataclasses.replace(EPISODES[1][0], turns=(known,))
+
+    def found(one):
+        episodes = [EPISODES[0], [one, EPISODES[1][1]]]
+        return step_metrics.batch_metrics(PROMPTS, episodes, SCORES, SCORES.total)
+
+    metrics = found(kept(0.5, 1.0, np.nan))
+    assert metrics["rollout/kept_mass_mean"] == 0.75
+    assert metrics["rollout/kept_mass_min"] == 0.5
+    assert "rollout/kept_mass_mean" not in found(kept(np.nan, np.nan, np.nan))
+
+
 def test_rollout_records_hold_one_completion_each():
     records = step_metrics.rollout_records(
         12, "train", "train", PROMPTS, EPISODES, SCORES, advantage=SCORES.total / 2

@@ -392,6 +392,7 @@ class JaxEngine:
                 for values in (
                     response.tokens,
                     response.logprobs,
+                    response.full_logprobs,
                     response.raw_logprobs,
                     response.top_tokens,
                     response.top_logprobs,
@@ -412,6 +413,9 @@ class JaxEngine:
                 sample=response.sample,
                 tokens=np.asarray(response.tokens, np.int32),
                 logprobs=np.asarray(response.logprobs, np.float32),
+                full_logprobs=np.asarray(response.full_logprobs, np.float32)
+                if response.request.sampling.truncates
+                else None,
                 raw_logprobs=np.asarray(response.raw_logprobs, np.float32),
                 finish_reason="length" if cut is None and not by_token else "stop",
                 weight_version=self._version,

@@ -92,6 +92,7 @@ class Steps:
     slots: Int[Array, "k B"]
     tokens: Int[Array, "k B"]
     logprobs: Float[Array, "k B"]
+    full_logprobs: Float[Array, "k B"]
     raw_logprobs: Float[Array, "k B"]
     top_tokens: Int[Array, "k B N"]
     top_logprobs: Float[Array, "k B N"]
@@ -154,6 +155,7 @@ def decode(
             slots=jnp.full((chunk, B), -1, jnp.int32),
             tokens=jnp.zeros((chunk, B), jnp.int32),
             logprobs=jnp.zeros((chunk, B)),
+            full_logprobs=jnp.zeros((chunk, B)),
             raw_logprobs=jnp.zeros((chunk, B)),
             top_tokens=jnp.zeros((chunk, B, top), jnp.int32),
             top_logprobs=jnp.zeros((chunk, B, top)),
@@ -354,6 +356,7 @@ def _step(
         slots=jnp.where(runs, rows.slots, -1),
         tokens=new.tokens,
         logprobs=new.logprobs,
+        full_logprobs=new.full_logprobs,
         raw_logprobs=new.raw_logprobs,
         top_tokens=new.top_tokens,
         top_logprobs=new.top_logprobs,

@@ -21,6 +21,9 @@ class Sampled(NamedTuple):
     tokens: Int[Array, " B"]
     logprobs: Float[Array, " B"]
     """Under the distribution that was sampled from."""
+    full_logprobs: Float[Array, " B"]
+    """Under softmax(logits / temperature), before anything was cut off; at temperature
+    0 under softmax(logits)."""
     raw_logprobs: Float[Array, " B"]
     """Under softmax(logits)."""
     top_tokens: Int[Array, "B N"]
@@ -69,18 +72,20 @@ def sample(
     )(keys, counts)
     if mode == "plain":
         tokens, logprobs = draw(logits, uniforms)
-        return Sampled(tokens, logprobs, logprobs, *most_likely(logits, top))
+        return Sampled(tokens, logprobs, logprobs, logprobs, *most_likely(logits, top))
     greedy = temperature == 0.0
-    scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
+    full = scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
     if mode == "truncated":
-        scaled = truncate(scaled, top_k, top_p, min_p)
+        scaled = truncate(full, top_k, top_p, min_p)
     drawn, logprobs = draw(scaled, uniforms)
     tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
-    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    raw_logprobs = _logprobs(logits, tokens)
+    full_logprobs = _logprobs(full, tokens) if mode == "truncated" else logprobs
     return Sampled(
         tokens,
         jnp.where(greedy, 0.0, logprobs),
-        chosen - jax.nn.logsumexp(logits, axis=-1),
+        jnp.where(greedy, raw_logprobs, full_logprobs),
+        raw_logprobs,
         *most_likely(jnp.where(greedy[:, None], logits, scaled), top),
     )
 
@@ -148,6 +153,13 @@ def draw(
     place = _invert(jnp.exp(inside), uniforms[:, 1])
     chosen = jnp.take_along_axis(inside, place[:, None], axis=1)[:, 0]
     return block * _BLOCK + place, chosen - jnp.log(totals.sum(axis=-1))
+
+
+def _logprobs(
+    logits: Float[Array, "B V"], tokens: Int[Array, " B"]
+) -> Float[Array, " B"]:
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _invert(weights: Float[Array, "B n"], uniforms: Float[Array, " B"]):

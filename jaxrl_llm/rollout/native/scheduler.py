@@ -30,6 +30,7 @@ class Response:
     sample: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    full_logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
     top_tokens: list[np.ndarray] = field(default_factory=list)
     """[N] each."""
@@ -168,6 +169,7 @@ class Scheduler:
         slots: np.ndarray,
         tokens: np.ndarray,
         logprobs: np.ndarray,
+        full_logprobs: np.ndarray,
         raw_logprobs: np.ndarray,
         top_tokens: np.ndarray,
         top_logprobs: np.ndarray,
@@ -176,7 +178,7 @@ class Scheduler:
 
         Args:
           slots: int [steps, rows]: whose token it is; -1: nobody's.
-          tokens, logprobs, raw_logprobs: [steps, rows].
+          tokens, logprobs, full_logprobs, raw_logprobs: [steps, rows].
           top_tokens, top_logprobs: [steps, rows, N].
 
         Yields:
@@ -186,7 +188,9 @@ class Scheduler:
         there = np.flatnonzero(of >= 0)
         there = there[np.argsort(of[there], kind="stable")]
         parts = np.split(there, np.flatnonzero(np.diff(of[there])) + 1)
-        new, logs, raw = (x.T.ravel() for x in (tokens, logprobs, raw_logprobs))
+        new, logs, full, raw = (
+            x.T.ravel() for x in (tokens, logprobs, full_logprobs, raw_logprobs)
+        )
         top, top_logs = (
             x.swapaxes(0, 1).reshape(len(of), x.shape[-1])
             for x in (top_tokens, top_logprobs)
@@ -198,6 +202,7 @@ class Scheduler:
             before = len(response.tokens)
             response.tokens.extend(new[part].tolist())
             response.logprobs.extend(logs[part].tolist())
+            response.full_logprobs.extend(full[part].tolist())
             response.raw_logprobs.extend(raw[part].tolist())
             if response.request.sampling.logprobs:
                 response.top_tokens.extend(top[part])

@@ -567,6 +567,8 @@ class VllmEngine:
         more = {}
         if sampling.logprobs:
             more = _most_likely(answer["logprobs"]["top_logprobs"], sampling.logprobs)
+        if sampling.truncates:  # told only after what was cut off
+            more["full_logprobs"] = np.full_like(logprobs, np.nan)
         if sampling.prompt_logprobs:
             found = of_prompt(request.tokens, answer)
             more["prompt_logprobs"] = np.asarray(found, np.float32)
