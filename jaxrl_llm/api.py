@@ -94,8 +94,9 @@ def train(
         return parsing.parse(values, "train()")
 
     # All that can be wrong without the rows is said before they are written down.
-    checks.check_functions(described(lambda rows, name: f"{name}.jsonl"))
-    config = described(lambda rows, name: _stored(rows, output_dir, name))
+    checked = described(lambda rows, name: f"{name}.jsonl")
+    checks.check_functions(checked)
+    config = described(lambda rows, name: _stored(rows, checked.output_dir, name))
     return run(build(config, functions))
 
 
@@ -266,7 +267,7 @@ def _weights(model: Model) -> str:
     """Where a model's weights are; those of a run lie in its folder `huggingface`."""
     if isinstance(model, Result):
         return str(model.weights)
-    trained = Path(model, "huggingface")
+    trained = Path(model, "huggingface").expanduser()
     return str(trained) if trained.is_dir() else fspath(model)
 
 

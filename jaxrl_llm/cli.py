@@ -296,7 +296,7 @@ def generate(
       seed: the same seed gives the same completions.
       dtype: float32 on a CPU and bfloat16 elsewhere if not given.
     """
-    texts = [*prompts, *(file.read_text().splitlines() if file else [])]
+    texts = [*prompts, *(file.expanduser().read_text().splitlines() if file else [])]
     if not texts:
         raise ConfigError("nothing to answer: give --prompts TEXT or --file FILE")
     if system is not None and not chat:
@@ -361,4 +361,4 @@ def report(run_dir: tyro.conf.Positional[Path]) -> None:
     """
     from jaxrl_llm.tracking import report as reports
 
-    print(reports.write(run_dir))
+    print(reports.write(run_dir.expanduser()))

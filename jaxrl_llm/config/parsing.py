@@ -1,11 +1,13 @@
 """YAML files and command lines to a `Config`, and what is wrong with them."""
 
+import builtins
 import copy
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pydantic
 import yaml
@@ -43,9 +45,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def override(values: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
     """`values` with `--section.key value` or `--section.key=value` put in.
 
-    Values are YAML; hyphens in keys stand for underscores; a number selects an entry of
-    a list. Whether a key exists is left to `parse`, so that a typing error on the
-    command line and one in the file read the same.
+    Where a field is text, the value is that text, or null where it need not be given;
+    other values are YAML. Hyphens in keys stand for underscores; a number selects an
+    entry of a list; of a key given twice the last counts. Whether a key exists is left
+    to `parse`, so that a typing error on the command line and one in the file read the
+    same.
 
     Raises:
       ConfigError: not of this form.
@@ -57,9 +61,63 @@ def override(values: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, A
         missing = not equals and (not rest or rest[0].startswith("--"))
         if missing or not flag.startswith("--"):
             raise ConfigError(f"{flag}: expected --section.key VALUE")
-        keys = flag.removeprefix("--").replace("-", "_").split(".")
-        put(result, keys, _load_yaml(text if equals else rest.pop(0), flag))
+        keys, kinds = _field(flag.removeprefix("--").split("."))
+        put(result, keys, _value(text if equals else rest.pop(0), kinds, flag))
     return result
+
+
+def _field(keys: Sequence[str]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+    """The keys as the schema spells them, and the types their field may have."""
+    found, kinds = [], (Config,)
+    for key in keys:
+        section = next((kind for kind in kinds if _is_section(kind)), None)
+        found.append(key if section is None and kinds else key.replace("-", "_"))
+        field = section and section.model_fields.get(found[-1])
+        kinds = _members(field.annotation) if field else _entries(kinds, key)
+    return tuple(found), kinds
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, each without what is written beside it."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(kind for a in get_args(annotation) for kind in _members(a))
+    return (annotation,)
+
+
+def _entries(kinds: Sequence[Any], key: str) -> tuple[Any, ...]:
+    """The types of what stands under `key` in a dictionary, or at it in a list."""
+    for kind in kinds:
+        inside = get_args(kind)
+        match get_origin(kind):
+            case builtins.dict:
+                return _members(inside[1])
+            case builtins.tuple if key.isdecimal():
+                same = inside[-1] is Ellipsis
+                return _members(inside[0 if same else min(int(key), len(inside) - 1)])
+    return ()
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _value(text: str, kinds: Sequence[Any], flag: str) -> Any:
+    """What the text of a flag stands for in a field of these types."""
+    may_be_none = type(None) in kinds
+    kinds = [kind for kind in kinds if kind is not type(None)]
+    if kinds and all(
+        kind is str
+        or get_origin(kind) is Literal
+        and all(isinstance(choice, str) for choice in get_args(kind))
+        for kind in kinds
+    ):
+        return None if may_be_none and text == "null" else text
+    value = _load_yaml(text, flag)
+    # YAML leaves out what it takes for a comment.
+    cut = "#" in text and (value is None or isinstance(value, int | float))
+    return text if cut else value
 
 
 def put(tree: Any, keys: Sequence[str], value: Any) -> None:
@@ -131,11 +189,57 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))  # 010 is ten, and no octal number
+
+
+_Loader.add_constructor(_INT, _decimal)
+
+
 def _load_yaml(text: str | bytes, source: str) -> Any:
     try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            for problem in _twice(node, (), ()):
+                raise ConfigError(f"{source}: {problem}")
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: not YAML: {error}") from None
+
+
+def _twice(
+    node: yaml.Node, path: tuple[str, ...], above: tuple[int, ...]
+) -> Iterator[str]:
+    """What has no one meaning: keys given twice, and what holds itself."""
+    line = node.start_mark.line + 1
+    if id(node) in above:
+        yield f"line {line}: {'.'.join(path)} holds itself"
+        return
+    above = (*above, id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, entry in enumerate(node.value):
+            yield from _twice(entry, (*path, str(index)), above)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    first: dict[tuple[str, str], int] = {}
+    for key, value in node.value:
+        here = (*path, str(key.value))
+        line = key.start_mark.line + 1
+        same = key.tag, str(key.value)
+        if same in first:
+            yield (
+                f"line {line}: {'.'.join(here)} is given twice, first in line "
+                f"{first[same]}; join the two"
+            )
+        first[same] = line
+        yield from _twice(value, here, above)
 
 
 def explain(error: pydantic.ValidationError, source: str) -> str:

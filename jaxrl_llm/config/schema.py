@@ -4,7 +4,7 @@
 before anything is loaded. Keys that share veRL's name keep veRL's meaning.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,39 +17,39 @@ from jaxrl_llm.config.schema_training import (
     TrainMeshConfig,
     TrainRules,
 )
-from jaxrl_llm.config.section import Section
+from jaxrl_llm.config.section import Name, PathText, Section
 
 
 class ModelConfig(Section):
     """Which weights to start from."""
 
-    path: str
+    path: PathText
     """A Hugging Face directory or hub id, a .gguf file, or package:NAME/FILE.gguf for a
     GGUF file that an installed Python package ships."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit on the hub."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Directory or hub id of another tokenizer; the model's own if not given."""
 
 
 class DatasetConfig(Section):
     """Where questions come from."""
 
-    path: str
+    path: PathText
     """FILE.jsonl, FILE.parquet, hub:ID, disk:DIR (a saved Hugging Face data set), or
     reasoning_gym:TASK."""
     params: dict[str, Any] = {}
     """reasoning_gym: the task's parameters. hub: arguments of `datasets.load_dataset`
     such as `name` and `revision`."""
-    split: str = "train"
+    split: Name = "train"
     """hub and disk only."""
     size: int | None = Field(None, gt=0)
     """At most this many questions; all if not given (reasoning_gym needs it)."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """reasoning_gym only: which questions are drawn."""
-    prompt_key: str = "prompt"
+    prompt_key: Name = "prompt"
     """The column that holds the question: text, or a list of chat messages."""
-    answer_key: str = "answer"
+    answer_key: Name = "answer"
     """The column that holds the reference answer; rewards get it as `answer`."""
     prompt_template: str | None = None
     """Text around the question; {name} stands for column `name`."""
@@ -106,7 +106,7 @@ class RolloutMeshConfig(Section):
 class VllmConfig(Section):
     """Servers that generate: running ones (`urls`), or ours, which end with the run."""
 
-    urls: tuple[str, ...] = ()
+    urls: tuple[Name, ...] = ()
     """Running servers, such as http://host:8000. Requests are spread over them."""
     command: tuple[str, ...] = ("python", "-m", "vllm.entrypoints.openai.api_server")
     """Starts one of ours: the Python of vLLM's environment, or a container."""
@@ -119,7 +119,7 @@ class VllmConfig(Section):
     entries one server, which sees the devices that the trainer sees."""
     port: int | None = Field(None, gt=0, lt=65536)
     """Of the first server of ours, the others follow; free ports if not given."""
-    weights_dir: str | None = None
+    weights_dir: PathText | None = None
     """Folder that weights are sent through; trainer and servers must see it. Memory
     (/dev/shm) for servers of ours where there is such, else output_dir."""
     start_timeout_s: float = Field(900.0, gt=0)
@@ -148,9 +148,9 @@ class RolloutConfig(SamplingConfig):
     """Responses per prompt (the group)."""
     max_response_length: int = Field(512, gt=0)
     """Tokens, the stop token included."""
-    stop: tuple[str, ...] = ()
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a response, besides the model's own stop tokens."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Token ids that end a response, besides the model's own stop tokens."""
     max_num_seqs: int = Field(256, gt=0)
     """Sequences decoded together; more wait."""
@@ -185,7 +185,7 @@ class RolloutConfig(SamplingConfig):
 class RewardFunctionConfig(Section):
     """One term of the reward."""
 
-    name: str
+    name: Name
     """exact, numeric, gsm8k, math, reasoning_gym, or module:function with TRL's
     signature f(prompts, completions, completion_ids, **columns)."""
     weight: float = 1.0
@@ -197,10 +197,10 @@ class RewardModelConfig(Section):
     """A model that scores prompt and response, one more term of the reward by the name
     reward_model."""
 
-    path: str
+    path: PathText
     """A Hugging Face directory or hub id of a ...ForSequenceClassification with one
     label, that reads the policy's tokens."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit on the hub."""
     weight: float = 1.0
     """Its scores are multiplied by it."""
@@ -284,7 +284,7 @@ class TrainerConfig(Section):
     """Write the final weights as a Hugging Face directory, output_dir/huggingface."""
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Besides the files, which are always written."""
-    project: str = "jaxrl_llm"
+    project: Name = "jaxrl_llm"
     """Project name for the loggers."""
     num_examples: int = Field(3, ge=0)
     """Completions shown in the terminal."""
@@ -334,9 +334,9 @@ class PlacementConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    output_dir: str
+    output_dir: PathText
     """Everything the run writes is in here."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Of data order, sampling and everything else that is random."""
     model: ModelConfig
     data: DataConfig

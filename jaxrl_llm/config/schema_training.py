@@ -12,7 +12,7 @@ from jaxrl_llm.config.algorithm import (
 )
 from jaxrl_llm.config.names import Aggregation, KlEstimator, TrainRules
 from jaxrl_llm.config.schema_algorithm import PolicyLossConfig
-from jaxrl_llm.config.section import Section
+from jaxrl_llm.config.section import Name, PathText, Section
 
 
 class TrainMeshConfig(Section):
@@ -153,10 +153,10 @@ class CriticOptimConfig(OptimConfig):
 class CriticModelConfig(Section):
     """Which weights the critic starts from; its value head starts at 0."""
 
-    path: str | None = None
+    path: PathText | None = None
     """As `model.path`, with the same vocabulary; the policy's initial weights if not
     given."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit on the hub."""
 
 

@@ -111,7 +111,7 @@ def column(row: Mapping[str, Any], key: str) -> Any:
 
 
 def _read_file(name: str, source: Source) -> Iterator[Row]:
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(
             f"data path {name!r} is neither FILE.jsonl, FILE.parquet, hub:ID, disk:DIR "
@@ -162,7 +162,7 @@ def _read_hub(name: str, source: Source) -> Iterator[Row]:
 def _read_disk(name: str, source: Source) -> Iterator[Row]:
     datasets = _import("datasets")
     try:
-        data = datasets.load_from_disk(name)
+        data = datasets.load_from_disk(Path(name).expanduser())
     except (OSError, ValueError) as error:
         raise ValueError(f"{source.path}: {error}") from error
     if isinstance(data, datasets.DatasetDict):

@@ -99,7 +99,38 @@ def test_a_configuration_cannot_be_changed():
             "actor.remat: Input should be 'none', 'dots', 'full' or 'offload', got",
         ),
         ("--rollout.dtype=float16", "rollout.dtype: Input should be 'float32' or"),
-        ("--model.path=3", "model.path: Input should be a valid string, got 3"),
+        ("--model={path: 3}", "model.path: Input should be a valid string, got 3"),
+        # Numbers that nothing can compute with, and what only looks like one.
+        ("--seed=-1", "seed: Input should be greater than or equal to 0, got -1"),
+        ("--seed=4294967296", "seed: 4294967296 is out of range; at most 4294967295"),
+        ("--data.train.seed=-1", "data.train.seed: Input should be greater than or"),
+        ("--rollout.n=1e400", "rollout.n: Input should be a finite number, got inf"),
+        ("--rollout.n=yes", "rollout.n: should be a number, got True"),
+        ("--rollout.n=2.5", "rollout.n: Input should be a valid integer"),
+        ("--rollout.n='nan'", "rollout.n: Input should be a valid integer"),
+        ("--rollout.stop_token_ids=[5, -1]", "rollout.stop_token_ids.1: Input should"),
+        ("--actor.entropy_coeff=-.inf", "actor.entropy_coeff: Input should be a finit"),
+        ("--actor.optim.lr=1e39", "actor.optim.lr: 1e+39 is out of range; at most 3.4"),
+        ("--actor.optim.lr=true", "actor.optim.lr: should be a number, got True"),
+        ("--actor.optim.betas=[true, 0.9]", "actor.optim.betas: should be a number"),
+        ("--seed=1" + "0" * 400, "seed: 100000000000 is out of range; at most"),
+        # Names of nothing, variables that nothing fills in, and places out of reach.
+        ("--output_dir=", "output_dir: is empty"),
+        ("--model.revision= ", "model.revision: is empty"),
+        ("--rollout.stop=['']", "rollout.stop.0: String should have at least 1 char"),
+        ("--output_dir=${oc.env:SCRATCH}/x", "output_dir: '${oc.env:SCRATCH}/x' has"),
+        ("--model.path=$HOME/x", "model.path: '$HOME/x' has the variable $HOME, which"),
+        (
+            "--output_dir=gs://b/x",
+            "output_dir: 'gs://b/x' is an address, and only path",
+        ),
+        ("--output_dir=file:///x", "output_dir: 'file:///x' is an address"),
+        ("--model.path=s3://b/x", "model.path: 's3://b/x' is an address"),
+        ("--model.tokenizer=https://x", "model.tokenizer: 'https://x' is an address"),
+        ("--data.train.path=disk:gs://b", "data.train.path: 'disk:gs://b' is an addre"),
+        ("--rollout.vllm.weights_dir=gs://b", "rollout.vllm.weights_dir: 'gs://b' is"),
+        ("--output_dir=~nobody_here/x", "output_dir: '~nobody_here/x': Could not det"),
+        ("--data.train.split=a\udced", "data.train.split: 'a\\udced' holds half a ch"),
         ("--reward.functions=[]", "reward: functions is empty; give at least one, or"),
         ("--trainer={}", "trainer.total_training_steps: needed but not given"),
         ("--trainer.loggers=[wandbb]", "trainer.loggers.0: Input should be 'tensor"),
@@ -235,6 +266,44 @@ def test_every_mistake_has_its_line():
         (["--model.tokenizer", "null"], "model.tokenizer", None),
         (["--seed", "1", "--seed", "2"], "seed", 2),
         (["--actor.optim", "{lr: 1, eps: 2}"], "actor.optim.eps", 2.0),
+        (["--rollout.n", "010"], "rollout.n", 10),
+        # A field's type says how its value is read: text stays text.
+        (
+            ["--data.train.system-prompt", "# Task"],
+            "data.train.system_prompt",
+            "# Task",
+        ),
+        (
+            ["--data.train.system_prompt", "a: b\n"],
+            "data.train.system_prompt",
+            "a: b\n",
+        ),
+        (["--data.train.system_prompt", "[a"], "data.train.system_prompt", "[a"),
+        (["--data.train.system_prompt", ""], "data.train.system_prompt", ""),
+        (["--data.train.system_prompt", "null"], "data.train.system_prompt", None),
+        (
+            ["--data.train.prompt_template", '"{x}"'],
+            "data.train.prompt_template",
+            '"{x}"',
+        ),
+        (["--data.train.split", "yes"], "data.train.split", "yes"),
+        (["--data.train.split", "null"], "data.train.split", "null"),
+        (["--trainer.project", "1e3"], "trainer.project", "1e3"),
+        (["--trainer.project", "007"], "trainer.project", "007"),
+        (["--model.revision", "2024-01-01"], "model.revision", "2024-01-01"),
+        (["--data.train.params.name", "# x"], "data.train.params", {"name": "# x"}),
+        (["--data.train.params.name", "3 # x"], "data.train.params", {"name": "3 # x"}),
+        (["--data.train.params.depth", "3"], "data.train.params", {"depth": 3}),
+        (
+            ["--algorithm.rollout_correction.rollout-is-threshold", "0.5_2"],
+            "algorithm.rollout_correction.rollout_is_threshold",
+            "0.5_2",
+        ),
+        (
+            ["--algorithm.rollout_correction.rollout_is_threshold", "3"],
+            "algorithm.rollout_correction.rollout_is_threshold",
+            3.0,
+        ),
     ],
     ids=str,
 )
@@ -324,6 +393,59 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=f"^{path}: not YAML: "):
         parsing.load(path)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: {b: 1}\nc: 2\na: {d: 3}\n", "line 3: a is given twice, first in line 1"),
+        ("a:\n  b: 1\n  b: 1\n", "line 3: a.b is given twice, first in line 2"),
+        ("a: {b: 1, 'b': 2}", "line 1: a.b is given twice, first in line 1"),
+        ("a:\n- b: 1\n- b: 2\n  b: 3\n", "line 4: a.1.b is given twice"),
+        ("a: &x {b: 1}\nc: {<<: *x, d: &y {e: 1, e: 2}}", "line 2: c.d.e is given"),
+        ("a: &x {b: *x}", "line 1: a.b holds itself"),
+        ("a: 2024-13-45", "not YAML: month must be in 1..12"),
+        ("a: " + "[" * 20000, "not YAML: maximum recursion depth"),
+    ],
+)
+def test_a_file_that_has_two_meanings_is_refused(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"^{path}: {message}"):
+        parsing.load(path)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("--rollout={n: 2, n: 4}", "--rollout: line 1: n is given twice, first in li"),
+        ("--rollout.n=0" + "1" * 5000, "--rollout.n: not YAML: Exceeds the limit"),
+    ],
+)
+def test_what_is_no_yaml_on_the_command_line_names_its_flag(override, message):
+    assert complaint(override).startswith(message)
+
+
+def test_keys_of_a_dictionary_keep_their_hyphens():
+    found = parsing.override({}, ["--rollout.vllm.env.A-b", "1"])
+    assert found == {"rollout": {"vllm": {"env": {"A-b": "1"}}}}
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("output_dir", "{}/run"),
+        ("model.path", "{}/model.gguf"),
+        ("data.train.path", "{}/a.jsonl"),
+        ("data.train.path", "disk:{}/a"),
+    ],
+)
+def test_a_tilde_is_the_home_directory(monkeypatch, key, value):
+    monkeypatch.setenv("HOME", "/home/someone")
+    found = parse(f"--{key}={value.format('~')}")
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value.format("/home/someone")
 
 
 def test_a_missing_file_names_its_neighbours(tmp_path):
