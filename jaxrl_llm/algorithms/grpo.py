@@ -24,7 +24,8 @@ from jaxrl_llm.algorithms import kl, losses, masked
 from jaxrl_llm.algorithms import rollout_correction as corrections
 from jaxrl_llm.algorithms import update as updates
 from jaxrl_llm.algorithms.logprobs import Logprobs
-from jaxrl_llm.algorithms.objectives import Metrics, Objective, Segments
+from jaxrl_llm.algorithms.objectives import Objective, Segments
+from jaxrl_llm.algorithms.statistics import Largest, Mean, Metrics, Statistics
 from jaxrl_llm.algorithms.update import Params, TrainState
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.algorithm import DEFAULT_LOSS, LOSS_NUMBERS, Loss
@@ -94,7 +95,8 @@ def update(
     optimizer: optax.GradientTransformation,
     settings: Settings,
     prepare: Callable[[Params], Params] | None = None,
-) -> tuple[TrainState, Metrics]:
+    joinable: bool = False,
+) -> tuple[TrainState, Metrics | Statistics]:
     """One optimizer step of a policy on one mini-batch: `update.update` of `Policy`.
 
     Args:
@@ -104,7 +106,7 @@ def update(
         some of the rows of `batch`.
       optimizer: any optax transformation.
       settings: static.
-      prepare: as of `update.update`.
+      prepare, joinable: as of `update.update`.
 
     Returns:
       The next state, and scalars: `objective`'s, `mismatch`'s, those of
@@ -123,6 +125,7 @@ def update(
         outputs_fn=logprob_fn,
         micro_batch_size=settings.micro_batch_size,
         prepare=prepare,
+        joinable=joinable,
     )
 
 
@@ -172,10 +175,16 @@ class Policy(Objective):
         """`actor/loss` of `grpo.objective`; the log-probabilities are kept."""
         return objective(rows, outputs, planned, self.settings)["actor/loss"], outputs
 
-    def metrics(self, batch: TrainBatch, kept: Logprobs, planned: Plan) -> Metrics:
+    def metrics(self, batch: TrainBatch, kept: Logprobs, planned: Plan) -> Statistics:
         """Those of `objective`, `mismatch` and `settings.correction`."""
         seen, settings = self.read(batch), self.settings
-        found = objective(seen, kept, planned, settings) | mismatch(batch, kept)
+        where = planned.mask, batch.sequence_ids, batch.num_sequences
+        tokens = jnp.sum(planned.mask)
+        counted = masked.num_counted(settings.loss_agg_mode, *where)
+        found = {
+            name: Mean(value, tokens if name in _TOKEN_MEANS else counted)
+            for name, value in objective(seen, kept, planned, settings).items()
+        } | mismatch(batch, kept)
         if settings.correction is None:
             return found
         return found | correct(seen, kept, settings).metrics
@@ -293,6 +302,10 @@ def objective(
     return terms | {"actor/loss": loss}
 
 
+_TOKEN_MEANS = ("actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl")
+"""Of `objective`; the others are sums with the weights of the loss."""
+
+
 class PolicyLoss(NamedTuple):
     """What `policy_loss` finds for each token."""
 
@@ -357,7 +370,7 @@ def _given(
     }
 
 
-def mismatch(batch: TrainBatch, scored: Logprobs) -> Metrics:
+def mismatch(batch: TrainBatch, scored: Logprobs) -> Statistics:
     """How far the sampler's log-probabilities are from the trainer's before the update.
 
     `mismatch/logprob_diff_mean` and `_max` are of |sampler - trainer|, in nats;
@@ -365,11 +378,14 @@ def mismatch(batch: TrainBatch, scored: Logprobs) -> Metrics:
     """
     trainer = _old_logprobs(batch, scored)
     difference = jnp.abs(batch.sampler_logprobs - trainer)
-    mask = batch.response_mask
+    mask, tokens = batch.response_mask, jnp.sum(batch.response_mask)
+    divergence = kl.k3(batch.sampler_logprobs, trainer)
     return {
-        "mismatch/logprob_diff_mean": masked.token_mean(difference, mask),
-        "mismatch/logprob_diff_max": jnp.max(jnp.where(mask, difference, 0.0)),
-        "mismatch/kl": masked.token_mean(kl.k3(batch.sampler_logprobs, trainer), mask),
+        "mismatch/logprob_diff_mean": Mean(masked.token_mean(difference, mask), tokens),
+        "mismatch/logprob_diff_max": Largest(
+            jnp.max(jnp.where(mask, difference, 0.0)), tokens
+        ),
+        "mismatch/kl": Mean(masked.token_mean(divergence, mask), tokens),
     }
 
 

@@ -69,6 +69,22 @@ def weights(
     raise ValueError(f"loss_agg_mode is {mode!r}; known: {known}")
 
 
+def num_counted(
+    mode: Aggregation,
+    mask: Bool[Array, "R T"],
+    sequence_ids: Int[Array, "R T"],
+    num_sequences: int,
+) -> Num[Array, ""] | int:
+    """What `weights` of that mode make a mean over: so many tokens, or sequences that
+    have any; 1 for a sum over the whole mini-batch."""
+    if mode == "token-sum":
+        return 1
+    if mode == "token-mean":
+        return jnp.sum(mask)
+    lengths = sequence_sum(mask.astype(jnp.int32), mask, sequence_ids, num_sequences)
+    return jnp.sum(lengths > 0)
+
+
 def token_weights(mask: Bool[Array, "R T"]) -> Float[Array, "R T"]:
     """mask / number of unmasked tokens; all 0 if there are none."""
     return mask / jnp.maximum(jnp.sum(mask), 1)
@@ -197,7 +213,10 @@ def explained_variance(
     constant, which is veRL's, keeps it finite where all targets are equal.
     """
 
-    def variance(x):
-        return token_mean((x - token_mean(x, mask)) ** 2, mask)
+    errors = variance(targets - predictions, mask)
+    return 1.0 - errors / (variance(targets, mask) + 1e-5)
 
-    return 1.0 - variance(targets - predictions) / (variance(targets) + 1e-5)
+
+def variance(x: Float[Array, "R T"], mask: Bool[Array, "R T"]) -> Float[Array, ""]:
+    """Mean square distance from the mean, over all unmasked tokens."""
+    return token_mean((x - token_mean(x, mask)) ** 2, mask)

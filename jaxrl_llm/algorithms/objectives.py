@@ -18,14 +18,15 @@ Shapes: R = rows, T = tokens in a row. What is kept or planned is a tree of arra
 first axis is rows, [R, T, ...].
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
+from jaxrl_llm.algorithms.statistics import Statistic
 from jaxrl_llm.data.rows import TrainBatch
 
 Outputs = Any
-Metrics = dict[str, Float[Array, ""]]
 Segments = Literal["tokens", "sequences", "pairs"]
 
 SEQUENCES_TOGETHER: dict[Segments, int] = {"tokens": 1, "sequences": 1, "pairs": 2}
@@ -79,8 +80,11 @@ class Objective(Protocol):
           planned: `plan` of the mini-batch, the same rows of it.
         """
 
-    def metrics(self, batch: TrainBatch, kept: Any, planned: Any) -> Metrics:
-        """What is to be known of the update, from before its step.
+    def metrics(
+        self, batch: TrainBatch, kept: Any, planned: Any
+    ) -> Mapping[str, Statistic | Float[Array, ""]]:
+        """What is to be known of the update, from before its step, and what it is a
+        mean over; a plain number counts as `statistics.of` says.
 
         Args:
           batch: the mini-batch as it was given, before `read`.

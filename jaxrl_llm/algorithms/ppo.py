@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import Any, no_type_check
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.algorithms import advantages, grpo, losses, masked
+from jaxrl_llm.algorithms import advantages, grpo, losses, masked, statistics
 from jaxrl_llm.algorithms import update as updates
 from jaxrl_llm.algorithms.grpo import LogprobFn
-from jaxrl_llm.algorithms.objectives import Metrics, Objective
+from jaxrl_llm.algorithms.objectives import Objective
+from jaxrl_llm.algorithms.statistics import Derived, Mean, Metrics, Moments, Statistics
 from jaxrl_llm.algorithms.update import Params
 from jaxrl_llm.data.rows import TrainBatch
 
@@ -120,7 +122,8 @@ def update_critic(
     value_fn: ValueFn,
     optimizer: optax.GradientTransformation,
     settings: CriticSettings,
-) -> tuple[updates.TrainState, Metrics]:
+    joinable: bool = False,
+) -> tuple[updates.TrainState, Metrics | Statistics]:
     """One optimizer step of the critic on one mini-batch: `update.update` of `Critic`.
 
     Args:
@@ -128,7 +131,7 @@ def update_critic(
       batch: the mini-batch, with `values` and `returns`.
       value_fn: `(params, rows) -> values`, differentiable in params: the value before
         each response token. `rows` are some of the rows of `batch`.
-      settings: static.
+      settings, joinable: static; the latter as of `update.update`.
 
     Returns:
       The next state, and scalars: those of `Critic`, the global norm of the gradient,
@@ -144,6 +147,7 @@ def update_critic(
         optimizer,
         outputs_fn=value_fn,
         micro_batch_size=settings.micro_batch_size,
+        joinable=joinable,
     )
 
 
@@ -189,18 +193,29 @@ class Critic(Objective):
         batch: TrainBatch,
         kept: Float[Array, "R T"],
         planned: Float[Array, "R T"],
-    ) -> Metrics:
+    ) -> Statistics:
         """The loss, the fraction of tokens the bound decides, the mean prediction and
         how much of the returns' variance the predictions explain."""
         mask, compared = batch.response_mask, (kept, batch.values, batch.returns)
         clip = {"cliprange_value": self.settings.cliprange_value}
         loss = losses.value_loss(*compared, **clip)
         clipped = losses.is_value_clipped(*compared, **clip)
+        tokens = jnp.sum(mask)
+        where = mask, batch.sequence_ids, batch.num_sequences
+        counted = masked.num_counted(self.settings.loss_agg_mode, *where)
+
+        def moments(x):
+            return Moments(masked.token_mean(x, mask), masked.variance(x, mask), tokens)
+
         return {
-            "critic/vf_loss": masked.weighted_sum(loss, planned),
-            "critic/vf_clipfrac": masked.token_mean(clipped.astype(loss.dtype), mask),
-            "critic/vpred_mean": masked.token_mean(kept, mask),
-            "critic/vf_explained_var": masked.explained_variance(
-                kept, batch.returns, mask
+            "critic/vf_loss": Mean(masked.weighted_sum(loss, planned), counted),
+            "critic/vf_clipfrac": Mean(
+                masked.token_mean(clipped.astype(loss.dtype), mask), tokens
+            ),
+            "critic/vpred_mean": Mean(masked.token_mean(kept, mask), tokens),
+            "critic/vf_explained_var": Derived(
+                masked.explained_variance(kept, batch.returns, mask),
+                (moments(batch.returns - kept), moments(batch.returns)),
+                statistics.explained_variance,
             ),
         }

@@ -24,7 +24,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.algorithms import masked
+from jaxrl_llm.algorithms import masked, statistics
+from jaxrl_llm.algorithms.statistics import (
+    Derived,
+    Largest,
+    Least,
+    Mean,
+    Moments,
+    Statistic,
+    Statistics,
+)
 
 Level = Literal["token", "sequence"]
 Rejection = Literal[
@@ -34,7 +43,6 @@ Rejection = Literal[
     "seq_max_k2", "seq_max_k3",
 ]  # fmt: skip
 Bounds = tuple[float | None, float]
-Metrics = dict[str, Float[Array, ""]]
 
 _BOUND = 20.0
 
@@ -110,7 +118,7 @@ class Corrected(NamedTuple):
     """Of each response token's loss, 0 elsewhere; None: not asked for."""
     mask: Bool[Array, "R T"]
     """Response tokens that were not rejected."""
-    metrics: Metrics
+    metrics: Statistics
 
 
 def correct(
@@ -144,7 +152,9 @@ def correct(
         )
         if settings.rollout_is_batch_normalize:
             mean = mean_weight(weights, sequences, settings.rollout_is)
-            found["rollout_is_batch_norm_factor"] = mean
+            found["rollout_is_batch_norm_factor"] = Mean(
+                mean, _num_counted(sequences, settings.rollout_is)
+            )
             weights = weights / mean
     for kind, bounds in settings.rejections:
         passes = keep(kind, log_ratio, sequences, bounds)
@@ -190,6 +200,11 @@ def mean_weight(
     else:
         mean = _mean(sequences.mean(weights), sequences.nonempty())
     return jnp.where(mean > 1e-8, mean, 1.0)
+
+
+def _num_counted(sequences: Sequences, level: Level) -> Int[Array, ""]:
+    """What `mean_weight` is over."""
+    return jnp.sum(sequences.mask if level == "token" else sequences.nonempty())
 
 
 def keep(
@@ -251,7 +266,7 @@ def mismatch_metrics(
     logprobs: Float[Array, "R T"],
     sampler_logprobs: Float[Array, "R T"],
     sequences: Sequences,
-) -> Metrics:
+) -> Statistics:
     """How far apart the two policies are. kl and k3_kl are KL(sampler || trainer)."""
     log_ratio = logprobs - sampler_logprobs
     some = sequences.nonempty()
@@ -259,19 +274,24 @@ def mismatch_metrics(
     difference = ours - theirs
     x = jnp.clip(log_ratio, -_BOUND, _BOUND)
     return {
-        "training_ppl": _mean(_exp(ours), some),
-        "training_log_ppl": _mean(ours, some),
-        "rollout_ppl": _mean(_exp(theirs), some),
-        "rollout_log_ppl": _mean(theirs, some),
-        "kl": masked.token_mean(-log_ratio, sequences.mask),
-        "k3_kl": masked.token_mean(jnp.expm1(x) - x, sequences.mask),
-        "log_ppl_diff": _mean(difference, some),
-        "log_ppl_abs_diff": _mean(jnp.abs(difference), some),
-        "log_ppl_diff_max": _max(difference, some),
-        "log_ppl_diff_min": -_max(-difference, some),
-        "ppl_ratio": _mean(_exp(difference), some),
-        "chi2_token": masked.token_mean(jnp.exp(2.0 * x), sequences.mask) - 1.0,
-        "chi2_seq": _mean(jnp.square(_exp(sequences.sum(log_ratio))), some) - 1.0,
+        "training_ppl": _share(_exp(ours), some),
+        "training_log_ppl": _share(ours, some),
+        "rollout_ppl": _share(_exp(theirs), some),
+        "rollout_log_ppl": _share(theirs, some),
+        "kl": _of_tokens(-log_ratio, sequences.mask),
+        "k3_kl": _of_tokens(jnp.expm1(x) - x, sequences.mask),
+        "log_ppl_diff": _share(difference, some),
+        "log_ppl_abs_diff": _share(jnp.abs(difference), some),
+        **_extremes("log_ppl_diff", difference, some),
+        "ppl_ratio": _share(_exp(difference), some),
+        "chi2_token": Mean(
+            masked.token_mean(jnp.exp(2.0 * x), sequences.mask) - 1.0,
+            jnp.sum(sequences.mask),
+        ),
+        "chi2_seq": Mean(
+            _mean(jnp.square(_exp(sequences.sum(log_ratio))), some) - 1.0,
+            jnp.sum(some),
+        ),
     }
 
 
@@ -282,37 +302,43 @@ def weight_metrics(
     sequences: Sequences,
     level: Level,
     bounds: Bounds,
-) -> Metrics:
+) -> Statistics:
     """Of importance weights after `bound`; fractions out of bounds are before it."""
     mask, some = sequences.mask, sequences.nonempty()
     icepop, upper = bounds[0] is not None, bounds[1]
     lower = bounds[0] if icepop else 1.0 / upper
     mean = masked.token_mean(weights, mask)
     square = masked.token_mean(jnp.square(weights), mask)
+    variance, tokens = jnp.maximum(square - jnp.square(mean), 0.0), jnp.sum(mask)
+    moments = (Moments(mean, variance, tokens),)
     per_sequence, raw_per_sequence = sequences.mean(weights), sequences.mean(raw)
     if level == "sequence":
         totals = sequences.sum(log_ratio)
         most, least = _exp(_max(totals, some)), _exp(-_max(-totals, some))
-        high = _mean(totals > math.log(upper), some)
-        low = _mean(totals < math.log(lower), some)
+        high = _share(totals > math.log(upper), some)
+        low = _share(totals < math.log(lower), some)
     else:
         most, least = _max(weights, mask), -_max(-weights, mask)
-        high, low = _mean(raw > upper, mask), _mean(raw < lower, mask)
+        high, low = _share(raw > upper, mask), _share(raw < lower, mask)
     found = {
-        "rollout_is_mean": mean,
-        "rollout_is_max": most,
-        "rollout_is_min": least,
-        "rollout_is_std": jnp.sqrt(jnp.maximum(square - jnp.square(mean), 0.0)),
-        "rollout_is_eff_sample_size": jnp.square(mean) / jnp.maximum(square, 1e-20),
+        "rollout_is_mean": Mean(mean, tokens),
+        "rollout_is_max": Largest(most, tokens),
+        "rollout_is_min": Least(least, tokens),
+        "rollout_is_std": Derived(jnp.sqrt(variance), moments, statistics.deviation),
+        "rollout_is_eff_sample_size": Derived(
+            jnp.square(mean) / jnp.maximum(square, 1e-20),
+            moments,
+            statistics.effective_share,
+        ),
         "rollout_is_ratio_fraction_high": high,
         "rollout_is_ratio_fraction_low": low,
         **_sequence_metrics("rollout_is_seq", per_sequence, some),
-        "rollout_is_seq_max_deviation": _max(jnp.abs(per_sequence - 1.0), some),
-        "rollout_is_seq_fraction_high": _mean(raw_per_sequence > upper, some),
-        "rollout_is_seq_fraction_low": _mean(raw_per_sequence < lower, some),
+        "rollout_is_seq_max_deviation": _largest(jnp.abs(per_sequence - 1.0), some),
+        "rollout_is_seq_fraction_high": _share(raw_per_sequence > upper, some),
+        "rollout_is_seq_fraction_low": _share(raw_per_sequence < lower, some),
     }
     if icepop:
-        found["rollout_is_oob_ratio"] = _mean((raw < lower) | (raw > upper), mask)
+        found["rollout_is_oob_ratio"] = _share((raw < lower) | (raw > upper), mask)
     return found
 
 
@@ -322,7 +348,7 @@ def rejection_metrics(
     sequences: Sequences,
     bounds: Bounds,
     passes: Bool[Array, "R T"],
-) -> Metrics:
+) -> Statistics:
     """Of what one rejection looks at, and how much of it does not pass.
 
     The statistic of k1 kinds is the logarithm of sampler / trainer, as in veRL.
@@ -335,34 +361,41 @@ def rejection_metrics(
         (statistic, mask) if kind.startswith("token") else (per_sequence, some)
     )
     cut = jnp.clip(statistic, lower if kind.endswith("k1") else 0.0, upper)
-    variance = masked.token_mean(jnp.square(cut), mask) - jnp.square(
-        masked.token_mean(cut, mask)
-    )
+    mean = masked.token_mean(cut, mask)
+    variance = masked.token_mean(jnp.square(cut), mask) - jnp.square(mean)
+    variance = jnp.maximum(variance, 0.0)
     found = {
-        "mean": masked.token_mean(statistic, mask),
-        "max": _max(values, where),
-        "min": -_max(-values, where),
-        "fraction_high": _mean(values > upper, where),
-        "fraction_low": _mean(values < lower, where),
-        "std": jnp.sqrt(jnp.maximum(variance, 0.0)),
+        "mean": _of_tokens(statistic, mask),
+        **_extremes("", values, where),
+        "fraction_high": _share(values > upper, where),
+        "fraction_low": _share(values < lower, where),
+        "std": Derived(
+            jnp.sqrt(variance),
+            (Moments(mean, variance, jnp.sum(mask)),),
+            statistics.deviation,
+        ),
         **_sequence_metrics("seq", per_sequence, some),
-        "seq_max_deviation": _max(jnp.abs(per_sequence), some),
-        "seq_fraction_high": _mean(per_sequence > upper, some),
+        "seq_max_deviation": _largest(jnp.abs(per_sequence), some),
+        "seq_fraction_high": _share(per_sequence > upper, some),
         **_masked_fractions("", passes, sequences),
     }
     if kind.endswith("k1"):
-        found["seq_fraction_low"] = _mean(per_sequence < lower, some)
+        found["seq_fraction_low"] = _share(per_sequence < lower, some)
     return {f"rollout_rs_{kind}_{k.lstrip('_')}": v for k, v in found.items()}
 
 
 def _sequence_metrics(prefix, x, some):
     mean = _mean(x, some)
-    variance = jnp.sum(jnp.where(some, jnp.square(x - mean), 0.0))
+    squares = jnp.sum(jnp.where(some, jnp.square(x - mean), 0.0))
+    count = jnp.sum(some)
     return {
-        f"{prefix}_mean": mean,
-        f"{prefix}_std": jnp.sqrt(variance / jnp.maximum(jnp.sum(some) - 1, 1)),
-        f"{prefix}_max": _max(x, some),
-        f"{prefix}_min": -_max(-x, some),
+        f"{prefix}_mean": Mean(mean, count),
+        f"{prefix}_std": Derived(
+            jnp.sqrt(squares / jnp.maximum(count - 1, 1)),
+            (Moments(mean, squares / jnp.maximum(count, 1), count),),
+            statistics.sample_deviation,
+        ),
+        **_extremes(prefix, x, some),
     }
 
 
@@ -370,9 +403,26 @@ def _masked_fractions(prefix, passes, sequences):
     rejected = sequences.mask & ~passes
     hit = sequences.sum(rejected.astype(jnp.float32)) > 0
     return {
-        f"{prefix}_masked_fraction": _mean(rejected, sequences.mask),
-        f"{prefix}_seq_masked_fraction": _mean(hit, sequences.nonempty()),
+        f"{prefix}_masked_fraction": _share(rejected, sequences.mask),
+        f"{prefix}_seq_masked_fraction": _share(hit, sequences.nonempty()),
     }
+
+
+def _of_tokens(x, mask) -> Statistic:
+    return Mean(masked.token_mean(x, mask), jnp.sum(mask))
+
+
+def _share(x, where) -> Statistic:
+    return Mean(_mean(x, where), jnp.sum(where))
+
+
+def _largest(x, where) -> Statistic:
+    return Largest(_max(x, where), jnp.sum(where))
+
+
+def _extremes(prefix, x, where) -> Statistics:
+    least = Least(-_max(-x, where), jnp.sum(where))
+    return {f"{prefix}_max": _largest(x, where), f"{prefix}_min": least}
 
 
 def _exp(x):

@@ -25,12 +25,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.algorithms.objectives import (
-    SEQUENCES_TOGETHER,
-    Metrics,
-    Objective,
-    Outputs,
-)
+from jaxrl_llm.algorithms import statistics
+from jaxrl_llm.algorithms.objectives import SEQUENCES_TOGETHER, Objective, Outputs
+from jaxrl_llm.algorithms.statistics import Count, Mean, Metrics, Statistics
 from jaxrl_llm.data.rows import TrainBatch, pad_rows
 
 Params = Any
@@ -47,7 +44,7 @@ class TrainState:
     """What is trained, and nothing else."""
     opt_state: optax.OptState
     step: Int[Array, ""]
-    """Updates so far, skipped ones included."""
+    """Updates so far, skipped ones included. What a schedule counts, too."""
 
 
 def update(
@@ -59,11 +56,12 @@ def update(
     outputs_fn: OutputsFn,
     micro_batch_size: int | None = None,
     prepare: Callable[[Params], Params] | None = None,
-) -> tuple[TrainState, Metrics]:
+    joinable: bool = False,
+) -> tuple[TrainState, Metrics | Statistics]:
     """One optimizer step on one mini-batch.
 
-    If the gradient is not finite, parameters and optimizer stay as they are and
-    NAME/update_skipped is 1, with the objective's name.
+    If the gradient is not finite, parameters and moments stay as they are and
+    NAME/update_skipped is 1, with the objective's name. A schedule goes on.
 
     Args:
       state: donated by most callers.
@@ -77,6 +75,8 @@ def update(
       prepare: makes what `outputs_fn` gets of the parameters, once for all
         micro-batches, such as a copy in the dtype of matrix products. Its own gradient
         is taken to be the identity.
+      joinable: static; metrics say what they are a mean over, for `statistics.join`
+        with those of other mini-batches.
 
     Returns:
       The next state, and scalars: the objective's metrics, the global norm of the
@@ -117,10 +117,14 @@ def update(
         )
     with jax.named_scope("optimizer"):
         state, grad_norm, skipped = apply(state, grads, optimizer)
-    return state, objective.metrics(given, kept, planned) | {
-        f"{objective.name}/grad_norm": grad_norm,
-        f"{objective.name}/update_skipped": skipped,
+    found = {
+        **objective.metrics(given, kept, planned),
+        f"{objective.name}/grad_norm": Mean(grad_norm, 1),
+        f"{objective.name}/update_skipped": Count(skipped),
     }
+    if joinable:
+        return state, {name: statistics.of(name, x) for name, x in found.items()}
+    return state, statistics.values(found)
 
 
 def apply(
@@ -135,10 +139,17 @@ def apply(
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+
+    def if_finite(new, old):
+        if isinstance(new, optax.ScaleByScheduleState):
+            return new  # a schedule goes on, whether or not the step is made
+        return jnp.where(finite, new, old)
+
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
+        if_finite,
         (optax.apply_updates(state.params, updates), opt_state),
         (state.params, state.opt_state),
+        is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState),
     )
     state = TrainState(params, opt_state, state.step + jnp.int32(1))
     return state, grad_norm, 1.0 - finite.astype(jnp.float32)

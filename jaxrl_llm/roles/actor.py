@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo
+from jaxrl_llm.algorithms.statistics import Mean
 from jaxrl_llm.data import packing
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.data.types import Completion, Episode, Prompt
@@ -94,6 +95,7 @@ class Actor:
                 prepare=lambda params: models.for_products(
                     self.arch, params, policy.settings.dtype
                 ),
+                joinable=True,
             )
 
         self._trained = TrainedModel(
@@ -214,7 +216,7 @@ class Actor:
           seed: of the order of the prompts in each pass.
 
         Returns:
-          The next state, and metrics averaged over the optimizer steps.
+          The next state, and metrics of all optimizer steps (`statistics.join`).
         """
         batch = self.with_logprobs(state.params, batch)
         if self.settings.offload:
@@ -251,6 +253,8 @@ class Actor:
             batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
         return self.lower_update(self._trained.split_rows(batch, 0, 0)[0])
 
-    def _measure(self, rows: TrainBatch) -> dict[str, float]:
+    def _measure(self, rows: TrainBatch) -> dict[str, Mean]:
         together = self.policy.layout.micro_batch_size
-        return {"perf/token_efficiency": packing.token_efficiency(rows, together)}
+        used = packing.token_efficiency(rows, together)
+        computed = (rows.sequence_ids >= 0).sum() / used
+        return {"perf/token_efficiency": Mean(used, computed)}

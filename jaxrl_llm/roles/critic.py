@@ -62,6 +62,7 @@ class Critic:
                 value_fn=self.values,
                 optimizer=optimizer,
                 settings=settings.update,
+                joinable=True,
             )
 
         self._trained = TrainedModel(
@@ -122,7 +123,7 @@ class Critic:
           seed: of the order of the prompts in each pass.
 
         Returns:
-          The next state, and metrics averaged over the optimizer steps.
+          The next state, and metrics of all optimizer steps (`statistics.join`).
         """
         state, means = self._trained.update(state, batch, seed)
         means["critic/lr"] = float(self.schedule(int(state.step) - 1))

@@ -13,7 +13,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm import models
+from jaxrl_llm.algorithms import statistics
 from jaxrl_llm.algorithms.grpo import TrainState
+from jaxrl_llm.algorithms.statistics import Statistic
 from jaxrl_llm.data import packing
 from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.data.rows import TrainBatch
@@ -22,7 +24,7 @@ from jaxrl_llm.roles.sharded_model import COMPILER_OPTIONS, ShardedModel
 from jaxrl_llm.sharding import processes
 
 Step = Callable[[TrainState, TrainBatch, Params], tuple[TrainState, Any]]
-"""(state, rows, frozen parameters) -> (state, metrics), one optimizer step."""
+"""(state, rows, frozen parameters) -> (state, `Statistics`), one optimizer step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ class TrainedModel:
         seed: int,
         *,
         frozen: Params = None,
-        measure: Callable[[TrainBatch], Mapping[str, float]] = lambda rows: {},
+        measure: Callable[[TrainBatch], Mapping[str, Statistic]] = lambda rows: {},
     ) -> tuple[TrainState, dict[str, float]]:
         """All optimizer steps of one training step. Donates `state`.
 
@@ -156,7 +158,7 @@ class TrainedModel:
           measure: metrics of a mini-batch on the host.
 
         Returns:
-          The next state, and metrics averaged over the optimizer steps.
+          The next state, and metrics of all optimizer steps (`statistics.join`).
         """
         collected = []
         for epoch in range(self.mini_batches.epochs):
@@ -165,5 +167,4 @@ class TrainedModel:
                 rows = self.model.on_devices(rows)
                 state, metrics = self._step(state, rows, frozen)
                 collected.append(metrics | measured)
-        collected = jax.device_get(collected)
-        return state, jax.tree.map(lambda *x: float(np.mean(x)), *collected)
+        return state, statistics.join(jax.device_get(collected))

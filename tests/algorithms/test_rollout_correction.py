@@ -55,7 +55,7 @@ def test_importance_weights_by_hand(fields, expected):
 def test_rejections_by_hand(kind, bounds, expected):
     found = corrected(rejections=((kind, bounds),))
     np.testing.assert_array_equal(found.mask, [[*map(bool, expected), False]])
-    share = found.metrics["rollout_corr/rollout_rs_masked_fraction"]
+    share = float(found.metrics["rollout_corr/rollout_rs_masked_fraction"])
     np.testing.assert_allclose(share, 1 - np.mean(expected))
 
 
@@ -72,8 +72,8 @@ def test_bounds_of_k1_come_in_pairs():
 def test_equal_policies_have_no_mismatch():
     found = corrected(jnp.zeros_like(LOG_RATIO), rollout_is="sequence")
     zero = ("kl", "k3_kl", "log_ppl_diff", "log_ppl_abs_diff", "chi2_token", "chi2_seq")
-    assert all(found.metrics[f"rollout_corr/{name}"] == 0 for name in zero)
-    assert found.metrics["rollout_corr/rollout_is_eff_sample_size"] == 1
+    assert all(float(found.metrics[f"rollout_corr/{name}"]) == 0 for name in zero)
+    assert float(found.metrics["rollout_corr/rollout_is_eff_sample_size"]) == 1
 
 
 def test_without_tokens_everything_is_finite():
@@ -84,5 +84,5 @@ def test_without_tokens_everything_is_finite():
         rollout_is_batch_normalize=True,
         rejections=(("seq_max_k2", (None, 1.0)),),
     )
-    assert all(np.isfinite(x) for x in found.metrics.values())
+    assert all(np.isfinite(float(x)) for x in found.metrics.values())
     assert not found.mask.any() and not found.weights.any()
