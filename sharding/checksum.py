@@ -10,7 +10,7 @@ matter: sums are the same over one device or many.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -76,8 +76,15 @@ def verify(moved: Any, made: Plan, before: Mapping[str, Array]) -> None:
         raise TransferError(f"checksums differ after the transfer: {sorted(differ)}")
 
 
-def of(x: Array, *, batch_dims: int = 0) -> UInt32[Array, "*batch 2"]:
-    """The checksum of an array, or of each entry of its first dimensions."""
+def of(
+    x: Array, *, batch_dims: int = 0, seeds: Sequence[int] = _SEEDS
+) -> UInt32[Array, "*batch sums"]:
+    """The checksum of an array, or of each entry of its first dimensions.
+
+    Args:
+      seeds: each makes one sum. One shows every change of a single element, and misses
+        one in 2^32 others.
+    """
     x, shape = _bits(x), x.shape[batch_dims:]
     index = jnp.zeros((1,) * len(shape), jnp.uint32)
     for dim, n in enumerate(shape):
@@ -87,9 +94,17 @@ def of(x: Array, *, batch_dims: int = 0) -> UInt32[Array, "*batch 2"]:
     dims = tuple(range(batch_dims, x.ndim))
     sums = [
         jnp.sum(_mix(x ^ _mix(index + np.uint32(seed))), axis=dims, dtype=jnp.uint32)
-        for seed in _SEEDS
+        for seed in seeds
     ]
     return jnp.stack(sums, axis=-1)
+
+
+def of_placed(x: Array) -> UInt32[Array, "1"]:
+    """The first sum of an array's checksum, computed where the array lies and then on
+    all its devices."""
+    if x.sharding.memory_kind == "pinned_host":
+        x = jax.device_put(x, x.sharding.with_memory_kind("device"))
+    return _of_placed(x.sharding)(x)
 
 
 def _mix(x: Array) -> Array:
@@ -118,6 +133,12 @@ def _of_source(stacked: bool, dtype: Any, sharding: Sharding) -> Any:
         lambda x: of(x.astype(dtype), batch_dims=int(stacked)),
         out_shardings=_replicated(sharding),
     )
+
+
+@functools.cache
+def _of_placed(sharding: Sharding) -> Any:
+    sums = functools.partial(of, seeds=_SEEDS[:1])
+    return jax.jit(sums, out_shardings=_replicated(sharding))
 
 
 @functools.cache

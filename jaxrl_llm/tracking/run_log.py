@@ -103,6 +103,10 @@ class RunLog:
         with progress(what, console=self._console):
             yield
 
+    def say(self, text: str) -> None:
+        """Prints a line that a person must not miss."""
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+
     def start(self, step: int) -> None:
         """The run begins (0), or goes on after `step`: nothing is refused any more, and
         what was written of later steps is void."""
@@ -198,7 +202,7 @@ class RunLog:
         """Prints what to change, if that is anything; once in a run."""
         if text and not self._advised:
             self._advised = text
-            self._console.print(text, soft_wrap=True, markup=False, highlight=False)
+            self.say(text)
 
     def end(self) -> None:
         """The run is over, at its end or before: writes the report."""

@@ -4,26 +4,42 @@ Weights, optimizer and step are arrays, saved and restored in their sharding; th
 position and coefficients are JSON. A checkpoint that was not finished does not exist:
 orbax writes under a temporary name and renames.
 
-Each says its format's number, `FORMAT`; those from before there was one count as 0.
-Formats 0 and 1 differ in nothing else.
+Storage changes bits, loses files and cuts them short. So a checkpoint carries a
+checksum of every array, of its values, so that it is the same in any sharding, and a
+digest of what is JSON. Only one that agrees with both is gone on from; else the one
+before.
+
+Each says its format's number, `FORMAT`. Formats 0 (without a number) and 1 have no
+checksums and differ in nothing else.
 """
 
+import functools
+import hashlib
+import json
 import logging
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxrl_llm import models
 from jaxrl_llm.config.schema import TrainerConfig
-from jaxrl_llm.sharding import processes
+from jaxrl_llm.sharding import checksum, processes
 
-FORMAT = 1
+FORMAT = 2
 """The format of checkpoints written now; older ones can be read."""
+
+Say = Callable[[str], None]
+
+
+class CheckpointError(ValueError):
+    """There are checkpoints, but none that can be gone on from; nothing was changed."""
 
 
 class Checkpoint(NamedTuple):
@@ -54,6 +70,7 @@ class Checkpoints:
     def __init__(self, directory: str | Path, max_to_keep: int):
         logging.getLogger("absl").setLevel(logging.ERROR)
         self.directory = Path(directory).absolute()
+        self._scores = {step: _score(self.directory / str(step)) for step in self.steps}
         self._manager = ocp.CheckpointManager(
             self.directory,
             item_handlers={
@@ -61,20 +78,17 @@ class Checkpoints:
                 "position": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                best_fn=_score,  # without it, orbax would not write the scores down
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(max_to_keep),
-                        policies.BestN(
-                            get_metric_fn=_score,
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
+                preservation_policy=_Newest(max_to_keep, self._scores),
                 cleanup_tmp_directories=True,
+                lightweight_initialize=True,  # reads no file that may be damaged
             ),
         )
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, be it a damaged one, oldest first."""
+        names = [path.name for path in self.directory.glob("*") if path.is_dir()]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def save(
         self,
@@ -90,60 +104,110 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        named = _named(state)
+        said = {**position, "format": FORMAT, "score": score, "arrays": _facts(named)}
+        self._scores[step] = score
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_named(state)),
-                position=ocp.args.JsonSave({**position, "format": FORMAT}),
+                state=ocp.args.StandardSave(named),
+                position=ocp.args.JsonSave({**said, "sha256": _digest(said)}),
             ),
-            metrics=None if score is None else {"score": score},
         )
 
-    def restore(self, like: Any) -> Checkpoint | None:
-        """The newest checkpoint, or None if there is none.
+    def restore(
+        self, like: Any, *, up_to: int | None = None, say: Say = print
+    ) -> Checkpoint | None:
+        """The newest checkpoint that is as it was saved, or None if there is none at
+        all. Those newer than that are set aside under other names.
+
+        All processes of a run call it, and get the same one.
 
         Args:
           like: a tree of `jax.ShapeDtypeStruct` with shardings: what `state` was, laid
             out as it is wanted now.
+          up_to: none of a later step.
+          say: is told, in a line each, of checkpoints that are damaged or cannot tell.
 
         Raises:
-          ValueError: the newest checkpoint holds other arrays than `like`, or is of a
+          CheckpointError: there are checkpoints up to that step, but all are damaged.
+          ValueError: the newest sound one holds other arrays than `like`, or is of a
             newer format than `FORMAT`.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        there = max(processes.gather(self.steps), key=len)
+        causes = []
+        for step in reversed([s for s in there if up_to is None or s <= up_to]):
+            found = self._restore(step, like, say)
+            if isinstance(found, Checkpoint):
+                for cause in causes:
+                    say(f"{cause}; going on from checkpoint {step}, the one before")
+                self._set_aside([s for s in there if s > step])
+                return found
+            causes.append(f"{self.directory / str(step)} is damaged: {found}")
+        if not there:
             return None
-        position = self._position(step)
-        wanted = _named(like)
-        saved = self._manager.item_metadata(step)["state"].tree
+        if not causes:
+            causes = [f"{self.directory} has none up to step {up_to}, only {there}"]
+        raise CheckpointError(
+            f"no checkpoint can be gone on from: {'; '.join(causes)}. Nothing was "
+            "changed: put a sound copy back, or choose another output_dir"
+        )
+
+    def _restore(self, step: int, like: Any, say: Say) -> Checkpoint | str:
+        """The checkpoint of a step, or how it is damaged; the same in all processes."""
+        path, wanted = self.directory / str(step), _named(like)
+        position, damage = _agreed(functools.partial(_read_position, path))
+        if damage:
+            return damage
+        saved = known = position.pop("arrays", None)
+        if known is None:
+            saved, damage = _agreed(functools.partial(_shapes, path))
+            if damage:
+                return damage
         for name in sorted(wanted.keys() | saved.keys()):
             if name not in saved or name not in wanted:
                 where = "checkpoint" if name not in saved else "configuration"
                 raise ValueError(self._stranger(step, f"the {where} has no {name}"))
-            if tuple(saved[name].shape) != wanted[name].shape:
-                shapes = f"{tuple(saved[name].shape)}, not {wanted[name].shape}"
-                raise ValueError(self._stranger(step, f"{name} is {shapes}"))
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)),
-        )
-        state = jax.tree.unflatten(
-            jax.tree.structure(like), [restored["state"][name] for name in wanted]
-        )
-        return Checkpoint(step, state, position)
-
-    def _position(self, step: int) -> dict[str, Any]:
-        """What is stored besides arrays, of a format that is known."""
-        args = ocp.args.Composite(position=ocp.args.JsonRestore())
-        position = dict(self._manager.restore(step, args=args)["position"])
-        number = position.pop("format", 0)
-        if number > FORMAT:
-            raise ValueError(
-                f"{self.directory / str(step)} has checkpoint format {number}, this "
-                f"version reads up to {FORMAT}; go on with a newer jaxrl_llm, or use "
-                "another output_dir"
+            for what in ("shape", "dtype"):
+                was, now = saved[name][what], _fact(wanted[name])[what]
+                if was not in (None, now):
+                    said = f"{name} has {what} {was}, not {now}"
+                    raise ValueError(self._stranger(step, said))
+        state, damage = _agreed(functools.partial(_read_state, path, wanted))
+        if damage:
+            return damage
+        if known is None:
+            say(
+                f"{path} was written by an earlier version and carries no checksums: "
+                "whether it is as it was saved cannot be said"
             )
-        return position
+        else:
+            sums = _checksums(state)
+            differ = [name for name in state if sums[name] != known[name]["checksum"]]
+            if differ:
+                more = f" and {len(differ) - 1} more" if differ[1:] else ""
+                return f"the values of {differ[0]}{more} are not those that were saved"
+        leaves = [state[name] for name in wanted]
+        for ours in ("format", "score", "sha256"):
+            position.pop(ours, None)
+        return Checkpoint(
+            step, jax.tree.unflatten(jax.tree.structure(like), leaves), position
+        )
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Gives checkpoints names that are nobody's, so that their steps are free."""
+        if not steps:
+            return
+        if processes.leads():
+            for step in steps:
+                path, number = self.directory / str(step), 0
+                aside = path.with_name(f"{step}.aside")
+                while aside.exists():
+                    number += 1
+                    aside = path.with_name(f"{step}.aside{number}")
+                path.rename(aside)
+        processes.gather(None)
+        self._manager.reload()
 
     def _stranger(self, step: int, what: str) -> str:
         return (
@@ -161,6 +225,141 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         """Waits, then ends the background threads."""
         self._manager.close()
+
+
+class _Newest(policies.PreservationPolicy):
+    """Keeps the newest checkpoints, and the best: of equally good ones the newest."""
+
+    def __init__(self, count: int, scores: Mapping[int, float | None]):
+        self._count, self._scores = count, scores
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """One answer for each of the checkpoints."""
+        steps = sorted(info.step for info in checkpoints)
+        kept = set(steps[-self._count :])
+        scored = {s: x for s in steps if (x := self._scores.get(s)) is not None}
+        if scored:
+            kept.add(max(scored, key=lambda step: (scored[step], step)))
+        return [info.step in kept for info in checkpoints]
+
+
+def _agreed(read: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What `read` returns here, and the damage that it has met in any process."""
+    result, damage = None, None
+    try:
+        result = read()
+    except _NewerFormat:
+        raise
+    except ValueError as error:
+        damage = str(error)
+    except Exception as error:  # noqa: BLE001 - what is damaged raises anything
+        damage = f"{type(error).__name__}: {error}"
+    found = [one for one in processes.gather(damage) if one is not None]
+    return result, (found[0].strip().splitlines() or ["?"])[0][:300] if found else None
+
+
+class _NewerFormat(ValueError):
+    """A checkpoint that a later version wrote."""
+
+
+def _read_position(path: Path) -> dict[str, Any]:
+    """What is stored besides arrays, as it was stored, of a format that is known."""
+    file = path / "position" / "metadata"
+    try:
+        position = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(position, dict):
+        raise ValueError(f"{file} holds no mapping")
+    number, digest = position.get("format", 0), position.pop("sha256", None)
+    without = digest is None and number in (0, 1)
+    if not without and digest != _digest(position):
+        raise ValueError(f"{file} is not what was written: its digest differs")
+    if number > FORMAT:
+        raise _NewerFormat(
+            f"{path} has checkpoint format {number}, this version reads up to "
+            f"{FORMAT}; go on with a newer jaxrl_llm, or use another output_dir"
+        )
+    return position
+
+
+def _read_state(path: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The arrays, by name, laid out as they are wanted."""
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        found = handler.restore(
+            path / "state", args=ocp.args.StandardRestore(dict(wanted))
+        )
+        return dict(jax.block_until_ready(found))
+    except Exception:
+        _leave_reads_alone()
+        raise
+    finally:
+        handler.close()
+
+
+def _leave_reads_alone() -> None:
+    """When one array cannot be read, orbax ends its event loop, and TensorStore prints
+    a trace for every read under way that then tells the loop of its end."""
+    report = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and "loop is closed" in str(error)):
+            report(unraisable)
+
+    sys.unraisablehook = hook
+
+
+def _shapes(path: Path) -> dict[str, Any]:
+    """What a checkpoint without checksums says of its arrays."""
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        saved = handler.metadata(path / "state").tree
+    finally:
+        handler.close()
+    return {name: {"shape": list(x.shape), "dtype": None} for name, x in saved.items()}
+
+
+def _score(path: Path) -> float | None:
+    """The score of a checkpoint, if it has one that can be read."""
+    for file in (path / "position" / "metadata", path / "metrics" / "metrics"):
+        try:
+            said = json.loads(file.read_bytes())
+            digest = said.pop("sha256", None)
+            if digest in (None, _digest(said)) and said.get("score") is not None:
+                return float(said["score"])
+        except (OSError, ValueError, TypeError, AttributeError):
+            pass
+    return None
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _facts(named: Mapping[str, jax.Array]) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and checksum of arrays, as JSON."""
+    sums = _checksums(named)
+    return {
+        name: {**_fact(array), "checksum": sums[name]} for name, array in named.items()
+    }
+
+
+def _fact(array: Any) -> dict[str, Any]:
+    return {"shape": list(array.shape), "dtype": str(array.dtype)}
+
+
+def _checksums(named: Mapping[str, jax.Array]) -> dict[str, int]:
+    """Of the values of arrays, wherever they lie; the same in all processes."""
+    made = {name: checksum.of_placed(array) for name, array in named.items()}
+    return {
+        name: int(np.asarray(sums.addressable_data(0))[0])
+        for name, sums in made.items()
+    }
 
 
 def save_weights(
@@ -181,10 +380,6 @@ def save_weights(
     if processes.leads():
         shutil.rmtree(directory, ignore_errors=True)
         fresh.rename(directory)
-
-
-def _score(metrics: Mapping[str, float]) -> float:
-    return metrics["score"]
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def run(
         asked_to_stop() as stopping,
         performance.long_lived_objects_set_aside() as set_aside,
     ):
-        state, first = start_or_go_on(job, stream, checkpoints, log.waiting)
+        state, first = start_or_go_on(job, stream, checkpoints, log.waiting, log.say)
         log.start(first)
         collected = functools.partial(
             collect, config, engine, job.score, stream, log.phase

@@ -8,12 +8,16 @@ from jaxrl_llm.algorithms.ppo import TrainState
 from jaxrl_llm.data.stream import PromptBatches
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.training.build import Job
-from jaxrl_llm.training.checkpoint import Checkpoints
+from jaxrl_llm.training.checkpoint import Checkpoints, Say
 from jaxrl_llm.training.experience import Observe
 
 
 def start_or_go_on(
-    job: Job, stream: PromptBatches, checkpoints: Checkpoints, waiting: Observe
+    job: Job,
+    stream: PromptBatches,
+    checkpoints: Checkpoints,
+    waiting: Observe,
+    say: Say,
 ) -> tuple[TrainState, int]:
     """The state to go on from and the step that made it; 0 for a fresh start.
 
@@ -21,8 +25,12 @@ def start_or_go_on(
 
     Args:
       waiting: is told what takes long.
+      say: is told, in a line each, of checkpoints that cannot be gone on from.
+
+    Raises:
+      CheckpointError: there are checkpoints, but all are damaged.
     """
-    found = checkpoints.restore(abstract_state(job))
+    found = checkpoints.restore(abstract_state(job), say=say)
     if found is None:
         with waiting("reading the weights"):
             return start(job), 0

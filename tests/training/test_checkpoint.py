@@ -1,6 +1,7 @@
 """Saved and restored states, on eight simulated devices."""
 
 import json
+import os
 import shutil
 
 import chex
@@ -12,7 +13,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm.sharding import mesh
-from jaxrl_llm.training.checkpoint import Checkpoints
+from jaxrl_llm.training import checkpoint
+from jaxrl_llm.training.checkpoint import CheckpointError, Checkpoints
 
 RNG = np.random.default_rng(0)
 STATE = {
@@ -125,21 +127,137 @@ def test_one_that_was_being_deleted_is_in_nobodys_way(tmp_path):
     assert newest(tmp_path).step == 6
 
 
-def test_each_says_its_format_and_older_ones_are_read(tmp_path):
-    save(tmp_path, [5])
-    (stored,) = (tmp_path / "5" / "position").glob("metadata*")
+def rewrite(directory, change):
+    """Changes what a checkpoint says besides its arrays."""
+    stored = directory / "position" / "metadata"
     said = json.loads(stored.read_text())
-    assert said.pop("format") == 1
-    stored.write_text(json.dumps(said))  # as it was before there were numbers
-    assert newest(tmp_path).position == {**POSITION, "step": 5}
+    change(said)
+    stored.write_text(json.dumps(said))
+
+
+def as_an_older_one(said):
+    """As before there were checksums, and before there were numbers."""
+    assert said.pop("format") == 2
+    for name in ("score", "arrays", "sha256"):
+        del said[name]
+
+
+def test_each_says_its_format_and_older_ones_are_read_which_carry_no_checksums(
+    tmp_path,
+):
+    save(tmp_path, [5])
+    rewrite(tmp_path / "5", as_an_older_one)
+    said = []
+    with Checkpoints(tmp_path, 9) as checkpoints:
+        found = checkpoints.restore(like(), say=said.append)
+    assert found.position == {**POSITION, "step": 5}
+    assert len(said) == 1 and "5 was written by an earlier version" in said[0]
 
 
 def test_a_format_of_a_later_version_is_an_error_that_names_both(tmp_path):
     save(tmp_path, [5])
-    (stored,) = (tmp_path / "5" / "position").glob("metadata*")
-    stored.write_text(json.dumps({**json.loads(stored.read_text()), "format": 7}))
-    with pytest.raises(ValueError, match="5 has checkpoint format 7, .* up to 1; go"):
+
+    def later(said):
+        del said["sha256"]
+        said["format"] = 7
+        said["sha256"] = checkpoint._digest(said)
+
+    rewrite(tmp_path / "5", later)
+    with pytest.raises(ValueError, match="5 has checkpoint format 7, .* up to 2; go"):
         newest(tmp_path)
+
+
+def flip(path, place=0.5, bit=3):
+    """Flips one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def blocks(directory):
+    """The files that hold the values of the arrays, and some that are read no more."""
+    return list(directory.glob("state/**/d/*"))
+
+
+def other_numbers(directory):
+    """A file of another state, of the same shape: what a block that is old is like."""
+    state = jax.tree.map(lambda x: x * 0, STATE)
+    with Checkpoints(directory.parent / "other", 9) as checkpoints:
+        checkpoints.save(4, on_devices(state=state), {})
+    shutil.rmtree(directory / "state")
+    shutil.copytree(directory.parent / "other" / "4" / "state", directory / "state")
+    shutil.rmtree(directory.parent / "other")
+
+
+DAMAGES = {
+    "a bit of the arrays": lambda d: [flip(block) for block in blocks(d)],
+    "old arrays": other_numbers,
+    "cut short": lambda d: [os.truncate(block, 99) for block in blocks(d)],
+    "files are gone": lambda d: [block.unlink() for block in blocks(d)],
+    "no arrays": lambda d: shutil.rmtree(d / "state"),
+    "a bit of what describes the arrays": lambda d: flip(d / "state/_METADATA"),
+    "a bit of the position": lambda d: flip(d / "position/metadata", 0.1),
+    "another position": lambda d: rewrite(d, lambda said: said.update(step=3)),
+    "another format": lambda d: rewrite(d, lambda said: said.update(format=3)),
+    "no digest": lambda d: rewrite(d, lambda said: said.pop("sha256")),
+    "no position": lambda d: (d / "position/metadata").write_text(""),
+    "nothing in it": lambda d: [shutil.rmtree(d), d.mkdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_one_is_named_and_set_aside_for_the_one_before(tmp_path, damage):
+    save(tmp_path, [2, 4])
+    damage(tmp_path / "4")
+    said = []
+    with Checkpoints(tmp_path, 9) as checkpoints:
+        found = checkpoints.restore(like(), say=said.append)
+        assert found.step == 2 and found.position == {**POSITION, "step": 2}
+        chex.assert_trees_all_equal(found.state, STATE)
+        checkpoints.save(4, on_devices(), {**POSITION, "step": 4})
+    (line,) = said
+    assert f"{tmp_path / '4'} is damaged: " in line and "from checkpoint 2" in line
+    assert "\n" not in line
+    assert newest(tmp_path).step == 4
+    assert (tmp_path / "4.aside").is_dir()
+
+
+def test_if_all_are_damaged_nothing_is_changed(tmp_path):
+    save(tmp_path, [2, 4])
+    DAMAGES["a bit of the arrays"](tmp_path / "2")
+    flip(tmp_path / "4/position/metadata")
+    with pytest.raises(CheckpointError, match="4 is damaged: .*; .*2 is damaged: "):
+        newest(tmp_path)
+    assert kept(tmp_path) == [2, 4]
+
+
+def test_only_one_up_to_a_step_is_gone_on_from(tmp_path):
+    save(tmp_path, [2, 4, 6])
+    with Checkpoints(tmp_path, 9) as checkpoints:
+        assert checkpoints.restore(like(), up_to=5).step == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "6.aside"]
+    with (
+        pytest.raises(CheckpointError, match=r"none up to step 1, only \[2, 4\]"),
+        Checkpoints(tmp_path, 9) as checkpoints,
+    ):
+        checkpoints.restore(like(), up_to=1)
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_of_any_file_is_restored(tmp_path):
+    save(tmp_path / "sound", [2, 4])
+    files = [p for p in (tmp_path / "sound/4").glob("**/*") if p.is_file()]
+    places = np.random.default_rng(1)
+    for file in files:
+        for _ in range(6):
+            shutil.copytree(tmp_path / "sound", tmp_path / "run")
+            flipped = tmp_path / "run" / file.relative_to(tmp_path / "sound")
+            flip(flipped, places.uniform(), places.integers(8))
+            step, state, position = newest(tmp_path / "run")
+            assert position == {**POSITION, "step": step}, flipped
+            chex.assert_trees_all_equal(state, STATE)
+            assert (step == 2) == (tmp_path / "run/4.aside").exists()
+            shutil.rmtree(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -147,7 +265,7 @@ def test_a_format_of_a_later_version_is_an_error_that_names_both(tmp_path):
     [
         (
             lambda s: s["params"].update(wi=np.zeros((8, 32), np.float32)),
-            r"5 is a checkpoint of another .* params.wi is \(8, 16\), not \(8, 32\)",
+            r"5 is a checkpoint of another .*wi has shape \[8, 16\], not \[8, 32\]",
         ),
         (
             lambda s: s["params"].update(wo=s["params"].pop("wi")),
