@@ -40,7 +40,7 @@ from jaxrl_llm.models.checkpoints.huggingface import (
 from jaxrl_llm.models.checkpoints.tensor_map import RandomWeights, WeightSource
 from jaxrl_llm.models.layer_loop import COMPILER_OPTIONS
 from jaxrl_llm.models.layer_loop import choose as choose_loop
-from jaxrl_llm.models.partitioning import partition
+from jaxrl_llm.models.partitioning import kv_copies, partition
 from jaxrl_llm.models.quantised import DTYPES, Bits
 from jaxrl_llm.models.value_head import (
     abstract_critic,
@@ -71,6 +71,7 @@ __all__ = [
     "for_products",
     "forward",
     "fuse",
+    "kv_copies",
     "init",
     "init_critic",
     "load",

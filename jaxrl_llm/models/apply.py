@@ -149,16 +149,18 @@ def unstack(params: Params, dtype) -> Params:
     }
 
 
-def fuse(layer: Params, bits: Bits | None = None) -> Params:
+def fuse(layer: Params, bits: Bits | None = None, kv_copies: int = 1) -> Params:
     """One unstacked layer's weights to fused; see `decoder.Layer`.
 
     Args:
       bits: quantise the matrices; norms and biases stay as they are.
+      kv_copies: copies of every key/value head: see `partitioning.kv_copies`.
     """
     rest = dict(layer)
     for end in ("", "_bias"):
         if f"q{end}" in rest:
             q, k, v = (rest.pop(f"{name}{end}") for name in "qkv")
+            k, v = (jnp.repeat(x, kv_copies, axis=-2) for x in (k, v))
             q = q.reshape(*k.shape[:-1], -1, k.shape[-1])
             parts = [q, k[..., None, :], v[..., None, :]]
             rest[f"qkv{end}"] = jnp.concatenate(parts, axis=-2)

@@ -50,6 +50,24 @@ def partition(
     return made
 
 
+def kv_copies(arch: Architecture, devices: int) -> int:
+    """How often every key/value head must be there for `devices` to have as many each.
+
+    A device has the heads of its own queries: with fewer key/value heads than devices,
+    several devices hold the same one.
+
+    Raises:
+      ValueError: the query heads cannot be split so.
+    """
+    copies = devices // math.gcd(arch.num_kv_heads, devices)
+    if arch.num_heads % devices or arch.num_heads % (arch.num_kv_heads * copies):
+        raise ValueError(
+            f"{arch.num_heads} attention heads with {arch.num_kv_heads} key/value "
+            f"heads cannot be split over {devices} devices"
+        )
+    return copies
+
+
 def across(partition: Partition, attention: PackedAttention) -> PackedAttention:
     """`attention` by every device on rows and heads of its own.
 
@@ -97,7 +115,7 @@ def across(partition: Partition, attention: PackedAttention) -> PackedAttention:
                 )
             return out
 
-        copies = devices // math.gcd(k.shape[2], devices)
+        copies = devices // math.gcd(k.shape[2], devices)  # see `kv_copies`
         k, v = (jnp.repeat(x, copies, axis=2) for x in (k, v))
         return on_each_device(
             local, partition.mesh, (split, split, split, whole, whole), split

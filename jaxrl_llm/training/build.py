@@ -165,6 +165,11 @@ def engine_of(
         case "jax":
             from jaxrl_llm.rollout.native.engine import JaxEngine
 
+            tensor = on.shape["tensor"]
+            try:
+                models.kv_copies(arch, tensor)
+            except ValueError as error:
+                raise ConfigError(f"rollout.mesh.tensor {tensor}: {error}") from None
             return JaxEngine(
                 arch,
                 tokenizer,

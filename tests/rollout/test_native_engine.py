@@ -184,6 +184,7 @@ def test_prompts_are_scored_for_those_who_ask(replicas):
         {"decode_chunk": 1},
         {"decode_chunk": 5, "max_num_seqs": 4},
         {"axes": {"data": 4, "tensor": 2}},
+        {"axes": {"data": 2, "tensor": 4}},  # of 2 key/value heads, 4 copies
         {"axes": {"data": 8, "tensor": 1}},
         {"axes": {"data": 1, "tensor": 2}, "max_num_seqs": 3},  # rows do not divide
     ],

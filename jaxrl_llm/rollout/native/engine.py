@@ -5,6 +5,7 @@ decodes one chunk of steps, the host hands out what the chunk before gave and pr
 the next. Shapes come from a few sizes, so that nothing compiles after the first calls.
 """
 
+import dataclasses
 import functools
 import math
 from collections import deque
@@ -46,8 +47,9 @@ class JaxEngine:
     Args:
       tokenizer: decodes text, for stop strings and `Completion.text`.
       mesh: axes "data" and "tensor"; sequences are split over the first, weights over
-        the second. Of many processes, each generates what it is asked on its own
-        devices, without the others; `load` is what they do together.
+        the second, where key/value heads that are too few are copied. Of many
+        processes, each generates what it is asked on its own devices, without the
+        others; `load` is what they do together.
       dtype: of weights, activations and cache.
       quantization: of the matrices in the layers; fp8 also of what they multiply.
       kv_cache_dtype: of the cache, if not `dtype`.
@@ -61,7 +63,8 @@ class JaxEngine:
         a multiple of this; 0: never.
 
     Raises:
-      ValueError: `max_model_len` is more than the model has positions.
+      ValueError: `max_model_len` is more than the model has positions, or its weights
+        cannot be split over "tensor".
     """
 
     def __init__(
@@ -94,8 +97,11 @@ class JaxEngine:
         self._prefill_tokens, self._cache_gib = prefill_tokens, cache_gib
         self._checksum_freq, self._way = checksum_freq, None
         self._version, self._params = -1, None
+        # Keys, values and caches have as many heads as there are devices to hold them.
+        copies = models.kv_copies(arch, self.mesh.shape["tensor"])
+        held = dataclasses.replace(arch, num_kv_heads=copies * arch.num_kv_heads)
         self._run = decode.Run(
-            arch=arch,
+            arch=held,
             dtype=jnp.dtype(dtype),
             cache_dtype=models.DTYPES.get(kv_cache_dtype, jnp.dtype(dtype)),
             mesh=self.mesh,
@@ -106,15 +112,21 @@ class JaxEngine:
                 max_sequences=SEQUENCES_PER_ROW + 1,
             ),
         )
-        self._param_shardings = rules.to_shardings(
-            models.logical_axes(arch, stacked=False), mesh, rules.GENERATE
+        shapes = models.abstract_params(arch, dtype=self._run.dtype, stacked=False)
+        axes = models.logical_axes(arch, stacked=False)
+        layout = rules.fit(
+            rules.GENERATE, shapes, axes, mesh, optional=("vocab", "kv_heads")
         )
+        self._param_shardings = rules.to_shardings(axes, mesh, layout)
+        rules.check_divides(shapes, self._param_shardings)
         fused = models.logical_axes(
-            arch, stacked=False, fused=True, scaled=quantization is not None
+            held, stacked=False, fused=True, scaled=quantization is not None
         )
-        self._fused_shardings = rules.to_shardings(fused, self.mesh, rules.GENERATE)
+        self._fused_shardings = rules.to_shardings(
+            fused, self.mesh, layout | {"kv_heads": rules.GENERATE["kv_heads"]}
+        )
         self._fuse = jax.jit(
-            functools.partial(models.fuse, bits=quantization),
+            functools.partial(models.fuse, bits=quantization, kv_copies=copies),
             out_shardings=self._fused_shardings["layers"][0],
         )
         self._waiting: list[Response] = []
