@@ -118,7 +118,7 @@ def main(
     )
     measured = [found for found, _ in run(setup, steps + 1, mean)]
     medians = {
-        name: float(np.median([line[name] for line in measured[1:]]))
+        name: float(np.median([line.get(name, 0.0) for line in measured[1:]]))
         for name in measured[-1]
     }
     _show(medians, arch, count)

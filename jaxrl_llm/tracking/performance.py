@@ -23,12 +23,40 @@ class Devices:
     """Operations per second of one of them; None if not known."""
 
 
+_compiled: list[tuple[float, float]] = []
+"""Begin and end of every compilation in this process, in seconds of `perf_counter`."""
+
+
+def _on_duration(event: str, seconds: float, **_: object) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        now = time.perf_counter()
+        _compiled.append((now - seconds, now))
+
+
+jax.monitoring.register_event_duration_secs_listener(_on_duration)
+
+
+def compile_seconds(start: float, end: float) -> float:
+    """Seconds between two times of `perf_counter` in which XLA compiled a program or
+    read it from its cache. Programs may be compiled side by side."""
+    total, reached = 0.0, start
+    for begin, done in sorted(_compiled):
+        begin, done = max(begin, reached), min(done, end)
+        if done > begin:
+            total += done - begin
+            reached = done
+    return total
+
+
 class Timer:
     """Seconds per phase within one step, which starts when the Timer is made.
 
     timer = Timer()
     with timer("gen"): ...
     timer.metrics()         # {"timing_s/gen": 3.1, "timing_s/step": 4.0}
+
+    Compilation is a phase of its own, `timing_s/compile`, wherever it happens: the
+    others are without it.
     """
 
     def __init__(self) -> None:
@@ -42,13 +70,22 @@ class Timer:
         try:
             yield
         finally:
-            passed = time.perf_counter() - start
+            end = time.perf_counter()
+            passed = end - start - compile_seconds(start, end)
             self._seconds[phase] = self._seconds.get(phase, 0.0) + passed
 
     def metrics(self) -> dict[str, float]:
-        """`timing_s/<phase>`, and `timing_s/step`: all the time since the start."""
-        seconds = {**self._seconds, "step": time.perf_counter() - self._start}
-        return {f"timing_s/{phase}": value for phase, value in seconds.items()}
+        """`timing_s/<phase>`; `timing_s/step`: all the time since the start; and
+        `perf/compilations`: programs compiled since then, or read from XLA's cache."""
+        now = time.perf_counter()
+        seconds = {**self._seconds, "step": now - self._start}
+        if compiling := compile_seconds(self._start, now):
+            seconds["compile"] = compiling
+        count = sum(self._start <= done <= now for _, done in list(_compiled))
+        return {
+            **{f"timing_s/{phase}": value for phase, value in seconds.items()},
+            "perf/compilations": float(count),
+        }
 
 
 @contextmanager

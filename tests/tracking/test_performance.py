@@ -1,6 +1,11 @@
 import gc
 
-from jaxrl_llm.tracking.performance import long_lived_objects_set_aside
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxrl_llm.tracking import performance
+from jaxrl_llm.tracking.performance import Timer, long_lived_objects_set_aside
 
 
 def test_what_lasts_is_walked_by_no_collection():
@@ -18,3 +23,33 @@ def test_what_lasts_is_walked_by_no_collection():
         assert any(x is later[0] for x in gc.get_objects())
     assert gc.get_freeze_count() == 0
     assert any(x is lasting[0] for x in gc.get_objects())
+
+
+def test_compilations_are_counted_and_in_no_other_phase():
+    x = jnp.arange(7.0)
+
+    @jax.jit
+    def new(x):
+        return jnp.sin(x) * 3.25 + x
+
+    timer = Timer()
+    with timer("gen"):
+        new(x).block_until_ready()
+    first = timer.metrics()
+    assert first["perf/compilations"] == 1
+    parts = first["timing_s/gen"] + first["timing_s/compile"]
+    assert 0 < first["timing_s/compile"] < parts <= first["timing_s/step"]
+    again = Timer()
+    with again("gen"):
+        new(x).block_until_ready()
+    assert again.metrics()["perf/compilations"] == 0
+    assert "timing_s/compile" not in again.metrics()
+
+
+def test_programs_compiled_side_by_side_take_their_time_once(monkeypatch):
+    monkeypatch.setattr(
+        performance, "_compiled", [(1.0, 4.0), (2.0, 3.0), (3.5, 5.0), (7.0, 9.0)]
+    )
+    assert performance.compile_seconds(0.0, 10.0) == pytest.approx(6.0)
+    assert performance.compile_seconds(2.5, 8.0) == pytest.approx(3.5)
+    assert performance.compile_seconds(5.0, 7.0) == 0.0
