@@ -251,3 +251,16 @@ class Scores:
         return Scores(
             total=self.total[picked], by_function=by_function, errors=self.errors
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """All that the engine made for one step, trained on or not. Lives on the host."""
+
+    asked: Sequence[Prompt]
+    rollouts: Sequence[Sequence[Episode]]
+    """For each prompt, the G episodes that begin with it."""
+    scores: Scores
+    greedy: Sequence[Sequence[Episode]] = ()
+    """One greedy episode for each prompt that is trained on, if the estimator compares
+    with it."""

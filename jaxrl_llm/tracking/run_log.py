@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxrl_llm.data.types import Episode, Prompt, Scores
+from jaxrl_llm.data.types import Episode, Generated, Prompt, Scores
 from jaxrl_llm.tracking import device_trace as profile
 from jaxrl_llm.tracking import performance, report, step_metrics
 from jaxrl_llm.tracking.console import LiveView, progress
@@ -147,14 +147,17 @@ class RunLog:
         rollouts: Sequence[Sequence[Episode]],
         scores: Scores,
         advantage: np.ndarray,
+        generated: Generated,
         *,
         epoch: float,
         update_flops: float,
     ) -> None:
-        """Writes every response of a step with its reward.
+        """Writes every response that a step trains on with its reward.
 
         Args:
           advantage: [P, G], the mean of the tokens' of each response.
+          generated: what rewards, lengths and speeds are of: these responses, and those
+            that are not trained on.
           epoch: passes over the training data so far.
           update_flops: operations of all passes of the policy's update, on the tokens
             of these responses and their prompts.
@@ -162,11 +165,15 @@ class RunLog:
         self._shown = step_metrics.rollout_records(
             step, "train", "train", asked, rollouts, scores, advantage=advantage
         )
-        self._batch = step_metrics.batch_metrics(asked, rollouts, scores, advantage)
-        self._new_tokens = sum(len(c.tokens) for group in rollouts for c in group)
-        self._tokens = self._new_tokens + sum(
-            len(p.tokens) * len(group) for p, group in zip(asked, rollouts, strict=True)
+        self._batch = step_metrics.batch_metrics(
+            generated.asked, generated.rollouts, generated.scores, advantage
         )
+        read, new = step_metrics.num_tokens(generated.asked, generated.rollouts)
+        if generated.greedy:
+            more = step_metrics.num_tokens(asked, generated.greedy)
+            read, new = read + more[0], new + more[1]
+        self._tokens, self._new_tokens = read + new, new
+        self._trained_tokens = sum(step_metrics.num_tokens(asked, rollouts))
         self._epoch, self._update_flops = epoch, update_flops
         if self._writer:
             self._writer.write_rollouts(step, "train", self._shown)
@@ -233,5 +240,5 @@ class RunLog:
             **performance.mfu(
                 self._update_flops, update, devices.peak_flops, devices.updating
             ),
-            "perf/update_tokens_per_s": self._tokens / update,
+            "perf/update_tokens_per_s": self._trained_tokens / update,
         }

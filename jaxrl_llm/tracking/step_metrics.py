@@ -86,6 +86,10 @@ def batch_metrics(
 ) -> dict[str, float]:
     """What one batch of responses looked like.
 
+    Args:
+      prompts, episodes, scores: of all that was generated.
+      advantages: of what is trained on.
+
     `response_length` counts all tokens behind the prompt, observations among them, as
     veRL does; `clip_ratio` is the share of responses cut off at their limit;
     `training/groups_all_equal` the share of prompts whose responses all got the same
@@ -116,6 +120,16 @@ def batch_metrics(
         if count:
             metrics[f"reward_errors/{name}"] = float(count)
     return metrics
+
+
+def num_tokens(
+    prompts: Sequence[Prompt], episodes: Sequence[Sequence[Episode]]
+) -> tuple[int, int]:
+    """Tokens that were read, each prompt once for every episode that begins with it,
+    and tokens behind the prompts."""
+    each = list(zip(prompts, episodes, strict=True))
+    read = sum(len(prompt.tokens) * len(group) for prompt, group in each)
+    return read, sum(len(one.tokens) for _, group in each for one in group)
 
 
 def cut_off(episodes: Sequence[Episode]) -> float:

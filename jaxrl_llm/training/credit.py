@@ -233,7 +233,14 @@ def assign_credit(
         state = dataclasses.replace(state, kl_coef=coef)
     metrics = {name: float(value) for name, value in found.items()}
     if algorithm.filter_groups:
-        metrics["training/groups_generated"] = float(groups.num_generated)
+        kept = scores.total
+        metrics |= {
+            "training/groups_generated": float(len(groups.generated.asked)),
+            "training/groups_kept": float(len(groups.asked)),
+            "critic/rewards_kept/mean": float(kept.mean()),
+            "critic/rewards_kept/max": float(kept.max()),
+            "critic/rewards_kept/min": float(kept.min()),
+        }
     return state, Credited(rows=rows, advantages=means, metrics=metrics)
 
 

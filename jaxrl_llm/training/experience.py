@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.schema import Config, SamplingConfig
 from jaxrl_llm.data.stream import PromptBatches
-from jaxrl_llm.data.types import Episode, Prompt, Scores, single_turn
+from jaxrl_llm.data.types import Episode, Generated, Prompt, Scores, single_turn
 from jaxrl_llm.rewards import RewardFunction, score
 from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.roles.reward_model import RewardModel
@@ -35,8 +35,8 @@ class Groups:
     baselines: Float32[np.ndarray, " P"] | None = None
     """The reward of a greedy response to each prompt, if the estimator compares with
     it."""
-    num_generated: int
-    """Groups that were generated; P of them are trained on."""
+    generated: Generated
+    """What was generated for them; with `algorithm.filter_groups` there may be more."""
     epoch: float
     """Passes over the training data up to and with these prompts."""
     position: Mapping[str, Any]
@@ -63,23 +63,19 @@ def collect(
     Source: Yu et al. 2025, section 3.2 (arXiv:2503.14476).
     """
     wanted, how = config.data.train_batch_size, config.algorithm.filter_groups
-    parts: list[Groups] = []
+    parts: list[Generated] = []
+    kept: list[Generated] = []
     for attempt in itertools.count():
         with observe("gen"):
             asked = next(stream)
             of_step = requests(config, asked, step, attempt)
             rollouts = single_turn(generate_together(engine, of_step))
         with observe("reward"):
-            made = Groups(
-                asked=asked,
-                rollouts=rollouts,
-                scores=score(asked, rollouts),
-                num_generated=len(asked),
-                epoch=stream.epoch,
-                position=stream.state(),
-            )
-        parts.append(_take(made, differing(made.scores, how.metric)) if how else made)
-        found = sum(len(part.asked) for part in parts)
+            scores = score(asked, rollouts)
+        made = Generated(asked=asked, rollouts=rollouts, scores=scores)
+        parts.append(made)
+        kept.append(_take(made, differing(made.scores, how.metric)) if how else made)
+        found = sum(len(part.asked) for part in kept)
         if how is None or found >= wanted:
             break
         if attempt + 1 == how.max_num_gen_batches:
@@ -90,16 +86,24 @@ def collect(
                 "max_num_gen_batches (0: no limit) or rollout.n, or give questions "
                 "that are neither always nor never answered well"
             )
-    groups = _take(_join(parts), range(wanted)) if how else parts[0]
+    used = _take(_join(kept), range(wanted)) if how else kept[0]
+    groups = Groups(
+        asked=used.asked,
+        rollouts=used.rollouts,
+        scores=used.scores,
+        generated=_join(parts),
+        epoch=stream.epoch,
+        position=stream.state(),
+    )
     if not plugins.estimator_of(config.algorithm).asks_greedily:
         return groups
     with observe("gen"):
-        greedy = generate_together(
-            engine, greedily(requests(config, groups.asked, step))
-        )
+        asked = greedily(requests(config, groups.asked, step))
+        greedy = single_turn(generate_together(engine, asked))
     with observe("reward"):
-        baselines = score(groups.asked, single_turn(greedy)).total[:, 0]
-    return replace(groups, baselines=baselines)
+        baselines = score(groups.asked, greedy).total[:, 0]
+    generated = replace(groups.generated, greedy=greedy)
+    return replace(groups, baselines=baselines, generated=generated)
 
 
 def score_together(
@@ -193,21 +197,17 @@ def sampling(config: Config, section: SamplingConfig) -> Sampling:
     )
 
 
-def _take(groups: Groups, prompts: Sequence[int]) -> Groups:
-    return replace(
-        groups,
-        asked=[groups.asked[p] for p in prompts],
-        rollouts=[groups.rollouts[p] for p in prompts],
-        scores=groups.scores.take(prompts),
+def _take(made: Generated, prompts: Sequence[int]) -> Generated:
+    return Generated(
+        asked=[made.asked[p] for p in prompts],
+        rollouts=[made.rollouts[p] for p in prompts],
+        scores=made.scores.take(prompts),
     )
 
 
-def _join(parts: Sequence[Groups]) -> Groups:
-    return Groups(
+def _join(parts: Sequence[Generated]) -> Generated:
+    return Generated(
         asked=[prompt for part in parts for prompt in part.asked],
         rollouts=[group for part in parts for group in part.rollouts],
         scores=join([part.scores for part in parts]),
-        num_generated=sum(part.num_generated for part in parts),
-        epoch=parts[-1].epoch,
-        position=parts[-1].position,
     )

@@ -62,6 +62,7 @@ def run(
                 groups.rollouts,
                 groups.scores,
                 credited.advantages,
+                groups.generated,
                 epoch=groups.epoch,
                 update_flops=update_flops(job, groups),
             )

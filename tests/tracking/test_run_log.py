@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from jaxrl_llm.data.types import Completion, Prompt, Scores, single_turn
+from jaxrl_llm.data.types import Completion, Generated, Prompt, Scores, single_turn
+from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.performance import Devices
 from jaxrl_llm.tracking.run_log import RunLog
@@ -34,6 +35,7 @@ SCORES = Scores(
     by_function={"exact": np.array([[1, 0]], np.float32)},
     errors={"exact": 0},
 )
+GENERATED = Generated(asked=[PROMPT], rollouts=ROLLOUTS, scores=SCORES)
 
 
 def log(directory, writes=True):
@@ -50,7 +52,7 @@ def log(directory, writes=True):
     )
 
 
-def tell(log, step):
+def tell(log, step, generated=None):
     log.begin(step)
     with log.phase("gen"):
         pass
@@ -60,6 +62,7 @@ def tell(log, step):
         ROLLOUTS,
         SCORES,
         np.array([[0.5, -0.5]], np.float32),
+        generated or GENERATED,
         epoch=0.25 * step,
         update_flops=1.0,
     )
@@ -92,6 +95,37 @@ def test_what_it_is_told_it_writes(tmp_path):
         (2, "train"),
     ]
     assert (tmp_path / "report.html").exists()
+
+
+def test_rewards_and_speeds_are_of_all_that_was_generated(tmp_path):
+    dropped = Scores(
+        total=np.array([[3, 3]], np.float32),
+        by_function={"exact": np.array([[3, 3]], np.float32)},
+        errors={"exact": 0},
+    )
+    all_of_it = Generated(
+        asked=[PROMPT, PROMPT],
+        rollouts=[*ROLLOUTS, *ROLLOUTS],
+        scores=join([SCORES, dropped]),
+        greedy=[ROLLOUTS[0][:1]],
+    )
+    with log(tmp_path) as told:
+        told.start(0)
+        with told.phase("update_actor"):
+            pass
+        tell(told, 1, all_of_it)
+    (line,) = run_directory.read(tmp_path)
+    assert line["critic/rewards/mean"] == 1.75  # (1 + 0 + 3 + 3) / 4
+    assert line["critic/advantages/max"] == 0.5
+    assert line["training/groups_all_equal"] == 0.5
+    # Two groups of 2 + 4 new tokens and a greedy response of 2, behind prompts of 3.
+    new, read, trained = 14, 15, 12
+    assert line["perf/total_num_tokens"] == new + read
+    rate = line["perf/rollout_tokens_per_s"] * line["timing_s/gen"]
+    assert rate == pytest.approx(new)
+    rate = line["perf/update_tokens_per_s"] * line["timing_s/update_actor"]
+    assert rate == pytest.approx(trained)
+    assert len(run_directory.rollout_files(tmp_path)) == 1
 
 
 def test_of_many_processes_one_writes_and_prints(tmp_path, capsys):

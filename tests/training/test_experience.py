@@ -59,7 +59,11 @@ def test_only_groups_that_differ_are_trained_on(weights, tmp_path):
         assert len(asked) == 4 * 2
         assert all(int(prompt.split()[0]) % 2 for prompt in asked)
         assert line["training/groups_generated"] >= 8
-        assert line["training/groups_all_equal"] == 0
+        assert line["training/groups_kept"] == 4
+        assert 0 < line["training/groups_all_equal"] < 1  # of all that were generated
+        kept = np.array([r["reward"] for r in responses(config, line["step"])])
+        assert line["critic/rewards_kept/mean"] == pytest.approx(kept.mean())
+        assert line["critic/rewards/max"] == 1 > line["critic/rewards_kept/max"]
 
     # Where the data stands after a step with several batches is part of the run.
     parts = tmp_path / "resumed"
