@@ -17,6 +17,8 @@ from jaxrl_llm.config import checks, parsing, plugins
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config, RolloutConfig, ValConfig
 from jaxrl_llm.data import prompts as questions
+from jaxrl_llm.data.chat_template import Encoder
+from jaxrl_llm.data.messages import content_of
 from jaxrl_llm.data.sources import Source
 from jaxrl_llm.data.types import Completion, Message
 from jaxrl_llm.rewards import RewardFunction, Term, resolve
@@ -158,7 +160,7 @@ def evaluate(
         source = prompts
         if not isinstance(prompts, Source):
             source = Source(path=_stored(prompts, directory, "prompts"))
-        asked = questions.read(source, loaded.tokenizer, chat_template=chat)
+        asked = questions.read(source, _encoder(loaded), chat_template=chat)
     lengths = [len(prompt.tokens) for prompt in asked]
     engine = _engine(loaded, max(lengths) + max_tokens, n * len(asked), dtype)
     with closing(engine):
@@ -226,15 +228,16 @@ def generate(
     )
     loaded = models.load(_weights(model))
     before = [] if system is None else [{"role": "system", "content": system}]
-    tokens = [
-        questions.tokenize(
-            [*before, {"role": "user", "content": prompt}]
-            if chat and isinstance(prompt, str)
-            else prompt,
-            loaded.tokenizer,
-        )
-        for prompt in prompts
-    ]
+    encoder, tokens = _encoder(loaded), []
+    for i, prompt in enumerate(prompts):
+        if chat and isinstance(prompt, str):
+            prompt = [*before, {"role": "user", "content": prompt}]
+        elif not isinstance(prompt, str):
+            prompt = content_of(prompt, "prompts")
+        try:
+            tokens.append(encoder.encode(prompt))
+        except ValueError as error:
+            raise ValueError(f"prompt {i} (from 0): {error}") from None
     requests = [
         Request(prompt_id=i, tokens=asked, num_samples=n, seed=seed, sampling=sampling)
         for i, asked in enumerate(tokens)
@@ -242,6 +245,17 @@ def generate(
     longest = max(map(len, tokens)) + max_tokens
     with closing(_engine(loaded, longest, n * len(prompts), dtype)) as engine:
         return engines.generate(engine, requests)
+
+
+def _encoder(loaded: models.Model) -> Encoder:
+    """How questions become tokens of a model.
+
+    Raises:
+      ValueError: it has no tokenizer.
+    """
+    if loaded.tokenizer is None:
+        raise ValueError("the model has no tokenizer")
+    return Encoder(tokenizer=loaded.tokenizer, vocab_size=loaded.arch.vocab_size)
 
 
 def _engine(

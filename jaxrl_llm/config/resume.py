@@ -51,16 +51,15 @@ def check(directory: Path, config: Config) -> None:
     The settings may have been stored by an earlier version: a key that it did not have
     counts as its default, and one that has another name now as that (`renamed.FORMER`).
     """
-    path = directory / "config.yaml"
-    if not path.exists():
+    stored = settings_of(directory)
+    if stored is None:
         return
     if config.trainer.resume == "never":
         raise ConfigError(
             f"trainer.resume is never, but output_dir {directory} holds a run; choose "
             "another output_dir"
         )
-    values = renamed.translated(parsing.read(path), str(path))
-    before, now = facts(parsing.parse(values, str(path))), facts(config)
+    before, now = facts(stored), facts(config)
     changed = [
         f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -71,6 +70,20 @@ def check(directory: Path, config: Config) -> None:
             f"output_dir {directory} holds a run with other settings; choose another "
             f"output_dir, or go on with the same: {'; '.join(changed)}"
         )
+
+
+def settings_of(directory: Path) -> Config | None:
+    """The settings of the run in `directory`, as this version reads them; None if there
+    is none.
+
+    Raises:
+      ConfigError: they cannot be read, or a key that is gone changed something.
+    """
+    path = directory / "config.yaml"
+    if not path.exists():
+        return None
+    values = renamed.translated(parsing.read(path), str(path))
+    return parsing.parse(values, str(path))
 
 
 def facts(config: Config) -> dict[str, Any]:

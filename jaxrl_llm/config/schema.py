@@ -4,6 +4,7 @@
 before anything is loaded. Keys that share veRL's name keep veRL's meaning.
 """
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -71,6 +72,9 @@ class DataConfig(Section):
     """What to do with longer ones. `truncate` keeps the end of the prompt."""
     chat_template: bool = True
     """Render prompts with the tokenizer's chat template; off for base models."""
+    template_time: datetime | None = None
+    """What a chat template that has the date in it takes for now, such as 2025-01-31.
+    If not given, when the run began: it goes on with the prompts it had."""
     shuffle: bool = True
     """A new order every epoch, a function of `seed` alone."""
 

@@ -1,26 +1,23 @@
 """Rows of a data source -> tokenized prompts with their columns, and batches of them.
 
-`sources.read_rows` gets the rows, `render` makes each a question, `tokenize` makes it
+`sources.read_rows` gets the rows, `render` makes each a question, `Encoder` makes it
 tokens; `load` does it for a whole source. `PromptBatches` deals them out.
 """
 
-import json
+import string
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import jinja2
+from typing import TYPE_CHECKING
 
 from jaxrl_llm.config.names import Overlong
+from jaxrl_llm.data.chat_template import Encoder
+from jaxrl_llm.data.messages import Content, content_of, identity, tools_of
 from jaxrl_llm.data.sources import Row, Source, column, read_rows, where
-from jaxrl_llm.data.types import Message, Prompt
+from jaxrl_llm.data.types import Prompt
 
 if TYPE_CHECKING:
     import transformers
-
-
-Content = str | list[Message]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +33,14 @@ class Datasets:
     """Prompts of both cut to the longest that is allowed."""
     train_removed_as_held_out: int
     """Training prompts left out because the same question stands in `val`."""
+    warnings: tuple[str, ...] = ()
+    """What looks wrong about them."""
 
 
 def load(
     train: Source,
     val: Source | None,
-    tokenizer: "transformers.PreTrainedTokenizerBase",
+    encoder: Encoder,
     *,
     max_prompt_length: int,
     overlong_prompts: Overlong = "error",
@@ -54,7 +53,7 @@ def load(
     Args:
       train: questions to train on; those that also stand in `val` are left out.
       val: held-out questions, or None.
-      tokenizer: the model's.
+      encoder: makes tokens of questions.
       max_prompt_length: longest prompt in tokens, chat template included.
       overlong_prompts: what becomes of longer ones: an error, the last
         `max_prompt_length` tokens of each, or nothing.
@@ -65,11 +64,15 @@ def load(
     """
     held_out = _render_all(val, chat_template) if val else {}
     questions = _render_all(train, chat_template)
-    known = {_identity(content) for content, _ in held_out.values()}
+    known = {
+        one
+        for content, row in held_out.values()
+        for one in _identities(content, row, val)
+    }
     kept = {
         i: (content, row)
         for i, (content, row) in questions.items()
-        if _identity(content) not in known
+        if known.isdisjoint(_identities(content, row, train))
     }
     removed = len(questions) - len(kept)
     if not kept:
@@ -78,10 +81,10 @@ def load(
             "data.val; take another split or seed"
         )
     limits = max_prompt_length, overlong_prompts
-    train_prompts, overlong = _tokenize_all(kept, train, tokenizer, *limits)
+    train_prompts, overlong = _tokenize_all(kept, train, encoder, *limits)
     val_prompts: list[Prompt] = []
     if val:
-        val_prompts, more = _tokenize_all(held_out, val, tokenizer, *limits)
+        val_prompts, more = _tokenize_all(held_out, val, encoder, *limits)
         overlong += more
     return Datasets(
         train=train_prompts,
@@ -89,14 +92,12 @@ def load(
         dropped=overlong if overlong_prompts == "drop" else 0,
         truncated=overlong if overlong_prompts == "truncate" else 0,
         train_removed_as_held_out=removed,
+        warnings=tuple(_rendered_before(questions, train, encoder)),
     )
 
 
 def read(
-    source: Source,
-    tokenizer: "transformers.PreTrainedTokenizerBase",
-    *,
-    chat_template: bool = True,
+    source: Source, encoder: Encoder, *, chat_template: bool = True
 ) -> list[Prompt]:
     """Every question of one source as a prompt, however long.
 
@@ -104,7 +105,14 @@ def read(
       ValueError: the source, a row or a prompt does not fit.
     """
     rendered = _render_all(source, chat_template)
-    return _tokenize_all(rendered, source, tokenizer, sys.maxsize, "error")[0]
+    return _tokenize_all(rendered, source, encoder, sys.maxsize, "error")[0]
+
+
+def tokenize(
+    content: Content, tokenizer: "transformers.PreTrainedTokenizerBase"
+) -> tuple[int, ...]:
+    """The tokens of one question; see `Encoder.encode`."""
+    return Encoder(tokenizer=tokenizer).encode(content)
 
 
 def _render_all(source: Source, chat_template: bool) -> dict[int, tuple[Content, Row]]:
@@ -121,7 +129,7 @@ def _render_all(source: Source, chat_template: bool) -> dict[int, tuple[Content,
 def _tokenize_all(
     rendered: Mapping[int, tuple[Content, Row]],
     source: Source,
-    tokenizer: "transformers.PreTrainedTokenizerBase",
+    encoder: Encoder,
     limit: int,
     overlong_prompts: Overlong,
 ) -> tuple[list[Prompt], int]:
@@ -129,7 +137,7 @@ def _tokenize_all(
     prompts, overlong = [], 0
     for i, (content, row) in rendered.items():
         try:
-            tokens = tokenize(content, tokenizer)
+            tokens = encoder.encode(content, tools_of(row))
         except ValueError as error:
             raise ValueError(f"{where(source, i)}: {error}") from None
         if len(tokens) > limit:
@@ -155,8 +163,34 @@ def _tokenize_all(
     return prompts, overlong
 
 
-def _identity(content: Content) -> str:
-    return json.dumps(content, sort_keys=True, default=str)
+def _identities(content: Content, row: Row, source: Source) -> Iterator[str]:
+    """What a question is known by: as it is asked, and as it was before it was put into
+    a template that holds nothing else of the row."""
+    yield identity(content)
+    template = source.prompt_template
+    if template is not None and _placeholders(template) == {source.prompt_key}:
+        yield identity(content_of(column(row, source.prompt_key), source.prompt_key))
+
+
+def _placeholders(template: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(template) if name}
+
+
+def _rendered_before(
+    questions: Mapping[int, tuple[Content, Row]], source: Source, encoder: Encoder
+) -> Iterator[str]:
+    """A warning if questions hold the chat template's own tokens."""
+    special = [text for text in encoder.tokenizer.all_special_tokens if text.strip()]
+    for i, (content, _) in questions.items():
+        texts = [] if isinstance(content, str) else [m["content"] for m in content]
+        for token in special:
+            if any(token in text for text in texts):
+                yield (
+                    f"{where(source, i)}: the question itself holds the special token "
+                    f"{token!r}; if it went through a chat template already, set "
+                    "data.chat_template: false"
+                )
+                return
 
 
 def render(row: Row, source: Source, *, chat_template: bool) -> Content:
@@ -166,17 +200,11 @@ def render(row: Row, source: Source, *, chat_template: bool) -> Content:
       ValueError: no question, a template that does not fit the columns, or messages
         where only text is possible.
     """
-    question = column(row, source.prompt_key)
+    question = content_of(column(row, source.prompt_key), source.prompt_key)
     if source.prompt_template is not None:
         if not isinstance(question, str):
             raise ValueError("prompt_template cannot be put around chat messages")
         question = _fill(source.prompt_template, row)
-    if isinstance(question, str):
-        if not question.strip():
-            raise ValueError(f"column {source.prompt_key!r} is empty")
-        messages = [{"role": "user", "content": question}]
-    else:
-        messages = _checked(question, source.prompt_key)
     if not chat_template:
         if not isinstance(question, str):
             raise ValueError("chat messages need a chat template: data.chat_template")
@@ -186,9 +214,12 @@ def render(row: Row, source: Source, *, chat_template: bool) -> Content:
                 "into prompt_template"
             )
         return question
+    messages = question
+    if isinstance(question, str):
+        messages = [{"role": "user", "content": question}]
     if source.system_prompt is None:
         return messages
-    if messages[0]["role"] == "system":
+    if messages[0]["role"] in ("system", "developer"):
         raise ValueError("system_prompt is set, but the row has a system message")
     return [{"role": "system", "content": source.system_prompt}, *messages]
 
@@ -206,50 +237,3 @@ def _fill(template: str, row: Row) -> str:
             f"prompt_template cannot be filled ({error}); it is {template!r}; "
             "write {{ and }} for braces that are text"
         ) from None
-
-
-def _checked(messages: Any, key: str) -> list[Message]:
-    if not isinstance(messages, Sequence) or not messages:
-        raise ValueError(
-            f"column {key!r} must be text or a list of chat messages, got {messages!r}"
-        )
-    for message in messages:
-        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-            raise ValueError(
-                f"column {key!r}: a chat message has role and content, got {message!r}"
-            )
-    return list(messages)
-
-
-def tokenize(
-    content: Content, tokenizer: "transformers.PreTrainedTokenizerBase"
-) -> tuple[int, ...]:
-    """The tokens the model continues: text as it is, messages in the chat template.
-
-    After a user's message the template opens the assistant's; an assistant's message at
-    the end is left open, to be continued.
-
-    Raises:
-      ValueError: messages but no chat template, one that rejects them, or no tokens.
-    """
-    if isinstance(content, str):
-        tokens = tokenizer(content).input_ids
-    elif tokenizer.chat_template is None:
-        raise ValueError(
-            "the tokenizer has no chat template; set data.chat_template: false"
-        )
-    else:
-        unfinished = content[-1]["role"] == "assistant"
-        try:
-            tokens = tokenizer.apply_chat_template(
-                content,
-                add_generation_prompt=not unfinished,
-                continue_final_message=unfinished,
-                tokenize=True,
-                return_dict=False,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template rejects it: {error}") from None
-    if not tokens:
-        raise ValueError("the prompt has no tokens")
-    return tuple(tokens)

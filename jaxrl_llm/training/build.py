@@ -3,13 +3,14 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxrl_llm import models
-from jaxrl_llm.config import checks, plugins
+from jaxrl_llm.config import checks, plugins, resume
 from jaxrl_llm.config.checks import uses_kl
 from jaxrl_llm.config.names import ConfigError, device_numbers
 from jaxrl_llm.config.schema import (
@@ -18,6 +19,7 @@ from jaxrl_llm.config.schema import (
     RewardConfig,
 )
 from jaxrl_llm.data import prompts
+from jaxrl_llm.data.chat_template import Encoder
 from jaxrl_llm.data.sources import Source
 from jaxrl_llm.rewards import RewardFunction, Term, resolve
 from jaxrl_llm.rewards.builtin import overlong_penalty
@@ -54,6 +56,8 @@ class Job:
     """None for estimators without one."""
     reward_model: RewardModel | None
     """None if the reward is made of functions alone."""
+    warnings: tuple[str, ...]
+    """What looks wrong and may be meant."""
 
 
 def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Job:
@@ -86,7 +90,9 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         tokenizer=config.model.tokenizer,
     )
     check_lengths(config, source.arch)
-    data = read_data(config.data, source.tokenizer)
+    check_stop_tokens(config, source)
+    config = with_template_time(config, source.tokenizer)
+    data = read_data(config.data, source.tokenizer, source.arch.vocab_size)
     shaped = [*functions, *shaping(config)]
     model = None
     if config.reward.model:
@@ -113,6 +119,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         actor=actor_of(config, source, meshes["actor"], meshes["reference"]),
         critic=critic,
         reward_model=model,
+        warnings=(*data.warnings, *never_stops(config, source.arch)),
     )
 
 
@@ -121,16 +128,69 @@ def reward_functions(section: RewardConfig) -> list[RewardFunction]:
     return resolve([Term(**term.model_dump()) for term in section.functions])
 
 
-def read_data(section: DataConfig, tokenizer: Any) -> prompts.Datasets:
-    """The training and the held-out questions that `data` names."""
+def read_data(
+    section: DataConfig, tokenizer: Any, vocab_size: int | None = None
+) -> prompts.Datasets:
+    """The training and the held-out questions that `data` names.
+
+    Args:
+      vocab_size: rows of the model's embedding; any if not given.
+
+    Raises:
+      ValueError: a source, row or prompt that does not fit.
+    """
+    now = {"now": section.template_time} if section.template_time else {}
     return prompts.load(
         Source(**section.train.model_dump()),
         Source(**section.val.model_dump()) if section.val else None,
-        tokenizer,
+        Encoder(tokenizer=tokenizer, vocab_size=vocab_size, **now),
         max_prompt_length=section.max_prompt_length,
         overlong_prompts=section.overlong_prompts,
         chat_template=section.chat_template,
     )
+
+
+def with_template_time(config: Config, tokenizer: Any) -> Config:
+    """`config` with the time that the chat template is told, if it asks for one: that
+    of the run in `output_dir`, or now. All processes call it."""
+    encoder = Encoder(tokenizer=tokenizer)
+    data = config.data
+    if data.template_time or not (data.chat_template and encoder.asks_for_the_time):
+        return config
+    before = resume.settings_of(Path(config.output_dir))
+    time = before.data.template_time if before else encoder.now
+    time = processes.gather(time)[0]
+    return config.model_copy(
+        update={"data": data.model_copy(update={"template_time": time})}
+    )
+
+
+def check_stop_tokens(config: Config, source: models.Checkpoint) -> None:
+    """Raises ConfigError if there is no tokenizer, or a token that ends responses is
+    none of the model's."""
+    size, path = source.arch.vocab_size, config.model.path
+    if source.tokenizer is None:
+        raise ConfigError(
+            f"model.path {path} has no tokenizer; name one in model.tokenizer"
+        )
+    for token in config.rollout.stop_token_ids:
+        if token >= size:
+            raise ConfigError(
+                f"rollout.stop_token_ids has {token}, but the vocabulary of {path} has "
+                f"{size} tokens"
+            )
+
+
+def never_stops(config: Config, arch: models.Architecture) -> list[str]:
+    """A warning if nothing but its length ends a response."""
+    rollout = config.rollout
+    if arch.eos_token_ids or rollout.stop or rollout.stop_token_ids:
+        return []
+    return [
+        f"nothing ends a response before its {rollout.max_response_length} tokens: "
+        f"neither {config.model.path} nor its tokenizer names an end of sequences; "
+        "set rollout.stop or rollout.stop_token_ids"
+    ]
 
 
 def shaping(config: Config) -> list[RewardFunction]:
@@ -297,7 +357,8 @@ def open_critic(config: Config, source: models.WeightSource) -> models.WeightSou
     model = config.critic.model
     if model.path is None:
         return source
-    found = models.open(model.path, revision=model.revision, tokenizer=source.tokenizer)
+    found = models.open(model.path, revision=model.revision)
+    _check_same_tokens(f"critic.model.path {model.path}", found, source)
     wanted, longest = source.arch.vocab_size, found.arch.max_positions
     if found.arch.vocab_size != wanted:
         raise ConfigError(
@@ -334,14 +395,7 @@ def open_reward_model(config: Config, source: models.Checkpoint) -> models.Class
             f"{key} has {arch.vocab_size} tokens in its vocabulary, the policy "
             f"{wanted}; they must read the same tokens"
         )
-    if found.tokenizer is not None:
-        own, given = found.tokenizer.get_vocab(), source.tokenizer.get_vocab()
-        for text in sorted(own.keys() & given.keys()):
-            if own[text] != given[text]:
-                raise ConfigError(
-                    f"{key}: {text!r} is token {own[text]}, of the policy "
-                    f"{given[text]}; they must read the same tokens"
-                )
+    _check_same_tokens(key, found, source)
     needed = config.data.max_prompt_length + config.rollout.max_response_length
     if needed > arch.max_positions:
         raise ConfigError(
@@ -349,6 +403,28 @@ def open_reward_model(config: Config, source: models.Checkpoint) -> models.Class
             f"rollout.max_response_length is {needed}"
         )
     return found
+
+
+def _check_same_tokens(
+    key: str, found: models.Checkpoint | models.Classifier, source: models.Checkpoint
+) -> None:
+    """Raises ConfigError if a model that reads the policy's tokens knows one of them as
+    another text, or has no embedding of it."""
+    if found.tokenizer is None or source.tokenizer is None:
+        return
+    own, given = found.tokenizer.get_vocab(), source.tokenizer.get_vocab()
+    texts = {token: text for text, token in own.items()}
+    for text, token in sorted(given.items(), key=lambda item: item[1]):
+        if own.get(text, token) != token:
+            raise ConfigError(
+                f"{key}: {text!r} is token {own[text]}, of the policy {token}; they "
+                "must read the same tokens"
+            )
+        if texts.get(token, text) != text:
+            raise ConfigError(
+                f"{key}: token {token} is {texts[token]!r}, of the policy {text!r}; "
+                "they must read the same tokens"
+            )
 
 
 def has_critic(config: Config) -> bool:

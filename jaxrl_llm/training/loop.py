@@ -45,6 +45,8 @@ def run(
     ):
         state, first = start_or_go_on(job, stream, checkpoints, log.waiting, log.say)
         log.start(first)
+        for warning in job.warnings:
+            log.say(warning)
         collected = functools.partial(
             collect, config, engine, job.score, stream, log.phase
         )

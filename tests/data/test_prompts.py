@@ -6,6 +6,7 @@ import pytest
 import tiny
 
 from jaxrl_llm.data import prompts, stream
+from jaxrl_llm.data.chat_template import Encoder
 from jaxrl_llm.data.sources import Source, read_rows
 from jaxrl_llm.data.types import Prompt
 
@@ -27,9 +28,9 @@ def load(train, val=None, tokenizer=None, **fields):
         return value if isinstance(value, Source | None) else Source(path=value)
 
     fields = {"max_prompt_length": 512} | fields
-    return prompts.load(
-        source(train), source(val), tokenizer or tiny.tokenizer(), **fields
-    )
+    sizes = {"vocab_size": fields.pop("vocab_size", None)}
+    encoder = Encoder(tokenizer=tokenizer or tiny.tokenizer(), **sizes)
+    return prompts.load(source(train), source(val), encoder, **fields)
 
 
 def test_jsonl_and_parquet_hold_the_same_rows(tmp_path):
@@ -209,13 +210,14 @@ def test_a_question_that_cannot_be_rendered_says_why(question, fields, message):
 
 def test_tokens_are_the_template_around_the_question():
     tokenizer = tiny.tokenizer()
+    encoder = Encoder(tokenizer=tokenizer)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    tokens = prompts.tokenize(turns[:1], tokenizer)
+    tokens = encoder.encode(turns[:1])
     expected = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(tokens) == expected
     # The assistant's own words are continued, not answered.
-    assert tokenizer.decode(prompts.tokenize(turns, tokenizer)) == expected + "b"
-    assert len(prompts.tokenize("a b", tokenizer)) == 3
+    assert tokenizer.decode(encoder.encode(turns)) == expected + "b"
+    assert len(encoder.encode("a b")) == 3
 
 
 def test_a_tokenizer_without_chat_template_is_refused(tmp_path):
@@ -361,3 +363,54 @@ def test_a_position_in_other_data_is_refused(change, message):
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="train_batch_size is 8 but there are 7"):
         make_batches(7, 8)
+
+
+def test_held_out_questions_are_found_behind_other_prompts_and_templates(tmp_path):
+    train = write(tmp_path / "a.jsonl", QUESTIONS)
+    asked = [
+        [{"role": "system", "content": "x"}, {"role": "user", "content": " 3+1=\n"}],
+        [{"role": "user", "content": [{"type": "text", "text": "1+1="}], "name": None}],
+    ]
+    rows = [{"prompt": content, "answer": ""} for content in asked]
+    val = write(tmp_path / "b.jsonl", rows)
+    behind = Source(
+        path=train, system_prompt="Be brief.", prompt_template="Q: {prompt}"
+    )
+    for source in (train, behind):
+        assert [p.id for p in load(source, val).train] == [0, 2, 4]
+    only = Source(path=train, prompt_template="{prompt} {answer}")
+    assert load(only, val).train_removed_as_held_out == 0
+
+
+def test_a_row_with_a_token_beyond_the_vocabulary_is_named(tmp_path):
+    rows = [*QUESTIONS[:2], {"prompt": "<|im_start|>", "answer": ""}]
+    special = write(tmp_path / "a.jsonl", rows)
+    plain = write(tmp_path / "b.jsonl", QUESTIONS[2:])
+    fields = {"chat_template": False, "vocab_size": 258}
+    message = "a.jsonl, row 2 .*token 258 .*vocabulary of 258; the tokenizer has 259"
+    with pytest.raises(ValueError, match=message):
+        load(special, plain, **fields)
+    with pytest.raises(ValueError, match=message):
+        load(plain, special, **fields)
+    assert load(plain, None, **fields).train
+
+
+def test_a_question_that_was_rendered_before_is_pointed_at(tmp_path):
+    rows = [QUESTIONS[0], {"prompt": "<|im_start|>user\nhi<|im_end|>", "answer": ""}]
+    path = write(tmp_path / "a.jsonl", rows)
+    (said,) = load(path).warnings
+    assert "row 1" in said
+    assert "set data.chat_template: false" in said
+    assert load(path, chat_template=False).warnings == ()
+    assert load(write(tmp_path / "b.jsonl", QUESTIONS)).warnings == ()
+
+
+def test_tools_of_a_row_stand_in_its_prompt(tmp_path):
+    tool = {"type": "function", "function": {"name": "add"}}
+    rows = [QUESTIONS[0], QUESTIONS[1] | {"tools": json.dumps([tool])}]
+    tokenizer = tiny.tokenizer("{{ tools | tojson }}" + tiny.CHAT_TEMPLATE)
+    found = load(write(tmp_path / "a.jsonl", rows), tokenizer=tokenizer).train
+    texts = [tokenizer.decode(prompt.tokens) for prompt in found]
+    assert ['"name": "add"' in text for text in texts] == [False, True]
+    with pytest.raises(ValueError, match="row 1 .*leaves out the column 'tools'"):
+        load(write(tmp_path / "a.jsonl", rows))

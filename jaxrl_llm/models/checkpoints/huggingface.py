@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,14 +135,34 @@ def open(
             raise ValueError(f"{path}: no such file")
         file = GGUFFile(local)
         own = file.tokenizer() if tokenizer is None else tokenizer
-        return Checkpoint(file.architecture(), own, file, "gguf")
+        return Checkpoint(_with_ends(file.architecture(), own), own, file, "gguf")
     folder = _folder(path, revision)
     arch = families.architecture(
         _json(folder / "config.json"),
         _json(folder / "generation_config.json", default={}),
     )
     own = _tokenizer(folder) if tokenizer is None else tokenizer
+    arch = _with_ends(arch, own)
     return Checkpoint(arch, own, _SafetensorsFolder(folder), "huggingface")
+
+
+def _with_ends(arch: Architecture, tokenizer: Any) -> Architecture:
+    """`arch` with the tokenizer's end of a sequence among its own: a model was trained
+    with one of them, and files often know only the other.
+
+    Raises:
+      ValueError: one of them is not in the vocabulary.
+    """
+    own = getattr(tokenizer, "eos_token_id", None)
+    ends = dict.fromkeys((*arch.eos_token_ids, *([] if own is None else [own])))
+    for token in ends:
+        if not 0 <= token < arch.vocab_size:
+            where = "the tokenizer" if token == own else "its configuration"
+            raise ValueError(
+                f"a sequence ends with token {token}, says {where}, but the model's "
+                f"vocabulary has {arch.vocab_size} tokens"
+            )
+    return replace(arch, eos_token_ids=tuple(ends))
 
 
 def open_classifier(

@@ -1,0 +1,166 @@
+"""Questions to tokens: the chat template and the tokenizer, and what they must not do
+without a word."""
+
+import datetime
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from jaxrl_llm.data.messages import Content, check_roles, check_text
+from jaxrl_llm.data.types import Message
+
+if TYPE_CHECKING:
+    import transformers
+
+# Stands before a template that asks for the time, and answers in the place of
+# transformers' own function: templates are given data and no functions. The line break
+# is trimmed, so that the template begins where it began.
+_CLOCK = (
+    "{% macro strftime_now(format) %}{% set said = namespace(text=format) %}"
+    "{% for code, value in strftime_values.items() %}"
+    "{% set said.text = said.text.replace(code, value) %}{% endfor %}"
+    "{{ said.text }}{% endmacro %}\n"
+)
+
+_CODES = ("%-d", "%-m", "%-H", "%-I", "%-M", "%-S", "%-j", "%-y") + tuple(
+    f"%{code}" for code in "aAwdbBmyYHIMSfpjUWcxXGuVeDFTRhZz"
+)
+
+_AT_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """How questions become tokens: the same at every time and in every process."""
+
+    tokenizer: "transformers.PreTrainedTokenizerBase"
+    now: datetime.datetime = field(
+        default_factory=lambda: datetime.datetime.now().replace(microsecond=0)
+    )
+    """The time that a chat template is told."""
+    vocab_size: int | None = None
+    """Rows of the model's embedding; any if None."""
+
+    @property
+    def asks_for_the_time(self) -> bool:
+        """Whether the chat template has the date in it."""
+        return "strftime_now" in json.dumps(self.tokenizer.chat_template)
+
+    def encode(
+        self, content: Content, tools: Sequence[Any] | None = None
+    ) -> tuple[int, ...]:
+        """The tokens the model continues: text as it is, messages in the chat template.
+
+        After a user's message the template opens the assistant's; an assistant's
+        message at the end is left open, to be continued. Text that says its own BOS
+        gets no second one, and the end that a tokenizer puts behind text is left off.
+
+        Args:
+          tools: JSON schemas of the functions that the model may call.
+
+        Raises:
+          ValueError: messages but no chat template, one that rejects them or leaves
+            something out, no tokens, or one that the model has no embedding of.
+        """
+        check_text(content)
+        if isinstance(content, str):
+            if tools:
+                raise ValueError("column 'tools' needs a chat template to stand in")
+            tokens = self._encode_text(content)
+        else:
+            text = self.render(content, tools)
+            tokens = self.tokenizer(text, add_special_tokens=False).input_ids
+        bos = self.tokenizer.bos_token_id
+        while bos is not None and list(tokens[:2]) == [bos, bos]:
+            tokens = tokens[1:]
+        if not tokens:
+            raise ValueError("the prompt has no tokens")
+        self._check_vocabulary(tokens)
+        return tuple(tokens)
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> str:
+        """The text of messages in the chat template.
+
+        Raises:
+          ValueError: there is no template, or it rejects them or leaves something out.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ValueError(
+                "the tokenizer has no chat template; set data.chat_template: false"
+            )
+        template = self.tokenizer.get_chat_template(None, tools)
+        if _AT_RANDOM.search(template):
+            raise ValueError(
+                "the chat template draws at random, so that no run could go on with "
+                "the prompts it had"
+            )
+        check_roles(messages, template)
+        text = self._apply(template, messages, tools)
+        for message in messages:
+            role, said = message["role"], message["content"]
+            if role != "assistant" and not _says(text, said):
+                raise ValueError(
+                    f"the chat template leaves the {role} message out, which says "
+                    f"{said!r:.200}"
+                )
+        if tools and self._apply(template, messages, None) == text:
+            raise ValueError(
+                "the chat template leaves out the column 'tools'; take one that "
+                "prints tools, or drop the column"
+            )
+        return text
+
+    def _apply(
+        self, template: str, messages: Sequence[Message], tools: Sequence[Any] | None
+    ) -> str:
+        clock: Mapping[str, Any] = {}
+        if "strftime_now" in template:
+            said = {code: self.now.strftime(code) for code in _CODES}
+            template, clock = _CLOCK + template, {"strftime_values": said}
+        unfinished = messages[-1]["role"] == "assistant"
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                chat_template=template,
+                add_generation_prompt=not unfinished,
+                continue_final_message=unfinished,
+                tokenize=False,
+                **clock,
+            )
+        except Exception as error:  # whatever a template's own code may raise
+            raise ValueError(f"the chat template rejects it: {error}") from None
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Text with what the tokenizer puts before it, and nothing behind it."""
+        alone = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        given = list(self.tokenizer(text).input_ids)
+        count = len(alone)
+        for start in range(len(given) - count + 1):
+            if given[start : start + count] == alone:
+                before = given[:start]
+                return alone if alone[:start] == before else before + alone
+        return given
+
+    def _check_vocabulary(self, tokens: Sequence[int]) -> None:
+        last = max(tokens)
+        if self.vocab_size is not None and last >= self.vocab_size:
+            raise ValueError(
+                f"token {last} ({self.tokenizer.convert_ids_to_tokens(last)!r}) is not "
+                f"in the model's vocabulary of {self.vocab_size}; the tokenizer has "
+                f"{len(self.tokenizer)}; take the model's own, or a model with an "
+                "embedding of all of them"
+            )
+
+
+def _says(text: str, message: str) -> bool:
+    """Whether a message's words stand in a rendered text, perhaps as JSON."""
+    if message in text:
+        return True
+    words = re.sub(r"\W+", "", text)
+    quoted = (json.dumps(message, ensure_ascii=ascii) for ascii in (False, True))
+    return any(re.sub(r"\W+", "", form) in words for form in (message, *quoted))
