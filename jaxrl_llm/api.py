@@ -155,7 +155,7 @@ def evaluate(
     }  # fmt: skip
     config = ValConfig(n=n, greedy=greedy, threshold=threshold, **drawn)
     rollout = RolloutConfig(max_response_length=max_tokens, stop=tuple(stop))
-    loaded = models.load(_weights(model))
+    loaded = _load(model)
     with tempfile.TemporaryDirectory() as directory:
         source = prompts
         if not isinstance(prompts, Source):
@@ -226,7 +226,7 @@ def generate(
         min_p=min_p,
         stop=tuple(stop),
     )
-    loaded = models.load(_weights(model))
+    loaded = _load(model)
     before = [] if system is None else [{"role": "system", "content": system}]
     encoder, tokens = _encoder(loaded), []
     for i, prompt in enumerate(prompts):
@@ -248,14 +248,15 @@ def generate(
 
 
 def _encoder(loaded: models.Model) -> Encoder:
-    """How questions become tokens of a model.
-
-    Raises:
-      ValueError: it has no tokenizer.
-    """
-    if loaded.tokenizer is None:
-        raise ValueError("the model has no tokenizer")
+    """How questions become tokens of a model."""
     return Encoder(tokenizer=loaded.tokenizer, vocab_size=loaded.arch.vocab_size)
+
+
+def _load(model: Model) -> models.Model:
+    """A model that answers text, which without a tokenizer is not even read."""
+    found = models.open(path := _weights(model))
+    models.need_tokenizer(found.tokenizer, path, "copy the files of one into it")
+    return models.Model(found.arch, found.load(), found.tokenizer)
 
 
 def _engine(

@@ -131,6 +131,8 @@ class Architecture:
     """Tokens that end a response."""
     source: str = field(default="{}", compare=False)
     """The config.json it came from, as text: what a saved copy starts from."""
+    generation: str = field(default="{}", compare=False)
+    """Its generation_config.json as text: how others sample from a saved copy."""
 
     @property
     def attention_scale(self) -> float:

@@ -166,13 +166,12 @@ def with_template_time(config: Config, tokenizer: Any) -> Config:
 
 
 def check_stop_tokens(config: Config, source: models.Checkpoint) -> None:
-    """Raises ConfigError if there is no tokenizer, or a token that ends responses is
+    """Raises ValueError if there is no tokenizer, or a token that ends responses is
     none of the model's."""
     size, path = source.arch.vocab_size, config.model.path
-    if source.tokenizer is None:
-        raise ConfigError(
-            f"model.path {path} has no tokenizer; name one in model.tokenizer"
-        )
+    models.need_tokenizer(
+        source.tokenizer, f"model.path {path}", "name one in model.tokenizer"
+    )
     for token in config.rollout.stop_token_ids:
         if token >= size:
             raise ConfigError(

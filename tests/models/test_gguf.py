@@ -204,7 +204,7 @@ def test_an_unsupported_file_is_refused_by_name(change, metadata, named, tmp_pat
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"<html>not found</html>" * 10)
-    with pytest.raises(ValueError, match="x.gguf is not a readable GGUF file"):
+    with pytest.raises(ValueError, match="x.gguf cannot be used: GGUF magic"):
         models.load(tmp_path / "x.gguf")
 
 

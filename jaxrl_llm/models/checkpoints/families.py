@@ -10,12 +10,95 @@ Source: the configuration and modelling files of transformers 5.
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxrl_llm.models.architecture import Architecture, Rope
 
 Config = Mapping[str, Any]
+
+
+class Kind(NamedTuple):
+    """What a key may hold."""
+
+    what: str
+    holds: Callable[[Any], bool]
+
+
+def _whole(most: int, least: int = 1) -> Kind:
+    return Kind(
+        f"a whole number from {least} to {most}",
+        lambda value: type(value) is int and least <= value <= most,
+    )
+
+
+_POSITIVE = Kind(
+    "a positive number",
+    lambda value: type(value) in (int, float) and 0 < value < 1e30,
+)
+_SWITCH = Kind("true or false", lambda value: type(value) is bool)
+_TEXT = Kind("a text", lambda value: type(value) is str)
+_TEXTS = Kind(
+    "a list of texts",
+    lambda value: type(value) is list and all(type(x) is str for x in value),
+)
+_WHOLES = Kind(
+    "a list of 0 and 1",
+    lambda value: type(value) is list and all(x in (0, 1) for x in value),
+)
+_OBJECT = Kind("an object in braces", lambda value: isinstance(value, Mapping))
+_ID = _whole(2**31, least=0)
+EOS = Kind(
+    "a token's number, or a list of them",
+    lambda value: all(map(_ID.holds, value if type(value) is list else [value])),
+)
+_LAYERS, _WIDTH, _HEADS, _SIZE = (
+    _whole(4096), _whole(2**18), _whole(2**14), _whole(2**13)
+)  # fmt: skip
+_WIDER, _LENGTH = _whole(2**22), _whole(2**40)
+_KINDS = {
+    "vocab_size": _whole(2**24),
+    "hidden_size": _WIDTH,
+    "intermediate_size": _WIDER,
+    "num_hidden_layers": _LAYERS,
+    "num_attention_heads": _HEADS,
+    "num_key_value_heads": _HEADS,
+    "head_dim": _SIZE,
+    "max_position_embeddings": _LENGTH,
+    "rms_norm_eps": _POSITIVE,
+    "rope_theta": _POSITIVE,
+    "rope_local_base_freq": _POSITIVE,
+    "query_pre_attn_scalar": _POSITIVE,
+    "final_logit_softcapping": _POSITIVE,
+    "attn_logit_softcapping": _POSITIVE,
+    "sliding_window": _whole(2**40, least=0),
+    "max_window_layers": _whole(2**40, least=0),
+    "sliding_window_pattern": _LENGTH,
+    "no_rope_layer_interval": _LENGTH,
+    "rope_scaling": _OBJECT,
+    "rope_parameters": _OBJECT,
+    "tie_word_embeddings": _SWITCH,
+    "use_sliding_window": _SWITCH,
+    "attention_bias": _SWITCH,
+    "mlp_bias": _SWITCH,
+    "hidden_act": _TEXT,
+    "hidden_activation": _TEXT,
+    "layer_types": _TEXTS,
+    "no_rope_layers": _WHOLES,
+    "eos_token_id": EOS,
+}
+COUNTS = {
+    "block_count": _LAYERS,
+    "embedding_length": _WIDTH,
+    "feed_forward_length": _WIDER,
+    "attention.head_count": _HEADS,
+    "attention.head_count_kv": _HEADS,
+    "attention.key_length": _SIZE,
+    "context_length": _LENGTH,
+}
+"""The same for the keys of a GGUF file that count something."""
 
 _REQUIRED = (
     "vocab_size",
@@ -164,10 +247,17 @@ def architecture(
     types = _layer_types(family, c)
     ropes = _rope_of_layer(family, c, types)
     kinds = tuple(dict.fromkeys(ropes))
-    attention_bias = c.get("attention_bias", False)
+    head_dim = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
+    if head_dim < 1 or head_dim % 2:
+        given = {k: c[k] for k in ("head_dim", "hidden_size", "num_attention_heads")}
+        raise ValueError(
+            f"config.json: {given} give heads of {head_dim} numbers; they have to be "
+            "pairs"
+        )
+    attention_bias = c.get("attention_bias") or False
     caps = (c.get("attn_logit_softcapping"), c.get("final_logit_softcapping"))
     attention_cap, logit_cap = (None if cap is None else float(cap) for cap in caps)
-    return Architecture(
+    arch = Architecture(
         model_type=family,
         vocab_size=c["vocab_size"],
         hidden_size=c["hidden_size"],
@@ -175,17 +265,17 @@ def architecture(
         num_layers=L,
         num_heads=c["num_attention_heads"],
         num_kv_heads=c["num_key_value_heads"] or c["num_attention_heads"],
-        head_dim=c["head_dim"] or c["hidden_size"] // c["num_attention_heads"],
+        head_dim=head_dim,
         norm_eps=float(c["rms_norm_eps"]),
         rope=kinds,
         rope_of_layer=tuple(kinds.index(rope) for rope in ropes),
         window_of_layer=tuple(
             c["sliding_window"] if kind == _SLIDING else None for kind in types
         ),
-        tie_embeddings=c["tie_word_embeddings"],
+        tie_embeddings=c["tie_word_embeddings"] or False,
         qkv_bias=attention_bias or family == "qwen2",
         output_bias=attention_bias,
-        mlp_bias=c.get("mlp_bias", False),
+        mlp_bias=c.get("mlp_bias") or False,
         qk_norm=family in ("qwen3", "gemma3_text"),
         activation=_activation(c, "hidden_activation" if gemma else "hidden_act"),
         norm_offset=gemma,
@@ -197,7 +287,35 @@ def architecture(
         max_positions=c["max_position_embeddings"],
         eos_token_ids=_eos(generation_config or {}, config),
         source=json.dumps(config),
+        generation=json.dumps(generation_config or {}),
     )
+    check_ropes(arch)
+    return arch
+
+
+def check_kind(key: str, value: Any, kind: Kind) -> None:
+    """Raises ValueError if a key holds something else than it may."""
+    if not kind.holds(value):
+        raise ValueError(f"{key}={_short(value)} is not {kind.what}")
+
+
+def check_ropes(arch: Architecture) -> None:
+    """Raises ValueError if a position embedding has no numbers to rotate by."""
+    for rope in arch.rope:
+        if rope is None:
+            continue
+        try:
+            with np.errstate(all="ignore"):
+                usable = np.isfinite(rope.frequencies(arch.head_dim)).all()
+        except (ArithmeticError, ValueError):
+            usable = False
+        if not usable:
+            raise ValueError(f"its position embedding gives no angles: {rope}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def config(arch: Architecture) -> dict[str, Any]:
@@ -230,13 +348,13 @@ def untied(arch: Architecture) -> Architecture:
 
 def _family(config: Config, known: Sequence[Mapping[str, str]]) -> str:
     family = config.get("model_type")
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise ValueError(
-            f"config.json: model_type {family!r} is not supported; "
+            f"config.json: model_type {_short(family)} is not supported; "
             f"supported: {', '.join(_FAMILIES)}"
         )
     classes = config.get("architectures")
-    if classes and list(classes) not in [[of_family[family]] for of_family in known]:
+    if classes and classes not in [[of_family[family]] for of_family in known]:
         supported = [name for of_family in known for name in of_family.values()]
         raise ValueError(
             f"config.json: architectures {classes} is not supported; "
@@ -252,12 +370,16 @@ def _read(family: str, config: Config) -> dict[str, Any]:
     for key in _REQUIRED:
         if config.get(key) is None:
             raise ValueError(f"config.json: {key} is missing")
+    for key, kind in _KINDS.items():
+        read = key in defaults or key in _REQUIRED
+        if read and config.get(key) is not None:
+            check_kind(f"config.json: {key}", config[key], kind)
     for key, value in config.items():
         if key in harmless or key in defaults or key in _REQUIRED or not value:
             continue
         if key not in _ONLY or value != _ONLY[key]:
             raise ValueError(
-                f"config.json: {key}={value!r} is not supported for {family}"
+                f"config.json: {key}={_short(value)} is not supported for {family}"
             )
     return defaults | {k: config[k] for k in (*_REQUIRED, *defaults) if k in config}
 
@@ -307,7 +429,7 @@ def _layer_types(family: str, c: Config) -> list[str]:
                 f"with {L} layers"
             )
         types = given
-    off = window is None or not c.get("use_sliding_window", True)
+    off = not window or not c.get("use_sliding_window", True)
     if _SLIDING in types and off:
         raise ValueError(
             f"config.json: layer_types has {_SLIDING}, but "
@@ -319,7 +441,7 @@ def _layer_types(family: str, c: Config) -> list[str]:
 
 def _rotates(c: Config) -> list[bool]:
     """Which layers of SmolLM3 have a position embedding."""
-    L, every = c["num_hidden_layers"], c["no_rope_layer_interval"]
+    L, every = c["num_hidden_layers"], c["no_rope_layer_interval"] or 4
     given = c["no_rope_layers"]
     if given is None:
         return [(i + 1) % every != 0 for i in range(L)]
@@ -348,7 +470,11 @@ def _rope_of_layer(family: str, c: Config, types: list[str]) -> list[Rope | None
             f"config.json: rope_parameters={given} of gemma3_text must be given by "
             "layer type"
         )
-    full, sliding = (given, {}) if not by_type else (given[_FULL], given[_SLIDING])
+    full, sliding = (
+        (given, {}) if not by_type else (given.get(_FULL), given.get(_SLIDING))
+    )
+    for kind, value in ((_FULL, full), (_SLIDING, sliding)):
+        check_kind(f"config.json: {kind} of rope_parameters", value, _OBJECT)
     local = c | {"rope_theta": c["rope_local_base_freq"]}
     ropes = {_FULL: _rope(full, c, 1e6), _SLIDING: _rope(sliding, local, 1e4)}
     return [ropes[kind] for kind in types]
@@ -356,9 +482,9 @@ def _rope_of_layer(family: str, c: Config, types: list[str]) -> list[Rope | None
 
 def _rope(given: Config, c: Config, default_theta: float) -> Rope:
     scaling = given.get("rope_type", given.get("type")) or "default"
-    if scaling not in _ROPE_KEYS:
+    if not isinstance(scaling, str) or scaling not in _ROPE_KEYS:
         raise ValueError(
-            f"config.json: rope_type {scaling!r} is not supported; "
+            f"config.json: rope_type {_short(scaling)} is not supported; "
             f"supported: {', '.join(_ROPE_KEYS)}"
         )
     known = {"rope_type", "type", "rope_theta", *_ROPE_KEYS[scaling]}
@@ -368,6 +494,9 @@ def _rope(given: Config, c: Config, default_theta: float) -> Rope:
                 f"config.json: {key}={value!r} is not supported for rope_type "
                 f"{scaling!r}"
             )
+    for key in {"rope_theta", *_ROPE_KEYS[scaling]} - {"truncate"}:
+        if given.get(key):
+            check_kind(f"config.json: {key}", given[key], _POSITIVE)
     theta = float(given.get("rope_theta") or c["rope_theta"] or default_theta)
     values = {k: float(v) for k, v in given.items() if k in _ROPE_KEYS[scaling] and v}
     original = int(
@@ -424,7 +553,7 @@ def _yarn_attention_factor(values: Config, factor: float) -> float:
 def _comparable(arch: Architecture) -> dict[str, Any]:
     """Fields that change numbers; position embeddings layer by layer."""
     fields = {f.name: getattr(arch, f.name) for f in dataclasses.fields(arch)}
-    for name in ("eos_token_ids", "source", "rope_of_layer"):
+    for name in ("eos_token_ids", "source", "generation", "rope_of_layer"):
         del fields[name]
     return fields | {"rope": [arch.rope[i] for i in arch.rope_of_layer]}
 

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 
 from jaxrl_llm.models.architecture import Architecture, Rope
+from jaxrl_llm.models.checkpoints import families, files
 
 _MODEL_TYPES = ("llama", "qwen2", "qwen3")
 _KEYS = frozenset(
@@ -33,6 +34,8 @@ _SPLITS = {
     "qwen2": _WORDS + r"\p{N}" + _REST,
 }
 _CONTROL, _USER_DEFINED = 3, 4
+_VALUES = 10_000_000
+"""In the metadata of a file. A vocabulary of 262144 tokens has some two million."""
 
 
 class GGUFFile:
@@ -40,15 +43,28 @@ class GGUFFile:
     `weights.Tensors`.
 
     Raises:
-      ValueError: it is no GGUF file.
+      ModelFileError: it is no GGUF file, a damaged one, an adapter, or one part of
+        several.
     """
 
     def __init__(self, path: Path):
-        self._path = path
-        try:
+        self._path = files.checked(path)
+        with files.reading(path):
             self._reader = _Reader(path)
-        except (ValueError, IndexError) as error:
-            raise ValueError(f"{path} is not a readable GGUF file: {error}") from error
+            kind, parts = (
+                self._get("general.type", "model"),
+                self._get("split.count", 1),
+            )
+            if kind != "model":
+                raise ValueError(
+                    f"general.type is {kind!r}, not 'model'; an adapter has to be "
+                    "merged into its model first"
+                )
+            if parts not in (0, 1):
+                raise ValueError(
+                    f"it is one of {parts} parts (split.count); join them with "
+                    "`llama-gguf-split --merge`"
+                )
         self._tensors = {t.name: t for t in self._reader.tensors}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -79,25 +95,28 @@ class GGUFFile:
         """What the metadata describes, with the config.json it would have had.
 
         Raises:
-          ValueError: a model type or a key that would matter is not supported.
+          ModelFileError: a model type or a key that would matter is not supported, or a
+            value cannot be.
         """
+        with files.reading(self._path):
+            return self._architecture()
+
+    def _architecture(self) -> Architecture:
         family = self._model_type()
         self._check_keys(family)
         shapes = self.shapes()
-        L, size = self._own("block_count"), self._head_dim()
-        heads = self._own("attention.head_count")
-        kv_heads = self._own("attention.head_count_kv", heads)
-        for key, value in (("head_count", heads), ("head_count_kv", kv_heads)):
-            if not isinstance(value, int):
-                raise ValueError(f"{self._path}: {key}={value} by layer")
-        return Architecture(
+        if "token_embd.weight" not in shapes:
+            raise ValueError("tensor token_embd.weight is missing")
+        L, size = self._count("block_count"), self._head_dim()
+        heads = self._count("attention.head_count")
+        arch = Architecture(
             model_type=family,
             vocab_size=shapes["token_embd.weight"][0],
-            hidden_size=self._own("embedding_length"),
-            intermediate_size=self._own("feed_forward_length"),
+            hidden_size=self._count("embedding_length"),
+            intermediate_size=self._count("feed_forward_length"),
             num_layers=L,
             num_heads=heads,
-            num_kv_heads=kv_heads,
+            num_kv_heads=self._count("attention.head_count_kv", heads),
             head_dim=size,
             # Stored as float32: 1e-5 comes back as 9.99999974e-06.
             norm_eps=float(
@@ -111,16 +130,23 @@ class GGUFFile:
             output_bias="blk.0.attn_output.bias" in shapes,
             mlp_bias="blk.0.ffn_gate.bias" in shapes,
             qk_norm=family == "qwen3",
-            max_positions=self._own("context_length"),
+            max_positions=self._count("context_length"),
             eos_token_ids=self._ends(),
         )
+        families.check_ropes(arch)
+        return arch
 
     def tokenizer(self) -> Any:
         """A transformers tokenizer made from the metadata.
 
         Raises:
-          ValueError: its kind, or its way to cut text, is not supported.
+          ModelFileError: its kind, or its way to cut text, is not supported, or it is
+            damaged.
         """
+        with files.reading(self._path):
+            return self._tokenizer()
+
+    def _tokenizer(self) -> Any:
         import tokenizers
         from tokenizers import decoders, normalizers, pre_tokenizers, processors
         from transformers import PreTrainedTokenizerFast
@@ -171,8 +197,13 @@ class GGUFFile:
             )
             if (id := self._get(f"tokenizer.ggml.{key}_token_id")) is not None
         }
-        if self._get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
-            bos = named["bos_token"]
+        bos, wanted = named.get("bos_token"), self._get("tokenizer.ggml.add_bos_token")
+        if wanted and bos is None:
+            raise ValueError(
+                "tokenizer.ggml.add_bos_token is true, but there is no "
+                "tokenizer.ggml.bos_token_id"
+            )
+        if wanted or (bos and wanted is None and pre == "llama-bpe"):
             made.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A",
                 pair=f"{bos} $A {bos} $B",
@@ -196,6 +227,11 @@ class GGUFFile:
         value = self._get(name, default)
         if value is None:
             raise ValueError(f"{self._path}: {name} is missing")
+        return value
+
+    def _count(self, key: str, default: Any = None) -> int:
+        """A key of this model type that counts something."""
+        families.check_kind(key, value := self._own(key, default), families.COUNTS[key])
         return value
 
     def _model_type(self) -> str:
@@ -223,8 +259,8 @@ class GGUFFile:
                 )
 
     def _head_dim(self) -> int:
-        derived = self._own("embedding_length") // self._own("attention.head_count")
-        return self._own("attention.key_length", derived)
+        derived = self._count("embedding_length") // self._count("attention.head_count")
+        return self._count("attention.key_length", derived)
 
     def _ends(self) -> tuple[int, ...]:
         keys = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -270,7 +306,20 @@ class _Reader(gguf.GGUFReader):
 
     @data.setter
     def data(self, mapped: np.memmap) -> None:
-        self._data = mapped.view(np.ndarray)
+        self._data, self._values = mapped.view(np.ndarray), 0
+
+    def _get(self, offset, dtype, count=1, *rest, **more):
+        """A part of the file, which has to have it: past the end there would be empty
+        values for as long as a damaged count says."""
+        self._values += 1
+        if self._values > _VALUES:
+            raise ValueError(f"its metadata has more than {_VALUES} values")
+        end = int(offset) + int(count) * np.dtype(dtype).itemsize
+        if end > self._data.size:
+            raise ValueError(
+                f"it ends after {self._data.size} bytes, but what it lists needs {end}"
+            )
+        return super()._get(offset, dtype, count, *rest, **more)
 
 
 def _unpermute(x: np.ndarray, head_dim: int) -> np.ndarray:

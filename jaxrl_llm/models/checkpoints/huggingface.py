@@ -14,20 +14,34 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxrl_llm.models.apply import Params, abstract_params
 from jaxrl_llm.models.architecture import Architecture
-from jaxrl_llm.models.checkpoints import families
+from jaxrl_llm.models.checkpoints import chat_template, families, files
 from jaxrl_llm.models.checkpoints import tensor_map as weights
+from jaxrl_llm.models.checkpoints.files import ModelFileError
 from jaxrl_llm.models.checkpoints.gguf import GGUFFile
+from jaxrl_llm.models.checkpoints.safetensors_folder import (
+    COMPUTED,
+    INDEX,
+    WEIGHTS,
+    SafetensorsFolder,
+    refuse_adapter,
+)
 from jaxrl_llm.models.value_head import headless
 from jaxrl_llm.sharding import processes
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_HEAD = "score.weight"
-_COMPUTED = "rotary_emb.inv_freq"
+_HEAD, _OUTPUT = "score.weight", "lm_head.weight"
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"
+)  # fmt: skip
+_BESIDE_TOKENIZERS = (
+    *("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab"),
+    *("merges", "spiece", "sentencepiece", "tekken"),
+)
+_TOKENIZER_BYTES = 2**28
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -59,16 +73,15 @@ class Checkpoint:
           shardings: a sharding for every parameter; None: one device.
 
         Raises:
-          ValueError: a tensor is missing, unknown or of the wrong shape.
+          ValueError: a weight is NaN or infinite, or a parameter cannot be split.
         """
-        needless = {"lm_head.weight"} if self.arch.tie_embeddings else set()
         return weights.read(
             self.arch,
             self._tensors,
             self._form,
             dtype=dtype,
             shardings=shardings,
-            ignored=lambda name: name in needless or name.endswith(_COMPUTED),
+            ignored=_needless(self.arch),
         )
 
 
@@ -99,13 +112,31 @@ class Classifier:
             shardings=shardings["decoder"],
             ignored=_beside_a_decoder,
         )
-        head = self._tensors.read(_HEAD, (slice(0, 1), slice(None)))[0]
         zero = np.zeros((), jnp.dtype(dtype))
+        head = self._tensors.read(_HEAD, (slice(0, 1), slice(None)))[0]
+        head = head.astype(zero.dtype)
+        weights.check_finite(head, self._tensors, _HEAD)
         return {
             "decoder": decoder,
-            "weight": processes.place(head.astype(zero.dtype), shardings["weight"]),
+            "weight": processes.place(head, shardings["weight"]),
             "bias": processes.place(zero, shardings["bias"]),
         }
+
+
+def need_tokenizer(tokenizer: Any, path: str, remedy: str) -> Any:
+    """The tokenizer of the model at `path`, if it has one.
+
+    Args:
+      remedy: what to do otherwise.
+
+    Raises:
+      ValueError: it is None.
+    """
+    if tokenizer is None:
+        raise ValueError(
+            f"{path} has no tokenizer, none of {', '.join(_TOKENIZERS)}; {remedy}"
+        )
+    return tokenizer
 
 
 def open(
@@ -131,19 +162,63 @@ def open(
     if path.endswith(".gguf"):
         local = Path(path).expanduser()
         _check_revision(local, revision)
-        if not local.is_file():
-            raise ValueError(f"{path}: no such file")
         file = GGUFFile(local)
+        arch = file.architecture()
         own = file.tokenizer() if tokenizer is None else tokenizer
-        return Checkpoint(_with_ends(file.architecture(), own), own, file, "gguf")
+        _check_template(own, local)
+        return _checkpoint(arch, own, file, "gguf")
     folder = _folder(path, revision)
-    arch = families.architecture(
-        _json(folder / "config.json"),
-        _json(folder / "generation_config.json", default={}),
-    )
+    arch = _architecture(folder, classifier=False)
+    tensors = SafetensorsFolder(folder)
+    if arch.tie_embeddings and _has_own_output(tensors):
+        arch = families.untied(arch)
     own = _tokenizer(folder) if tokenizer is None else tokenizer
-    arch = _with_ends(arch, own)
-    return Checkpoint(arch, own, _SafetensorsFolder(folder), "huggingface")
+    return _checkpoint(arch, own, tensors, "huggingface")
+
+
+def _checkpoint(
+    arch: Architecture, tokenizer: Any, tensors: weights.Tensors, form: str
+) -> Checkpoint:
+    """A checkpoint that has every tensor the architecture asks for, and no other."""
+    weights.check(arch, tensors, form, _needless(arch))
+    return Checkpoint(_with_ends(arch, tokenizer), tokenizer, tensors, form)
+
+
+def _needless(arch: Architecture) -> Callable[[str], bool]:
+    """Whether a decoder can do without a tensor of that name."""
+    copies = {_OUTPUT} if arch.tie_embeddings else set()
+    return lambda name: name in copies or name.endswith(COMPUTED)
+
+
+def _has_own_output(tensors: SafetensorsFolder) -> bool:
+    """Whether the files hold an output matrix that is not the embedding."""
+    shapes, embedding = tensors.shapes(), weights.EMBEDDING
+    if _OUTPUT not in shapes:
+        return False
+    if shapes.get(embedding) != shapes[_OUTPUT] or len(shapes[_OUTPUT]) != 2:
+        return True
+    count, width = shapes[_OUTPUT]
+    rows = max(1, 2**24 // max(1, width))
+    for start in range(0, count, rows):
+        part = (slice(start, min(start + rows, count)), slice(None))
+        one, other = (
+            tensors.read(name, part).astype(np.float32) for name in (_OUTPUT, embedding)
+        )
+        if not np.array_equal(one, other):
+            return True
+    return False
+
+
+def _architecture(folder: Path, *, classifier: bool) -> Architecture:
+    """What config.json and generation_config.json describe."""
+    refuse_adapter(folder)
+    config = files.json_object(folder / _CONFIG)
+    generation = files.json_object(folder / _GENERATION, default={})
+    with files.reading(folder / _GENERATION):
+        if (ends := generation.get("eos_token_id")) is not None:
+            families.check_kind("eos_token_id", ends, families.EOS)
+    with files.reading(folder / _CONFIG):
+        return families.architecture(config, generation, classifier=classifier)
 
 
 def _with_ends(arch: Architecture, tokenizer: Any) -> Architecture:
@@ -180,10 +255,8 @@ def open_classifier(
         several labels, or another tensor is missing, unknown or of the wrong shape.
     """
     folder = _folder(os.fspath(path), revision)
-    arch = headless(
-        families.architecture(_json(folder / "config.json"), classifier=True)
-    )
-    tensors = _SafetensorsFolder(folder)
+    arch = headless(_architecture(folder, classifier=True))
+    tensors = SafetensorsFolder(folder)
     shape = tensors.shapes().get(_HEAD)
     if shape is None:
         raise ValueError(
@@ -201,7 +274,7 @@ def open_classifier(
 
 def _beside_a_decoder(name: str) -> bool:
     """Whether a classifier's tensor is none of its decoder."""
-    return name in (_HEAD, "lm_head.weight") or name.endswith(_COMPUTED)
+    return name in (_HEAD, _OUTPUT) or name.endswith(COMPUTED)
 
 
 def load(
@@ -261,68 +334,24 @@ def save(
         return
     config = families.config(arch) | {"torch_dtype": dtype.name}
     config.pop("dtype", None)
-    ends = list(arch.eos_token_ids)
-    special = {"eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None}
+    generation, ids = json.loads(arch.generation), list(arch.eos_token_ids)
+    ends = {"eos_token_id": ids if len(ids) > 1 else ids[0]} if ids else {}
+    special = ends.copy()
     for name in ("bos_token_id", "pad_token_id"):
-        special[name] = config.get(name, getattr(tokenizer, name, None))
-    special = {name: ids for name, ids in special.items() if ids is not None}
+        id = config.get(name, getattr(tokenizer, name, None))
+        special |= {} if id is None else {name: id}
     target.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         made.chmod(0o755)
         _write_weights(made, arch, params, dtype, max_shard_bytes)
-        _write_json(made / "config.json", config | special)
-        _write_json(made / "generation_config.json", special)
+        _write_json(made / _CONFIG, config | special)
+        _write_json(made / _GENERATION, special | generation | ends)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         os.replace(made, target)
     finally:
         shutil.rmtree(made, ignore_errors=True)
-
-
-class _SafetensorsFolder:
-    """The tensors of model.safetensors, or of the files its index lists."""
-
-    def __init__(self, folder: Path):
-        self._folder, self._of_name = folder, {}
-        if (folder / _INDEX).exists():
-            files = sorted(set(_json(folder / _INDEX)["weight_map"].values()))
-        elif (folder / _WEIGHTS).exists():
-            files = [_WEIGHTS]
-        else:
-            raise ValueError(_no_weights(folder))
-        for file in files:
-            if not (folder / file).exists():
-                raise ValueError(f"{folder}: {file}, which {_INDEX} lists, is missing")
-            opened = safe_open(folder / file, framework="np")
-            self._of_name |= dict.fromkeys(opened.keys(), (file, opened))
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {
-            name: tuple(opened.get_slice(name).get_shape())
-            for name, (_, opened) in self._of_name.items()
-        }
-
-    def read(self, name: str, part: weights.Slices) -> np.ndarray:
-        return self._of_name[name][1].get_slice(name)[part]
-
-    def where(self, name: str) -> str:
-        if name not in self._of_name:
-            return str(self._folder)
-        return str(self._folder / self._of_name[name][0])
-
-
-def _no_weights(folder: Path) -> str:
-    pickled = sorted(
-        p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")
-    )
-    if not pickled:
-        return f"{folder} has neither {_WEIGHTS} nor {_INDEX}"
-    return (
-        f"{folder} has only {', '.join(pickled)}: pickled weights, which can run code "
-        "when opened, are not read. If you trust them, convert them with transformers: "
-        "AutoModelForCausalLM.from_pretrained(DIRECTORY).save_pretrained(NEW_DIRECTORY)"
-    )
 
 
 def _in_package(path: str) -> str:
@@ -380,19 +409,54 @@ def _tokenizer(folder: Path) -> Any:
     """The directory's tokenizer; None if it has no tokenizer files."""
     from transformers import AutoTokenizer
 
-    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if not any((folder / file).exists() for file in files):
+    found = [folder / name for name in _TOKENIZERS if os.path.lexists(folder / name)]
+    if not found:
         return None
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    templates = folder / "additional_chat_templates"
+    for path in [*folder.iterdir(), *templates.glob("*.jinja")]:
+        if path.name.startswith(_BESIDE_TOKENIZERS) or path.suffix == ".jinja":
+            files.checked(path, _TOKENIZER_BYTES)
+    with files.reading(found[0]):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=_tokenizer_config(folder), trust_remote_code=False
+        )
+    _check_template(tokenizer, folder)
+    return tokenizer
 
 
-def _json(path: Path, default: Any = None) -> dict[str, Any]:
-    if default is not None and not path.exists():
-        return default
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+def _tokenizer_config(folder: Path) -> Any:
+    """The configuration by which transformers chooses a tokenizer's class; None if the
+    directory is of no model that it knows.
+
+    Made of the names alone: transformers refuses a whole file for the type of a number
+    that no tokenizer depends on.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    said = files.json_object(folder / _CONFIG, default={})
+    family = said.get("model_type")
+    if not isinstance(family, str) or family not in CONFIG_MAPPING:
+        return None
+    names = {
+        name: said[name]
+        for name in ("tokenizer_class", "model_name")
+        if isinstance(said.get(name), str)
+    }
+    made = AutoConfig.for_model(family, **names)
+    made.name_or_path = str(folder)
+    return made
+
+
+def _check_template(tokenizer: Any, path: Path) -> None:
+    """Raises ModelFileError if a chat template does not end, or fills the memory."""
+    given = getattr(tokenizer, "chat_template", None)
+    for template in given.values() if isinstance(given, dict) else [given]:
+        if template is not None and not isinstance(template, str):
+            what = files.shortened(repr(template))
+            raise ModelFileError(f"{path}: the chat template is {what}, no text")
+        fault = chat_template.fault(template) if template else None
+        if fault:
+            raise ModelFileError(f"{path}: the chat template {fault}")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -427,7 +491,7 @@ def _write_weights(
     with ThreadPoolExecutor(max_workers=1) as writer:
         for i, tensors in enumerate(files):
             file = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
-            file = _WEIGHTS if len(files) == 1 else file
+            file = WEIGHTS if len(files) == 1 else file
             values = {name: value() for name, _, value in tensors}
             weight_map |= dict.fromkeys(values, file)
             if writing:
@@ -439,4 +503,4 @@ def _write_weights(
     if len(files) > 1:
         total = sum(size for tensors in files for _, size, _ in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / _INDEX, index)
+        _write_json(folder / INDEX, index)

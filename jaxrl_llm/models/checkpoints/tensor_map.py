@@ -18,6 +18,7 @@ from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.sharding import processes, rules
 
 Slices = tuple[slice, ...]
+_CHUNK = 2**20
 
 
 @runtime_checkable
@@ -119,6 +120,7 @@ _WHOLE = {
     "norm.scale": Stored("model.norm.weight", "output_norm.weight", _VECTOR),
     "output": Stored("lm_head.weight", "output.weight", ((0,), (1,))),
 }
+EMBEDDING = _WHOLE["embedding"].huggingface
 _PREFIX = {"huggingface": "model.layers.{}.", "gguf": "blk.{}."}
 
 
@@ -271,11 +273,44 @@ def _part(
     bounds = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
     out = np.empty([len(r) for r in bounds], leaf.dtype)
     if stored[0].layer is None:
-        out[...] = _layer_part(tensors, stored[0], leaf.shape, bounds)
-        return out
+        rows, shape, bounds = {0: out}, leaf.shape, [range(1), *bounds]
+    else:
+        rows, shape = out, leaf.shape[1:]
     for row, i in enumerate(bounds[0]):
-        out[row] = _layer_part(tensors, stored[i], leaf.shape[1:], bounds[1:])
+        with np.errstate(over="ignore", invalid="ignore"):  # named below
+            rows[row][...] = _layer_part(tensors, stored[i], shape, bounds[1:])
+        check_finite(rows[row], tensors, stored[i].name)
     return out
+
+
+def check_finite(x: np.ndarray, tensors: Tensors, name: str) -> None:
+    """Raises ValueError if `x`, read from tensor `name`, holds NaN or an infinity."""
+    if not _not_finite(x):
+        return
+    shape = tensors.shapes()[name]
+    rows = max(1, _CHUNK // max(1, math.prod(shape[1:])))
+    inner = tuple(slice(0, size) for size in shape[1:])
+    found = sum(
+        _not_finite(tensors.read(name, (slice(i, min(i + rows, shape[0])), *inner)))
+        for i in range(0, shape[0], rows)
+    )
+    what = f"{tensors.where(name)}: tensor {name} has"
+    if not found:
+        raise ValueError(f"{what} numbers that are infinite as {x.dtype}")
+    raise ValueError(
+        f"{what} {found} of {math.prod(shape)} numbers that are NaN or infinite"
+    )
+
+
+def _not_finite(x: np.ndarray) -> int:
+    """How many numbers are NaN or infinite, those whose exponent is all ones."""
+    bits = np.dtype(f"uint{8 * x.dtype.itemsize}")
+    ones = np.array(np.inf, x.dtype).view(bits)
+    flat = np.ascontiguousarray(x).reshape(-1).view(bits)
+    chunks = (flat[i : i + _CHUNK] & ones for i in range(0, flat.size, _CHUNK))
+    return sum(
+        int(np.count_nonzero(chunk == ones)) for chunk in chunks if chunk.max() == ones
+    )
 
 
 def _layer_part(

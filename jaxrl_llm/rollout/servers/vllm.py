@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -263,16 +263,18 @@ class VllmEngine:
         self._remover.communicate()
 
     def _as_taken(self, params: Any) -> tuple[models.Architecture, Any]:
-        """The model as servers can take new weights of it.
+        """The model as servers can take new weights of it, and without a
+        generation_config.json, by which they would sample what a request leaves open.
 
         On a CPU, vLLM keeps a packed copy of the output matrix and packs anew only what
         it reads: embeddings are sent as both.
         """
         servers = [r.server.device for r in self._replicas if r.server]
         device = servers[0] if servers else jax.default_backend()
-        if device != "cpu" or not self.arch.tie_embeddings:
-            return self.arch, params
-        untied = models.untied(self.arch)
+        plain = replace(self.arch, generation="{}")
+        if device != "cpu" or not plain.tie_embeddings:
+            return plain, params
+        untied = models.untied(plain)
         return untied, params | {"output": params["embedding"]}
 
     def _shared_folder(self) -> Path:
