@@ -13,7 +13,9 @@
     jaxrl bench NAME ...
     jaxrl --version
 
-`jaxrl VERB --help` lists what a verb takes.
+`jaxrl VERB --help` lists what a verb takes. Exit status: 0 done, 2 input that cannot
+work, 75 stopped by SIGTERM or the first Ctrl-C (the same command goes on), 130 stopped
+by the second Ctrl-C, 1 a bug.
 """
 
 import importlib.util
@@ -44,7 +46,12 @@ _SHORTEST = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb. Returns the exit status: 0, or 2 for input that cannot work."""
+    """Runs one verb. Returns the exit status.
+
+    0: done. 75: `train` was stopped by SIGTERM or Ctrl-C, and the same command goes on.
+    130: interrupted at once, while training by the second Ctrl-C. 2: input that cannot
+    work. A bug raises, which is status 1 and a traceback.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     verbs = {
         "train": _train,
@@ -67,12 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     _start_no_absent_tpu()
     try:
-        verbs[given[0]](given[1:])
+        return verbs[given[0]](given[1:]) or 0
+    except KeyboardInterrupt as error:
+        return _fail(str(error) or "interrupted by Ctrl-C", status=130)
     except (ValueError, ImportError, OSError) as error:
         if "JAXRL_TRACEBACK" in os.environ:
             raise
         return _fail(f"{error}\n(JAXRL_TRACEBACK=1 shows where)")
-    return 0
 
 
 def _start_no_absent_tpu() -> None:
@@ -106,28 +114,34 @@ _GOOGLE = "0x1ae0"
 """On the PCI bus, as in `jax._src.hardware_utils`."""
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, status: int = 2) -> int:
     console = Console(stderr=True, soft_wrap=True)
-    console.print("[bold red]error[/]")
+    if status == 2:
+        console.print("[bold red]error[/]")
     console.print(message, markup=False, highlight=False)
-    return 2
+    return status
 
 
-def _train(rest: list[str]) -> None:
+def _train(rest: list[str]) -> int:
     joined, rest = _processes(rest)
     config, flags = _config("train", rest, flags=("--dry-run",))
 
     from jaxrl_llm.planning import dry_run
     from jaxrl_llm.training import loop
     from jaxrl_llm.training.build import build
+    from jaxrl_llm.training.stopping import STOPPED, Stopped, asked_to_stop
 
-    with joined():
-        _keep_compiled()
-        job = build(config)
-        if "--dry-run" in flags:
-            dry_run.show(job)
-        else:
-            loop.run(job)
+    if "--dry-run" in flags:
+        with joined():
+            _keep_compiled()
+            dry_run.show(build(config))
+        return 0
+    try:
+        with asked_to_stop(), joined():
+            _keep_compiled()
+            return STOPPED if loop.run(build(config)).stopped else 0
+    except Stopped as stopped:
+        return _fail(str(stopped), status=STOPPED)
 
 
 def _evaluate(rest: list[str]) -> None:

@@ -18,6 +18,7 @@ import atexit
 import itertools
 import os
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -132,8 +133,8 @@ def joined(
     Open MPI, Kubernetes and TPU pods; elsewhere the process is alone.
 
     If the block fails here, the others stop too. If another process fails, or shows no
-    sign of life for a while, this one prints which and exits with status 1, whatever it
-    is doing.
+    sign of life for a while, this one prints which and exits, whatever it is doing,
+    with the other's status or with 1.
 
     Args:
       coordinator: HOST:PORT of process 0, any port that is free there.
@@ -204,10 +205,11 @@ class _Watch:
         self._over.set()
         self._thread.join()
         text = str(error) or type(error).__name__
-        self._say(f"failed: {text.splitlines()[0][:500]}")
+        status = _status(error)
+        self._say(f"failed {status}: {text.splitlines()[0][:500]}")
         # JAX would wait for the others at exit, and nothing may wait for ever.
-        atexit.register(_exit)
-        timer = threading.Timer(self._lost_after, _exit)
+        atexit.register(_exit, status=status)
+        timer = threading.Timer(self._lost_after, _exit, kwargs={"status": status})
         timer.daemon = True
         timer.start()
 
@@ -222,8 +224,9 @@ class _Watch:
             for process in range(self._count):
                 state, now = states.get(f"{_STATES}{process}", ""), time.monotonic()
                 host, _, what = state.partition(" ")
-                if what.startswith("failed"):
-                    self._stop(process, f"on {host} {what}")
+                if failed := re.fullmatch("failed ([0-9]+): (.*)", what):
+                    why = f"on {host} failed: {failed[2]}"
+                    self._stop(process, why, int(failed[1]))
                 if heard[process][0] != what:
                     heard[process] = what, now
                 elif now - heard[process][1] > self._lost_after:
@@ -240,20 +243,30 @@ class _Watch:
             allow_overwrite=True,
         )
 
-    def _stop(self, process: int, why: str) -> None:
+    def _stop(self, process: int, why: str, status: int = 1) -> None:
         _exit(
             f"process {process} of {self._count} {why}; process {self._index} stops. "
-            "When all are started again, the run goes on from its newest checkpoint."
+            "When all are started again, the run goes on from its newest checkpoint.",
+            status,
         )
 
 
-def _exit(message: str = "") -> None:
+def _status(error: BaseException) -> int:
+    """The exit status of a program that this error ends."""
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, ValueError | ImportError | OSError) else 1
+
+
+def _exit(message: str = "", status: int = 1) -> None:
     """Ends the process now, from any thread."""
     sys.stdout.flush()
     if message:
         print(f"\n{message}", file=sys.stderr)
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(status)
 
 
 def _settings(

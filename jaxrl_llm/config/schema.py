@@ -281,6 +281,9 @@ class TrainerConfig(Section):
     """The newest so many, and the best by validation besides."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in output_dir, if there is one."""
+    stop_grace_s: float = Field(6.0, gt=0)
+    """Seconds that the step under way has to end after SIGTERM. If it does not, it is
+    given up, and the run goes on from its newest checkpoint."""
     profile: str | None = Field(None, pattern=r"^[1-9]\d*:[1-9]\d*$")
     """FIRST:LAST, such as 3:5: write a trace of these steps, both included, to
     output_dir/profile, for xprof and Perfetto."""

@@ -15,6 +15,8 @@ class Result:
     """A run directory, to look at in a notebook."""
 
     directory: Path
+    stopped: bool = False
+    """Whether it was asked to stop before its last step; the same call goes on."""
 
     @property
     def weights(self) -> Path:

@@ -28,19 +28,23 @@ from jaxrl_llm.training.update import update, update_flops
 def run(
     job: Job, schedule_of: Callable[[Collect, Load], Schedule] = Synchronous
 ) -> Result:
-    """Trains to the end, or until SIGTERM or Ctrl-C asks for an early one.
+    """Trains to the end, or until SIGTERM or Ctrl-C asks for an early one: the step
+    under way is then the last, and its checkpoint is saved.
 
     Args:
       schedule_of: makes the schedule of its two stages.
 
     Raises:
       RewardError: a reward function failed and `reward.on_error` is "raise".
+      CheckpointError: there are checkpoints in output_dir, but all are damaged.
+      Stopped: after SIGTERM, the step under way did not end in time and was given up.
+      KeyboardInterrupt: at a second Ctrl-C.
     """
     config, engine, trainer = job.config, job.engine, job.config.trainer
     with (
         closing(engine),
         opened(job) as (stream, log, checkpoints),
-        asked_to_stop() as stopping,
+        asked_to_stop(log.say, trainer.stop_grace_s) as stopping,
         performance.long_lived_objects_set_aside() as set_aside,
     ):
         state, first = start_or_go_on(job, stream, checkpoints, log.waiting, log.say)
@@ -54,6 +58,7 @@ def run(
         sent = schedule.publish(state.actor.params, first)
         if first == 0:
             log.step(0, sent, validation=evaluate.if_due(job, 0, log.phase))
+        stop = False
         for step in range(first + 1, trainer.total_training_steps + 1):
             log.begin(step)
             groups = schedule.experience(step)
@@ -88,7 +93,7 @@ def run(
                 params = state.actor.params
                 checkpoint.save_weights(config.output_dir, job.source, params)
         log.end()
-    result = Result(Path(config.output_dir))
+    result = Result(Path(config.output_dir), stopped=stop)
     if processes.leads():
         result.show(num_examples=trainer.num_examples)
     return result

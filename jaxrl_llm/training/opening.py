@@ -15,6 +15,7 @@ from jaxrl_llm.tracking.performance import Devices
 from jaxrl_llm.tracking.run_log import RunLog
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.checkpoint import Checkpoints
+from jaxrl_llm.training.stopping import Stopped
 
 
 @contextmanager
@@ -54,8 +55,13 @@ def opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
                 f"process {jax.process_index()}; use a directory that all share"
             )
         folder = directory / "checkpoints"
-        with Checkpoints(folder, trainer.max_ckpt_to_keep) as checkpoints:
-            yield stream, log, checkpoints
+        try:
+            with Checkpoints(folder, trainer.max_ckpt_to_keep) as checkpoints:
+                yield stream, log, checkpoints
+        except (Stopped, KeyboardInterrupt):
+            reached = max(checkpoints.steps, default=0)
+            log.say(f"the same command goes on from step {reached}")
+            raise
 
 
 def _devices(placement: PlacementConfig) -> Devices:

@@ -206,7 +206,9 @@ def what_a_run_says(run):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(finished, values, tmp_path):
     run = tmp_path / "killed"
-    config, cache = write_config(values, run), tmp_path / "compiled"
+    trainer = values["trainer"] | {"stop_grace_s": 300}
+    config = write_config(values | {"trainer": trainer}, run)
+    cache = tmp_path / "compiled"
 
     # In the middle of step 4, after two scores of the first validation and three of
     # steps; then while checkpoint 4 is being written, or has just been.
@@ -223,7 +225,8 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, values, tmp_path):
     # Asked to stop, it ends the step, saves, and says how to go on.
     process = Process(config, cache, stop_at=2)
     said = process.stop_when(process.is_at_the_gate, signal.SIGTERM)
-    assert process.process.returncode == 0, said
+    assert process.process.returncode == 75, said
+    assert "SIGTERM: stopping after this step" in said
     last = run_directory.read(run)[-1]["step"]
     assert f"stopped after step {last} of {STEPS}; the same command goes on" in said
     assert last in steps_on_disk(run)
@@ -243,6 +246,23 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, values, tmp_path):
     chex.assert_trees_all_equal(final_params(result), final_params(finished))
     weights = [r.weights / "model.safetensors" for r in (result, finished)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_end_is_given_up_for_the_newest_checkpoint(
+    values, tmp_path
+):
+    run = tmp_path / "hanging"
+    trainer = values["trainer"] | {"stop_grace_s": 0.1}
+    config = write_config(values | {"trainer": trainer}, run)
+    process = Process(config, tmp_path / "compiled", stop_at=6)
+    waiting.until(lambda: process.is_at_the_gate() and steps_on_disk(run) == {2})
+    process.process.terminate()
+    said = process.finish()  # though the reward function still waits
+    assert process.process.returncode == 75, said
+    assert "did not end within 0.1 s of SIGTERM" in said.replace("\n", " ")
+    assert "the same command goes on from step 2" in said
+    assert "Traceback" not in said
 
 
 def test_a_run_stopped_before_its_first_validation_has_no_result_to_show(finished):
