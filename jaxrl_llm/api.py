@@ -3,6 +3,7 @@
 import functools
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from os import PathLike, fspath
@@ -161,6 +162,7 @@ def evaluate(
         if not isinstance(prompts, Source):
             source = Source(path=_stored(prompts, directory, "prompts"))
         asked = questions.read(source, _encoder(loaded), chat_template=chat)
+    _check_ends(loaded, stop, max_tokens)
     lengths = [len(prompt.tokens) for prompt in asked]
     engine = _engine(loaded, max(lengths) + max_tokens, n * len(asked), dtype)
     with closing(engine):
@@ -242,9 +244,20 @@ def generate(
         Request(prompt_id=i, tokens=asked, num_samples=n, seed=seed, sampling=sampling)
         for i, asked in enumerate(tokens)
     ]
+    _check_ends(loaded, stop, max_tokens)
     longest = max(map(len, tokens)) + max_tokens
     with closing(_engine(loaded, longest, n * len(prompts), dtype)) as engine:
         return engines.generate(engine, requests)
+
+
+def _check_ends(loaded: models.Model, stop: Sequence[str], max_tokens: int) -> None:
+    """Warns if nothing but its length ends a completion."""
+    if not stop and not loaded.arch.eos_token_ids:
+        warnings.warn(
+            f"nothing ends a completion before its {max_tokens} tokens: neither the "
+            "model nor its tokenizer names an end of sequences; give stop",
+            stacklevel=3,
+        )
 
 
 def _encoder(loaded: models.Model) -> Encoder:
@@ -333,6 +346,8 @@ def evaluate_config(config: Config) -> Validation:
     job = build(config)
     if not job.data.val:
         raise ConfigError("data.val is needed: which questions to answer")
+    for warning in job.warnings:
+        warnings.warn(warning, stacklevel=2)
     with closing(job.engine):
         job.engine.load(job.actor.read_weights("float32"), version=0)
         return answer_held_out(job, 0)

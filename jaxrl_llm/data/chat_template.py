@@ -114,20 +114,44 @@ class Encoder:
             )
         return text
 
+    def end_of_answer(self) -> int | None:
+        """The token of its own that the chat template puts behind an answer; None if
+        there is none, or no template."""
+        if self.tokenizer.chat_template is None:
+            return None
+        template = self.tokenizer.get_chat_template(None, None)
+        answer = "Answered."
+        messages = [
+            {"role": "user", "content": "Answer."},
+            {"role": "assistant", "content": answer},
+        ]
+        try:
+            text = self._apply(template, messages, None, finished=True)
+        except ValueError:
+            return None
+        _, found, end = text.rpartition(answer)
+        tokens = self.tokenizer(end.strip(), add_special_tokens=False).input_ids
+        own = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return tokens[0] if found and tokens and tokens[0] in own else None
+
     def _apply(
-        self, template: str, messages: Sequence[Message], tools: Sequence[Any] | None
+        self,
+        template: str,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None,
+        finished: bool = False,
     ) -> str:
         clock: Mapping[str, Any] = {}
         if "strftime_now" in template:
             said = {code: self.now.strftime(code) for code in _CODES}
             template, clock = _CLOCK + template, {"strftime_values": said}
-        unfinished = messages[-1]["role"] == "assistant"
+        unfinished = messages[-1]["role"] == "assistant" and not finished
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages),
                 tools=list(tools) if tools else None,
                 chat_template=template,
-                add_generation_prompt=not unfinished,
+                add_generation_prompt=not (unfinished or finished),
                 continue_final_message=unfinished,
                 tokenize=False,
                 **clock,

@@ -130,12 +130,22 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except ValueError as error:  # malformed JSON, or not UTF-8
+                row = json.loads(line, object_pairs_hook=_once)
+            except (ValueError, RecursionError) as error:  # or not UTF-8
                 raise ValueError(f"{path}:{number}: not JSON: {error}") from None
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{number}: not an object but {row!r:.80}")
             yield row
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, each key of it given once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
+    return found
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

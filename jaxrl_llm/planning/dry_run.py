@@ -50,6 +50,8 @@ def show(job: Job) -> None:
         "tokens per step": f"at most {rows * longest:,}",
     }
     _print(console, "The run", facts)
+    for warning in job.warnings:
+        console.print(warning, markup=False, highlight=False)
     with progress("compiling the largest update", console=console):
         memory = memory_per_device(job)
     for group, held in memory.items():

@@ -72,8 +72,37 @@ class Request:
     tokens: tuple[int, ...]
     num_samples: int
     seed: int
-    """With `prompt_id` and the sample index, the key of the random numbers."""
+    """With `prompt_id` and the sample index, the key of the random numbers; 32 bits."""
     sampling: Sampling
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"a seed is from 0 to {2**32 - 1}, got {self.seed}")
+
+    def check(self, vocab_size: int, max_model_len: int) -> None:
+        """Raises ValueError for a request that can never be answered.
+
+        Args:
+          vocab_size: tokens that the model knows.
+          max_model_len: tokens of the longest sequence that an engine holds.
+        """
+        prompt, sampling = f"prompt {self.prompt_id}", self.sampling
+        if not self.tokens:
+            raise ValueError(f"{prompt} is empty")
+        for what, tokens in ((prompt, self.tokens), ("stop", sampling.stop_token_ids)):
+            for token in (min(tokens, default=0), max(tokens, default=0)):
+                if not 0 <= token < vocab_size:
+                    raise ValueError(
+                        f"{what} has token {token}, but the model's vocabulary has "
+                        f"{vocab_size}"
+                    )
+        if len(self.tokens) + sampling.max_tokens > max_model_len:
+            raise ValueError(
+                f"{prompt} has {len(self.tokens)} tokens and asks for up to "
+                f"{sampling.max_tokens} more, but max_model_len is {max_model_len}"
+            )
 
 
 @runtime_checkable

@@ -119,7 +119,10 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         actor=actor_of(config, source, meshes["actor"], meshes["reference"]),
         critic=critic,
         reward_model=model,
-        warnings=(*data.warnings, *never_stops(config, source.arch)),
+        warnings=(
+            *data.warnings,
+            *stop_warnings(config, source.arch, source.tokenizer),
+        ),
     )
 
 
@@ -180,15 +183,29 @@ def check_stop_tokens(config: Config, source: models.Checkpoint) -> None:
             )
 
 
-def never_stops(config: Config, arch: models.Architecture) -> list[str]:
-    """A warning if nothing but its length ends a response."""
+def stop_warnings(
+    config: Config, arch: models.Architecture, tokenizer: Any
+) -> list[str]:
+    """What ends no response and was likely meant to."""
     rollout = config.rollout
-    if arch.eos_token_ids or rollout.stop or rollout.stop_token_ids:
+    ends = {*arch.eos_token_ids, *rollout.stop_token_ids}
+    if not ends and not rollout.stop:
+        return [
+            f"nothing ends a response before its {rollout.max_response_length} tokens: "
+            f"neither {config.model.path} nor its tokenizer names an end of sequences; "
+            "set rollout.stop or rollout.stop_token_ids"
+        ]
+    if not config.data.chat_template:
+        return []
+    end = Encoder(tokenizer=tokenizer).end_of_answer()
+    if end is None or end in ends:
+        return []
+    text = tokenizer.convert_ids_to_tokens(end)
+    if any(stop in text for stop in rollout.stop):
         return []
     return [
-        f"nothing ends a response before its {rollout.max_response_length} tokens: "
-        f"neither {config.model.path} nor its tokenizer names an end of sequences; "
-        "set rollout.stop or rollout.stop_token_ids"
+        f"the chat template puts {text!r} behind an answer, which ends no response: "
+        f"the model goes on after it; add its token {end} to rollout.stop_token_ids"
     ]
 
 

@@ -128,6 +128,9 @@ def test_a_source_that_cannot_be_read_is_named(fields, message):
             r"row 1 \(from 0\): no column 'answer'; it has \['prompt', 'gold'\]",
         ),
         ('{"question": "a", "answer": "b"}', "no column 'prompt'"),
+        ('{"prompt": "a", "answer": "b", "prompt": "c"}', "key 'prompt' is given twi"),
+        ('{"prompt": [{"role": "a", "role": "b"}]}', "key 'role' is given twice"),
+        ("[" * 100_000, "a.jsonl:1: not JSON: maximum recursion depth"),
         ('{"prompt": "a", "answer": "b", "completions": 1}', "rename"),
     ],
 )

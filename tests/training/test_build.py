@@ -69,13 +69,34 @@ def test_an_end_outside_of_the_vocabulary_is_named(model):
 def test_a_run_that_nothing_stops_says_so(tiny_model, tmp_path):
     def said(ends, **changed):
         config = make_config(tiny_model, tmp_path, **GRPO, **changed)
-        return build.never_stops(config, tiny.arch(eos_token_ids=ends))
+        arch = tiny.arch(eos_token_ids=ends)
+        return build.stop_warnings(config, arch, tiny.tokenizer())
 
     (warning,) = said(())
     assert warning.startswith("nothing ends a response before its 6 tokens: neither")
     assert "set rollout.stop or rollout.stop_token_ids" in warning
     assert said((5,)) == said((), **{"rollout.stop": ["\n"]}) == []
     assert said((), **{"rollout.stop_token_ids": [5]}) == []
+
+
+def test_a_template_whose_answers_end_with_no_stop_token_is_pointed_at(
+    tiny_model, tmp_path
+):
+    def said(ends, template=tiny.CHAT_TEMPLATE, **changed):
+        fields = GRPO | {"data.chat_template": True} | changed
+        config = make_config(tiny_model, tmp_path, **fields)
+        arch = tiny.arch(eos_token_ids=ends)
+        return build.stop_warnings(config, arch, tiny.tokenizer(template))
+
+    (warning,) = said((5,))
+    assert "'<|im_end|>' behind an answer, which ends no response" in warning
+    assert f"add its token {END} to rollout.stop_token_ids" in warning
+    assert said((END,)) == said((5,), **{"rollout.stop_token_ids": [END]}) == []
+    assert said((5,), **{"rollout.stop": ["<|im_end|>"]}) == []
+    assert said((5,), **{"data.chat_template": False}) == []
+    only_text = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    assert said((5,), only_text) == said((5,), None) == []
+    assert said((5,), "{{ raise_exception('no') }}") == []
 
 
 def test_a_stop_token_outside_of_the_vocabulary_is_named(tiny_model, tmp_path):

@@ -255,18 +255,10 @@ class JaxEngine:
         """Queues requests.
 
         Raises:
-          ValueError: a prompt is empty, or prompt and response cannot fit.
+          ValueError: a request can never be answered; see `Request.check`.
         """
         for request in requests:
-            longest = len(request.tokens) + request.sampling.max_tokens
-            if not request.tokens:
-                raise ValueError(f"prompt {request.prompt_id} is empty")
-            if longest > self._max_model_len:
-                raise ValueError(
-                    f"prompt {request.prompt_id} has {len(request.tokens)} tokens and "
-                    f"asks for up to {request.sampling.max_tokens} more, but "
-                    f"max_model_len is {self._max_model_len}"
-                )
+            request.check(self.arch.vocab_size, self._max_model_len)
         made = [Response(r, i) for r in requests for i in range(r.num_samples)]
         (self._running.add if self._running else self._waiting.extend)(made)
 

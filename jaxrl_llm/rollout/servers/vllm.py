@@ -203,18 +203,10 @@ class VllmEngine:
         """Queues requests.
 
         Raises:
-          ValueError: a prompt is empty, or prompt and response are too long.
+          ValueError: a request can never be answered; see `Request.check`.
         """
         for request in requests:
-            longest = len(request.tokens) + request.sampling.max_tokens
-            if not request.tokens:
-                raise ValueError(f"prompt {request.prompt_id} is empty")
-            if longest > self._max_len:
-                raise ValueError(
-                    f"prompt {request.prompt_id} has {len(request.tokens)} tokens and "
-                    f"asks for up to {request.sampling.max_tokens} more, but the "
-                    f"servers take {self._max_len}"
-                )
+            request.check(self.arch.vocab_size, self._max_len)
         for request in requests:
             samples = range(request.num_samples)
             if request.sampling.temperature == 0:  # vLLM: no two at a time
