@@ -17,6 +17,7 @@ from jaxrl_llm import cli, models
 from jaxrl_llm.models.checkpoints import chat_template, files
 from jaxrl_llm.models.checkpoints.files import ModelFileError
 from jaxrl_llm.models.checkpoints.gguf import GGUFFile
+from jaxrl_llm.models.checkpoints.safetensors_folder import SafetensorsFolder
 from jaxrl_llm.sharding import mesh, rules
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -175,6 +176,54 @@ def test_a_folder_of_links_is_read(model, tmp_path):
     for path in model.iterdir():
         (tmp_path / "links" / path.name).symlink_to(path)
     models.open(tmp_path / "links")
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: name.replace("model.", "model._orig_mod."),
+        lambda name: f"module.{name}",
+        lambda name: name.replace("model.", ""),
+        lambda name: "_orig_mod." + name.replace("model.", ""),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_names_with_a_wrapper_or_without_a_prefix_are_the_same(model, rename, count):
+    held = load_file(model / WEIGHTS)
+    renamed = {rename(name): x for name, x in held.items()}
+    save_file(renamed, model / WEIGHTS, {"format": "pt"})
+    if count == 2:
+        split(model)
+    tensors = SafetensorsFolder(model)
+    assert tensors.shapes() == {name: x.shape for name, x in held.items()}
+    for name, x in held.items():
+        whole = tuple(slice(0, size) for size in x.shape)
+        np.testing.assert_array_equal(tensors.read(name, whole), x)
+    models.open(model)
+
+
+def test_a_tensor_under_two_names_is_refused(model):
+    edit(model, **{"_orig_mod.model.norm.weight": np.ones(32, "f4")})
+    said = refusal(model)
+    assert "_orig_mod.model.norm.weight" in said and "twice" in said
+
+
+def test_keys_that_change_no_number_are_accepted(model):
+    change(model / "config.json", num_beams=4, repetition_penalty=1.1, license="mit")
+    models.open(model)
+
+
+def test_yarn_in_the_config_reaches_beyond_max_position_embeddings(model, tmp_path):
+    """As model cards say to add it; 400 is what vLLM then takes."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100}
+    change(model / "config.json", max_position_embeddings=100, rope_scaling=yarn)
+    loaded = models.load(model)
+    assert loaded.arch.max_positions == 400
+    models.save(tmp_path / "out", *loaded)
+    assert models.open(tmp_path / "out").arch == loaded.arch
+    change(model / "config.json", max_position_embeddings=1000)
+    assert models.open(model).arch.max_positions == 1000
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": []}', "nul", "", DEEP])

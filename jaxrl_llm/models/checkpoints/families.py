@@ -182,13 +182,25 @@ _CLASSIFIERS = {
 # Keys that change no number, whatever they hold.
 _HARMLESS = frozenset(
     """
-    _attn_implementation_autoset _name_or_path _sliding_window_pattern architectures
-    attn_implementation bos_token_id cache_implementation chunk_size_feed_forward
-    do_sample dtype id2label initializer_range is_llama_config label2id max_length
-    max_new_tokens model_name model_type name_or_path output_attentions
-    output_hidden_states pad_token_id problem_type return_dict temperature
-    tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version
-    unsloth_fixed unsloth_version use_cache
+    _attn_implementation _attn_implementation_autoset _commit_hash
+    _flash_attn_2_enabled _name_or_path _sliding_window_pattern architectures
+    attn_implementation bad_words_ids begin_suppress_tokens bos_token bos_token_id
+    cache_implementation chunk_size_feed_forward decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size
+    eos_token exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing hf_device_map id2label
+    initializer_range is_llama_config keys_to_ignore_at_inference label2id
+    length_penalty license max_length max_new_tokens max_sequence_length min_length
+    model_max_length model_name model_type name_or_path neftune_noise_alpha
+    no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_router_logits output_scores
+    pad_token pad_token_id prefix problem_type remove_invalid_values
+    renormalize_logits repetition_penalty return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unk_token unk_token_id unsloth_fixed
+    unsloth_version unsloth_training use_bfloat16 use_cache use_flash_attention_2
+    use_flash_attn
     """.split()
 )
 _HARMLESS_HERE = {
@@ -284,7 +296,7 @@ def architecture(
         query_scale=c["query_pre_attn_scalar"] ** -0.5 if gemma else None,
         attention_softcap=attention_cap,
         logit_softcap=logit_cap,
-        max_positions=c["max_position_embeddings"],
+        max_positions=max(c["max_position_embeddings"], *map(_reach, kinds)),
         eos_token_ids=_eos(generation_config or {}, config),
         source=json.dumps(config),
         generation=json.dumps(generation_config or {}),
@@ -529,6 +541,14 @@ def _rope(given: Config, c: Config, default_theta: float) -> Rope:
                 attention_factor=_yarn_attention_factor(values, factor),
             )
     return Rope(theta=theta)
+
+
+def _reach(rope: Rope | None) -> int:
+    """Positions that a config's YaRN makes of those the model was trained with, as in
+    vLLM. Model cards say to add it to files whose max_position_embeddings stays."""
+    if rope is None or rope.scaling != "yarn":
+        return 0
+    return int(rope.original_max_position * rope.factor)
 
 
 def _need(values: Config, scaling: str, *keys: str) -> None:

@@ -264,8 +264,11 @@ class GGUFFile:
 
     def _ends(self) -> tuple[int, ...]:
         keys = ("eos_token_id", "eot_token_id", "eom_token_id")
-        ids = (self._get(f"tokenizer.ggml.{key}") for key in keys)
-        return tuple(dict.fromkeys(id for id in ids if id is not None))
+        ids = {key: self._get(f"tokenizer.ggml.{key}") for key in keys}
+        given = {key: id for key, id in ids.items() if id is not None}
+        for key, id in given.items():
+            families.check_kind(f"tokenizer.ggml.{key}", id, families.EOS)
+        return tuple(dict.fromkeys(given.values()))
 
     def _rope(self, size: int) -> Rope:
         theta = self._own("rope.freq_base", 10_000.0)

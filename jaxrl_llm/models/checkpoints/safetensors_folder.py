@@ -13,6 +13,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 COMPUTED = "rotary_emb.inv_freq"
 """Ends the names of tensors that are no weights."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
+_WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")
+"""Of torch.compile, DistributedDataParallel and FullyShardedDataParallel."""
+_HEADS = ("lm_head.", "score.")
 _ADAPTER = "adapter_config.json"
 
 
@@ -39,6 +42,7 @@ class SafetensorsFolder:
                 raise ModelFileError(
                     f"{folder / INDEX}: tensor {name} is not in {file}, where it says"
                 )
+        self._name_plainly()
 
     def _add(self, file: str, opened: safe_open, listed: dict[str, str]) -> None:
         for name in opened.keys():
@@ -58,17 +62,38 @@ class SafetensorsFolder:
                 )
             self._of_name[name] = file, opened
 
+    def _name_plainly(self) -> None:
+        """Gives tensors the names of a causal model: wrappers of training libraries
+        leave theirs in the middle, and a model without its head has no "model."."""
+        plain: dict[str, str] = {}
+        for stored in self._of_name:
+            parts = [part for part in stored.split(".") if part not in _WRAPPERS]
+            name = ".".join(parts)
+            if name in plain:
+                raise ModelFileError(
+                    f"{self.where(stored)}: {stored} and {plain[name]} are the same "
+                    "tensor twice"
+                )
+            plain[name] = stored
+        if not any(name.startswith("model.") for name in plain):
+            plain = {
+                name if name.startswith(_HEADS) else f"model.{name}": stored
+                for name, stored in plain.items()
+            }
+        self._of_name = {name: self._of_name[stored] for name, stored in plain.items()}
+        self._stored = plain
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes by the tensors' names."""
         return {
-            name: tuple(opened.get_slice(name).get_shape())
+            name: tuple(opened.get_slice(self._stored[name]).get_shape())
             for name, (_, opened) in self._of_name.items()
         }
 
     def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor, in the type that it is stored in."""
         with files.reading(self.where(name)):
-            return self._of_name[name][1].get_slice(name)[part]
+            return self._of_name[name][1].get_slice(self._stored[name])[part]
 
     def where(self, name: str) -> str:
         """The file that holds a tensor; the folder if none does."""
