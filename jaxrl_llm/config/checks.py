@@ -93,6 +93,9 @@ def misfits(config) -> Iterator[str]:
                 yield f"{name}.{axis} is 0; use 1 for an axis that is not used"
         if list(sizes.values()).count(-1) > 1:
             yield f"{name} is {sizes}; only one axis may be -1 (what is left)"
+    for key in ("chat_template_file", "chat_template_kwargs", "template_time"):
+        if getattr(data, key) and not data.chat_template:
+            yield f"data.{key} is given, but data.chat_template is false"
     for split, source in (("train", data.train), ("val", data.val)):
         if source and source.path.startswith("reasoning_gym:") and not source.size:
             yield (

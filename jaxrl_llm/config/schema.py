@@ -72,6 +72,11 @@ class DataConfig(Section):
     """What to do with longer ones. `truncate` keeps the end of the prompt."""
     chat_template: bool = True
     """Render prompts with the tokenizer's chat template; off for base models."""
+    chat_template_file: PathText | None = None
+    """A chat template to use, and to export with the weights, in the place of the
+    tokenizer's."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the chat template, such as {enable_thinking: false}."""
     template_time: datetime | None = None
     """What a chat template that has the date in it takes for now, such as 2025-01-31.
     If not given, when the run began: it goes on with the prompts it had."""

@@ -3,6 +3,7 @@
 Keys that share veRL's name keep veRL's meaning and default.
 """
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -208,7 +209,8 @@ def _bounds(key: str, given: float | str) -> Bounds:
         found = (float(lower) if lower else None), float(upper)
     except ValueError:
         raise ValueError(f"{key} is {given!r}; expected UPPER or LOWER_UPPER") from None
-    if not 0 < (found[1] if found[0] is None else found[0]) <= found[1]:
+    lowest = found[1] if found[0] is None else found[0]
+    if not 0 < lowest <= found[1] < math.inf:
         raise ValueError(f"{key} is {given!r}; bounds are positive and in order")
     return found
 

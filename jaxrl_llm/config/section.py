@@ -2,6 +2,7 @@
 
 import math
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -39,6 +40,10 @@ def _check_plain(value: Any, kinds: set[Any]) -> None:
         case bool():
             if bool not in kinds and kinds & {int, float}:
                 raise ValueError(f"should be a number, got {value}")
+        case int() | float() if datetime in kinds:
+            raise ValueError(f"should be a date such as 2025-01-31, got {value}")
+        case float() if math.isnan(value) and Any in kinds:
+            raise ValueError("should be a number, got nan")
         case int() | float():
             most = _LARGEST if float in kinds else _MOST
             if kinds & {int, float} and most < abs(value) < math.inf:
@@ -51,6 +56,9 @@ def _check_plain(value: Any, kinds: set[Any]) -> None:
         case list() | tuple():
             for item in value:
                 _check_plain(item, kinds)
+        case dict() if Any in kinds:
+            for item in value.values():
+                _check_plain(item, kinds)
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -61,6 +69,8 @@ def _kinds(annotation: Any) -> set[Any]:
 def _name(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty")
+    if "\0" in text:
+        raise ValueError(f"{text!r} holds a null character")
     if variable := re.search(r"\$(\{[^}]*\}?|[A-Za-z_]\w*)", text):
         raise ValueError(
             f"{text!r} has the variable {variable[0]}, which nothing fills in here; "

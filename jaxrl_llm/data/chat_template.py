@@ -28,6 +28,14 @@ _CODES = ("%-d", "%-m", "%-H", "%-I", "%-M", "%-S", "%-j", "%-y") + tuple(
     f"%{code}" for code in "aAwdbBmyYHIMSfpjUWcxXGuVeDFTRhZz"
 )
 
+# What a run itself tells a template, and how it asks for the text.
+_GIVEN = {
+    "messages", "conversation", "tools", "documents", "chat_template",
+    "add_generation_prompt", "continue_final_message", "tokenize", "strftime_values",
+    "strftime_now", "padding", "truncation", "max_length", "return_tensors",
+    "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
+
 _AT_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 
 
@@ -42,6 +50,8 @@ class Encoder:
     """The time that a chat template is told."""
     vocab_size: int | None = None
     """Rows of the model's embedding; any if None."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Of the chat template, besides the messages and tools."""
 
     @property
     def asks_for_the_time(self) -> bool:
@@ -98,6 +108,12 @@ class Encoder:
                 "the chat template draws at random, so that no run could go on with "
                 "the prompts it had"
             )
+        for name in self.variables:
+            if name in _GIVEN or not re.search(rf"\b{re.escape(name)}\b", template):
+                raise ValueError(
+                    f"the chat template has no variable {name!r} to set; see "
+                    "data.chat_template_kwargs"
+                )
         check_roles(messages, template)
         text = self._apply(template, messages, tools)
         for message in messages:
@@ -141,10 +157,11 @@ class Encoder:
         tools: Sequence[Any] | None,
         finished: bool = False,
     ) -> str:
-        clock: Mapping[str, Any] = {}
+        variables = dict(self.variables)
         if "strftime_now" in template:
             said = {code: self.now.strftime(code) for code in _CODES}
-            template, clock = _CLOCK + template, {"strftime_values": said}
+            template = _CLOCK + template
+            variables["strftime_values"] = said
         unfinished = messages[-1]["role"] == "assistant" and not finished
         try:
             return self.tokenizer.apply_chat_template(
@@ -154,7 +171,7 @@ class Encoder:
                 add_generation_prompt=not (unfinished or finished),
                 continue_final_message=unfinished,
                 tokenize=False,
-                **clock,
+                **variables,
             )
         except Exception as error:  # whatever a template's own code may raise
             raise ValueError(f"the chat template rejects it: {error}") from None

@@ -91,8 +91,10 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     )
     check_lengths(config, source.arch)
     check_stop_tokens(config, source)
-    config = with_template_time(config, source.tokenizer)
-    data = read_data(config.data, source.tokenizer, source.arch.vocab_size)
+    if config.data.chat_template_file:
+        source.tokenizer.chat_template = read_template(config.data.chat_template_file)
+    section = with_template_time(config, source.tokenizer)
+    data = read_data(section, source.tokenizer, source.arch.vocab_size)
     shaped = [*functions, *shaping(config)]
     model = None
     if config.reward.model:
@@ -103,7 +105,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         critic = critic_of(config, open_critic(config, source), meshes["critic"])
     how = {"timeout_s": config.reward.timeout_s, "on_error": config.reward.on_error}
     return Job(
-        config=config.model_copy(update={"function_sources": sources}),
+        config=config.model_copy(update={"function_sources": sources, "data": section}),
         source=source,
         data=data,
         score=functools.partial(score_together, shaped, model, **how),
@@ -142,30 +144,55 @@ def read_data(
     Raises:
       ValueError: a source, row or prompt that does not fit.
     """
-    now = {"now": section.template_time} if section.template_time else {}
     return prompts.load(
         Source(**section.train.model_dump()),
         Source(**section.val.model_dump()) if section.val else None,
-        Encoder(tokenizer=tokenizer, vocab_size=vocab_size, **now),
+        encoder_of(section, tokenizer, vocab_size),
         max_prompt_length=section.max_prompt_length,
         overlong_prompts=section.overlong_prompts,
         chat_template=section.chat_template,
     )
 
 
-def with_template_time(config: Config, tokenizer: Any) -> Config:
-    """`config` with the time that the chat template is told, if it asks for one: that
-    of the run in `output_dir`, or now. All processes call it."""
-    encoder = Encoder(tokenizer=tokenizer)
+def encoder_of(
+    section: DataConfig, tokenizer: Any, vocab_size: int | None = None
+) -> Encoder:
+    """How questions become tokens."""
+    now = {"now": section.template_time} if section.template_time else {}
+    return Encoder(
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        variables=section.chat_template_kwargs,
+        **now,
+    )
+
+
+def read_template(path: str) -> str:
+    """The chat template in a file.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.chat_template_file {path}: {error}") from None
+    if not text.strip():
+        raise ConfigError(f"data.chat_template_file {path} is empty")
+    return text
+
+
+def with_template_time(config: Config, tokenizer: Any) -> DataConfig:
+    """`data` with the time that the chat template is told, if it asks for one: that of
+    the run in `output_dir`, or now. All processes call it."""
     data = config.data
+    encoder = encoder_of(data, tokenizer)
     if data.template_time or not (data.chat_template and encoder.asks_for_the_time):
-        return config
+        return data
     before = resume.settings_of(Path(config.output_dir))
     time = before.data.template_time if before else encoder.now
     time = processes.gather(time)[0]
-    return config.model_copy(
-        update={"data": data.model_copy(update={"template_time": time})}
-    )
+    return data.model_copy(update={"template_time": time})
 
 
 def check_stop_tokens(config: Config, source: models.Checkpoint) -> None:
@@ -197,7 +224,7 @@ def stop_warnings(
         ]
     if not config.data.chat_template:
         return []
-    end = Encoder(tokenizer=tokenizer).end_of_answer()
+    end = encoder_of(config.data, tokenizer).end_of_answer()
     if end is None or end in ends:
         return []
     text = tokenizer.convert_ids_to_tokens(end)

@@ -114,6 +114,18 @@ def test_a_configuration_cannot_be_changed():
         ("--actor.optim.lr=true", "actor.optim.lr: should be a number, got True"),
         ("--actor.optim.betas=[true, 0.9]", "actor.optim.betas: should be a number"),
         ("--seed=1" + "0" * 400, "seed: 100000000000 is out of range; at most"),
+        ("--rollout.n=[.nan]", "rollout.n: Input should be a valid integer"),
+        ("--data.template_time=0", "data.template_time: should be a date such as 2025"),
+        ("--data.train.params={a: [.nan]}", "data.train.params: should be a number, g"),
+        (
+            "--algorithm.rollout_correction.rollout_is_threshold='1e400'",
+            "algorithm.rollout_correction: rollout_is_threshold is '1e400'; bounds are",
+        ),
+        (
+            "--data={train: {path: x}, chat_template: off, template_time: 2025-01-31}",
+            "data.template_time is given, but data.chat_template is false",
+        ),
+        ("--output_dir=a\0b", "output_dir: 'a\\x00b' holds a null character"),
         # Names of nothing, variables that nothing fills in, and places out of reach.
         ("--output_dir=", "output_dir: is empty"),
         ("--model.revision= ", "model.revision: is empty"),

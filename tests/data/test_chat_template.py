@@ -154,3 +154,17 @@ def test_a_token_that_the_model_has_no_embedding_of_is_named():
     said = str(error.value)
     assert f"token 258 ('{special}') is not in the model's vocabulary of 258" in said
     assert "the tokenizer has 259" in said
+
+
+THINKS = "{% if not think %}<think></think>{% endif %}" + tiny.CHAT_TEMPLATE
+
+
+def test_variables_of_a_template_are_set():
+    assert encoder(THINKS).render(HI) == "<think></think>" + RENDERED
+    assert encoder(THINKS, variables={"think": True}).render(HI) == RENDERED
+
+
+@pytest.mark.parametrize("name", ["thinking", "messages", "tokenize", "chat_template"])
+def test_a_variable_that_a_template_does_not_read_is_refused(name):
+    with pytest.raises(ValueError, match=f"no variable '{name}' to set; see data.chat"):
+        encoder(THINKS, variables={name: True}).render(HI)

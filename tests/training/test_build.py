@@ -134,7 +134,7 @@ def test_a_run_goes_on_with_the_date_that_its_prompts_have(tiny_model, tmp_path)
     config = make_config(tiny_model, tmp_path, **fields)
 
     def time(tokenizer, config=config):
-        return build.with_template_time(config, tokenizer).data.template_time
+        return build.with_template_time(config, tokenizer).template_time
 
     assert time(plain) is None
     assert abs(time(dated) - datetime.datetime.now()) < datetime.timedelta(hours=1)
@@ -145,7 +145,7 @@ def test_a_run_goes_on_with_the_date_that_its_prompts_have(tiny_model, tmp_path)
     (run / "config.yaml").write_text(yaml.safe_dump(once))
     assert time(dated) == datetime.datetime(2024, 7, 6, 12)
     going_on = build.with_template_time(config, dated)
-    prompt = build.read_data(going_on.data, dated).train[0]
+    prompt = build.read_data(going_on, dated).train[0]
     assert dated.decode(prompt.tokens).startswith("06 Jul 2024<|im_start|>")
     # What the user sets counts, and a run of before this setting had the day it ran.
     fields |= {"data.template_time": "2025-01-31"}
@@ -154,3 +154,35 @@ def test_a_run_goes_on_with_the_date_that_its_prompts_have(tiny_model, tmp_path)
     del once["data"]["template_time"]
     (run / "config.yaml").write_text(yaml.safe_dump(once))
     assert time(dated) is None
+
+
+def test_a_template_of_ones_own_is_used_and_exported(tiny_model, tmp_path):
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ mood }}{{ messages[0].content }}")
+    fields = GRPO | {
+        "data.chat_template": True,
+        "data.chat_template_file": str(own),
+        "data.chat_template_kwargs": {"mood": "!"},
+        "reward.functions": [{"name": "exact"}],
+    }
+    job = build.build(make_config(tiny_model, tmp_path / "q", **fields))
+    tokenizer = job.source.tokenizer
+    assert tokenizer.decode(job.data.train[3].tokens) == "!3 says"
+    assert tokenizer.chat_template == own.read_text()
+    assert job.config.data.template_time is None
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (lambda path: None, "No such file or directory"),
+        (lambda path: path.mkdir(), "Is a directory"),
+        (lambda path: path.write_bytes(b"\xff"), "can't decode byte"),
+        (lambda path: path.write_text(" "), "is empty"),
+    ],
+)
+def test_a_template_that_cannot_be_read_is_named(tmp_path, write, message):
+    path = tmp_path / "own.jinja"
+    write(path)
+    with pytest.raises(ConfigError, match=f"data.chat_template_file {path}.*{message}"):
+        build.read_template(str(path))
