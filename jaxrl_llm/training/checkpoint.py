@@ -13,13 +13,16 @@ Each says its format's number, `FORMAT`. Formats 0 (without a number) and 1 have
 checksums and differ in nothing else.
 """
 
+import contextlib
+import errno
 import functools
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +71,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | Path, max_to_keep: int):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        _print_no_traces()
         self.directory = Path(directory).absolute()
         self._scores = {step: _score(self.directory / str(step)) for step in self.steps}
         self._manager = ocp.CheckpointManager(
@@ -101,19 +104,23 @@ class Checkpoints:
 
         `state` may be donated as soon as this returns. Saving a step that is already
         saved does nothing.
+
+        Raises:
+          OSError: this one or the one before could not be written.
         """
         if step in self._manager.all_steps():
             return
         named = _named(state)
         said = {**position, "format": FORMAT, "score": score, "arrays": _facts(named)}
         self._scores[step] = score
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(named),
-                position=ocp.args.JsonSave({**said, "sha256": _digest(said)}),
-            ),
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(named),
+                    position=ocp.args.JsonSave({**said, "sha256": _digest(said)}),
+                ),
+            )
 
     def restore(
         self, like: Any, *, up_to: int | None = None, say: Say = print
@@ -216,15 +223,40 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Returns when everything that was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything that was saved is on disk.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says in a line what could not be written, here or in the background."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            full = os.strerror(errno.ENOSPC)
+            cause = full if full in str(error) else str(error).splitlines()[0][:300]
+            whole = self.steps
+            goes_on = f"after step {whole[-1]}" if whole else "at the beginning"
+            raise OSError(
+                f"{self.directory}: a checkpoint could not be written: {cause}; when "
+                f"that is mended, the same command goes on {goes_on}"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Waits, then ends the background threads."""
-        self._manager.close()
+        try:
+            with self._writing():
+                self._manager.close()
+        except OSError:
+            if kind is None:  # else an error is on its way already
+                raise
 
 
 class _Newest(policies.PreservationPolicy):
@@ -293,24 +325,29 @@ def _read_state(path: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
             path / "state", args=ocp.args.StandardRestore(dict(wanted))
         )
         return dict(jax.block_until_ready(found))
-    except Exception:
-        _leave_reads_alone()
-        raise
     finally:
         handler.close()
 
 
-def _leave_reads_alone() -> None:
-    """When one array cannot be read, orbax ends its event loop, and TensorStore prints
-    a trace for every read under way that then tells the loop of its end."""
-    report = sys.unraisablehook
+def _print_no_traces() -> None:
+    """What cannot be read or written is raised, and that is enough: orbax logs it with
+    a trace too, and as its event loop then ends, asyncio and TensorStore print one for
+    every other array that is under way."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    logging.getLogger("asyncio").addFilter(_is_no_array)
+    if getattr(sys.unraisablehook, "func", None) is not _unraisable:
+        sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
 
-    def hook(unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if not (isinstance(error, RuntimeError) and "loop is closed" in str(error)):
-            report(unraisable)
 
-    sys.unraisablehook = hook
+def _is_no_array(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not ("never retrieved" in text and "Error writing" in text)
+
+
+def _unraisable(report: Callable[[Any], None], unraisable: Any) -> None:
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and "loop is closed" in str(error)):
+        report(unraisable)
 
 
 def _shapes(path: Path) -> dict[str, Any]:

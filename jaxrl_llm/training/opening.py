@@ -1,5 +1,6 @@
 """What a run reads its prompts from and writes to, opened by all its processes."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ def opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
       ConfigError: output_dir holds a run that this one cannot go on, or is not seen by
         all processes.
       ValueError: there are fewer prompts than a batch has.
+      OSError: there is no room to write.
     """
     config, trainer = job.config, job.config.trainer
     directory = Path(config.output_dir)
@@ -37,17 +39,20 @@ def opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
         shuffle=config.data.shuffle,
     )
     processes.gather(None)  # nobody writes before all have looked
-    with RunLog(
-        directory,
-        config=config.model_dump(mode="json"),
-        devices=_devices(config.placement),
-        total_steps=trainer.total_training_steps,
-        num_examples=trainer.num_examples,
-        loggers=trainer.loggers,
-        project=trainer.project,
-        profile=trainer.profile,
-        writes=processes.leads(),
-    ) as log:
+    with (
+        _room_in(directory),
+        RunLog(
+            directory,
+            config=config.model_dump(mode="json"),
+            devices=_devices(config.placement),
+            total_steps=trainer.total_training_steps,
+            num_examples=trainer.num_examples,
+            loggers=trainer.loggers,
+            project=trainer.project,
+            profile=trainer.profile,
+            writes=processes.leads(),
+        ) as log,
+    ):
         processes.gather(None)
         if not (directory / "config.yaml").exists():
             raise ConfigError(
@@ -62,6 +67,20 @@ def opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
             reached = max(checkpoints.steps, default=0)
             log.say(f"the same command goes on from step {reached}")
             raise
+
+
+@contextmanager
+def _room_in(directory: Path) -> Iterator[None]:
+    """Says what a full disk means for the run: a failed write names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            f"output_dir {directory}: {error.strerror}; make room, and the same "
+            "command goes on from the newest checkpoint"
+        ) from error
 
 
 def _devices(placement: PlacementConfig) -> Devices:

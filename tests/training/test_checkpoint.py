@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 
 import chex
@@ -284,3 +285,20 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path, change, mess
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wanted)
     with pytest.raises(ValueError, match=message):
         newest(tmp_path, wanted)
+
+
+def test_what_cannot_be_written_is_one_line_and_no_trace(tmp_path, capfd):
+    """The limit stands for a full disk: the kernel refuses to write on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(OSError) as failed, Checkpoints(tmp_path, 9) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+        try:
+            checkpoints.save(1, on_devices(), POSITION)
+            checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    text = str(failed.value)
+    assert text.startswith(f"{tmp_path}: a checkpoint could not be written: ")
+    assert text.endswith("the same command goes on at the beginning")
+    assert "\n" not in text
+    assert "Traceback" not in capfd.readouterr().err
