@@ -34,6 +34,7 @@ from jaxrl_llm.training.build import build
 from jaxrl_llm.training.evaluate import answer_held_out, validate
 from jaxrl_llm.training.experience import score_together
 from jaxrl_llm.training.loop import run
+from jaxrl_llm.training.opening import held
 
 Reward = str | Callable[..., Any]
 Model = str | PathLike[str] | Result
@@ -71,8 +72,17 @@ def train(
       settings: anything else a configuration file can say, by dotted key:
         {"actor.optim.lr": 1e-5, "rollout.n": 16}.
 
+    The same call again goes on from the newest checkpoint in `output_dir`; if nothing
+    was left to do, it says so and trains nothing. Ctrl-C or SIGTERM ends the run after
+    the step under way, whose result is returned with `stopped` set; a second Ctrl-C
+    ends it at once.
+
     Raises:
-      ValueError: something is missing or does not fit; the message names it.
+      ValueError: something is missing or does not fit; the message names it. So too if
+        `output_dir` is in use, or holds a run with other settings, rows or functions.
+      jaxrl_llm.training.stopping.Stopped: the step under way was not over within
+        `trainer.stop_grace_s` after SIGTERM; a SystemExit with status 75.
+      KeyboardInterrupt: at a second Ctrl-C.
     """
     functions = _functions(reward)
     own = {"actor.policy_loss.loss_mode": loss, "algorithm.adv_estimator": advantage}
@@ -99,8 +109,10 @@ def train(
     # All that can be wrong without the rows is said before they are written down.
     checked = described(lambda rows, name: f"{name}.jsonl")
     checks.check_functions(checked)
-    config = described(lambda rows, name: _stored(rows, checked.output_dir, name))
-    return run(build(config, functions))
+    directory, anew = checked.output_dir, checked.trainer.resume == "force"
+    with held(Path(directory)):
+        config = described(lambda rows, name: _stored(rows, directory, name, anew))
+        return run(build(config, functions))
 
 
 def evaluate(
@@ -311,9 +323,18 @@ def _function(reward: Reward) -> RewardFunction:
     return resolve([Term(name=reward)])[0]
 
 
-def _stored(rows: str | Sequence[Mapping[str, Any]], directory: str, name: str) -> str:
+def _stored(
+    rows: str | Sequence[Mapping[str, Any]],
+    directory: str,
+    name: str,
+    anew: bool = False,
+) -> str:
     """The path of a data set; rows are written down first, so that the run's
-    configuration says where its data is."""
+    configuration says where its data is.
+
+    Args:
+      anew: in place of other rows, if a run of this directory had such.
+    """
     if isinstance(rows, str):
         return rows
     lines = []
@@ -326,8 +347,9 @@ def _stored(rows: str | Sequence[Mapping[str, Any]], directory: str, name: str) 
         except TypeError as error:
             raise ValueError(f"{name} row {i} is not JSON: {error}") from None
     path, text = Path(directory) / f"{name}.jsonl", "".join(lines)
-    started = (path.parent / "config.yaml").exists() and path.exists()
-    if started and path.read_text() != text:
+    if path.exists() and path.read_text() == text:
+        return str(path)
+    if path.exists() and (path.parent / "config.yaml").exists() and not anew:
         raise ValueError(
             f"output_dir {directory} holds a run on other {name} rows; choose another "
             "output_dir"

@@ -129,6 +129,7 @@ def _train(rest: list[str]) -> int:
     from jaxrl_llm.planning import dry_run
     from jaxrl_llm.training import loop
     from jaxrl_llm.training.build import build
+    from jaxrl_llm.training.opening import held
     from jaxrl_llm.training.stopping import STOPPED, Stopped, asked_to_stop
 
     if "--dry-run" in flags:
@@ -139,7 +140,8 @@ def _train(rest: list[str]) -> int:
     try:
         with asked_to_stop(), joined():
             _keep_compiled()
-            return STOPPED if loop.run(build(config)).stopped else 0
+            with held(Path(config.output_dir)):
+                return STOPPED if loop.run(build(config)).stopped else 0
     except Stopped as stopped:
         return _fail(str(stopped), status=STOPPED)
 

@@ -270,17 +270,22 @@ def check_functions(config: Any) -> dict[str, str]:
 def fingerprints(config: Any) -> dict[str, str]:
     """Of every function of the user's own that learning calls, by its module:function,
     a hash that changes with its source."""
+    return {
+        name: plugins.fingerprint(plugins.find(key, name))
+        for key, name in own_functions(config).items()
+    }
+
+
+def own_functions(config: Any) -> dict[str, str]:
+    """The functions of the user's own that learning calls, as module:function, by the
+    keys that name them."""
     names = {
         "actor.policy_loss.loss_mode": config.actor.policy_loss.loss_mode,
         "algorithm.adv_estimator": config.algorithm.adv_estimator,
         **{f"{key}.name": section.name for key, section in _optimizers(config)},
     }
     builtin = LOSSES.keys() | ESTIMATORS.keys() | OPTIMIZERS.keys()
-    return {
-        name: plugins.fingerprint(plugins.find(key, name))
-        for key, name in names.items()
-        if name not in builtin
-    }
+    return {key: name for key, name in names.items() if name not in builtin}
 
 
 def _optimizers(config: Any) -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,6 @@
 """Whether a run may go on in a directory that holds one: its facts must be the same."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,57 @@ def settings_of(directory: Path) -> Config | None:
         return None
     values = renamed.translated(parsing.read(path), str(path))
     return parsing.parse(values, str(path))
+
+
+def check_inputs(
+    directory: Path, config: Config, now: Mapping[str, Mapping[str, str]]
+) -> list[str]:
+    """What is not as it was when the run in `directory` began, in a line each; nothing
+    if that has no checkpoint, or does not say.
+
+    Args:
+      now: digests by name, in sections that `_WHAT` tells of.
+
+    Raises:
+      ConfigError: something changed, and trainer.resume is not "force".
+    """
+    if not any(path.name.isdecimal() for path in directory.glob("checkpoints/*")):
+        return []
+    try:
+        before = json.loads((directory / "inputs.json").read_bytes())
+        changed = [
+            what.format(name=name, source=source)
+            for section, what in _WHAT.items()
+            for source in [_path(config, section)]
+            for was, are in [(before.get(section, {}), now.get(section, {}))]
+            for name in sorted(was.keys() | are.keys())
+            if was.get(name) != are.get(name)
+        ]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, AttributeError) as error:
+        return [
+            f"{directory / 'inputs.json'} cannot be read, and is not compared: {error}"
+        ]
+    if changed and config.trainer.resume != "force":
+        raise ConfigError(
+            f"output_dir {directory} holds a run that was begun otherwise: "
+            f"{'; '.join(changed)}. Choose another output_dir, or set "
+            "trainer.resume=force to go on all the same"
+        )
+    return [f"{text}; the run goes on all the same" for text in changed]
+
+
+_WHAT = {
+    "functions": "the source of {name}, or of what it calls, has changed",
+    "train": "data.train: {name} of the rows in {source} has changed",
+    "val": "data.val: {name} of the held-out questions in {source} has changed",
+}
+
+
+def _path(config: Config, section: str) -> str | None:
+    source = getattr(config.data, section, None)
+    return source.path if source else None
 
 
 def facts(config: Config) -> dict[str, Any]:

@@ -284,8 +284,10 @@ class TrainerConfig(Section):
     """Save a checkpoint every so many steps; 0: only at the end."""
     max_ckpt_to_keep: int = Field(2, gt=0)
     """The newest so many, and the best by validation besides."""
-    resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the newest checkpoint in output_dir, if there is one."""
+    resume: Literal["auto", "never", "force"] = "auto"
+    """auto: go on from the newest checkpoint in output_dir, if there is one. force:
+    also if functions, rows or held-out questions are not those that the run began with,
+    or steps are missing from what it wrote."""
     stop_grace_s: float = Field(6.0, gt=0)
     """Seconds that the step under way has to end after SIGTERM. If it does not, it is
     given up, and the run goes on from its newest checkpoint."""

@@ -4,11 +4,13 @@
 tokens; `load` does it for a whole source. `PromptBatches` deals them out.
 """
 
+import hashlib
+import json
 import string
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxrl_llm.config.names import Overlong
 from jaxrl_llm.data.chat_template import Encoder
@@ -237,3 +239,14 @@ def _fill(template: str, row: Row) -> str:
             f"prompt_template cannot be filled ({error}); it is {template!r}; "
             "write {{ and }} for braces that are text"
         ) from None
+
+
+def digests(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Of the questions and of each column, the first 16 digits of a sha256."""
+    found: dict[str, Any] = {}
+    for prompt in prompts:
+        for name, value in [("prompt", prompt.content), *prompt.columns.items()]:
+            known = found.setdefault(f"column {name!r}", hashlib.sha256())
+            text = json.dumps(value, sort_keys=True, default=str)
+            known.update(f"{prompt.id}:{text}\n".encode())
+    return {name: known.hexdigest()[:16] for name, known in found.items()}

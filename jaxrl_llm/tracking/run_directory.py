@@ -2,6 +2,8 @@
 
     RUN/config.yaml                    the resolved configuration, for `config.load`
     RUN/versions.json                  packages, devices, git commit, time of the start
+    RUN/inputs.json                    digests of the user's functions and of the data
+    RUN/lock                           who runs here; see `run_lock`
     RUN/metrics.jsonl                  one line per step: {"step": n, name: number, ...}
     RUN/rollouts/train_000012.jsonl    one line per completion of step 12
     RUN/rollouts/val_000020.jsonl      one line per validation answer after step 20
@@ -11,6 +13,7 @@ which it was taken. A metric that is not a finite number is written as null. Nam
 veRL's where the quantity is veRL's.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -21,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,12 +41,14 @@ Run = str | Path | Sequence[Mapping[str, Any]]
 class MetricsWriter:
     """Writes a run directory. One process of a run has one.
 
-    Going on in a directory that has lines already is allowed; a last line torn by a
-    killed process is dropped. A fresh start is `rewind(-1)`.
+    Going on in a directory that has lines already is allowed; lines that are torn or
+    stand there twice are dropped, see `whole`. A fresh start is `rewind(-1)`.
+
+    Args:
+      inputs: what inputs.json is to hold.
 
     Raises:
       ImportError: a logger's package is not installed.
-      ValueError: metrics.jsonl is damaged before its last line.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class MetricsWriter:
         loggers: Sequence[str],
         project: str,
         config: Mapping[str, Any],
+        inputs: Mapping[str, Any] | None = None,
     ):
         self._dir = Path(run_dir)
         self._loggers = [trackers.find(name) for name in loggers]
@@ -64,6 +70,8 @@ class MetricsWriter:
         replace_text(
             self._dir / "versions.json", json.dumps(versions(), indent=2) + "\n"
         )
+        if inputs is not None:
+            replace_text(self._dir / "inputs.json", json.dumps(inputs, indent=2) + "\n")
         self._path = self._dir / "metrics.jsonl"
         self._open(math.inf)
         for logger in self._loggers:
@@ -96,6 +104,10 @@ class MetricsWriter:
             self._dir / "rollouts" / f"{split}_{step:06d}.jsonl", "".join(lines)
         )
 
+    def sync(self) -> None:
+        """Returns when all lines are on disk. Rollouts are when they are written."""
+        os.fsync(self._file.fileno())
+
     def rewind(self, step: int) -> None:
         """Drops every line and rollout file later than `step`, to go on from there.
 
@@ -123,7 +135,11 @@ class MetricsWriter:
 
     def _open(self, up_to: float | int) -> None:
         """Opens metrics.jsonl for appending, with only whole lines up to a step."""
-        kept = [line for line in _lines(self._path) if line["step"] <= up_to]
+        kept: list[dict[str, Any]] = []
+        for line, _ in _raw_lines(self._path):
+            after = kept[-1]["step"] if kept else -math.inf
+            if line is not None and after < line["step"] <= up_to:
+                kept.append(line)
         text = "".join(json.dumps(line) + "\n" for line in kept)
         if not self._path.exists() or self._path.read_text() != text:
             replace_text(self._path, text)
@@ -176,6 +192,59 @@ def rollout_files(run_dir: str | Path) -> list[tuple[int, str, Path]]:
     return sorted(found)
 
 
+class Written(NamedTuple):
+    """How far what a run wrote can be gone on from."""
+
+    step: int
+    """Up to this step all is there, once; -1 if not even step 0 is."""
+    last: int
+    """The last step that there is any line of."""
+    faults: list[str]
+    """What is torn, missing or doubled, by file."""
+
+
+def whole(run_dir: str | Path, first: int = 0) -> Written:
+    """How far metrics.jsonl has every step, once and in order, and RUN/rollouts the
+    responses of each.
+
+    Args:
+      first: rollouts are looked for behind this step only; older ones may have been
+        cleared away.
+    """
+    path, faults = Path(run_dir, "metrics.jsonl"), []
+    step, last = -1, -1
+    for number, (line, text) in enumerate(_raw_lines(path), 1):
+        found = line["step"] if line else None
+        last = max(last, found or 0)
+        if faults or found == step + 1:
+            step += not faults
+            continue
+        what = f"has step {found} where step {step + 1} is missing"
+        if found is None:
+            what = f"is torn behind step {step}: {text[-40:]!r}"
+        elif found <= step:
+            what = f"has step {found} a second time"
+            step = found - 1
+        faults.append(f"{path}, line {number} {what}")
+    if step < 0 and not path.exists():
+        faults.append(f"{path} is missing")
+    there = {s: p for s, split, p in rollout_files(run_dir) if split == "train"}
+    for s in range(first + 1, step + 1):
+        file = Path(run_dir, "rollouts", f"train_{s:06d}.jsonl")
+        if s not in there or not _ends_whole(file):
+            faults.append(f"{file} is {'torn' if s in there else 'missing'}")
+            step = s - 1
+            break
+    return Written(step, last, faults)
+
+
+def _ends_whole(path: Path) -> bool:
+    """Whether the last line of a file of JSON lines is a whole one."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1))
+        return file.read() == b"\n"
+
+
 def versions() -> dict[str, Any]:
     """What is needed to say where a number came from."""
     devices = jax.devices()
@@ -196,13 +265,29 @@ def versions() -> dict[str, Any]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: to a temporary name, then renamed."""
+    """Writes a file whole or not at all, to a temporary name, then renamed; both are on
+    disk when this returns."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Returns when the names in a directory are on disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    except OSError:
+        pass  # some file systems cannot, and need not
+    finally:
+        os.close(file)
 
 
 def _version(package: str) -> str | None:
@@ -236,6 +321,19 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {i}: not JSON: {error}") from None
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[dict[str, Any] | None, str]]:
+    """Every line that there is, as text and, if it is one of a step, as that."""
+    data = path.read_bytes() if path.exists() else b""
+    *lines, rest = data.split(b"\n")
+    for raw in [*lines, rest] if rest else lines:
+        text, line = raw.decode(errors="replace"), None
+        if raw is not rest:
+            with contextlib.suppress(ValueError):
+                line = json.loads(raw)
+        ours = isinstance(line, dict) and type(line.get("step")) is int
+        yield (line if ours else None), text
 
 
 def _number(name: str, value: Any) -> float:

@@ -46,6 +46,7 @@ class RunLog:
     Args:
       directory: of the run; made if it does not exist.
       config: the resolved configuration, for config.yaml and the loggers.
+      inputs: digests of what the run is made from, for inputs.json.
       devices: what speeds are relative to.
       total_steps: the run ends after this step.
       num_examples: completions in the live view.
@@ -60,6 +61,7 @@ class RunLog:
         directory: Path,
         *,
         config: Mapping[str, Any],
+        inputs: Mapping[str, Any] | None = None,
         devices: Devices,
         total_steps: int,
         num_examples: int,
@@ -75,10 +77,7 @@ class RunLog:
         self._console = Console(quiet=not writes)
         self._exit = ExitStack()
         self._writer: MetricsWriter | None = None
-        if writes:
-            self._writer = self._exit.enter_context(
-                MetricsWriter(directory, loggers, project, config)
-            )
+        self._written = loggers, project, config, inputs
         self._profiler = self._exit.enter_context(ExitStack())
         self._step = 0
         self._timer = Timer()
@@ -109,11 +108,13 @@ class RunLog:
 
     def start(self, step: int) -> None:
         """The run begins (0), or goes on after `step`: nothing is refused any more, and
-        what was written of later steps is void."""
+        what was written of later steps is void. Nothing is written before."""
         if step:
             self._console.print(f"going on from step {step} in {self.directory}")
-        if self._writer:
-            self._writer.rewind(step or -1)
+        if self._writes:
+            writer = MetricsWriter(self.directory, *self._written)
+            self._writer = self._exit.enter_context(writer)
+            writer.rewind(step or -1)
         self._step = step
         self._view = self._exit.enter_context(
             LiveView(
@@ -204,6 +205,11 @@ class RunLog:
         self._step = step
         self._view.update(step, line, self._shown)
         self._timer, self._batch = Timer(), {}
+
+    def sync(self) -> None:
+        """What was written so far is on disk: a checkpoint may count on it."""
+        if self._writer:
+            self._writer.sync()
 
     def advise(self, text: str | None) -> None:
         """Prints what to change, if that is anything; once in a run."""

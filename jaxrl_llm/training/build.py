@@ -1,8 +1,8 @@
 """What a run consists of, made from its configuration and checked."""
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm import models
-from jaxrl_llm.config import checks, plugins, resume
+from jaxrl_llm.config import checks, plugins, resume, user_code
 from jaxrl_llm.config.checks import uses_kl
 from jaxrl_llm.config.names import ConfigError, device_numbers
 from jaxrl_llm.config.schema import (
@@ -56,6 +56,8 @@ class Job:
     """None for estimators without one."""
     reward_model: RewardModel | None
     """None if the reward is made of functions alone."""
+    inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Digests of the user's functions and of the data, see `resume.check_inputs`."""
     warnings: tuple[str, ...]
     """What looks wrong and may be meant."""
 
@@ -125,7 +127,24 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
             *data.warnings,
             *stop_warnings(config, source.arch, source.tokenizer),
         ),
+        inputs={
+            "functions": _digests(config, functions),
+            "train": prompts.digests(data.train),
+            "val": prompts.digests(data.val),
+        },
     )
+
+
+def _digests(config: Config, functions: Sequence[RewardFunction]) -> dict[str, str]:
+    """Of every function of the user's own, by what it is for and its name."""
+    found = {
+        f"reward function {one.name!r}": user_code.digest(one.function)
+        for one in functions
+        if user_code.is_users(one.function)
+    }
+    for key, name in checks.own_functions(config).items():
+        found[f"{key} {name!r}"] = user_code.digest(plugins.find(key, name))
+    return found
 
 
 def reward_functions(section: RewardConfig) -> list[RewardFunction]:

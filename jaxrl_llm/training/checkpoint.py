@@ -154,7 +154,12 @@ class Checkpoints:
         if not there:
             return None
         if not causes:
-            causes = [f"{self.directory} has none up to step {up_to}, only {there}"]
+            raise CheckpointError(
+                f"what the run wrote is whole up to step {up_to}, but "
+                f"{self.directory} has checkpoints of steps {there} only. Nothing was "
+                "changed: put back what is missing, choose another output_dir, or set "
+                "trainer.resume=force to go on from the newest without it"
+            )
         raise CheckpointError(
             f"no checkpoint can be gone on from: {'; '.join(causes)}. Nothing was "
             "changed: put a sound copy back, or choose another output_dir"

@@ -49,6 +49,12 @@ def run(
     ):
         state, first = start_or_go_on(job, stream, checkpoints, log.waiting, log.say)
         log.start(first)
+        if first >= trainer.total_training_steps:
+            log.say(
+                f"nothing is trained: {config.output_dir} holds a run that is complete "
+                f"after {first} steps; for more set trainer.total_training_steps, for "
+                "another run choose another output_dir"
+            )
         for warning in job.warnings:
             log.say(warning)
         collected = functools.partial(
@@ -83,6 +89,7 @@ def run(
             if checkpoint.due(trainer, step, stop):
                 position, reached = groups.position, evaluate.accuracy(validation)
                 with log.phase("save_checkpoint"):
+                    log.sync()
                     checkpoints.save(step, state, {"prompts": position}, reached)
             if stop:
                 break

@@ -2,7 +2,7 @@
 
 import errno
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
@@ -12,6 +12,7 @@ from jaxrl_llm.config.names import ConfigError, device_numbers
 from jaxrl_llm.config.schema import PlacementConfig
 from jaxrl_llm.data.stream import PromptBatches
 from jaxrl_llm.sharding import hardware, processes
+from jaxrl_llm.tracking import run_lock
 from jaxrl_llm.tracking.performance import Devices
 from jaxrl_llm.tracking.run_log import RunLog
 from jaxrl_llm.training.build import Job
@@ -24,14 +25,45 @@ def opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
     """What a run reads its prompts from and writes to, if nothing stands against it.
 
     Raises:
-      ConfigError: output_dir holds a run that this one cannot go on, or is not seen by
-        all processes.
+      ConfigError: output_dir holds a run that this one cannot go on, is in use by
+        another one, or is not seen by all processes.
       ValueError: there are fewer prompts than a batch has.
       OSError: there is no room to write.
     """
+    with held(Path(job.config.output_dir)), _opened(job) as parts:
+        yield parts
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """No other run writes to `directory` during the block. All processes call it.
+
+    Raises:
+      ConfigError: another one does, or process 0 is the only one that sees it.
+    """
+    with ExitStack() as block:
+        refused = None
+        if processes.leads():
+            try:
+                block.enter_context(run_lock.locked(directory))
+            except ConfigError as error:
+                refused = str(error)
+        if refused := processes.gather(refused)[0]:
+            raise ConfigError(refused)
+        if not (directory / "lock").exists():
+            raise ConfigError(
+                f"output_dir {directory}: what process 0 writes there is not seen by "
+                f"process {jax.process_index()}; use a directory that all share"
+            )
+        yield
+
+
+@contextmanager
+def _opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
     config, trainer = job.config, job.config.trainer
     directory = Path(config.output_dir)
     resume.check(directory, config)
+    changed = resume.check_inputs(directory, config, job.inputs)
     stream = PromptBatches(
         job.data.train,
         config.data.train_batch_size,
@@ -44,6 +76,7 @@ def opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
         RunLog(
             directory,
             config=config.model_dump(mode="json"),
+            inputs=job.inputs,
             devices=_devices(config.placement),
             total_steps=trainer.total_training_steps,
             num_examples=trainer.num_examples,
@@ -53,12 +86,8 @@ def opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
             writes=processes.leads(),
         ) as log,
     ):
-        processes.gather(None)
-        if not (directory / "config.yaml").exists():
-            raise ConfigError(
-                f"output_dir {directory}: what process 0 writes there is not seen by "
-                f"process {jax.process_index()}; use a directory that all share"
-            )
+        for text in changed:
+            log.say(text)
         folder = directory / "checkpoints"
         try:
             with Checkpoints(folder, trainer.max_ckpt_to_keep) as checkpoints:

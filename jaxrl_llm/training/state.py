@@ -7,6 +7,7 @@ import numpy as np
 from jaxrl_llm.algorithms.ppo import TrainState
 from jaxrl_llm.data.stream import PromptBatches
 from jaxrl_llm.sharding import processes
+from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.checkpoint import Checkpoints, Say
 from jaxrl_llm.training.experience import Observe
@@ -28,14 +29,35 @@ def start_or_go_on(
       say: is told, in a line each, of checkpoints that cannot be gone on from.
 
     Raises:
-      CheckpointError: there are checkpoints, but all are damaged.
+      CheckpointError: there are checkpoints, but none to go on from.
     """
-    found = checkpoints.restore(abstract_state(job), say=say)
+    up_to = _written_up_to(job, checkpoints, say)
+    found = checkpoints.restore(abstract_state(job), up_to=up_to, say=say)
     if found is None:
         with waiting("reading the weights"):
             return start(job), 0
     stream.restore(found.position["prompts"])
     return found.state, found.step
+
+
+def _written_up_to(job: Job, checkpoints: Checkpoints, say: Say) -> int | None:
+    """The last step up to which all that the run wrote is there; None if that does not
+    matter. What is not there is said."""
+    oldest = min(checkpoints.steps, default=0)
+    found = None
+    if processes.leads():
+        found = run_directory.whole(job.config.output_dir, oldest)
+    written = processes.gather(found)[0]
+    if not oldest:
+        if written.last > 0:
+            say(
+                f"there is no checkpoint in {job.config.output_dir}: the run begins "
+                f"again, and what it wrote up to step {written.last} is void"
+            )
+        return None
+    for fault in written.faults:
+        say(fault)
+    return None if job.config.trainer.resume == "force" else written.step
 
 
 def start(job: Job) -> TrainState:

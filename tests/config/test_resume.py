@@ -1,6 +1,7 @@
 """What a run that goes on may have changed, also across versions."""
 
 import copy
+import json
 
 import pytest
 import yaml
@@ -66,6 +67,68 @@ def test_a_key_of_a_reward_function_that_was_not_there_yet_counts_as_its_default
     one = {"name": "exact", "weight": 0.5}
     store(tmp_path, config, reward__functions=[one])
     resume.check(tmp_path, config)
+
+
+def begun(directory, **inputs):
+    """A run that has a checkpoint, and was begun with these."""
+    (directory / "checkpoints/4").mkdir(parents=True)
+    (directory / "inputs.json").write_text(json.dumps(inputs))
+
+
+INPUTS = {
+    "functions": {"reward function 'judge'": "f"},
+    "train": {"column 'prompt'": "p", "column 'answer'": "a"},
+    "val": {},
+}
+
+
+@pytest.mark.parametrize(
+    "section, name, message",
+    [
+        (
+            "functions",
+            "reward function 'judge'",
+            "the source of reward function 'j",
+        ),
+        (
+            "train",
+            "column 'answer'",
+            "data.train: column 'answer' of the rows in",
+        ),
+        ("train", "column 'new'", "data.train: column 'new' of the rows"),
+        (
+            "val",
+            "column 'prompt'",
+            "data.val: column 'prompt' of the held-out questions",
+        ),
+    ],
+)
+def test_a_changed_input_is_named_and_refused_or_forced(
+    tmp_path, section, name, message
+):
+    begun(tmp_path, **INPUTS)
+    config = settings(tmp_path)
+    assert resume.check_inputs(tmp_path, config, INPUTS) == []
+    now = {**INPUTS, section: {**INPUTS[section], name: "other"}}
+    with pytest.raises(ConfigError, match=message) as error:
+        resume.check_inputs(tmp_path, config, now)
+    assert "trainer.resume=force" in str(error.value)
+    forced = settings(tmp_path, trainer__resume="force")
+    (said,) = resume.check_inputs(tmp_path, forced, now)
+    assert message[-20:] in said and "goes on all the same" in said
+
+
+def test_without_a_checkpoint_or_a_record_inputs_may_change(tmp_path):
+    config = settings(tmp_path)
+    begun(tmp_path, **INPUTS)
+    (tmp_path / "inputs.json").write_text("torn")
+    (said,) = resume.check_inputs(tmp_path, config, INPUTS)
+    assert "inputs.json cannot be read" in said
+    (tmp_path / "inputs.json").unlink()  # of an earlier version
+    assert resume.check_inputs(tmp_path, config, INPUTS) == []
+    (tmp_path / "inputs.json").write_text("{}")
+    (tmp_path / "checkpoints/4").rmdir()
+    assert resume.check_inputs(tmp_path, config, INPUTS) == []
 
 
 def test_a_renamed_key_is_read_as_the_new_one(tmp_path, monkeypatch):

@@ -95,8 +95,56 @@ def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not JSON"):
         run_directory.read(tmp_path)
-    with pytest.raises(ValueError, match="line 2"):
-        writer(tmp_path)
+    with writer(tmp_path):  # what is torn was said before, see `whole`
+        assert [line["step"] for line in run_directory.read(tmp_path)] == [1, 3]
+
+
+LINES = [f'{{"step": {step}}}\n' for step in range(5)]
+
+
+@pytest.mark.parametrize(
+    "lines, step, fault",
+    [
+        (LINES, 4, None),
+        ([], -1, None),
+        ([*LINES, '{"st'], 4, "line 6 is torn behind step 4"),
+        ([*LINES[:2], "null\n", *LINES[3:]], 1, "line 3 is torn behind step 1: 'null'"),
+        ([*LINES[:3], *LINES[4:]], 2, "line 4 has step 4 where step 3 is missing"),
+        ([*LINES[:4], *LINES[3:]], 2, "line 5 has step 3 a second time"),
+        ([*LINES, *LINES[2:]], 1, "line 6 has step 2 a second time"),
+    ],
+)
+def test_what_is_whole_is_every_step_once(tmp_path, lines, step, fault):
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    with writer(tmp_path / "other") as w:
+        for s in range(5):
+            w.write_rollouts(s, "train", [{}])
+    (tmp_path / "other/rollouts").rename(tmp_path / "rollouts")
+    found = run_directory.whole(tmp_path)
+    assert found.step == step
+    assert [fault in text for text in found.faults] == ([True] if fault else [])
+    assert found.last == (4 if lines else -1)
+
+
+def test_responses_that_are_missing_or_torn_are_not_whole(tmp_path):
+    with writer(tmp_path) as w:
+        for step in range(5):
+            w.write(step, {})
+            w.write_rollouts(step, "train", [{"text": "a"}])
+    assert run_directory.whole(tmp_path) == (4, 4, [])
+    last = tmp_path / "rollouts/train_000004.jsonl"
+    last.write_text(last.read_text()[:-1])
+    step, _, (fault,) = run_directory.whole(tmp_path)
+    assert step == 3 and fault == f"{last} is torn"
+    (tmp_path / "rollouts/train_000002.jsonl").unlink()
+    step, _, (fault,) = run_directory.whole(tmp_path)
+    assert step == 1 and fault.endswith("train_000002.jsonl is missing")
+    # Behind what is looked for, they may have been cleared away.
+    assert run_directory.whole(tmp_path, 2).step == 3
+    (tmp_path / "metrics.jsonl").unlink()
+    assert run_directory.whole(tmp_path).faults == [
+        f"{tmp_path / 'metrics.jsonl'} is missing"
+    ]
 
 
 def test_no_metrics_at_all_is_an_error_that_names_the_directory(tmp_path):

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,6 +250,32 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, values, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("step, goes_on_from", [(8, 6), (3, None)])
+def test_a_run_goes_back_to_where_all_is_whole(
+    finished, tmp_path, capsys, step, goes_on_from
+):
+    run = tmp_path / "run"
+    shutil.copytree(finished.directory, run)
+    path = run / "metrics.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(whole[:step] + whole[step + 1 :]))
+    rerun = ["train", str(run / "config.yaml"), f"--output_dir={run}"]
+    before = {p: p.read_bytes() for p in run.glob("**/*") if p.is_file()}
+    if goes_on_from is None:
+        assert launch.main(rerun) == 2
+        said = capsys.readouterr()
+        assert "line 4 has step 4 where step 3 is missing" in said.out
+        assert "whole up to step 2, but" in said.err
+        after = {p: p.read_bytes() for p in run.glob("**/*") if p.is_file()}
+        assert after == before
+        assert launch.main([*rerun, "--resume=force"]) == 0
+        return
+    assert launch.main(rerun) == 0
+    assert f"going on from step {goes_on_from}" in capsys.readouterr().out
+    assert what_a_run_says(run) == what_a_run_says(finished.directory)
+
+
+@pytest.mark.slow
 def test_a_step_that_does_not_end_is_given_up_for_the_newest_checkpoint(
     values, tmp_path
 ):
@@ -278,9 +305,11 @@ def test_a_run_stopped_before_its_first_validation_has_no_result_to_show(finishe
         path.with_suffix(".aside").rename(path)
 
 
-def test_a_finished_run_only_shows_its_result(finished):
+def test_a_finished_run_says_that_nothing_is_trained(finished, capsys):
     before = what_a_run_says(finished.directory)
     assert launch.main(["train", str(finished.directory / "config.yaml")]) == 0
+    said = capsys.readouterr().out
+    assert f"nothing is trained: {finished.directory} holds a run that is" in said
     assert what_a_run_says(finished.directory) == before
 
 
@@ -336,13 +365,12 @@ def test_three_prompts_five_samples_and_four_rows_at_a_time_work(
     assert list((tmp_path / "profile").glob("**/perfetto_trace.json.gz"))
 
 
-def brittle(fails_at):
-    """A reward function that raises at its n-th call."""
-    calls = []
+def brittle(luck):
+    """A reward function that raises when it has no more luck."""
 
     def judge(completion_ids):
-        calls.append(1)
-        if len(calls) == fails_at:
+        luck.append(luck.pop() - 1)
+        if luck[0] == 0:
             raise ZeroDivisionError("no luck")
         return tiny.small_ids(completion_ids)
 
@@ -363,9 +391,9 @@ def test_a_reward_that_fails_stops_a_run_that_can_go_on(
         )
 
     with pytest.raises(RewardError, match="'judge' raised ZeroDivisionError: no luck"):
-        go(brittle(fails_at=3))
+        go(brittle([3]))
     assert [line["step"] for line in run_directory.read(tmp_path)] == [0, 1, 2]
-    result = go(brittle(fails_at=None))
+    result = go(brittle([99]))
     # The run of the fixture asked the same questions with the same seed.
     name = "critic/rewards/mean"
     np.testing.assert_array_equal(result.table()[name][1:], finished.table()[name][1:4])
