@@ -147,7 +147,7 @@ import atexit, os, sys
 tree = os.environ["SAME_AS_TREE"]
 
 def foreign(path):
-    return os.path.realpath(path) != tree and os.path.isdir(path + "/jaxrl_llm")
+    return os.path.realpath(path) != tree and os.path.isdir(path + "/jaxrl_llm/models")
 
 sys.path[:] = [path for path in sys.path if not foreign(path)]
 
