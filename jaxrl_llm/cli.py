@@ -81,6 +81,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "JAXRL_TRACEBACK" in os.environ:
             raise
         return _fail(f"{error}\n(JAXRL_TRACEBACK=1 shows where)")
+    except (RuntimeError, AssertionError) as error:
+        if "JAXRL_TRACEBACK" in os.environ or _backend_starts():
+            raise
+        # JAX asserts that there is some platform of those asked for.
+        said = " ".join(str(error).split()) or "no such platform is installed"
+        return _fail(
+            f"JAX does not start: {said} (JAX_PLATFORMS is "
+            f"{os.environ.get('JAX_PLATFORMS') or 'not set'}; jaxrl-llm[cuda] and "
+            "jaxrl-llm[tpu] install others than cpu)"
+        )
+
+
+def _backend_starts() -> bool:
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):
+        return False
+    return True
 
 
 def _start_no_absent_tpu() -> None:

@@ -1,6 +1,14 @@
 """What devices can do at most: memory, its rate, links, arithmetic."""
 
+import glob
+import importlib.util
+import os
 import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import jax
 
 # Device kind: memory that programs can use in GiB, bytes per second of that memory, and
 # bytes per second received from other devices (of a TPU: around one axis of its torus).
@@ -42,3 +50,48 @@ def peak_flops(device_kind: str) -> float | None:
         if re.search(pattern, device_kind):
             return peak
     return None
+
+
+def described() -> str:
+    """The devices of all processes and the memory of one, the processors and memory of
+    this host, in a line.
+
+    Raises:
+      RuntimeError: JAX's backend does not start.
+    """
+    devices = jax.devices()
+    kinds = Counter(device.device_kind for device in devices)
+    here = jax.local_devices()[0]
+    known = facts(here.device_kind)
+    limit = (here.memory_stats() or {}).get("bytes_limit")
+    gib = limit / 2**30 if limit else known[0] if known else None
+    each = f" with {gib:.0f} GiB" + " each" * (len(devices) > 1) if gib else ""
+    named = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    hosts = f" in {n} processes" if (n := jax.process_count()) > 1 else ""
+    return (
+        f"devices: {named}{each}{hosts}; host: {os.cpu_count()} processors, "
+        f"{host_memory() / 2**30:.0f} GiB"
+    )
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may use at most."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else ""
+    return min(total, int(text)) if text.isdecimal() else total
+
+
+def unused_gpus() -> str | None:
+    """What keeps JAX from NVIDIA GPUs that this host has; None if it uses them, or if
+    there are none."""
+    seen = sorted(glob.glob("/dev/nvidia[0-9]*")) or [shutil.which("nvidia-smi")]
+    if jax.default_backend() != "cpu" or not seen[0]:
+        return None
+    if importlib.util.find_spec("jax_plugins") is None:
+        remedy = "JAX is installed without CUDA: pip install 'jaxrl-llm[cuda]'"
+    elif platforms := os.environ.get("JAX_PLATFORMS"):
+        remedy = f"JAX_PLATFORMS is {platforms}: unset it"
+    else:
+        remedy = "JAX could not start CUDA: see its warning, and what nvidia-smi says"
+    return f"this host has an NVIDIA GPU ({seen[0]}) that JAX leaves alone; {remedy}"

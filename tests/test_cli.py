@@ -217,3 +217,18 @@ def test_report_writes_the_page(capsys, tmp_path):
     page = tmp_path / "report.html"
     assert capsys.readouterr().out.strip() == str(page)
     assert "critic/rewards/mean" in page.read_text()
+
+
+def test_a_backend_that_does_not_start_is_one_line(capsys, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("Unable to initialize backend 'cuda': no GPU\n(set it)")
+
+    monkeypatch.setattr(launch, "_evaluate", fails)
+    with pytest.raises(RuntimeError):  # JAX starts, so that is not what is wrong
+        launch.main(["evaluate"])
+    monkeypatch.setattr(jax, "devices", fails)
+    said = failure(capsys, "evaluate")
+    assert (
+        "JAX does not start: Unable to initialize backend 'cuda': no GPU (set" in said
+    )
+    assert "JAX_PLATFORMS is cpu" in said and "Traceback" not in said

@@ -284,6 +284,9 @@ class TrainerConfig(Section):
     """Save a checkpoint every so many steps; 0: only at the end."""
     max_ckpt_to_keep: int = Field(2, gt=0)
     """The newest so many, and the best by validation besides."""
+    max_skipped_steps: int = Field(3, ge=0)
+    """The run stops after so many steps in a row without one finite gradient of the
+    policy, or of the critic: it would learn nothing any more. 0: it goes on."""
     resume: Literal["auto", "never", "force"] = "auto"
     """auto: go on from the newest checkpoint in output_dir, if there is one. force:
     also if functions, rows or held-out questions are not those that the run began with,

@@ -138,6 +138,10 @@ class Actor:
         """All weights of the policy."""
         return models.merge(state.params, self.frozen)
 
+    def is_finite(self, state: grpo.TrainState) -> bool:
+        """Whether all weights that are trained are finite."""
+        return self._trained.is_finite(state)
+
     def state_shardings(self) -> grpo.TrainState:
         """The sharding of every array of the state."""
         return self._trained.state_shardings()

@@ -140,6 +140,10 @@ class Critic:
         params = self.abstract_state().params
         return self._judge.lower(params, self.model.abstract_rows(batch))
 
+    def is_finite(self, state: grpo.TrainState) -> bool:
+        """Whether all weights that are trained are finite."""
+        return self._trained.is_finite(state)
+
     def state_shardings(self) -> grpo.TrainState:
         """The sharding of every array of the state."""
         return self._trained.state_shardings()

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import statistics
@@ -53,6 +54,11 @@ class MiniBatches:
         return packing.mini_batches(
             batch, self.num_prompts, self.group_size, seed=order, layout=layout
         )
+
+
+@jax.jit
+def _is_finite(params: Params) -> Bool[Array, ""]:
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))
 
 
 class TrainedModel:
@@ -126,6 +132,10 @@ class TrainedModel:
         make = jax.jit(self.optimizer.init, out_shardings=shardings.opt_state)
         step = processes.place(np.int32(0), shardings.step)
         return TrainState(params, make(params), step)
+
+    def is_finite(self, state: TrainState) -> bool:
+        """Whether all weights that are trained are finite."""
+        return bool(_is_finite(state.params))
 
     def split_rows(self, batch: TrainBatch, epoch: int, seed: int) -> list[TrainBatch]:
         """The mini-batches of one pass."""

@@ -21,6 +21,10 @@ class Devices:
     """Those that the policy is updated on."""
     peak_flops: float | None
     """Operations per second of one of them; None if not known."""
+    description: str = ""
+    """What they are, in a line."""
+    advice: str | None = None
+    """What to change to use others that are here."""
 
 
 _compiled: list[tuple[float, float]] = []

@@ -13,7 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.tracking.run_directory import read, replace_text, rollout_files, table
+from jaxrl_llm.tracking.run_directory import (
+    advice,
+    read,
+    replace_text,
+    rollout_files,
+    table,
+)
 from jaxrl_llm.tracking.services import imported
 from jaxrl_llm.tracking.step_metrics import accuracy_name
 
@@ -85,6 +91,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         "versions": json.loads(_text(run_dir / "versions.json") or "{}"),
         "columns": {name: column.tolist() for name, column in columns.items()},
         "accuracy": accuracy_name(list(columns)),
+        "advice": advice(run_dir),
         "completions": completions,
         "counts": counts,
         "changes": changes,

@@ -5,6 +5,7 @@
     RUN/inputs.json                    digests of the user's functions and of the data
     RUN/lock                           who runs here; see `run_lock`
     RUN/metrics.jsonl                  one line per step: {"step": n, name: number, ...}
+    RUN/advice.jsonl                   what to look at: {"step": n, "kind", "text"}
     RUN/rollouts/train_000012.jsonl    one line per completion of step 12
     RUN/rollouts/val_000020.jsonl      one line per validation answer after step 20
 
@@ -108,11 +109,25 @@ class MetricsWriter:
         """Returns when all lines are on disk. Rollouts are when they are written."""
         os.fsync(self._file.fileno())
 
-    def rewind(self, step: int) -> None:
+    def write_advice(self, step: int, kind: str, text: str) -> None:
+        """Appends what there is to look at or to change after `step`."""
+        line = json.dumps({"step": step, "kind": kind, "text": text})
+        with (self._dir / "advice.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def rewind(self, step: int) -> list[str]:
         """Drops every line and rollout file later than `step`, to go on from there.
 
         Loggers that cannot forget (wandb, mlflow, trackio) keep what they were sent.
+
+        Returns:
+          The kinds of advice that are left.
         """
+        path = self._dir / "advice.jsonl"
+        left = [line for line in advice(self._dir) if line["step"] <= step]
+        left = [line for line in left if line["kind"] != "stopped"]
+        if path.exists():
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in left))
         self._file.close()
         self._open(step)
         for later, _, path in rollout_files(self._dir):
@@ -120,6 +135,7 @@ class MetricsWriter:
                 path.unlink()
         for logger in self._loggers:
             logger.rewind(step)
+        return [line["kind"] for line in left]
 
     def close(self) -> None:
         """Closes the file and the loggers."""
@@ -157,6 +173,11 @@ def read(run_dir: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; is {str(run_dir)!r} a run directory?")
     return list(_lines(path))
+
+
+def advice(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The lines of advice.jsonl, oldest first; none without such a file."""
+    return list(_lines(Path(run_dir) / "advice.jsonl"))
 
 
 def table(run: Run) -> dict[str, np.ndarray]:

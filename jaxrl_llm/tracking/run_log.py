@@ -1,7 +1,7 @@
 """What a run leaves behind and shows meanwhile. It is told, and gives nothing back."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -83,7 +83,9 @@ class RunLog:
         self._timer = Timer()
         self._shown: list[dict[str, Any]] = []
         self._batch: dict[str, float] = {}
-        self._advised: str | None = None
+        self._advised: set[str] = set()
+        if devices.description:
+            self.say(devices.description)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -95,6 +97,10 @@ class RunLog:
         trace: TracebackType | None,
     ) -> None:
         self._exit.__exit__(kind, error, trace)
+        if self._writer and isinstance(error, Exception):
+            with suppress(ValueError, OSError):  # the error itself says more
+                self._writer.write_advice(self._step, "stopped", f"stopped: {error}")
+                report.write(self.directory)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -114,7 +120,7 @@ class RunLog:
         if self._writes:
             writer = MetricsWriter(self.directory, *self._written)
             self._writer = self._exit.enter_context(writer)
-            writer.rewind(step or -1)
+            self._advised = set(writer.rewind(step or -1))
         self._step = step
         self._view = self._exit.enter_context(
             LiveView(
@@ -124,6 +130,8 @@ class RunLog:
                 num_examples=self._num_examples,
             )
         )
+        if self._devices.advice:
+            self.advise({"devices": self._devices.advice})
 
     def begin(self, step: int) -> None:
         """A step begins: the profiler starts before the first step to look at, and
@@ -211,11 +219,18 @@ class RunLog:
         if self._writer:
             self._writer.sync()
 
-    def advise(self, text: str | None) -> None:
-        """Prints what to change, if that is anything; once in a run."""
-        if text and not self._advised:
-            self._advised = text
-            self.say(text)
+    def advise(self, texts: Mapping[str, str]) -> None:
+        """Prints what to look at or to change, and keeps it for the report.
+
+        Args:
+          texts: by kind; of each kind, the first of a run.
+        """
+        for kind, text in texts.items():
+            if kind not in self._advised:
+                self._advised.add(kind)
+                self.say(f"note: {text}")
+                if self._writer:
+                    self._writer.write_advice(self._step, kind, text)
 
     def end(self) -> None:
         """The run is over, at its end or before: writes the report."""

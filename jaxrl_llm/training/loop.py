@@ -39,6 +39,7 @@ def run(
       CheckpointError: there are checkpoints in output_dir, but all are damaged.
       Stopped: after SIGTERM, the step under way did not end in time and was given up.
       KeyboardInterrupt: at a second Ctrl-C.
+      CannotLearn: weights, or all gradients of some steps, are not finite.
     """
     config, engine, trainer = job.config, job.engine, job.config.trainer
     with (
@@ -55,8 +56,8 @@ def run(
                 f"after {first} steps; for more set trainer.total_training_steps, for "
                 "another run choose another output_dir"
             )
-        for warning in job.warnings:
-            log.say(warning)
+        log.advise({warning: warning for warning in job.warnings})
+        watch = advice.Watch(config)
         collected = functools.partial(
             collect, config, engine, job.score, stream, log.phase
         )
@@ -84,7 +85,8 @@ def run(
                 sent = schedule.publish(state.actor.params, step)
             validation = evaluate.if_due(job, step, log.phase)
             log.step(step, {**credited.metrics, **learned, **sent}, validation)
-            log.advise(advice.on_mismatch(config, learned))
+            log.advise(watch.advise(step, groups, credited.advantages, learned))
+            watch.stop(step)
             stop = stopping()
             if checkpoint.due(trainer, step, stop):
                 position, reached = groups.position, evaluate.accuracy(validation)

@@ -121,4 +121,6 @@ def _devices(placement: PlacementConfig) -> Devices:
         count=jax.device_count(),
         updating=updating,
         peak_flops=hardware.peak_flops(jax.devices()[0].device_kind),
+        description=hardware.described(),
+        advice=hardware.unused_gpus(),
     )

@@ -1,13 +1,18 @@
 """The stage of a step in which everything that learns, learns."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
 from jaxrl_llm import models
+from jaxrl_llm.algorithms import update as updates
 from jaxrl_llm.algorithms.ppo import TrainState
 from jaxrl_llm.data.rows import TrainBatch
+from jaxrl_llm.roles.actor import Actor
+from jaxrl_llm.roles.critic import Critic
 from jaxrl_llm.tracking import performance
+from jaxrl_llm.training.advice import CannotLearn
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.experience import Groups, Observe
 from jaxrl_llm.training.randomness import Purpose, seed
@@ -20,6 +25,9 @@ def update(
 
     Returns:
       The next state, and metrics.
+
+    Raises:
+      CannotLearn: it has made weights that are not finite, which nobody may go on from.
     """
     config, learned = job.config, {}
     order = seed(config.seed, Purpose.ORDER, step)
@@ -27,15 +35,34 @@ def update(
         with observe("update_critic"):
             critic, learned = job.critic.update(state.critic, rows, order)
         state = dataclasses.replace(state, critic=critic)
+        _check(job.critic, state.critic, "critic", learned, step)
     if step > config.trainer.critic_warmup:
         with observe("update_actor"):
             actor, of_actor = job.actor.update(state.actor, rows, order)
         state, learned = dataclasses.replace(state, actor=actor), learned | of_actor
+        _check(job.actor, state.actor, "actor", learned, step)
     refresh = config.actor.ref_refresh_steps
     if refresh and step % refresh == 0:
         reference = job.actor.reference.copy_of(state.actor.params)
         state = dataclasses.replace(state, reference=reference)
     return state, learned
+
+
+def _check(
+    role: Actor | Critic,
+    state: updates.TrainState,
+    name: str,
+    learned: Mapping[str, float],
+    step: int,
+) -> None:
+    if not role.is_finite(state):
+        raise CannotLearn(
+            f"step {step}: the {name}'s weights are not finite after its update "
+            f"({name}/lr {learned[f'{name}/lr']:.3g}, {name}/grad_norm "
+            f"{learned[f'{name}/grad_norm']:.3g}); they are not saved, and the newest "
+            f"checkpoint is from before: lower {name}.optim.lr or "
+            f"{name}.optim.clip_grad, in another output_dir"
+        )
 
 
 def update_flops(job: Job, groups: Groups) -> float:

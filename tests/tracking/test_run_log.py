@@ -35,14 +35,15 @@ SCORES = Scores(
     by_function={"exact": np.array([[1, 0]], np.float32)},
     errors={"exact": 0},
 )
+DEVICES = Devices(count=2, updating=1, peak_flops=None)
 GENERATED = Generated(asked=[PROMPT], rollouts=ROLLOUTS, scores=SCORES)
 
 
-def log(directory, writes=True):
+def log(directory, writes=True, devices=DEVICES):
     return RunLog(
         directory,
         config={"seed": 3},
-        devices=Devices(count=2, updating=1, peak_flops=None),
+        devices=devices,
         total_steps=2,
         num_examples=0,
         loggers=[],
@@ -132,7 +133,7 @@ def test_of_many_processes_one_writes_and_prints(tmp_path, capsys):
     with log(tmp_path / "run", writes=False) as told:
         told.start(0)
         tell(told, 1)
-        told.advise("change something")
+        told.advise({"kind": "change something"})
         told.end()
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr().out == ""
@@ -153,12 +154,52 @@ def test_a_run_that_goes_on_says_so_and_drops_what_was_later(tmp_path, capsys):
     assert [json.loads(line)["step"] for line in lines] == [1]
 
 
-def test_advice_is_given_once(tmp_path, capsys):
+def test_advice_of_a_kind_is_given_once_and_kept(tmp_path, capsys):
     with log(tmp_path) as told:
         told.start(0)
-        for text in (None, "use less", "use less"):
-            told.advise(text)
-    assert capsys.readouterr().out.count("use less") == 1
+        told.advise({})
+        tell(told, 1)
+        told.advise({"a": "step 1: use less", "b": "step 1: use more"})
+        tell(told, 2)
+        told.advise({"a": "step 2: use less", "c": "step 2: use none"})
+    with log(tmp_path) as told:  # goes on after step 1
+        told.start(1)
+        told.advise({"a": "step 2: use less", "c": "step 2: use none"})
+        tell(told, 2)
+        told.end()
+    said = capsys.readouterr().out
+    assert said.count("note: step 1: use less") == said.count("use more") == 1
+    assert "step 2: use less" not in said and said.count("use none") == 2
+    kept = run_directory.advice(tmp_path)
+    assert [(line["step"], line["kind"]) for line in kept] == [
+        (1, "a"),
+        (1, "b"),
+        (1, "c"),
+    ]
+    assert "step 1: use more" in (tmp_path / "report.html").read_text()
+
+
+def test_the_devices_are_named_first(tmp_path, capsys):
+    devices = Devices(
+        count=1, updating=1, peak_flops=None, description="a GPU", advice="use it"
+    )
+    with log(tmp_path, devices=devices) as told:
+        with told.waiting("reading"):
+            pass
+        told.start(0)
+    assert capsys.readouterr().out.splitlines()[0] == "a GPU"
+    assert [line["text"] for line in run_directory.advice(tmp_path)] == ["use it"]
+
+
+def test_why_a_run_has_stopped_is_in_its_report(tmp_path):
+    with pytest.raises(ValueError), log(tmp_path) as told:
+        told.start(0)
+        tell(told, 1)
+        raise ValueError("weights are gone")
+    assert "stopped: weights are gone" in (tmp_path / "report.html").read_text()
+    with log(tmp_path) as told:
+        told.start(1)
+    assert run_directory.advice(tmp_path) == []  # it goes on
 
 
 def test_a_run_that_fails_is_not_shown_as_done(tmp_path, monkeypatch):

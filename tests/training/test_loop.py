@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +25,6 @@ from jaxrl_llm.config import parsing
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.result import Result
-from jaxrl_llm.training import advice
 from jaxrl_llm.training import state as states
 from jaxrl_llm.training.build import build
 from jaxrl_llm.training.checkpoint import Checkpoints
@@ -451,16 +449,3 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(
     with pytest.raises(ValueError, match=message):
         api.train(tiny_model, rows, reward, output_dir=str(run), settings=more)
     assert not (run / "metrics.jsonl").exists()
-
-
-def test_a_correction_is_recommended_where_sampler_and_trainer_differ(values):
-    line = {"mismatch/logprob_diff_mean": 0.06}
-    config = parsing.parse(values | {"output_dir": "x"}, "test")
-    said = advice.on_mismatch(config, line)
-    assert "differ by 0.06 nats" in said and "rollout.max_mismatch 0.05" in said
-    assert advice.on_mismatch(config, {"mismatch/logprob_diff_mean": 0.04}) is None
-    # What it says to add is a configuration, for which it says nothing more.
-    option = re.search(r"--(algorithm\S+) (\w+) corrects", said)
-    changed = json.loads(json.dumps(values)) | {"output_dir": "x"}
-    parsing.put(changed, option[1].split("."), option[2])
-    assert advice.on_mismatch(parsing.parse(changed, "test"), line) is None
