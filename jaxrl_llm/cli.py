@@ -382,9 +382,11 @@ def convert(
     """
     from jaxrl_llm import models
 
-    loaded = models.load(source)
+    found = models.open(source)
+    card = models.model_card(found.origin, {"saved as": dtype})
+    params = found.load()
     models.save(
-        directory, loaded.arch, loaded.params, loaded.tokenizer, dtype=dtype
+        directory, found.arch, params, found.tokenizer, dtype=dtype, card=card
     )  # fmt: skip
     print(f"{source} -> {directory}, {dtype}")
 

@@ -27,6 +27,7 @@ from jaxrl_llm.models.attention.flash import choose as choose_attention
 from jaxrl_llm.models.attention.packed import shared_prompts
 from jaxrl_llm.models.attention.paged import Pages
 from jaxrl_llm.models.attention.paged_kernels import choose as choose_paged_attention
+from jaxrl_llm.models.checkpoints.card import text as model_card
 from jaxrl_llm.models.checkpoints.families import architecture, untied
 from jaxrl_llm.models.checkpoints.huggingface import (
     Checkpoint,
@@ -79,6 +80,7 @@ __all__ = [
     "logical_axes",
     "logits",
     "merge",
+    "model_card",
     "need_tokenizer",
     "num_matmul_params",
     "num_params",

@@ -405,20 +405,25 @@ def _checksums(named: Mapping[str, jax.Array]) -> dict[str, int]:
 
 
 def save_weights(
-    run_directory: str | Path, source: models.Checkpoint, params: Any
+    run_directory: str | Path,
+    source: models.Checkpoint,
+    params: Any,
+    recipe: Mapping[str, Any],
 ) -> None:
     """Writes the policy as a Hugging Face directory, in place of an older one. All
     processes call it.
 
     Args:
       source: what was trained; says the architecture and the tokenizer.
+      recipe: how, for the model's card.
     """
     directory = Path(run_directory, "huggingface")
     fresh = directory.with_name("huggingface.new")
     if processes.leads():
         shutil.rmtree(fresh, ignore_errors=True)
     processes.gather(None)
-    models.save(fresh, source.arch, params, source.tokenizer)
+    card = models.model_card(source.origin, recipe)
+    models.save(fresh, source.arch, params, source.tokenizer, card=card)
     if processes.leads():
         shutil.rmtree(directory, ignore_errors=True)
         fresh.rename(directory)

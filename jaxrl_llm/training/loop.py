@@ -19,6 +19,7 @@ from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.credit import assign_credit
 from jaxrl_llm.training.experience import collect
 from jaxrl_llm.training.opening import opened
+from jaxrl_llm.training.recipe import recipe
 from jaxrl_llm.training.schedule import Collect, Load, Schedule, Synchronous
 from jaxrl_llm.training.state import start_or_go_on
 from jaxrl_llm.training.stopping import asked_to_stop
@@ -65,7 +66,7 @@ def run(
         sent = schedule.publish(state.actor.params, first)
         if first == 0:
             log.step(0, sent, validation=evaluate.if_due(job, 0, log.phase))
-        stop = False
+        stop, step = False, first
         for step in range(first + 1, trainer.total_training_steps + 1):
             log.begin(step)
             groups = schedule.experience(step)
@@ -100,7 +101,8 @@ def run(
             checkpoints.wait()
             if trainer.save_hf:
                 params = state.actor.params
-                checkpoint.save_weights(config.output_dir, job.source, params)
+                how = recipe(config, step)
+                checkpoint.save_weights(config.output_dir, job.source, params, how)
         log.end()
     result = Result(Path(config.output_dir), stopped=stop)
     if processes.leads():

@@ -336,7 +336,11 @@ def left_behind(directory: Path) -> dict[str, Any]:
         "metrics": [{k: v for k, v in x.items() if not of_time(k)} for x in lines],
         "config": flat(yaml.safe_load(config)),
         "rollouts": {path.name: path.read_text().splitlines() for path in rollouts},
-        "weights": {path.name: digest(path.read_bytes()) for path in weights},
+        "weights": {
+            path.name: digest(path.read_bytes())
+            for path in weights
+            if path.name != "README.md"  # names the version, older ones had none
+        },
         "files": sorted(path.name for path in directory.iterdir()),
     }
 

@@ -133,6 +133,8 @@ def test_the_trained_weights_load_again(finished, tiny_model):
         np.testing.assert_array_equal(got, wanted.astype(jnp.bfloat16), str(path))
         assert not np.allclose(wanted, old, atol=1e-3), path
     assert trained.tokenizer.decode(trained.tokenizer("1+2=").input_ids) == "1+2="
+    card = (finished.weights / "README.md").read_text()
+    assert f"`{tiny_model}`" in card and f"| step | `{STEPS}` |" in card
 
 
 def test_it_is_plotted(finished):

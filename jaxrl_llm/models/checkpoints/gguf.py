@@ -91,6 +91,11 @@ class GGUFFile:
             x = _unpermute(x, self._head_dim())
         return x[(slice(None), *part[1:])]
 
+    def licence(self) -> dict[str, str]:
+        """The licence that the metadata names, as a model card has it."""
+        named = self._get("general.license")
+        return {"license": named} if isinstance(named, str) and named else {}
+
     def architecture(self) -> Architecture:
         """What the metadata describes, with the config.json it would have had.
 

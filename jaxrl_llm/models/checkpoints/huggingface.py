@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from jaxrl_llm.models.apply import Params, abstract_params
 from jaxrl_llm.models.architecture import Architecture
+from jaxrl_llm.models.checkpoints import card as cards
 from jaxrl_llm.models.checkpoints import chat_template, families, files
 from jaxrl_llm.models.checkpoints import tensor_map as weights
 from jaxrl_llm.models.checkpoints.files import ModelFileError
@@ -62,6 +63,7 @@ class Checkpoint:
     arch: Architecture
     tokenizer: Any
     """A transformers tokenizer; None if the checkpoint has none."""
+    origin: cards.Origin
     _tensors: weights.Tensors
     _form: str
 
@@ -155,6 +157,7 @@ def open(
       ValueError: nothing is there, or it is not supported.
     """
     path = os.fspath(path)
+    origin = cards.Origin(path, revision)
     if path.startswith("package:"):
         path = _in_package(path)
     if isinstance(tokenizer, str | os.PathLike):
@@ -166,22 +169,30 @@ def open(
         arch = file.architecture()
         own = file.tokenizer() if tokenizer is None else tokenizer
         _check_template(own, local)
-        return _checkpoint(arch, own, file, "gguf")
+        origin = origin._replace(said=file.licence())
+        return _checkpoint(arch, own, file, "gguf", origin)
     folder = _folder(path, revision)
     arch = _architecture(folder, classifier=False)
     tensors = SafetensorsFolder(folder)
     if arch.tie_embeddings and _has_own_output(tensors):
         arch = families.untied(arch)
     own = _tokenizer(folder) if tokenizer is None else tokenizer
-    return _checkpoint(arch, own, tensors, "huggingface")
+    origin = origin._replace(said=cards.said_in(folder))
+    return _checkpoint(arch, own, tensors, "huggingface", origin)
 
 
 def _checkpoint(
-    arch: Architecture, tokenizer: Any, tensors: weights.Tensors, form: str
+    arch: Architecture,
+    tokenizer: Any,
+    tensors: weights.Tensors,
+    form: str,
+    origin: cards.Origin,
 ) -> Checkpoint:
     """A checkpoint that has every tensor the architecture asks for, and no other."""
     weights.check(arch, tensors, form, _needless(arch))
-    return Checkpoint(_with_ends(arch, tokenizer), tokenizer, tensors, form)
+    with files.reading(origin.name):
+        arch = _with_ends(arch, tokenizer)
+    return Checkpoint(arch, tokenizer, origin, tensors, form)
 
 
 def _needless(arch: Architecture) -> Callable[[str], bool]:
@@ -306,6 +317,7 @@ def save(
     *,
     dtype: Any = jnp.bfloat16,
     max_shard_bytes: int = 5_000_000_000,
+    card: str | None = None,
 ) -> None:
     """Writes a directory that transformers reads; it appears complete or not at all.
 
@@ -318,6 +330,7 @@ def save(
       tokenizer: None to save none.
       dtype: of the saved weights: bfloat16, float16 or float32.
       max_shard_bytes: of one weight file; a larger single tensor gets its own file.
+      card: the text of its README.md; see `model_card`.
 
     Raises:
       ValueError: an argument does not fit; nothing has been written then.
@@ -347,6 +360,8 @@ def save(
         _write_weights(made, arch, params, dtype, max_shard_bytes)
         _write_json(made / _CONFIG, config | special)
         _write_json(made / _GENERATION, special | generation | ends)
+        if card is not None:
+            (made / cards.FILE).write_text(card, "utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         os.replace(made, target)
@@ -389,6 +404,7 @@ def _download(name: str, revision: str | None = None) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise ValueError(f"{name}: no such directory")
     patterns = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
+    patterns += [cards.FILE]
     try:
         return Path(
             snapshot_download(
