@@ -16,13 +16,19 @@ import jax.numpy as jnp
 from jaxrl_llm import models
 from jaxrl_llm.config import checks, parsing, plugins
 from jaxrl_llm.config.names import ConfigError
-from jaxrl_llm.config.schema import Config, RolloutConfig, ValConfig
+from jaxrl_llm.config.schema import (
+    Config,
+    RewardFunctionConfig,
+    RolloutConfig,
+    ValConfig,
+)
 from jaxrl_llm.data import prompts as questions
 from jaxrl_llm.data.chat_template import Encoder
 from jaxrl_llm.data.messages import content_of
 from jaxrl_llm.data.sources import Source
 from jaxrl_llm.data.types import Completion, Message
-from jaxrl_llm.rewards import RewardFunction, Term, resolve
+from jaxrl_llm.rewards import Isolation, RewardFunction, Term, resolve
+from jaxrl_llm.rewards.builtin import BUILTIN, with_term
 from jaxrl_llm.rollout import engine as engines
 from jaxrl_llm.rollout.engine import Request, Sampling
 from jaxrl_llm.rollout.native.engine import JaxEngine
@@ -30,7 +36,7 @@ from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.tracking.step_metrics import Validation
-from jaxrl_llm.training.build import build
+from jaxrl_llm.training.build import Rewards, build
 from jaxrl_llm.training.evaluate import answer_held_out, validate
 from jaxrl_llm.training.experience import score_together
 from jaxrl_llm.training.loop import run
@@ -84,7 +90,9 @@ def train(
         `trainer.stop_grace_s` after SIGTERM; a SystemExit with status 75.
       KeyboardInterrupt: at a second Ctrl-C.
     """
-    functions = _functions(reward)
+    rewards = _listed(reward)
+    given = [_function(one) for one in rewards if callable(one)]
+    names = [one if isinstance(one, str) else _function(one).name for one in rewards]
     own = {"actor.policy_loss.loss_mode": loss, "algorithm.adv_estimator": advantage}
     named = {
         key: given if isinstance(given, str) else plugins.offer(given)
@@ -97,18 +105,20 @@ def train(
             "output_dir": output_dir,
             "model": {"path": model},
             "data": {"train": {"path": path(prompts, "train")}},
-            "reward": {"functions": [{"name": f.name} for f in functions]},
+            "reward": {"functions": [{"name": name} for name in names]},
             "trainer": {"total_training_steps": steps},
         }
         if val_prompts is not None:
             values["data"]["val"] = {"path": path(val_prompts, "val")}
         for key, value in {**named, **(settings or {})}.items():
             parsing.put(values, key.split("."), value)
+        _complete(values["reward"], names)
         return parsing.parse(values, "train()")
 
     # All that can be wrong without the rows is said before they are written down.
     checked = described(lambda rows, name: f"{name}.jsonl")
     checks.check_functions(checked)
+    functions = _with_terms(given, names, checked.reward.functions)
     directory, anew = checked.output_dir, checked.trainer.resume == "force"
     with held(Path(directory)):
         config = described(lambda rows, name: _stored(rows, directory, name, anew))
@@ -162,7 +172,7 @@ def evaluate(
       ValueError: something is missing or does not fit; the message names it.
       RewardError: a reward function failed.
     """
-    functions = _functions(reward)
+    functions = [_function(one) for one in _listed(reward)]
     drawn = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p
     }  # fmt: skip
@@ -177,7 +187,11 @@ def evaluate(
     _check_ends(loaded, stop, max_tokens)
     lengths = [len(prompt.tokens) for prompt in asked]
     engine = _engine(loaded, max(lengths) + max_tokens, n * len(asked), dtype)
-    with closing(engine):
+    rewards = Rewards(functions=tuple(functions), isolation=Isolation())
+    with closing(engine), closing(rewards):
+        rewards.ready()
+        for note in rewards.notes():
+            print(note)
         return validate(
             engine,
             asked,
@@ -311,16 +325,52 @@ def _weights(model: Model) -> str:
     return str(trained) if trained.is_dir() else fspath(model)
 
 
-def _functions(reward: Reward | Sequence[Reward]) -> list[RewardFunction]:
-    given = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
-    return [_function(one) for one in given]
+def _listed(reward: Reward | Sequence[Reward]) -> list[Reward]:
+    return [reward] if isinstance(reward, str) or callable(reward) else list(reward)
 
 
 def _function(reward: Reward) -> RewardFunction:
     if callable(reward):
         name = getattr(reward, "__name__", type(reward).__name__)
-        return RewardFunction(name=name, function=reward)
+        trusted = reward in BUILTIN.values()
+        return RewardFunction(name=name, function=reward, trusted=trusted)
     return resolve([Term(name=reward)])[0]
+
+
+def _complete(section: Any, names: Sequence[str]) -> None:
+    """Adds those of `names` that a section `reward` does not list."""
+    terms = section.get("functions") if isinstance(section, dict) else None
+    if isinstance(terms, Sequence) and not isinstance(terms, str):
+        listed = [term.get("name") for term in terms if isinstance(term, Mapping)]
+        missing = [{"name": name} for name in names if name not in listed]
+        section["functions"] = [*terms, *missing]
+
+
+def _with_terms(
+    given: Sequence[RewardFunction],
+    passed: Sequence[str],
+    terms: Sequence[RewardFunctionConfig],
+) -> list[RewardFunction]:
+    """A function for each term: of those given, the one of its name, with the term's
+    weight and params; else the one that the name stands for.
+
+    Raises:
+      ConfigError: something passed has the name of something else.
+    """
+    for names in (passed, [term.name for term in terms]):
+        for name in passed:
+            if names.count(name) > 1:
+                raise ConfigError(
+                    f"reward functions need different names, got {name!r} "
+                    f"{names.count(name)} times in {names}"
+                )
+    known = {function.name: function for function in given}
+    found = [Term(**term.model_dump()) for term in terms]
+    others = iter(resolve([term for term in found if term.name not in known]))
+    return [
+        with_term(known[term.name], term) if term.name in known else next(others)
+        for term in found
+    ]
 
 
 def _stored(

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import scored_texts
 
 import jaxrl_llm
+from jaxrl_llm import api
 from jaxrl_llm.tracking.result import Result
 
 ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(3)]
@@ -11,7 +13,7 @@ ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(3)]
 
 def length(completions):
     """The characters of a reply."""
-    return [float(len(completion[-1]["content"])) for completion in completions]
+    return [float(len(completion)) for completion in completions]
 
 
 def test_generate_returns_the_completions_of_every_prompt(tiny_model, tmp_path):
@@ -72,3 +74,62 @@ def test_evaluate_reads_rows_as_training_does(tiny_model):
         jaxrl_llm.evaluate(tiny_model, [{"prompt": "a"}, {"prompt": b"b"}], length)
     with pytest.raises(ValueError, match="row 0 .from 0.: no column 'prompt'"):
         jaxrl_llm.evaluate(tiny_model, [{"question": "a"}], length)
+
+
+def brevity(completions, *, most=9):
+    """Whether a reply is short."""
+    return [float(len(completion) <= most) for completion in completions]
+
+
+def test_weights_and_params_in_settings_are_those_of_the_functions(
+    monkeypatch, tmp_path
+):
+    jobs = []
+    monkeypatch.setattr(api, "build", lambda config, functions: (config, functions))
+    monkeypatch.setattr(api, "run", lambda job: jobs.append(job) or Result(tmp_path))
+    terms = [
+        {"name": "brevity", "weight": 0.25, "params": {"most": 2}},
+        {"name": "exact", "weight": 3.0},
+    ]
+    jaxrl_llm.train(
+        "/nowhere",
+        ROWS,
+        [length, brevity],
+        output_dir=str(tmp_path),
+        settings={"reward.functions": terms},
+    )
+    ((config, functions),) = jobs
+    assert [(f.name, f.weight) for f in functions] == [
+        ("brevity", 0.25),
+        ("exact", 3.0),
+        ("length", 1.0),
+    ]
+    assert [(t.name, t.weight) for t in config.reward.functions] == [
+        (f.name, f.weight) for f in functions
+    ]
+    scores = scored_texts.run(*functions).by_function
+    np.testing.assert_array_equal(scores["brevity"], [[1, 1], [0, 1]])
+    np.testing.assert_array_equal(scores["length"], [[1, 2], [3, 0]])
+
+
+@pytest.mark.parametrize(
+    "reward, terms, message",
+    [
+        ([length, length], [], "different names, got 'length' 2 times"),
+        (length, [{"name": "length"}] * 2, "different names, got 'length' 2 times"),
+        (brevity, [{"name": "brevity", "params": {"mot": 1}}], "no parameter 'mot'"),
+        (length, [{"name": "exct"}], "'exct' is not built in, did you mean 'exact'"),
+        (lambda anser: [], [], "asks for 'anser', did you mean 'answer'"),
+    ],
+)
+def test_what_is_wrong_with_rewards_is_said_before_a_model_is_read(
+    reward, terms, message, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        jaxrl_llm.train(
+            "/nowhere",
+            ROWS,
+            reward,
+            output_dir=str(tmp_path),
+            settings={"reward.functions": terms},
+        )

@@ -74,23 +74,38 @@ def gdpo(
     rewards_by_function: Float[Array, "K P G"],
     reward_weights: Float[Array, " K"],
     lengths: Int[Array, "P G"],
+    judged: Bool[Array, "K P G"] | None = None,
     *,
     normalize_by_std: bool,
+    eps: float = 1e-6,
 ) -> Float[Array, "P G"]:
     """Each of K rewards compared within the group on its own, then added up.
 
         whiten(sum over k of reward_weights[k] * grpo(rewards_by_function[k]))
 
-    with each token counting once,
+    with each token counting once, so that a reward with a large spread does not drown
+    the others. Responses that a function does not judge are no part of its group: they
+    get nothing from it, and 0 if no function judges them.
 
-    so that a reward with a large spread does not drown the others.
+    Args:
+      judged: which rewards there are; those that are not NaN if not given.
 
     Source: arXiv:2601.05242.
     """
-    each = jax.vmap(lambda r: grpo(r, normalize_by_std=normalize_by_std))(
-        rewards_by_function
-    )
-    return masked.whiten(jnp.einsum("k,kpg->pg", reward_weights, each), lengths)
+    if judged is None:
+        judged = ~jnp.isnan(rewards_by_function)
+    # As `_centred` and `_std`, of those that are judged.
+    first = jnp.argmax(judged, axis=2, keepdims=True)
+    reference = jnp.take_along_axis(rewards_by_function, first, axis=2)
+    shifted = jnp.where(judged, rewards_by_function - reference, 0.0)
+    count = jnp.sum(judged, axis=2, keepdims=True)
+    mean = shifted.sum(axis=2, keepdims=True) / jnp.maximum(count, 1)
+    each = jnp.where(judged, shifted - mean, 0.0)
+    if normalize_by_std:
+        squares = jnp.sum(jnp.square(each), axis=2, keepdims=True)
+        each = each / (jnp.sqrt(squares / jnp.maximum(count - 1, 1)) + eps)
+    found = masked.whiten(jnp.einsum("k,kpg->pg", reward_weights, each), lengths)
+    return jnp.where(jnp.any(judged, axis=0), found, 0.0)
 
 
 def rloo(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:

@@ -59,6 +59,7 @@ ESTIMATOR_ARRAYS = (
     "baselines",
     "rewards_by_function",
     "reward_weights",
+    "judged",
     "token_rewards",
     "mask",
     "sequence_ids",
@@ -73,7 +74,8 @@ ESTIMATOR_ARRAYS = (
 )
 """What an estimator may take. Of P prompts with G responses each: `rewards` and
 `lengths` [P, G], `baselines` [P] (the reward of a greedy response to each prompt),
-`rewards_by_function` [K, P, G] and `reward_weights` [K]. Of R rows of T tokens:
+`rewards_by_function` [K, P, G], `judged` [K, P, G] (False where a function returned
+None, and its reward is 0) and `reward_weights` [K]. Of R rows of T tokens:
 `token_rewards` (the reward on the last token of its response, less a KL penalty),
 `mask`, `sequence_ids`, `positions`, `is_prompt`, `logprobs` (of the policy before the
 update), `values` (of the critic) and `sum_pi_squared`. Of S = P * G sequences:
@@ -295,7 +297,7 @@ ESTIMATORS = {
         Estimator(
             name="gdpo",
             function=_ADVANTAGES + "gdpo",
-            needs=("rewards_by_function", "reward_weights", "lengths"),
+            needs=("rewards_by_function", "reward_weights", "judged", "lengths"),
             parameters=("normalize_by_std",),
             group=True,
         ),

@@ -31,6 +31,8 @@ _MAY_CHANGE = (
     "critic.remat",
     "critic.attention",
     "critic.unroll",
+    "reward.isolation",
+    "reward.memory_gib",
     "reward.model.mesh.",
     "reward.model.rules",
     "reward.model.micro_batch_size",

@@ -249,6 +249,14 @@ class RewardConfig(Section):
     long; off if not given."""
     timeout_s: float = Field(60.0, gt=0)
     """Longest time one function may take for one step."""
+    isolation: Literal["auto", "process", "thread"] = "auto"
+    """Where functions run that are not built in. process: each in a process of its own,
+    which lasts, sees no accelerator, and is killed when a call takes too long; an error
+    for one that cannot be sent there. auto: that one in a thread of this process, which
+    a line says. thread: all of them; needed for what they leave in this process, and
+    for accelerators that they use."""
+    memory_gib: float | None = Field(8.0, gt=0)
+    """Address space of each such process; null for all there is."""
     on_error: Literal["raise", "zero"] = "raise"
     """A function that raises, hangs or returns NaN stops the run, or scores 0 and is
     counted in the metrics."""

@@ -156,7 +156,13 @@ def _tokenize_all(
                 case "truncate":
                     tokens = tokens[-limit:]
         columns = {key: value for key, value in row.items() if key != "prompt"}
-        prompts.append(Prompt(id=i, content=content, tokens=tokens, columns=columns))
+        question = content_of(column(row, source.prompt_key), source.prompt_key)
+        text = None
+        if isinstance(question, str) and not isinstance(content, str):
+            text = content[-1]["content"]
+        prompts.append(
+            Prompt(id=i, content=content, tokens=tokens, columns=columns, text=text)
+        )
     if not prompts:
         raise ValueError(
             f"{source.path}: every prompt is longer than data.max_prompt_length, "

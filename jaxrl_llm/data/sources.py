@@ -89,6 +89,13 @@ def read_rows(source: Source) -> list[Row]:
     return rows
 
 
+def first_row(source: Source) -> Row:
+    """The first of `read_rows`, without a look at the others where the kind of source
+    allows it; errors as there."""
+    cut = 1 if source.size is None else min(source.size, 1)
+    return read_rows(dataclasses.replace(source, size=cut))[0]
+
+
 def where(source: Source, index: int) -> str:
     """Names a row in an error."""
     return f"{source.path}, row {index} (from 0)"

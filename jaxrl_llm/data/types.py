@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
 Message = Mapping[str, Any]
 
@@ -19,13 +19,21 @@ class Prompt:
     id: int
     """Index in the data set before shuffling; part of the key of its random numbers."""
     content: str | list[Message]
-    """What the data set says: plain text, or chat messages. Reward functions get it."""
+    """What is asked: plain text, or the chat messages that a template is put around."""
     tokens: tuple[int, ...]
     """After the chat template and, where allowed, truncation."""
     columns: Mapping[str, Any]
     """Every other column of the row ("answer", ...), for the reward functions."""
+    text: str | None = None
+    """The question, if the data set has it as text that became a chat message: reward
+    functions get this text, and text for each response to it."""
     media: tuple[Any, ...] = ()
     """Images, sound or video that `tokens` stand for. No model here reads any."""
+
+    @property
+    def for_rewards(self) -> str | list[Message]:
+        """The question in the data set's form: text, or chat messages."""
+        return self.content if self.text is None else self.text
 
     def __post_init__(self) -> None:
         if self.media:
@@ -243,6 +251,11 @@ class Scores:
     """Unweighted; NaN where the function returned None: it does not judge this one."""
     errors: dict[str, int]
     """Per function, how many responses scored 0 because it failed on them."""
+
+    @property
+    def judged(self) -> Bool[np.ndarray, "P G"]:
+        """Whether any function judges the response."""
+        return ~np.all(np.isnan(np.stack([*self.by_function.values()])), axis=0)
 
     def take(self, prompts: Sequence[int]) -> "Scores":
         """Of the given prompts only. `errors` still counts all of them."""

@@ -16,7 +16,9 @@ from rich.table import Table
 from jaxrl_llm import models
 from jaxrl_llm.config.checks import uses_kl
 from jaxrl_llm.config.schema import Config
+from jaxrl_llm.data.types import Episode, Turn
 from jaxrl_llm.planning.planner import Estimate
+from jaxrl_llm.rewards import score
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.tracking.console import progress
 from jaxrl_llm.training.build import Job
@@ -50,6 +52,7 @@ def show(job: Job) -> None:
         "tokens per step": f"at most {rows * longest:,}",
     }
     _print(console, "The run", facts)
+    _print(console, "Scores of a made-up response", tried_out(job))
     for warning in job.warnings:
         console.print(warning, markup=False, highlight=False)
     with progress("compiling the largest update", console=console):
@@ -58,6 +61,38 @@ def show(job: Job) -> None:
         sizes = {name: f"{size / _GIB:.3f} GiB" for name, size in held.items()}
         total = {"total": f"{sum(held.values()) / _GIB:.3f} GiB"}
         _print(console, f"Memory per device, {group}", sizes | total)
+
+
+def tried_out(job: Job) -> dict[str, str]:
+    """What each reward function says to a made-up response to the first question.
+
+    Raises:
+      RewardError: one fails.
+    """
+    text, prompt = "This response is made up.", job.data.train[0]
+    tokens = np.array(job.source.tokenizer(text).input_ids, np.int32)
+    said = Turn(
+        role="assistant",
+        tokens=tokens,
+        response_mask=np.ones(len(tokens), bool),
+        logprobs=np.zeros(len(tokens), np.float32),
+        weight_versions=np.zeros(len(tokens), np.int32),
+        finish_reason="stop",
+        text=text,
+    )
+    episode = Episode(prompt_id=prompt.id, sample=0, turns=(said,))
+    scores = score(
+        job.rewards.functions,
+        [prompt],
+        [[episode]],
+        timeout_s=job.config.reward.timeout_s,
+        on_error="raise",
+        isolation=job.rewards.isolation,
+    )
+    return {
+        name: "None" if np.isnan(value[0, 0]) else f"{value[0, 0]:g}"
+        for name, value in scores.by_function.items()
+    }
 
 
 def memory_per_device(job: Job) -> dict[str, dict[str, int]]:

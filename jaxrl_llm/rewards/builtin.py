@@ -10,13 +10,13 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.names import near
-from jaxrl_llm.rewards.scoring import RewardFunction
+from jaxrl_llm.rewards.function import RewardFunction
 from jaxrl_llm.workers.judge import judge
 
 Completions = Sequence[str | list]
@@ -260,9 +260,22 @@ def resolve(terms: Sequence[Term]) -> list[RewardFunction]:
                 name=name if counts[name] == 1 else f"{name}_{counts[name]}",
                 function=_bind(term.name, function, term.params),
                 weight=term.weight,
+                trusted=function in BUILTIN.values(),
             )
         )
     return functions
+
+
+def with_term(function: RewardFunction, term: Term) -> RewardFunction:
+    """A function with the weight and the params of a term.
+
+    Raises:
+      ValueError: the function has no such parameter.
+    """
+    called = function.function
+    if term.params:
+        called = _bind(term.name, called, term.params)
+    return replace(function, function=called, weight=term.weight)
 
 
 def _find(name: str) -> Callable[..., Any]:

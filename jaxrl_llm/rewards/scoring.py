@@ -6,40 +6,32 @@ P = prompts, G = responses per prompt. A reward function has TRL's signature
 
 with one entry per response everywhere: the G responses to the first prompt, then those
 to the second. It may be `async`, and gets only the arguments its signature names,
-unless that ends in **kwargs. For a prompt that is text a completion is text; for a
-prompt that is chat messages it is `[{"role": "assistant", "content": text}]`, with a
-message for each turn. `completion_ids` are all tokens behind the prompt.
+unless that ends in **kwargs. For a prompt that is text in the data set, be a chat
+template put around it or not, a completion is text; for chat messages it is
+`[{"role": "assistant", "content": text}]`, with a message for each turn.
+`completion_ids` are all tokens behind the prompt.
 
 Source: TRL 1.16, `GRPOTrainer._calculate_rewards`.
 """
 
-import asyncio
-import functools
-import inspect
+import math
 import numbers
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass
+import pickle
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from jaxrl_llm.data.types import Episode, Prompt, Scores
+from jaxrl_llm.rewards import isolation as homes
+from jaxrl_llm.rewards.function import RewardError, RewardFunction, accepted
+from jaxrl_llm.rewards.isolation import Isolation
+from jaxrl_llm.workers.messages import Opaque, Unjudged
+from jaxrl_llm.workers.pool import call
+from jaxrl_llm.workers.process import Failed, Outcome, Process, WorkerError
 
-_LARGEST = float(np.finfo(np.float32).max)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardFunction:
-    """One term of the reward."""
-
-    name: str
-    """In metrics and errors; no two of a run share it."""
-    function: Callable[..., Any]
-    """With TRL's signature; see the module docstring."""
-    weight: float = 1.0
-    """Its scores are multiplied by it."""
+_LARGEST = 1e16
+"""Deviations of rewards are computed in float32, where squares end at 3e38."""
 
 
 def join(parts: Sequence[Scores]) -> Scores:
@@ -55,10 +47,6 @@ def join(parts: Sequence[Scores]) -> Scores:
     )
 
 
-class RewardError(ValueError):
-    """A reward function failed; the message names it, the cause and one response."""
-
-
 def score(
     functions: Sequence[RewardFunction],
     prompts: Sequence[Prompt],
@@ -66,19 +54,24 @@ def score(
     *,
     timeout_s: float,
     on_error: Literal["raise", "zero"],
+    isolation: Isolation | None = None,
 ) -> Scores:
     """Scores G responses to each prompt with every function, side by side.
+
+    A function stays in its worker from call to call, and what it keeps stays there with
+    it, until `isolation.release` or until the function is gone. A worker whose function
+    hangs, or ends its process, is killed and started anew. Each function gets copies of
+    its own of everything.
 
     Args:
       functions: at least one.
       prompts: P of them.
       episodes: for each prompt, the G that begin with it.
-      timeout_s: seconds that all functions have together, as they run side by side. One
-        that hangs is left behind; it holds up neither this call nor the program's end.
-        Only code that never lets go of the interpreter's lock, such as a runaway
-        regular expression, cannot be left: give it a process, as `judge` does.
-      on_error: raise, or score 0 and count: one response whose score is not a finite
-        number; all of them for a function that raises, hangs or miscounts.
+      timeout_s: seconds that all functions have together, as they run side by side.
+      on_error: raise, or score 0 and count: one response whose score is not a number
+        to train on; all of them for a function that raises, hangs or miscounts. What a
+        built-in verifier had no time to judge scores 0 and is counted, either way.
+      isolation: where functions run; `Isolation()` if not given.
 
     Raises:
       RewardError: a function failed and on_error is "raise".
@@ -90,29 +83,38 @@ def score(
         for prompt, group in zip(prompts, episodes, strict=True)
         for episode in group
     ]
-    arguments = _arguments(samples)
-    calls = [_start(f.function, arguments, timeout_s) for f in functions]
-    done, _ = wait(calls, timeout_s)
+    offered, calls = _arguments(samples), []
+    for function, worker in zip(
+        functions, homes.ready(functions, isolation or Isolation()), strict=True
+    ):
+        arguments = accepted(function.function, offered)
+        if not (function.trusted or isinstance(worker, Process)):
+            arguments = pickle.loads(pickle.dumps(arguments))  # copies of its own
+        calls.append((worker, arguments))
+    try:
+        outcomes = call(calls, timeout_s)
+    except WorkerError as error:  # it once did: it was killed, and started again
+        raise RewardError(f"a reward function cannot be started: {error}") from error
 
     shape = len(prompts), len(episodes[0])
-    total = np.zeros(shape, np.float32)
-    by_function, errors = {}, {}
-    for function, call in zip(functions, calls, strict=True):
-        if call in done:
-            values, failures = _read(call, len(samples))
-        else:
-            cause = f"did not finish within {timeout_s:g} s"
-            values, failures = _all_failed(cause, len(samples))
+    terms, by_function, errors = [], {}, {}
+    for function, outcome in zip(functions, outcomes, strict=True):
+        values, failures, unjudged = _read(function, outcome, len(samples))
         if failures and on_error == "raise":
             index, cause = min(failures.items())
             raise RewardError(
                 f"reward function {function.name!r} {cause}\n{_show(*samples[index])}"
-            ) from (call.exception() if call in done else None)
-        scores = np.array(values, np.float32).reshape(shape)
-        total += np.float32(function.weight) * np.nan_to_num(scores, nan=0.0)
-        by_function[function.name] = scores
-        errors[function.name] = len(failures)
-    return Scores(total=total, by_function=by_function, errors=errors)
+            ) from _origin(outcome)
+        terms.append([function.weight * value for value in values])
+        by_function[function.name] = np.array(values, np.float32).reshape(shape)
+        errors[function.name] = len(failures) + unjudged
+    # The exact sum, rounded once: weights that add up to 1 give a perfect response 1.
+    total = [math.fsum(x for x in each if x == x) for each in zip(*terms, strict=True)]
+    return Scores(
+        total=np.array(total, np.float32).reshape(shape),
+        by_function=by_function,
+        errors=errors,
+    )
 
 
 def _check(
@@ -142,10 +144,10 @@ def _arguments(samples: Sequence[tuple[Prompt, Episode]]) -> dict[str, list[Any]
     """
     columns = {name: None for prompt, _ in samples for name in prompt.columns}
     return dict(
-        prompts=[prompt.content for prompt, _ in samples],
+        prompts=[prompt.for_rewards for prompt, _ in samples],
         completions=[
             episode.text
-            if isinstance(prompt.content, str)
+            if isinstance(prompt.for_rewards, str)
             else [{"role": turn.role, "content": turn.text} for turn in episode.turns]
             for prompt, episode in samples
         ],
@@ -154,73 +156,59 @@ def _arguments(samples: Sequence[tuple[Prompt, Episode]]) -> dict[str, list[Any]
     )
 
 
-def _start(
-    function: Callable[..., Any], arguments: dict[str, list[Any]], timeout_s: float
-) -> Future:
-    """Calls `function` in a thread of its own, with the arguments it accepts.
-
-    A daemon thread: an executor's would be waited for when the program ends.
-    """
-    parameters = inspect.signature(function).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        arguments = {k: v for k, v in arguments.items() if k in parameters}
-    if isinstance(function, functools.partial):  # a term's params, not columns
-        bound = function.keywords
-        arguments = {k: v for k, v in arguments.items() if k not in bound}
-    call: Future = Future()
-
-    def run() -> None:
-        try:
-            result = function(**arguments)
-            if inspect.isawaitable(result):
-                # A second more than the caller waits, who so is the one to say that it
-                # took too long; this only ends the coroutine.
-                result = asyncio.run(_await(result, timeout_s + 1.0))
-            call.set_result(result)
-        except BaseException as error:  # noqa: BLE001 - users' code raises anything;
-            call.set_exception(error)  # `_read` sorts it out in the calling thread.
-
-    threading.Thread(target=run, daemon=True).start()
-    return call
-
-
-async def _await(awaitable: Any, timeout_s: float) -> Any:
-    return await asyncio.wait_for(awaitable, timeout_s)
-
-
-def _read(call: Future, count: int) -> tuple[list[float], dict[int, str]]:
-    """The scores of a call that is over, and what is wrong with which of them.
-
-    Raises:
-      KeyboardInterrupt, SystemExit: what the function raised to end the program.
-    """
-    error = call.exception()
-    if error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
-        cause = f"raised {type(error).__name__}: {error}"
-        return _all_failed(cause, count)
-    result = call.result()
-    if isinstance(result, str | bytes | dict) or not hasattr(result, "__len__"):
-        cause = f"returned a {type(result).__name__}, not a list of numbers"
-        return _all_failed(cause, count)
+def _read(
+    term: RewardFunction, outcome: Outcome, count: int
+) -> tuple[list[float], dict[int, str], int]:
+    """The scores of a call that is over, NaN for None; what is wrong with which of
+    them; how many there was no time for."""
+    if isinstance(outcome, Failed):
+        return _all_failed(outcome.cause, count)
+    result = outcome.value
+    if not isinstance(result, list):
+        kind = result.kind if isinstance(result, Opaque) else type(result).__name__
+        return _all_failed(f"returned a {kind}, not a list of numbers", count)
     if len(result) != count:
         cause = f"returned {len(result)} scores for {count} responses"
         return _all_failed(cause, count)
-    if hasattr(result, "__array__"):
-        result = np.asarray(result).tolist()
     values, failures = [], {}
     for index, value in enumerate(result):
-        if value is None:
-            values.append(float("nan"))
-        elif isinstance(value, numbers.Real | np.bool_) and abs(value) <= _LARGEST:
-            values.append(float(value))
-        else:
-            values.append(0.0)
-            failures[index] = f"returned {value!r}, not a finite number"
-    return values, failures
+        cause = None if value is None else _misfit(value, term.weight)
+        if cause:
+            failures[index] = cause
+        values.append(math.nan if value is None else 0.0 if cause else float(value))
+    return values, failures, sum(isinstance(value, Unjudged) for value in result)
 
 
-def _all_failed(cause: str, count: int) -> tuple[list[float], dict[int, str]]:
-    return [0.0] * count, dict.fromkeys(range(count), cause)
+def _misfit(value: Any, weight: float) -> str | None:
+    """Why a value is no score; None for one that is."""
+    if not isinstance(value, numbers.Real) or value != value:
+        return f"returned {value!r:.200}, not a finite number"
+    size = abs(value)
+    if size <= _LARGEST and size * abs(weight) <= _LARGEST:
+        return None
+    if size == math.inf:
+        return f"returned {value!r}, not a finite number"
+    shown = f"{value:.6g}" if size <= 1e300 else "a number over 1e300"
+    if size <= _LARGEST:
+        shown += f", with its weight {weight:g} {value * weight:g}"
+    return (
+        f"returned {shown}, not a finite number when advantages square it in float32; "
+        f"use rewards of at most {_LARGEST:g}"
+    )
+
+
+def _all_failed(cause: str, count: int) -> tuple[list[float], dict[int, str], int]:
+    return [0.0] * count, dict.fromkeys(range(count), cause), 0
+
+
+class _InFunction(Exception):
+    """Where a function raised."""
+
+
+def _origin(outcome: Outcome) -> Exception | None:
+    if isinstance(outcome, Failed) and outcome.trace:
+        return _InFunction(f"\n{outcome.trace}{outcome.cause}")
+    return None
 
 
 def _show(prompt: Prompt, episode: Episode) -> str:
@@ -229,7 +217,7 @@ def _show(prompt: Prompt, episode: Episode) -> str:
     if len(text) > 600:
         text = f"{text[:300]} ... {text[-300:]}"
     lines = [
-        f"  prompt {prompt.id} ends: {str(prompt.content)[-200:]!r}",
+        f"  prompt {prompt.id} ends: {str(prompt.for_rewards)[-200:]!r}",
         f"  response {episode.sample}: {text!r}",
     ]
     if "answer" in prompt.columns:

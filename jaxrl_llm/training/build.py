@@ -20,9 +20,10 @@ from jaxrl_llm.config.schema import (
 )
 from jaxrl_llm.data import prompts
 from jaxrl_llm.data.chat_template import Encoder
-from jaxrl_llm.data.sources import Source
-from jaxrl_llm.rewards import RewardFunction, Term, resolve
+from jaxrl_llm.data.sources import Source, first_row
+from jaxrl_llm.rewards import Isolation, RewardFunction, Term, isolation, resolve
 from jaxrl_llm.rewards.builtin import overlong_penalty
+from jaxrl_llm.rewards.function import check_signatures
 from jaxrl_llm.roles import optimizer, placement
 from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.critic import Critic
@@ -50,6 +51,8 @@ class Job:
     """Of the terms of `score`."""
     score_held_out: Score
     """The same without what only shapes training (`reward.overlong_buffer`)."""
+    rewards: "Rewards"
+    """The functions of both, for what has to be done with their workers."""
     engine: Engine
     actor: Actor
     critic: Critic | None
@@ -60,6 +63,29 @@ class Job:
     """Digests of the user's functions and of the data, see `resume.check_inputs`."""
     warnings: tuple[str, ...]
     """What looks wrong and may be meant."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewards:
+    """The reward functions of a run and where they run.
+
+    with closing(rewards): ...    # ends their workers
+    """
+
+    functions: tuple[RewardFunction, ...]
+    isolation: Isolation
+
+    def ready(self) -> None:
+        """Waits until all have a worker."""
+        isolation.ready(self.functions, self.isolation)
+
+    def notes(self) -> list[str]:
+        """What is to be known of where they run, a line each."""
+        return isolation.notes(self.functions, self.isolation)
+
+    def close(self) -> None:
+        """Ends their workers."""
+        isolation.release(self.functions)
 
 
 def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Job:
@@ -86,6 +112,9 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
             f"algorithm.filter_groups.metric is {wanted.metric}; use reward or one of "
             f"the reward functions {', '.join(names)}"
         )
+    where = Isolation(kind=config.reward.isolation, memory_gib=config.reward.memory_gib)
+    check_columns(config.data, functions)
+    isolation.start(functions, where)  # they import while the rest is loaded
     source = models.open(
         config.model.path,
         revision=config.model.revision,
@@ -105,7 +134,13 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     critic = None
     if has_critic(config):
         critic = critic_of(config, open_critic(config, source), meshes["critic"])
-    how = {"timeout_s": config.reward.timeout_s, "on_error": config.reward.on_error}
+    how = {
+        "timeout_s": config.reward.timeout_s,
+        "on_error": config.reward.on_error,
+        "isolation": where,
+    }
+    rewards_of_run = Rewards(functions=tuple(functions), isolation=where)
+    rewards_of_run.ready()
     return Job(
         config=config.model_copy(update={"function_sources": sources, "data": section}),
         source=source,
@@ -113,6 +148,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         score=functools.partial(score_together, shaped, model, **how),
         weights=tuple(term.weight for term in (*shaped, model) if term is not None),
         score_held_out=functools.partial(score_together, functions, model, **how),
+        rewards=rewards_of_run,
         engine=engine_of(
             config,
             source.arch,
@@ -126,6 +162,7 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         warnings=(
             *data.warnings,
             *stop_warnings(config, source.arch, source.tokenizer),
+            *rewards_of_run.notes(),
         ),
         inputs={
             "functions": _digests(config, functions),
@@ -150,6 +187,16 @@ def _digests(config: Config, functions: Sequence[RewardFunction]) -> dict[str, s
 def reward_functions(section: RewardConfig) -> list[RewardFunction]:
     """The functions that `reward.functions` names."""
     return resolve([Term(**term.model_dump()) for term in section.functions])
+
+
+def check_columns(section: DataConfig, functions: Sequence[RewardFunction]) -> None:
+    """Raises ValueError if a function asks for a column that the first training or
+    held-out question does not have."""
+    for name in ("train", "val"):
+        if found := getattr(section, name):
+            row = first_row(Source(**found.model_dump()))
+            columns = [column for column in row if column != "prompt"]
+            check_signatures(functions, columns, f"data.{name}")
 
 
 def read_data(
@@ -266,7 +313,7 @@ def shaping(config: Config) -> list[RewardFunction]:
         buffer=buffer.len,
         factor=buffer.penalty_factor,
     )
-    return [RewardFunction(name="overlong_penalty", function=penalty)]
+    return [RewardFunction(name="overlong_penalty", function=penalty, trusted=True)]
 
 
 def engine_of(

@@ -34,8 +34,8 @@ class Judged:
     rewards: Float[Array, "P G"]
     """Sequence p * G + g of the rows has rewards[p, g]."""
     by_function: Float[Array, "K P G"]
-    """The scores that the rewards are the weighted sum of; 0 where a function does not
-    judge."""
+    """The scores that the rewards are the weighted sum of; NaN where a function does
+    not judge."""
     weights: Float[Array, " K"]
     baselines: Float[Array, " P"] | None = None
     """The reward of a greedy response to each prompt."""
@@ -115,7 +115,8 @@ def _offered(
         "rewards": lambda: of_responses(token_rewards),
         "lengths": lambda: of_responses(mask.astype(jnp.int32)),
         "baselines": lambda: judged.baselines,
-        "rewards_by_function": lambda: judged.by_function,
+        "rewards_by_function": lambda: jnp.nan_to_num(judged.by_function),
+        "judged": lambda: ~jnp.isnan(judged.by_function),
         "reward_weights": lambda: judged.weights,
         "token_rewards": lambda: token_rewards,
         "mask": lambda: mask,
@@ -209,7 +210,7 @@ def assign_credit(
     with observe("adv"):
         judged = Judged(
             rewards=scores.total,
-            by_function=np.nan_to_num(np.stack([*scores.by_function.values()])),
+            by_function=np.stack([*scores.by_function.values()]),
             weights=np.array(job.weights, np.float32),
             baselines=groups.baselines,
             values=values,

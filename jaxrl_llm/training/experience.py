@@ -13,7 +13,7 @@ from jaxrl_llm.config import plugins
 from jaxrl_llm.config.schema import Config, SamplingConfig
 from jaxrl_llm.data.stream import PromptBatches
 from jaxrl_llm.data.types import Episode, Generated, Prompt, Scores, single_turn
-from jaxrl_llm.rewards import RewardFunction, score
+from jaxrl_llm.rewards import Isolation, RewardFunction, score
 from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.roles.reward_model import RewardModel
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate_together
@@ -114,6 +114,7 @@ def score_together(
     *,
     timeout_s: float,
     on_error: Literal["raise", "zero"],
+    isolation: Isolation | None = None,
 ) -> Scores:
     """What responses are worth. Of many processes, each runs the functions on its share
     of the prompts; all call it with the same ones and get all scores.
@@ -124,6 +125,7 @@ def score_together(
     Args:
       timeout_s: as of `rewards.score`, of the functions.
       on_error: as of `rewards.score`.
+      isolation: where the functions run.
 
     Raises:
       RewardError: a function or the model failed and on_error is "raise".
@@ -137,23 +139,38 @@ def score_together(
                 name=model.name,
                 weight=model.weight,
                 function=lambda completion_ids: scores,
+                trusted=True,
             )
         )
     mine, answers = processes.share(prompts), processes.share(episodes)
     made = None
     if mine:
-        made = score(terms, mine, answers, timeout_s=timeout_s, on_error=on_error)
+        made = score(
+            terms,
+            mine,
+            answers,
+            timeout_s=timeout_s,
+            on_error=on_error,
+            isolation=isolation,
+        )
     return join([part for part in processes.gather(made) if part])
 
 
 def differing(scores: Scores, metric: str) -> list[int]:
-    """Prompts whose responses do not all have the same worth.
+    """Prompts whose responses do not all have the same worth, as far as they are
+    judged.
 
     Args:
       metric: "reward", or the name of a reward function.
     """
-    values = scores.total if metric == "reward" else scores.by_function[metric]
-    return np.flatnonzero(np.ptp(np.nan_to_num(values), axis=1)).tolist()
+    if metric == "reward":
+        values, judged = scores.total, scores.judged
+    else:
+        values = scores.by_function[metric]
+        judged = ~np.isnan(values)
+    most = np.max(values, axis=1, where=judged, initial=-np.inf)
+    least = np.min(values, axis=1, where=judged, initial=np.inf)
+    return np.flatnonzero(most > least).tolist()
 
 
 def requests(

@@ -45,6 +45,7 @@ def run(
     config, engine, trainer = job.config, job.engine, job.config.trainer
     with (
         closing(engine),
+        closing(job.rewards),
         opened(job) as (stream, log, checkpoints),
         asked_to_stop(log.say, trainer.stop_grace_s) as stopping,
         performance.long_lived_objects_set_aside() as set_aside,

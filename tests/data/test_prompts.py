@@ -417,3 +417,15 @@ def test_tools_of_a_row_stand_in_its_prompt(tmp_path):
     assert ['"name": "add"' in text for text in texts] == [False, True]
     with pytest.raises(ValueError, match="row 1 .*leaves out the column 'tools'"):
         load(write(tmp_path / "a.jsonl", rows))
+
+
+def test_reward_functions_get_text_where_the_data_set_has_text(tmp_path):
+    rows = [
+        {"prompt": "1+1=", "answer": "2"},
+        {"prompt": [{"role": "user", "content": "1+1= "}], "answer": "2"},
+    ]
+    source = Source(path=write(tmp_path / "a.jsonl", rows), system_prompt="Add.")
+    text, messages = load(source).train
+    assert text.content[1]["content"] == text.for_rewards == "1+1="
+    assert messages.for_rewards == messages.content
+    assert messages.content[0] == {"role": "system", "content": "Add."}

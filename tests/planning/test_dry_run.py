@@ -1,3 +1,5 @@
+import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -7,6 +9,7 @@ import tiny
 from jaxrl_llm import models
 from jaxrl_llm.config import parsing
 from jaxrl_llm.planning import dry_run
+from jaxrl_llm.rewards import RewardError, RewardFunction
 from jaxrl_llm.training.build import build
 
 
@@ -58,4 +61,15 @@ def test_it_prints_the_run_and_writes_nothing(job, capsys):
     assert "total_training_steps: 1" in shown
     assert f"{models.num_params(job.source.arch):,}" in shown
     assert "at most 256" in shown  # tokens: 2 prompts x 2 responses x (60 + 4)
+    assert re.search(r"exact +│ 0 ", shown)  # what a made-up response is worth
+
+
+def test_it_calls_every_reward_function(job):
+    def fails(completions):
+        raise ValueError(completions[0])
+
+    term = RewardFunction(name="mine", function=fails)
+    rewards = dataclasses.replace(job.rewards, functions=(term,))
+    with pytest.raises(RewardError, match="'mine' raised ValueError: .*made up"):
+        dry_run.tried_out(dataclasses.replace(job, rewards=rewards))
     assert not Path(job.config.output_dir).exists()

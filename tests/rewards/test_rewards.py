@@ -1,10 +1,12 @@
 import asyncio
+import json
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
-from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import replace
 
 import numpy as np
@@ -13,8 +15,16 @@ from scored_texts import make, run
 
 from jaxrl_llm.data.sources import Source, read_rows
 from jaxrl_llm.data.types import Turn
-from jaxrl_llm.rewards import RewardError, RewardFunction, Term, resolve, scoring
+from jaxrl_llm.rewards import (
+    Isolation,
+    RewardError,
+    RewardFunction,
+    Term,
+    isolation,
+    resolve,
+)
 from jaxrl_llm.rewards.builtin import exact, gsm8k, math, numeric, reasoning_gym
+from jaxrl_llm.rewards.function import check_signatures
 from jaxrl_llm.workers.judge import judge
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,17 +37,20 @@ def length(completions):
     return [len(text) for text in completions]
 
 
-def test_a_function_gets_what_trl_gives_it():
+@pytest.mark.parametrize("kind", ["process", "thread"])
+def test_a_function_gets_what_trl_gives_it(kind, tmp_path):
     # TRL 1.16, GRPOTrainer._calculate_rewards: columns repeated for each completion.
-    calls = []
+    path = str(tmp_path / "call.json")
 
     def record(prompts, completions, completion_ids, **columns):
-        calls.append((prompts, completions, completion_ids, columns))
+        with open(path, "x") as file:
+            json.dump((prompts, completions, completion_ids, columns), file)
         return [0.0] * 4
 
     columns = ({"answer": "A", "level": 1}, {"answer": "B"})
-    run(record, data=make(("q0", CHAT), columns))
-    ((prompts, completions, completion_ids, rest),) = calls
+    run(record, data=make(("q0", CHAT), columns), isolation=Isolation(kind=kind))
+    with open(path) as file:
+        prompts, completions, completion_ids, rest = json.load(file)
     assert prompts == ["q0", "q0", CHAT, CHAT]
     assert completions == [
         "a",
@@ -62,7 +75,7 @@ def test_a_chat_of_several_turns_is_a_message_each():
         seen.update(messages=completions[1], tokens=completion_ids[1])
         return [0.0] * len(completions)
 
-    run(judges, data=(prompts, several))
+    run(judges, data=(prompts, several), isolation=Isolation(kind="thread"))
     assert seen["messages"] == [
         {"role": "assistant", "content": "bb"},
         {"role": "tool", "content": "42"},
@@ -138,18 +151,13 @@ async def hangs_async(completions):
     ],
 )
 def test_a_function_that_fails_stops_the_run_or_scores_0_and_is_counted(
-    function, cause, monkeypatch
+    function, cause
 ):
-    hung = "finish" in cause
-    limit = {"timeout_s": 0.5} if hung else {}
+    limit = {"timeout_s": 0.5} if "finish" in cause else {}
     with pytest.raises(RewardError, match=f"reward function 'f0' {cause}") as info:
         run(function, **limit)
     for shown in ("prompt 0 ends: 'q0'", "response 0: 'a'", "answer: 'A'"):
         assert shown in str(info.value)
-    if hung:  # the other one takes as long as it needs
-        monkeypatch.setattr(
-            scoring, "wait", lambda calls, _: wait(calls, return_when=FIRST_COMPLETED)
-        )
     scores = run(function, length, **limit, on_error="zero")
     np.testing.assert_array_equal(scores.by_function["f0"], np.zeros((2, 2)))
     np.testing.assert_array_equal(scores.total, [[1, 2], [3, 0]])
@@ -170,13 +178,14 @@ def test_a_score_that_is_not_a_finite_number_fails_for_its_response_alone(bad):
     assert scores.errors == {"f0": 1}
 
 
+@pytest.mark.parametrize("where", ["process", "thread"])
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-def test_what_ends_the_program_is_not_a_failed_reward(kind):
+def test_what_a_function_raises_does_not_end_the_program(kind, where):
     def function(completions):
-        raise kind
+        raise kind(7)
 
-    with pytest.raises(kind):
-        run(function, on_error="zero")
+    with pytest.raises(RewardError, match=f"'f0' raised {kind.__name__}: 7"):
+        run(function, isolation=Isolation(kind=where))
 
 
 def test_a_function_that_hangs_does_not_keep_the_program_from_ending():
@@ -201,6 +210,141 @@ def test_a_function_that_hangs_does_not_keep_the_program_from_ending():
         check=True,
     )
     assert "did not finish within 0.2 s" in found.stdout
+
+
+def test_functions_share_nothing_that_can_be_changed():
+    def spoils(prompts, completions, completion_ids, answer):
+        for values in (prompts[0], completions[0], completion_ids, answer):
+            values.clear()
+        return [0.0] * 4
+
+    def counts(prompts, completions, completion_ids, answer):
+        return [
+            len(x[0]) + len(y[0]) for x, y in zip(prompts, completions, strict=True)
+        ]
+
+    for kind in ("process", "thread"):
+        data = make((CHAT, CHAT), ({"answer": ["A"]}, {"answer": ["B"]}))
+        data[1][0][0].tokens[:] = 7
+        scores = run(spoils, counts, data=data, isolation=Isolation(kind=kind))
+        np.testing.assert_array_equal(scores.by_function["f1"], np.full((2, 2), 4))
+        assert CHAT == [{"role": "user", "content": "q1"}]
+        assert [prompt.columns["answer"] for prompt in data[0]] == [["A"], ["B"]]
+
+
+def test_weights_that_add_up_to_1_give_a_perfect_response_1():
+    def perfect(completions):
+        return [1.0] * 4
+
+    for weights in ((0.65, 0.15, 0.2), (0.1,) * 10, (0.3, 0.3, 0.4), (1 / 3,) * 3):
+        terms = [
+            RewardFunction(name=f"f{i}", function=perfect, weight=weight)
+            for i, weight in enumerate(weights)
+        ]
+        np.testing.assert_array_equal(run(*terms).total, np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("where", ["process", "thread"])
+def test_an_async_function_has_one_loop_for_the_whole_run(where):
+    lock = asyncio.Lock() if where == "process" else None
+    kept = {}
+
+    async def judges(completions):
+        mine = kept.setdefault("lock", lock or asyncio.Lock())
+
+        async def one():
+            async with mine:
+                await asyncio.sleep(0)
+            return float(kept.setdefault("loop", asyncio.get_running_loop()) is loop)
+
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(one() for _ in completions))
+
+    for _ in range(3):
+        scores = run(judges, isolation=Isolation(kind=where))
+        np.testing.assert_array_equal(scores.total, np.ones((2, 2)))
+
+
+def test_a_function_that_cannot_be_sent_runs_in_a_thread_and_that_is_said():
+    lock = threading.Lock()
+
+    def guarded(completions):
+        with lock:
+            return [1.0] * 4
+
+    term, how = RewardFunction(name="mine", function=guarded), Isolation()
+    np.testing.assert_array_equal(run(term).total, np.ones((2, 2)))
+    (note,) = isolation.notes([term], how)
+    assert "'mine' runs in a thread of this process" in note
+    assert "cannot be pickled" in note
+    with pytest.raises(RewardError, match="'mine' cannot run in a process of its own"):
+        run(term, isolation=Isolation(kind="process"))
+    isolation.release([term])
+
+
+def test_limits_by_signals_work():
+    def limited(completions):
+        def end(*_):
+            raise TimeoutError
+
+        signal.signal(signal.SIGALRM, end)
+        scores = []
+        for text in completions:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            try:
+                while text == "a":
+                    pass
+                scores.append(1.0)
+            except TimeoutError:
+                scores.append(0.0)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+        return scores
+
+    np.testing.assert_array_equal(run(limited).total, [[0, 1], [1, 1]])
+
+
+def test_a_weight_that_makes_a_reward_too_large_is_named():
+    def function(completions):
+        return [1e10] * 4
+
+    term = RewardFunction(name="big", function=function, weight=-1e10)
+    with pytest.raises(RewardError, match="'big' returned 1e.10, with its weight -1e"):
+        run(term)
+
+
+def test_replies_that_there_was_no_time_for_score_0_one_by_one(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    (function,) = resolved({"name": "math", "params": {"limit_s": 100.0}})
+    data = make(columns=({"answer": "2"}, {"answer": "2"}))
+    texts = ["$9^{9^9}$", r"\boxed{2}", "$9^{9^9}$", r"\boxed{2}"]
+    episodes = [
+        replace(episode, turns=(replace(episode.turns[0], text=text),))
+        for episode, text in zip([*data[1][0], *data[1][1]], texts, strict=True)
+    ]
+    math([r"\boxed{2}"], ["2"], **PATIENT)  # what it imports takes its time
+    scores = run(function, data=(data[0], [episodes[:2], episodes[2:]]), timeout_s=4.0)
+    np.testing.assert_array_equal(scores.total, [[0, 1], [0, 1]])
+    assert scores.errors == {"math": 2}
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (lambda zzz: 0, "asks for 'zzz'; row 0 of data.train has it prompts"),
+        (lambda anser, **_: 0, "asks for 'anser', did you mean 'answer'"),
+        (lambda completions, /: 0, "takes 'completions' by position"),
+        (dict, "has no signature to read"),
+        (lambda prompts, answer, *, level=1, **_: 0, None),
+    ],
+)
+def test_what_a_function_asks_for_is_checked_against_the_first_row(function, message):
+    term = [RewardFunction(name="mine", function=function)]
+    if message is None:
+        check_signatures(term, ["answer"], "data.train")
+        return
+    with pytest.raises(ValueError, match=f"reward function 'mine' {message}"):
+        check_signatures(term, ["answer"], "data.train")
 
 
 def test_groups_must_fit_their_prompts():

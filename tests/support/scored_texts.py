@@ -33,10 +33,10 @@ def make(contents=("q0", "q1"), columns=({"answer": "A"}, {"answer": "B"})):
     return prompts, single_turn(completions)
 
 
-def run(*functions, data=None, timeout_s=300.0, on_error="raise"):
+def run(*functions, data=None, timeout_s=300.0, on_error="raise", **options):
     terms = [
         f if isinstance(f, RewardFunction) else RewardFunction(name=f"f{i}", function=f)
         for i, f in enumerate(functions)
     ]
     data = data or make()
-    return score(terms, *data, timeout_s=timeout_s, on_error=on_error)
+    return score(terms, *data, timeout_s=timeout_s, on_error=on_error, **options)
