@@ -74,7 +74,7 @@ class Encoder:
           ValueError: messages but no chat template, one that rejects them or leaves
             something out, no tokens, or one that the model has no embedding of.
         """
-        check_text(content)
+        check_text([content, tools])
         if isinstance(content, str):
             if tools:
                 raise ValueError("column 'tools' needs a chat template to stand in")

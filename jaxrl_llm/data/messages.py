@@ -15,7 +15,7 @@ Content = str | list[Message]
 _ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}
 
 _EXPORT = re.compile(
-    r"""\s*(array\()?\[?\s*\{\s*['"](role|content|from|value)['"]\s*:"""
+    r"""\s*(array\()?\[?\s*\{\s*['"](role|content|from|value|messages)['"]\s*:"""
 )
 
 
@@ -29,6 +29,8 @@ def content_of(value: Any, key: str) -> Content:
       ValueError: it is neither, or a message is no message.
     """
     found = _read_export(value, key) if isinstance(value, str) else value
+    if isinstance(found, Mapping):  # one message, or the record that messages came in
+        found = found.get("messages", [found])
     if isinstance(found, str):
         if not found.strip():
             raise ValueError(f"column {key!r} is empty")
@@ -36,7 +38,7 @@ def content_of(value: Any, key: str) -> Content:
     if not isinstance(found, Sequence) or not found:
         raise ValueError(
             f"column {key!r} must be text or a list of chat messages, got "
-            f"{_short(found)}"
+            f"{_short(value)}"
         )
     return [_message(message, f"column {key!r}") for message in found]
 
@@ -113,13 +115,18 @@ def _letters(text: str) -> str:
 
 def _read_export(text: str, key: str) -> Any:
     """The messages that `text` is an export of; else the text itself."""
-    if not _EXPORT.match(text):
+    inner = _json(text.strip()) if text.lstrip().startswith('"') else text
+    if isinstance(inner, str) and _EXPORT.match(inner):
+        text = inner  # JSON within JSON
+    elif not _EXPORT.match(text):
         return text
     for read in (json.loads, ast.literal_eval):
         try:
             found = read(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
+        if isinstance(found, dict) and isinstance(found.get("messages"), list):
+            return found["messages"]
         found = found if isinstance(found, list) else [found]
         named = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
         keys = [set(m) if isinstance(m, dict) else set() for m in found]
@@ -141,6 +148,7 @@ def _message(message: Any, where: str) -> Message:
         )
     found = {key: value for key, value in message.items() if value is not None}
     calls = found.get("tool_calls")
+    calls = _json(calls) if isinstance(calls, str) else calls
     if calls and "content" not in found:
         found["content"] = ""
     if not {"role", "content"} <= set(found) or not isinstance(found["role"], str):
@@ -150,6 +158,8 @@ def _message(message: Any, where: str) -> Message:
     found["content"] = _text(found["content"], where)
     if found["role"] == "user" and not found["content"].strip():
         raise ValueError(f"{where}: a user's message is empty")
+    if calls and not isinstance(calls, list | tuple):
+        raise ValueError(f"{where}: tool_calls must be a list, got {_short(calls)}")
     if calls:
         found["tool_calls"] = [_call(call, where) for call in _without_null(calls)]
     return found

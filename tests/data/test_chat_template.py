@@ -111,6 +111,8 @@ def test_tools_stand_in_the_prompt_or_are_refused():
     assert encoder(TOOLS).render(HI) == RENDERED
     with pytest.raises(ValueError, match="leaves out the column 'tools'"):
         encoder().encode(HI, tools)
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        encoder(TOOLS).encode(HI, [{"name": "\ud83d"}])
     with pytest.raises(ValueError, match="'tools' needs a chat template"):
         encoder().encode("hi", tools)
 

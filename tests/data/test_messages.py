@@ -16,6 +16,10 @@ CALL = {"name": "f", "arguments": {"a": 1}}
         json.dumps(HI, indent=2) + "\n",
         str(HI),
         json.dumps(HI[0]),
+        json.dumps(json.dumps(HI)),
+        json.dumps({"messages": HI}),
+        {"messages": HI},
+        HI[0],
         [{**HI[0], "name": None, "tool_calls": None}],
         [{"role": "user", "content": [{"type": "text", "text": "hi", "image": None}]}],
         [{"role": "user", "content": [{"type": "text", "text": x} for x in "hi"]}],
@@ -36,6 +40,9 @@ def test_messages_are_read_from_every_form_they_are_stored_in(given):
         '{"role": "admin"}',
         '{"content": "x", "kind": "y"}',
         "{x + y}",
+        '"hi"',
+        '"[1]"',
+        '{"messages": 3}',
         "[" * 5000,
     ],
 )
@@ -83,6 +90,11 @@ def test_a_call_of_a_tool_needs_no_content_and_has_an_object_for_arguments():
             [{"role": "assistant", "content": "", "tool_calls": ["f"]}],
             "a tool call is an object, got 'f'",
         ),
+        (
+            [{"role": "assistant", "content": "", "tool_calls": 5}],
+            "tool_calls must be a list, got 5",
+        ),
+        ({"a": 1}, "a chat message has role and content, got {'a': 1}"),
     ],
     ids=str,
 )
