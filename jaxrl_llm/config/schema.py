@@ -161,6 +161,9 @@ class RolloutConfig(SamplingConfig):
     """Strings that end a response, besides the model's own stop tokens."""
     stop_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Token ids that end a response, besides the model's own stop tokens."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text that rewards get and stop strings are looked
+    for in. The token that ends a response is in no text."""
     max_num_seqs: int = Field(256, gt=0)
     """Sequences decoded together; more wait."""
     decode_chunk: int = Field(64, gt=0)

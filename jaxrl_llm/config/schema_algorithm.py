@@ -179,6 +179,9 @@ class AlgorithmConfig(Section):
     lam: float = Field(1.0, ge=0, le=1)
     """gae: 1 looks at the whole rest of the response (unbiased), 0 only at the next
     value."""
+    mask_truncated_completions: bool = False
+    """Learn nothing from responses that reached rollout.max_response_length (DAPO's
+    overlong filtering): their rewards count in the group, their tokens in no loss."""
     use_kl_in_reward: bool = False
     """Keep the initial weights as reference, and take kl_ctrl.kl_coef * KL off every
     token's reward."""

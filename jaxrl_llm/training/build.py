@@ -288,6 +288,15 @@ def stop_warnings(
             f"neither {config.model.path} nor its tokenizer names an end of sequences; "
             "set rollout.stop or rollout.stop_token_ids"
         ]
+    added = tokenizer.added_tokens_decoder.values()
+    special = [token.content for token in added if token.special]
+    unseen = [s for s in rollout.stop if any(token in s for token in special)]
+    if unseen and rollout.skip_special_tokens:
+        return [
+            f"rollout.stop has {unseen[0]!r}, which is never found in texts without "
+            "special tokens; set rollout.skip_special_tokens=false, or stop at its "
+            "token by rollout.stop_token_ids"
+        ]
     if not config.data.chat_template:
         return []
     end = encoder_of(config.data, tokenizer).end_of_answer()
@@ -353,6 +362,7 @@ def engine_of(
                 quantization=rollout.quantization,
                 kv_cache_dtype=rollout.kv_cache_dtype,
                 checksum_freq=rollout.checksum_freq,
+                skip_special_tokens=rollout.skip_special_tokens,
             )
         case "vllm":
             # Needs the extra `vllm`.
@@ -368,6 +378,7 @@ def engine_of(
                 max_model_len=config.data.max_prompt_length
                 + rollout.max_response_length,
                 max_num_seqs=rollout.max_num_seqs,
+                skip_special_tokens=rollout.skip_special_tokens,
             )
 
 

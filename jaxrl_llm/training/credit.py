@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
@@ -16,6 +16,7 @@ from jaxrl_llm.config import plugins
 from jaxrl_llm.config.algorithm import Estimator
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.data.rows import TrainBatch
+from jaxrl_llm.data.types import Episode
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.experience import Groups, Observe
@@ -219,6 +220,9 @@ def assign_credit(
         )
         rows, found = jax.device_get(advantages_of(rows, judged, algorithm=algorithm))
         means = per_response(rows, scores.total.shape)
+        if algorithm.mask_truncated_completions:
+            rows, masked_out = without_truncated(rows, groups.rollouts)
+            found["training/truncated_completions_masked"] = masked_out
         if algorithm.pf_ppo:
             rows = draw_again(job, rows, scores.total, step)
     if state.kl_coef is not None:
@@ -255,6 +259,24 @@ def draw_again(
     )
     key = jax.random.key(seed(job.config.seed, Purpose.RESAMPLE, step))
     return job.actor.take(rows, advantages.resample(key, weights).tolist())
+
+
+def without_truncated(
+    rows: TrainBatch, rollouts: Sequence[Sequence[Episode]]
+) -> tuple[TrainBatch, float]:
+    """`rows` in which no token of an episode that was cut off counts as a response, and
+    the share of the episodes that were.
+
+    Args:
+      rows: NumPy arrays. Sequence p * G + g is episode g of prompt p.
+
+    Source: DAPO (arXiv:2503.14476), section 3.4, overlong filtering.
+    """
+    cut = np.array([e.finish_reason == "length" for group in rollouts for e in group])
+    mask = rows.response_mask & ~(cut[rows.sequence_ids] & (rows.sequence_ids >= 0))
+    worth = np.where(mask, rows.advantages, np.float32(0))
+    kept = dataclasses.replace(rows, response_mask=mask, advantages=worth)
+    return kept, float(cut.mean())
 
 
 def per_response(rows: TrainBatch, shape: tuple[int, int]) -> np.ndarray:

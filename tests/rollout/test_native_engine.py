@@ -399,6 +399,18 @@ def test_too_little_memory_for_one_sequence_is_said():
         generate(engine(cache_gib=1e-5), REQUESTS[:1])
 
 
+def test_special_tokens_are_kept_by_a_switch():
+    asked = [request(1, n=8, max_tokens=20)]
+    special = set(TOKENIZER.all_special_ids)
+    [kept] = generate(engine(skip_special_tokens=False), asked)
+    [left_out] = generate(engine(), asked)
+    assert any(special & set(c.tokens.tolist()) for c in kept)
+    for one, other in zip(kept, left_out, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        assert one.text == TOKENIZER.decode(one.tokens)
+        assert other.text == TOKENIZER.decode(one.tokens, skip_special_tokens=True)
+
+
 def test_what_cannot_be_answered_is_refused():
     with pytest.raises(
         ValueError, match="prompt 7 has 10 tokens .* max_model_len is 128"

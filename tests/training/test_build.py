@@ -92,7 +92,11 @@ def test_a_template_whose_answers_end_with_no_stop_token_is_pointed_at(
     assert "'<|im_end|>' behind an answer, which ends no response" in warning
     assert f"add its token {END} to rollout.stop_token_ids" in warning
     assert said((END,)) == said((5,), **{"rollout.stop_token_ids": [END]}) == []
-    assert said((5,), **{"rollout.stop": ["<|im_end|>"]}) == []
+    stop = {"rollout.stop": ["<|im_end|>"]}
+    assert said((5,), **stop, **{"rollout.skip_special_tokens": False}) == []
+    (warning,) = said((5,), **stop)
+    assert "rollout.stop has '<|im_end|>', which is never found in texts" in warning
+    assert "set rollout.skip_special_tokens=false, or stop at its token" in warning
     assert said((5,), **{"data.chat_template": False}) == []
     only_text = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     assert said((5,), only_text) == said((5,), None) == []

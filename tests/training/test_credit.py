@@ -229,3 +229,33 @@ def test_every_estimator_is_the_same_in_any_layout(estimator):
             *map(jax.tree.leaves, (credited(layout), wanted)), strict=True
         ):
             np.testing.assert_allclose(got, other, rtol=1e-5, atol=1e-6)
+
+
+def test_what_was_cut_off_counts_in_no_loss():
+    episodes = [list(group) for group in EPISODES]
+    cut = [(0, 1), (2, 0), (2, 1)]
+    for p, group in enumerate(episodes):
+        for g, episode in enumerate(group):
+            reason = "length" if (p, g) in cut else "stop"
+            turns = [
+                dataclasses.replace(t, finish_reason=reason) for t in episode.turns
+            ]
+            group[g] = dataclasses.replace(episode, turns=tuple(turns))
+    worth = np.arange(1.0, 9.0, dtype=np.float32).reshape(4, 2)
+    layout = Layout(pack_length=32, rows_multiple=4)
+    rows = packing.make_rows(PROMPTS, episodes, worth, layout=layout)
+    found, share = estimate.without_truncated(rows, episodes)
+    assert share == 3 / 8
+    sequences = [2 * p + g for p, g in cut]
+    is_cut = np.isin(rows.sequence_ids, sequences)
+    np.testing.assert_array_equal(found.response_mask, rows.response_mask & ~is_cut)
+    assert not found.response_mask[found.sequence_ids < 0].any()
+    assert (found.advantages[is_cut] == 0).all()
+    kept = estimate.per_response(found, (4, 2))
+    expected = np.where(np.isin(np.arange(8).reshape(4, 2), sequences), 0, worth)
+    np.testing.assert_array_equal(kept, expected)
+    # A mean over tokens is then one over those of the others.
+    per_token = jnp.asarray(np.random.default_rng(0).normal(size=rows.tokens.shape))
+    mean = masked.token_mean(per_token, jnp.asarray(found.response_mask))
+    others = np.asarray(per_token)[rows.response_mask & ~is_cut]
+    np.testing.assert_allclose(mean, others.mean(), rtol=1e-5)

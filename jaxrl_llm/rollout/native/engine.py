@@ -61,6 +61,8 @@ class JaxEngine:
         sequences need, or what is free and programs do not need, if that is less.
       checksum_freq: verify the weights at the first load and whenever their version is
         a multiple of this; 0: never.
+      skip_special_tokens: leave special tokens out of texts, and of where stop strings
+        are looked for. The token that ends a response is in no text.
 
     Raises:
       ValueError: `max_model_len` is more than the model has positions, or its weights
@@ -82,6 +84,7 @@ class JaxEngine:
         quantization: models.Bits | None = None,
         kv_cache_dtype: models.Bits | None = None,
         checksum_freq: int = 100,
+        skip_special_tokens: bool = True,
     ):
         if max_model_len > arch.max_positions:
             raise ValueError(
@@ -89,6 +92,7 @@ class JaxEngine:
                 "positions"
             )
         self.arch, self.tokenizer = arch, tokenizer
+        self._skips = {"skip_special_tokens": skip_special_tokens}
         self.mesh = mesh.local_mesh
         self.replicas = self.mesh.shape["data"]
         self._rows = -(-max_num_seqs // self.replicas)
@@ -450,11 +454,9 @@ class JaxEngine:
     def _texts(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         tokenizer = self.tokenizer
         if getattr(tokenizer, "clean_up_tokenization_spaces", True):
-            return tokenizer.batch_decode(sequences, skip_special_tokens=True)
+            return tokenizer.batch_decode(sequences, **self._skips)
         # All at once, on all processors.
-        return tokenizer.backend_tokenizer.decode_batch(
-            sequences, skip_special_tokens=True
-        )
+        return tokenizer.backend_tokenizer.decode_batch(sequences, **self._skips)
 
 
 def _most_likely(response: Response) -> dict[str, np.ndarray]:

@@ -112,6 +112,8 @@ class VllmEngine:
       dtype: of weights, activations and cache of servers of ours.
       max_model_len: longest prompt and response together, tokens.
       max_num_seqs: sequences that one server decodes together.
+      skip_special_tokens: leave special tokens out of texts, and of where stop strings
+        are looked for.
 
     Raises:
       ServerError: a running server lacks something, or the command does not exist.
@@ -128,7 +130,9 @@ class VllmEngine:
         dtype: str,
         max_model_len: int,
         max_num_seqs: int,
+        skip_special_tokens: bool = True,
     ):
+        self._skips = {"skip_special_tokens": skip_special_tokens}
         self.arch, self.tokenizer, self.settings = arch, tokenizer, settings
         self._prompts = [tuple(p) for p in prompts[:_NUM_PROBES]]
         self._directory = Path(directory)
@@ -520,6 +524,7 @@ class VllmEngine:
             "min_p": sampling.min_p,
             "stop": list(sampling.stop),
             "stop_token_ids": list(stops),
+            **self._skips,
             "ignore_eos": True,  # its idea of the end; ours is in stop_token_ids
         }
         if self.settings.reproducible:
@@ -553,9 +558,7 @@ class VllmEngine:
                 f"log-probabilities to prompt {request.prompt_id}"
             )
         by_token = int(tokens[-1]) in stops
-        text = self.tokenizer.decode(
-            tokens[:-1] if by_token else tokens, skip_special_tokens=True
-        )
+        text = self.tokenizer.decode(tokens[:-1] if by_token else tokens, **self._skips)
         ends = [text.index(stop) for stop in sampling.stop if stop in text]
         greedy = sampling.temperature == 0
         more = {}
