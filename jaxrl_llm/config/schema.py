@@ -302,7 +302,7 @@ class TrainerConfig(Section):
     """auto: go on from the newest checkpoint in output_dir, if there is one. force:
     also if functions, rows or held-out questions are not those that the run began with,
     or steps are missing from what it wrote."""
-    stop_grace_s: float = Field(6.0, gt=0)
+    stop_grace_s: float = Field(4.0, gt=0)
     """Seconds that the step under way has to end after SIGTERM. If it does not, it is
     given up, and the run goes on from its newest checkpoint."""
     profile: str | None = Field(None, pattern=r"^[1-9]\d*:[1-9]\d*$")

@@ -97,11 +97,15 @@ def collect(
     )
     if not plugins.estimator_of(config.algorithm).asks_greedily:
         return groups
+    # A filter may keep two groups of a prompt that came back within the step.
+    asked = list({prompt.id: prompt for prompt in groups.asked}.values())
     with observe("gen"):
-        asked = greedily(requests(config, groups.asked, step))
-        greedy = single_turn(generate_together(engine, asked))
+        of_step = greedily(requests(config, asked, step))
+        greedy = single_turn(generate_together(engine, of_step))
     with observe("reward"):
-        baselines = score(groups.asked, greedy).total[:, 0]
+        totals = score(asked, greedy).total[:, 0]
+    of_prompt = {prompt.id: total for prompt, total in zip(asked, totals, strict=True)}
+    baselines = np.array([of_prompt[p.id] for p in groups.asked], np.float32)
     generated = replace(groups.generated, greedy=greedy)
     return replace(groups, baselines=baselines, generated=generated)
 

@@ -472,13 +472,14 @@ def test_a_run_that_lost_a_process_goes_on_and_one_asked_to_stop_stops_all(
         lost = f"is lost: nothing was heard of it for {LOST_AFTER_S} s"
         assert lost in said.splitlines()[-1]
     # Only one of them hears SIGTERM, in the middle of step 2.
-    with training(2, values, run, cache, gate=f"1:{gate}") as group:
+    patient = values | {"trainer": values["trainer"] | {"stop_grace_s": 300}}
+    with training(2, patient, run, cache, gate=f"1:{gate}") as group:
         group.until(lambda: all_wait(group))
         group.members[1].terminate()
         for member in group.members:
             (gate / str(member.pid)).unlink()
         (said, status), (_, other) = group.wait()
-        assert (status, other) == (0, 0), said
+        assert (status, other) == (75, 75), said
         assert "going on from step 1" in said
         assert f"stopped after step 2 of {STEPS}" in said
     assert_same_run(trained(2, values, run, cache), alone)

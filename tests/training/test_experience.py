@@ -1,5 +1,6 @@
 """Which responses a step trains on, and what it takes off their reward."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import tiny
 from short_run import GRPO, make_config, mean_id, newest
 
 from jaxrl_llm.config.parsing import ConfigError
-from jaxrl_llm.data.types import Scores
+from jaxrl_llm.data.stream import PromptBatches
+from jaxrl_llm.data.types import Completion, Prompt, Scores
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.rewards.builtin import overlong_penalty
 from jaxrl_llm.rewards.scoring import join
-from jaxrl_llm.rollout.engine import generate
+from jaxrl_llm.rollout.engine import Engine, generate
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.training import experience as collect
@@ -135,6 +137,55 @@ def test_remax_compares_with_the_greedy_response(weights, tmp_path):
         expected = mean_id([record["tokens"]])[0] - mean_id([tokens])[0]
         assert record["advantage"] == pytest.approx(expected, abs=1e-6)
     assert any(r["tokens"] != t.tolist() for r, t in zip(records, greedy, strict=True))
+
+
+class Echo(Engine):
+    """An engine whose responses tell the sample, or that they are the likeliest."""
+
+    def submit(self, requests):
+        self.requests = requests
+
+    def completions(self):
+        for request in self.requests:
+            for sample in range(request.num_samples):
+                token = sample if request.sampling.temperature else 9
+                yield Completion(
+                    prompt_id=request.prompt_id,
+                    sample=sample,
+                    tokens=np.array([token], np.int32),
+                    logprobs=np.zeros(1, np.float32),
+                    raw_logprobs=np.zeros(1, np.float32),
+                    finish_reason="length",
+                    weight_version=0,
+                    text=str(token),
+                )
+
+
+def test_a_prompt_that_is_kept_twice_has_one_greedy_response(tmp_path):
+    changed = GRPO | {
+        "algorithm.adv_estimator": "remax",
+        "algorithm.filter_groups": {},
+        "data.train_batch_size": 2,
+    }
+    config = make_config("not read", tmp_path, **changed)
+    prompts = [Prompt(id=i, content="", tokens=(1,), columns={}) for i in range(3)]
+    stream = PromptBatches(prompts, 2, seed=0, shuffle=False)
+
+    def score(asked, rollouts):
+        """The responses to prompt 0 differ, and no others."""
+        total = [
+            [float(r.tokens[0]) if prompt.id == 0 else 5.0 for r in group]
+            for prompt, group in zip(asked, rollouts, strict=True)
+        ]
+        return Scores(total=np.array(total, np.float32), by_function={}, errors={})
+
+    def observe(name):
+        return contextlib.nullcontext()
+
+    # The second batch is of prompt 2 and of prompt 0 again.
+    groups = collect.collect(config, Echo(), score, stream, observe, 1)
+    assert [prompt.id for prompt in groups.asked] == [0, 0]
+    np.testing.assert_array_equal(groups.baselines, [9.0, 9.0])
 
 
 def test_the_overlong_penalty_by_hand():
