@@ -96,7 +96,10 @@ def misfits(config) -> Iterator[str]:
     for key in ("chat_template_file", "chat_template_kwargs", "template_time"):
         if getattr(data, key) and not data.chat_template:
             yield f"data.{key} is given, but data.chat_template is false"
-    for split, source in (("train", data.train), ("val", data.val)):
+    if data.more_val and data.val is None:
+        yield "data.more_val is given, but data.val, the first of the sets, is not"
+    more = ((f"more_val.{name}", source) for name, source in data.more_val.items())
+    for split, source in (("train", data.train), ("val", data.val), *more):
         if source and source.path.startswith("reasoning_gym:") and not source.size:
             yield (
                 f"data.{split}.size is needed for reasoning_gym: how many questions to "

@@ -268,13 +268,5 @@ def _line(item: Mapping[str, Any]) -> str:
 
 def _keys(loc: Sequence[str | int]) -> list[str]:
     """The keys of the section at `loc`."""
-    section: Any = Config
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        annotation = section.model_fields[part].annotation
-        choices = getattr(annotation, "__args__", (annotation,))
-        section = next(
-            c for c in choices if isinstance(c, type) and issubclass(c, BaseModel)
-        )
-    return list(section.model_fields)
+    _, kinds = _field([str(part) for part in loc])
+    return [key for kind in kinds if _is_section(kind) for key in kind.model_fields]

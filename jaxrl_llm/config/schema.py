@@ -64,6 +64,9 @@ class DataConfig(Section):
     train: DatasetConfig
     val: DatasetConfig | None = None
     """Held-out questions. Those that also stand in `train` are taken out of `train`."""
+    more_val: dict[Name, DatasetConfig] = {}
+    """More sets of held-out questions by name; the metrics of each stand under its
+    name, such as val-core/NAME/acc/mean@1."""
     train_batch_size: int = Field(64, gt=0)
     """Prompts per step; each is answered rollout.n times."""
     max_prompt_length: int = Field(512, gt=0)

@@ -9,7 +9,8 @@ import json
 import string
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from jaxrl_llm.config.names import Overlong
@@ -44,6 +45,7 @@ def load(
     val: Source | None,
     encoder: Encoder,
     *,
+    more_val: Mapping[str, Source] = MappingProxyType({}),
     max_prompt_length: int,
     overlong_prompts: Overlong = "error",
     chat_template: bool = True,
@@ -56,6 +58,8 @@ def load(
       train: questions to train on; those that also stand in `val` are left out.
       val: held-out questions, or None.
       encoder: makes tokens of questions.
+      more_val: more sets of held-out questions by name, which becomes their column
+        `data_source`; their ids follow those of `val`.
       max_prompt_length: longest prompt in tokens, chat template included.
       overlong_prompts: what becomes of longer ones: an error, the last
         `max_prompt_length` tokens of each, or nothing.
@@ -64,12 +68,17 @@ def load(
     Raises:
       ValueError: a source, row or prompt that does not fit, or no prompt that is left.
     """
-    held_out = _render_all(val, chat_template) if val else {}
+    sets = [(None, val)] if val else []
+    held_out = [
+        (name, source, _render_all(source, chat_template))
+        for name, source in (*sets, *more_val.items())
+    ]
     questions = _render_all(train, chat_template)
     known = {
         one
-        for content, row in held_out.values()
-        for one in _identities(content, row, val)
+        for _, source, rendered in held_out
+        for content, row in rendered.values()
+        for one in _identities(content, row, source)
     }
     kept = {
         i: (content, row)
@@ -85,9 +94,14 @@ def load(
     limits = max_prompt_length, overlong_prompts
     train_prompts, overlong = _tokenize_all(kept, train, encoder, *limits)
     val_prompts: list[Prompt] = []
-    if val:
-        val_prompts, more = _tokenize_all(held_out, val, encoder, *limits)
+    before = 0
+    for name, source, rendered in held_out:
+        found, more = _tokenize_all(rendered, source, encoder, *limits)
         overlong += more
+        if name is not None:
+            found = [_told_apart(prompt, name, before) for prompt in found]
+        val_prompts += found
+        before += len(rendered)
     return Datasets(
         train=train_prompts,
         val=val_prompts,
@@ -96,6 +110,12 @@ def load(
         train_removed_as_held_out=removed,
         warnings=tuple(_rendered_before(questions, train, encoder)),
     )
+
+
+def _told_apart(prompt: Prompt, name: str, before: int) -> Prompt:
+    """A prompt of a further set, which `before` rows of other sets come before."""
+    columns = {**prompt.columns, "data_source": name}
+    return replace(prompt, id=prompt.id + before, columns=columns)
 
 
 def read(

@@ -214,6 +214,9 @@ def read_data(
         Source(**section.train.model_dump()),
         Source(**section.val.model_dump()) if section.val else None,
         encoder_of(section, tokenizer, vocab_size),
+        more_val={
+            name: Source(**more.model_dump()) for name, more in section.more_val.items()
+        },
         max_prompt_length=section.max_prompt_length,
         overlong_prompts=section.overlong_prompts,
         chat_template=section.chat_template,

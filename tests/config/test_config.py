@@ -244,6 +244,15 @@ def test_a_configuration_cannot_be_changed():
             "--data.val.path=reasoning_gym:gcd",
             "data.val.size is needed for reasoning_gym",
         ),
+        (
+            "--data.more_val={a: {path: x}}",
+            "data.more_val is given, but data.val, the first of the sets, is not",
+        ),
+        (
+            "--data.more_val={a: {path: x, pth: y}}",
+            "data.more_val.a.pth: unknown key; d",
+        ),
+        ("--data.more_val={'': {path: x}}", "data.more_val"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_key_and_what_fits(override, line):
@@ -498,7 +507,7 @@ class Reads(ast.NodeVisitor):
             return None
         owner = self.section_of(node.value)
         if owner is None:
-            return Config if node.attr == "config" else None
+            return Config if node.attr.strip("_") == "config" else None
         return section_in(owner, node.attr)
 
     def visit_FunctionDef(self, node):

@@ -429,3 +429,21 @@ def test_reward_functions_get_text_where_the_data_set_has_text(tmp_path):
     assert text.content[1]["content"] == text.for_rewards == "1+1="
     assert messages.for_rewards == messages.content
     assert messages.content[0] == {"role": "system", "content": "Add."}
+
+
+def test_further_held_out_sets_are_told_apart(tmp_path):
+    train = write(tmp_path / "a.jsonl", QUESTIONS)
+    rows = [{"prompt": f"{i}-1=", "answer": ""} for i in range(3)]
+    val = write(tmp_path / "b.jsonl", [*rows, QUESTIONS[0]])
+    more = {
+        "sums": Source(path=write(tmp_path / "c.jsonl", QUESTIONS[2:4])),
+        "again": Source(path=write(tmp_path / "d.jsonl", rows[:1]), system_prompt="x"),
+    }
+    found = load(train, val, more_val=more)
+    assert [p.id for p in found.train] == [1, 4]
+    assert found.train_removed_as_held_out == 3
+    assert [p.id for p in found.val] == list(range(7))
+    names = [p.columns.get("data_source") for p in found.val]
+    assert names == [None] * 4 + ["sums"] * 2 + ["again"]
+    assert found.val[4].content[0]["content"] == QUESTIONS[2]["prompt"]
+    assert found.val[:4] == load(train, val).val
