@@ -3,11 +3,11 @@
 Source: the config.json of each model on the Hugging Face hub.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.models import Architecture, architecture
+from jaxrl_llm.models.checkpoints import files
 
 
 def _llama(vocab, hidden, inner, layers, heads, kv_heads, head, tied, theta, **more):
@@ -61,13 +61,15 @@ def find(name: str) -> Architecture:
     """The shape of that name, or of a config.json file.
 
     Raises:
-      ValueError: neither a known name nor a file.
+      ValueError: neither a known name nor a file that describes a model.
     """
     if name.lower() in _SHAPES:
         return architecture(_SHAPES[name.lower()])
     path = Path(name)
     if path.is_file():
-        return architecture(json.loads(path.read_text()))
+        said = files.json_object(path)
+        with files.reading(path):
+            return architecture(said)
     raise ValueError(
         f"model {name!r} is no config.json and none of {', '.join(_SHAPES)}"
     )

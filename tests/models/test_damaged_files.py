@@ -14,6 +14,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from jaxrl_llm import cli, models
+from jaxrl_llm.models import known_shapes
 from jaxrl_llm.models.checkpoints import chat_template, files
 from jaxrl_llm.models.checkpoints.files import ModelFileError
 from jaxrl_llm.models.checkpoints.gguf import GGUFFile
@@ -397,7 +398,7 @@ def test_a_value_that_cannot_be_is_refused_by_file_and_key(model, values):
 )
 def test_a_file_of_something_else_is_named(model, file, content):
     (model / file).write_text(content)
-    assert str(model) in refusal(model)
+    assert str(model / file) in refusal(model)
 
 
 @pytest.mark.parametrize(
@@ -412,9 +413,28 @@ def test_a_file_of_something_else_is_named(model, file, content):
 def test_a_file_in_another_encoding_is_named(model, file):
     text = (model / file).read_text()
     (model / file).write_bytes(text.encode("utf-16"))
-    assert str(model) in refusal(model)
+    assert str(model / file) in refusal(model)
     (model / file).write_bytes(b'{"a": "\xff"}')
-    assert str(model) in refusal(model)
+    assert str(model / file) in refusal(model)
+
+
+def test_a_tokenizer_s_values_are_refused_by_the_file_that_holds_them(model):
+    change(model / "tokenizer_config.json", eos_token=[1])
+    assert str(model / "tokenizer_config.json") in refusal(model)
+
+
+def test_a_tokenizer_that_is_asked_for_is_never_replaced_by_another(model, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty has no tokenizer"):
+        models.open(model, tokenizer=tmp_path / "empty")
+
+
+def test_a_config_alone_is_read_as_carefully(tmp_path):
+    file = tmp_path / "config.json"
+    for content in ("[]", "{", json.dumps({"model_type": "llama", "vocab_size": -1})):
+        file.write_text(content)
+        with pytest.raises(ModelFileError, match="config.json cannot be used"):
+            known_shapes.find(str(file))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-_SECONDS = 10
+_SECONDS = 5
 _BYTES = 2**30
 _CHARACTERS = 1_000_000
 
@@ -16,7 +16,7 @@ _CHARACTERS = 1_000_000
 def fault(template: str) -> str | None:
     """What speaks against ever rendering the template; None if nothing does.
 
-    Renders it once in a process that is killed after 10 seconds of work or at 1 GiB.
+    Renders it once in a process that is killed after 5 seconds of work or at 1 GiB.
     What the template does with other conversations is not known then.
     """
     if len(template) > _CHARACTERS:

@@ -36,7 +36,7 @@ from jaxrl_llm.sharding import processes
 _HEAD, _OUTPUT = "score.weight", "lm_head.weight"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
 _TOKENIZERS = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"
+    "tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"
 )  # fmt: skip
 _BESIDE_TOKENIZERS = (
     *("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab"),
@@ -161,7 +161,9 @@ def open(
     if path.startswith("package:"):
         path = _in_package(path)
     if isinstance(tokenizer, str | os.PathLike):
-        tokenizer = _tokenizer(_folder(os.fspath(tokenizer)))
+        given = os.fspath(tokenizer)
+        tokenizer = _tokenizer(_folder(given))
+        need_tokenizer(tokenizer, given, "name a directory that has one of them")
     if path.endswith(".gguf"):
         local = Path(path).expanduser()
         _check_revision(local, revision)
@@ -423,8 +425,10 @@ def _download(name: str, revision: str | None = None) -> Path:
 
 def _tokenizer(folder: Path) -> Any:
     """The directory's tokenizer; None if it has no tokenizer files."""
+    import tokenizers
     from transformers import AutoTokenizer
 
+    fast = folder / "tokenizer.json"
     found = [folder / name for name in _TOKENIZERS if os.path.lexists(folder / name)]
     if not found:
         return None
@@ -432,10 +436,19 @@ def _tokenizer(folder: Path) -> Any:
     for path in [*folder.iterdir(), *templates.glob("*.jinja")]:
         if path.name.startswith(_BESIDE_TOKENIZERS) or path.suffix == ".jinja":
             files.checked(path, _TOKENIZER_BYTES)
-    with files.reading(found[0]):
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, config=_tokenizer_config(folder), trust_remote_code=False
-        )
+            if path.suffix == ".json" and path != fast:
+                files.json_object(path)
+    config = _tokenizer_config(folder)
+    try:
+        with files.reading(found[-1]):
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, config=config, trust_remote_code=False
+            )
+    except ModelFileError:
+        if fast in found:  # which of the files is it?
+            with files.reading(fast):
+                tokenizers.Tokenizer.from_file(str(fast))
+        raise
     _check_template(tokenizer, folder)
     return tokenizer
 
