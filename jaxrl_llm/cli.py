@@ -1,7 +1,7 @@
 """The command line.
 
-    jaxrl train CONFIG.yaml [--dry-run] [--resume auto|never] [--profile FIRST:LAST]
-                            [--section.key VALUE ...]
+    jaxrl train CONFIG.yaml [--dry-run] [--resume auto|never|force]
+                            [--profile FIRST:LAST] [--section.key VALUE ...]
     jaxrl evaluate CONFIG.yaml [--section.key VALUE ...]
         both also with [--coordinator HOST:PORT --num-processes N --process-id I]
                        [--lost-after SECONDS]

@@ -8,6 +8,7 @@ from typing import Any
 from jaxrl_llm.config import parsing, renamed
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
+from jaxrl_llm.config.secrets import without_secrets
 
 # Settings a run may go on with changed: they do not change what it has done so far.
 _MAY_CHANGE = (
@@ -141,8 +142,9 @@ def _path(config: Config, section: str) -> str | None:
 
 
 def facts(config: Config) -> dict[str, Any]:
-    """What is compared when a run goes on: every setting by its dotted key."""
-    return _flat(config.model_dump(mode="json"))
+    """What is compared when a run goes on: every setting by its dotted key, but for
+    secrets, which are not stored."""
+    return _flat(without_secrets(config.model_dump(mode="json")))
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

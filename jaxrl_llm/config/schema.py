@@ -305,6 +305,9 @@ class TrainerConfig(Section):
     """auto: go on from the newest checkpoint in output_dir, if there is one. force:
     also if functions, rows or held-out questions are not those that the run began with,
     or steps are missing from what it wrote."""
+    max_hours: float | None = Field(None, gt=0)
+    """Stop after the first step that ends later than so many hours after the start, as
+    if asked to; the same command goes on. No bound if not given."""
     stop_grace_s: float = Field(4.0, gt=0)
     """Seconds that the step under way has to end after SIGTERM. If it does not, it is
     given up, and the run goes on from its newest checkpoint."""

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -164,6 +165,18 @@ class Checkpoints:
             f"no checkpoint can be gone on from: {'; '.join(causes)}. Nothing was "
             "changed: put a sound copy back, or choose another output_dir"
         )
+
+    def check_room(self, state: Any) -> None:
+        """Raises OSError if the disk has no room for a checkpoint of `state`, a tree of
+        arrays or their shapes. All processes call it."""
+        leaves = jax.tree.leaves(state)
+        needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+        free = min(processes.gather(shutil.disk_usage(self.directory).free))
+        if free < needed:
+            raise OSError(
+                f"{self.directory}: a checkpoint takes {needed / 1e9:.2f} GB, but only "
+                f"{free / 1e9:.2f} GB are free; make room, or use another output_dir"
+            )
 
     def _restore(self, step: int, like: Any, say: Say) -> Checkpoint | str:
         """The checkpoint of a step, or how it is damaged; the same in all processes."""
@@ -425,8 +438,12 @@ def save_weights(
     card = models.model_card(source.origin, recipe)
     models.save(fresh, source.arch, params, source.tokenizer, card=card)
     if processes.leads():
-        shutil.rmtree(directory, ignore_errors=True)
+        old = directory.with_name("huggingface.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            directory.rename(old)
         fresh.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -29,15 +29,16 @@ from jaxrl_llm.training.update import update, update_flops
 def run(
     job: Job, schedule_of: Callable[[Collect, Load], Schedule] = Synchronous
 ) -> Result:
-    """Trains to the end, or until SIGTERM or Ctrl-C asks for an early one: the step
-    under way is then the last, and its checkpoint is saved.
+    """Trains to the end, or until SIGTERM, Ctrl-C or `trainer.max_hours` asks for an
+    early one: the step under way is then the last, and its checkpoint is saved.
 
     Args:
       schedule_of: makes the schedule of its two stages.
 
     Raises:
       RewardError: a reward function failed and `reward.on_error` is "raise".
-      CheckpointError: there are checkpoints in output_dir, but all are damaged.
+      CheckpointError: there are checkpoints in output_dir, but none to go on from.
+      OSError: there is no room for a checkpoint.
       Stopped: after SIGTERM, the step under way did not end in time and was given up.
       KeyboardInterrupt: at a second Ctrl-C.
       CannotLearn: weights, or all gradients of some steps, are not finite.
@@ -47,7 +48,7 @@ def run(
         closing(engine),
         closing(job.rewards),
         opened(job) as (stream, log, checkpoints),
-        asked_to_stop(log.say, trainer.stop_grace_s) as stopping,
+        asked_to_stop(log.say, trainer.stop_grace_s, trainer.max_hours) as stopping,
         performance.long_lived_objects_set_aside() as set_aside,
     ):
         state, first = start_or_go_on(job, stream, checkpoints, log.waiting, log.say)

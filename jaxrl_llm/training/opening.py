@@ -10,6 +10,7 @@ import jax
 from jaxrl_llm.config import resume
 from jaxrl_llm.config.names import ConfigError, device_numbers
 from jaxrl_llm.config.schema import PlacementConfig
+from jaxrl_llm.config.secrets import without_secrets
 from jaxrl_llm.data.stream import PromptBatches
 from jaxrl_llm.sharding import hardware, processes
 from jaxrl_llm.tracking import run_lock
@@ -75,7 +76,7 @@ def _opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
         _room_in(directory),
         RunLog(
             directory,
-            config=config.model_dump(mode="json"),
+            config=without_secrets(config.model_dump(mode="json")),
             inputs=job.inputs,
             devices=_devices(config.placement),
             total_steps=trainer.total_training_steps,

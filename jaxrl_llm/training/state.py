@@ -30,9 +30,12 @@ def start_or_go_on(
 
     Raises:
       CheckpointError: there are checkpoints, but none to go on from.
+      OSError: there is no room for another checkpoint.
     """
-    up_to = _written_up_to(job, checkpoints, say)
-    found = checkpoints.restore(abstract_state(job), up_to=up_to, say=say)
+    up_to, like = _written_up_to(job, checkpoints, say), abstract_state(job)
+    found = checkpoints.restore(like, up_to=up_to, say=say)
+    if found is None or found.step < job.config.trainer.total_training_steps:
+        checkpoints.check_room(like)
     if found is None:
         with waiting("reading the weights"):
             return start(job), 0

@@ -45,7 +45,9 @@ class Stopped(SystemExit):
 
 @contextmanager
 def asked_to_stop(
-    say: Callable[[str], None] = print, grace_s: float | int = 0.0
+    say: Callable[[str], None] = print,
+    grace_s: float | int = 0.0,
+    max_hours: float | int | None = None,
 ) -> Iterator[Callable[[], bool]]:
     """Gives a function that says whether a signal has come, to any process of the run;
     all of them call it at the same point, and stop together. Once it has said so,
@@ -57,12 +59,13 @@ def asked_to_stop(
       say: is told at once that a signal has come, and what happens.
       grace_s: seconds after SIGTERM after which the block is interrupted. With 0, also
         the first Ctrl-C interrupts at once.
+      max_hours: after so many the function says so too.
 
     Raises:
       Stopped: the block did not end in time.
       KeyboardInterrupt: at the second Ctrl-C.
     """
-    watch = _Watch(say, grace_s)
+    watch = _Watch(say, grace_s, max_hours)
     if threading.current_thread() is not threading.main_thread():
         yield watch.stops
         return
@@ -95,8 +98,14 @@ one that comes late does no harm."""
 class _Watch:
     """What has been asked for, and what is done about it."""
 
-    def __init__(self, say: Callable[[str], None], grace_s: float | int):
+    def __init__(
+        self,
+        say: Callable[[str], None],
+        grace_s: float | int,
+        max_hours: float | int | None,
+    ):
         self._say, self._grace_s = say, grace_s
+        self._max_hours, self._began = max_hours, time.monotonic()
         self._asked, self._saving, self._over = threading.Event(), False, False
         self._lock = threading.Lock()
         self._main = threading.main_thread().ident
@@ -106,6 +115,11 @@ class _Watch:
 
     def stops(self) -> bool:
         """Whether the run is to stop."""
+        hours = (time.monotonic() - self._began) / 3600
+        late = self._max_hours is not None and hours >= self._max_hours
+        if late and not self._asked.is_set():
+            self._say(f"stopping: trainer.max_hours {self._max_hours:g} are over")
+            self._asked.set()
         self._saving |= any(processes.gather(self._asked.is_set()))
         return self._saving
 

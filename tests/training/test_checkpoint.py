@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import types
 
 import chex
 import jax
@@ -221,6 +222,17 @@ def test_a_damaged_one_is_named_and_set_aside_for_the_one_before(tmp_path, damag
     assert "\n" not in line
     assert newest(tmp_path).step == 4
     assert (tmp_path / "4.aside").is_dir()
+
+
+def test_a_full_disk_is_seen_before_anything_is_computed(tmp_path, monkeypatch):
+    free = sum(x.nbytes for x in jax.tree.leaves(STATE))
+    usage = types.SimpleNamespace(free=free)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with Checkpoints(tmp_path, 9) as checkpoints:
+        checkpoints.check_room(like())
+        usage.free -= 1
+        with pytest.raises(OSError, match="takes 0.00 GB, but only .* are free; make"):
+            checkpoints.check_room(like())
 
 
 def test_if_all_are_damaged_nothing_is_changed(tmp_path):

@@ -67,6 +67,15 @@ def test_before_the_first_step_there_is_nothing_to_wait_for(number):
         FOR_EVER()
 
 
+def test_so_many_hours_are_a_bound_too():
+    said = []
+    with asked_to_stop(said.append, 60, max_hours=1e-9) as stops:
+        assert stops() and stops()
+    assert said == ["stopping: trainer.max_hours 1e-09 are over"]
+    with asked_to_stop(said.append, 60, max_hours=1) as stops:
+        assert not stops()
+
+
 def test_another_thread_leaves_signals_alone():
     before, seen = signal.getsignal(signal.SIGTERM), []
 
