@@ -98,7 +98,11 @@ def misfits(config) -> Iterator[str]:
             yield f"data.{key} is given, but data.chat_template is false"
     if data.more_val and data.val is None:
         yield "data.more_val is given, but data.val, the first of the sets, is not"
-    more = ((f"more_val.{name}", source) for name, source in data.more_val.items())
+    more = (
+        (f"{key}.{name}", source)
+        for key in ("more_train", "more_val")
+        for name, source in getattr(data, key).items()
+    )
     for split, source in (("train", data.train), ("val", data.val), *more):
         if source and source.path.startswith("reasoning_gym:") and not source.size:
             yield (

@@ -62,6 +62,9 @@ class DataConfig(Section):
     """The questions, and how many of them make a step."""
 
     train: DatasetConfig
+    more_train: dict[Name, DatasetConfig] = {}
+    """More sets of questions to train on by name, joined to `train`; rewards get the
+    name as the column data_source. `size` says how much of each."""
     val: DatasetConfig | None = None
     """Held-out questions. Those that also stand in `train` are taken out of `train`."""
     more_val: dict[Name, DatasetConfig] = {}

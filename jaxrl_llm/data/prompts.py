@@ -8,7 +8,7 @@ import hashlib
 import json
 import string
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,10 @@ from jaxrl_llm.data.types import Prompt
 
 if TYPE_CHECKING:
     import transformers
+
+
+Rendered = Mapping[int, tuple[Content, Row]]
+"""Content and row of every question, by the row's index."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,7 @@ def load(
     val: Source | None,
     encoder: Encoder,
     *,
+    more_train: Mapping[str, Source] = MappingProxyType({}),
     more_val: Mapping[str, Source] = MappingProxyType({}),
     max_prompt_length: int,
     overlong_prompts: Overlong = "error",
@@ -58,8 +63,9 @@ def load(
       train: questions to train on; those that also stand in `val` are left out.
       val: held-out questions, or None.
       encoder: makes tokens of questions.
-      more_val: more sets of held-out questions by name, which becomes their column
-        `data_source`; their ids follow those of `val`.
+      more_train: more sets to train on by name, which becomes their column
+        `data_source`; their ids follow those of `train`.
+      more_val: the same of held-out questions.
       max_prompt_length: longest prompt in tokens, chat template included.
       overlong_prompts: what becomes of longer ones: an error, the last
         `max_prompt_length` tokens of each, or nothing.
@@ -68,48 +74,73 @@ def load(
     Raises:
       ValueError: a source, row or prompt that does not fit, or no prompt that is left.
     """
-    sets = [(None, val)] if val else []
     held_out = [
         (name, source, _render_all(source, chat_template))
-        for name, source in (*sets, *more_val.items())
+        for name, source in (*([(None, val)] if val else []), *more_val.items())
     ]
-    questions = _render_all(train, chat_template)
+    questions = [
+        (name, source, _render_all(source, chat_template))
+        for name, source in ((None, train), *more_train.items())
+    ]
     known = {
         one
         for _, source, rendered in held_out
         for content, row in rendered.values()
         for one in _identities(content, row, source)
     }
-    kept = {
-        i: (content, row)
-        for i, (content, row) in questions.items()
-        if known.isdisjoint(_identities(content, row, train))
-    }
-    removed = len(questions) - len(kept)
-    if not kept:
-        raise ValueError(
-            f"data.train: all {removed} questions of {train.path} also stand in "
-            "data.val; take another split or seed"
-        )
-    limits = max_prompt_length, overlong_prompts
-    train_prompts, overlong = _tokenize_all(kept, train, encoder, *limits)
-    val_prompts: list[Prompt] = []
-    before = 0
-    for name, source, rendered in held_out:
-        found, more = _tokenize_all(rendered, source, encoder, *limits)
-        overlong += more
-        if name is not None:
-            found = [_told_apart(prompt, name, before) for prompt in found]
-        val_prompts += found
-        before += len(rendered)
+    limits = encoder, max_prompt_length, overlong_prompts
+    train_prompts, removed, overlong = _tokenize_sets(questions, known, *limits)
+    val_prompts, _, more = _tokenize_sets(held_out, set(), *limits)
+    overlong += more
     return Datasets(
         train=train_prompts,
         val=val_prompts,
         dropped=overlong if overlong_prompts == "drop" else 0,
         truncated=overlong if overlong_prompts == "truncate" else 0,
         train_removed_as_held_out=removed,
-        warnings=tuple(_rendered_before(questions, train, encoder)),
+        warnings=tuple(
+            warning
+            for _, source, rendered in questions
+            for warning in _rendered_before(rendered, source, encoder)
+        ),
     )
+
+
+def _tokenize_sets(
+    sets: Sequence[tuple[str | None, Source, Rendered]],
+    held_out: Set[str],
+    encoder: Encoder,
+    limit: int,
+    overlong_prompts: Overlong,
+) -> tuple[list[Prompt], int, int]:
+    """The prompts of all sets, how many were held out, and how many too long.
+
+    Raises:
+      ValueError: every question is held out, or a set has none that is short enough.
+    """
+    prompts: list[Prompt] = []
+    before = removed = overlong = 0
+    for name, source, rendered in sets:
+        kept = {
+            i: (content, row)
+            for i, (content, row) in rendered.items()
+            if held_out.isdisjoint(_identities(content, row, source))
+        }
+        removed += len(rendered) - len(kept)
+        if kept:
+            found, more = _tokenize_all(kept, source, encoder, limit, overlong_prompts)
+            overlong += more
+            if name is not None:
+                found = [_told_apart(prompt, name, before) for prompt in found]
+            prompts += found
+        before += len(rendered)
+    if sets and not prompts:
+        paths = ", ".join(source.path for _, source, _ in sets)
+        raise ValueError(
+            f"data.train: all {removed} questions of {paths} also stand in data.val; "
+            "take another split or seed"
+        )
+    return prompts, removed, overlong
 
 
 def _told_apart(prompt: Prompt, name: str, before: int) -> Prompt:
@@ -137,7 +168,7 @@ def tokenize(
     return Encoder(tokenizer=tokenizer).encode(content)
 
 
-def _render_all(source: Source, chat_template: bool) -> dict[int, tuple[Content, Row]]:
+def _render_all(source: Source, chat_template: bool) -> Rendered:
     """Content and row of every question, by the row's index."""
     rendered = {}
     for i, row in enumerate(read_rows(source)):
@@ -149,7 +180,7 @@ def _render_all(source: Source, chat_template: bool) -> dict[int, tuple[Content,
 
 
 def _tokenize_all(
-    rendered: Mapping[int, tuple[Content, Row]],
+    rendered: Rendered,
     source: Source,
     encoder: Encoder,
     limit: int,
@@ -205,7 +236,7 @@ def _placeholders(template: str) -> set[str]:
 
 
 def _rendered_before(
-    questions: Mapping[int, tuple[Content, Row]], source: Source, encoder: Encoder
+    questions: Rendered, source: Source, encoder: Encoder
 ) -> Iterator[str]:
     """A warning if questions hold the chat template's own tokens."""
     special = [text for text in encoder.tokenizer.all_special_tokens if text.strip()]

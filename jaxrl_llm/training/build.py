@@ -16,6 +16,7 @@ from jaxrl_llm.config.names import ConfigError, device_numbers
 from jaxrl_llm.config.schema import (
     Config,
     DataConfig,
+    DatasetConfig,
     RewardConfig,
 )
 from jaxrl_llm.data import prompts
@@ -214,13 +215,16 @@ def read_data(
         Source(**section.train.model_dump()),
         Source(**section.val.model_dump()) if section.val else None,
         encoder_of(section, tokenizer, vocab_size),
-        more_val={
-            name: Source(**more.model_dump()) for name, more in section.more_val.items()
-        },
+        more_train=_sources(section.more_train),
+        more_val=_sources(section.more_val),
         max_prompt_length=section.max_prompt_length,
         overlong_prompts=section.overlong_prompts,
         chat_template=section.chat_template,
     )
+
+
+def _sources(sections: Mapping[str, DatasetConfig]) -> dict[str, Source]:
+    return {name: Source(**section.model_dump()) for name, section in sections.items()}
 
 
 def encoder_of(

@@ -253,6 +253,10 @@ def test_a_configuration_cannot_be_changed():
             "data.more_val.a.pth: unknown key; d",
         ),
         ("--data.more_val={'': {path: x}}", "data.more_val"),
+        (
+            "--data.more_train={a: {path: 'reasoning_gym:gcd'}}",
+            "data.more_train.a.size is needed for reasoning_gym",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_the_key_and_what_fits(override, line):

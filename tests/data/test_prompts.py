@@ -447,3 +447,21 @@ def test_further_held_out_sets_are_told_apart(tmp_path):
     assert names == [None] * 4 + ["sums"] * 2 + ["again"]
     assert found.val[4].content[0]["content"] == QUESTIONS[2]["prompt"]
     assert found.val[:4] == load(train, val).val
+
+
+def test_further_training_sets_are_joined(tmp_path):
+    train = write(tmp_path / "a.jsonl", QUESTIONS)
+    rows = [{"prompt": f"{i}-1=", "answer": "", "level": 1} for i in range(3)]
+    more = {"minus": Source(path=write(tmp_path / "b.jsonl", rows))}
+    val = write(tmp_path / "c.jsonl", [QUESTIONS[4], rows[0]])
+    found = load(train, val, more_train=more)
+    assert [p.id for p in found.train] == [0, 1, 2, 3, 6, 7]
+    assert found.train_removed_as_held_out == 2
+    assert found.train[-1].columns == {"answer": "", "level": 1, "data_source": "minus"}
+    assert found.train[:4] == load(train, val).train
+    # A set may be held out whole, all of them may not.
+    val = write(tmp_path / "c.jsonl", rows)
+    assert [p.id for p in load(train, val, more_train=more).train] == list(range(5))
+    val = write(tmp_path / "c.jsonl", [*rows, *QUESTIONS])
+    with pytest.raises(ValueError, match="all 8 questions of .*a.jsonl, .*b.jsonl"):
+        load(train, val, more_train=more)
