@@ -10,6 +10,8 @@ from jaxrl_llm.config.names import near
 
 GIVEN = ("prompts", "completions", "completion_ids")
 """What every function is offered besides the columns of the data."""
+BY_NAME = ("finish_reason",)
+"""What a function gets only if its signature names it and no column is called so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +34,23 @@ class RewardError(ValueError):
 
 
 def accepted(
-    function: Callable[..., Any], offered: Mapping[str, Any]
+    function: Callable[..., Any],
+    offered: Mapping[str, Any],
+    by_name: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Those of the arguments on offer that a function takes.
 
     What a partial object has bound is a setting, and never taken from a column.
+
+    Args:
+      by_name: what it gets only if its signature names it, see `BY_NAME`.
     """
     parameters = inspect.signature(function).parameters.values()
     taken = {p.name for p in parameters if p.kind not in _BY_POSITION}
+    given = {k: v for k, v in by_name.items() if k in taken} | offered
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        taken |= offered.keys()
-    return {k: v for k, v in offered.items() if k in taken - bound(function)}
+        taken |= given.keys()
+    return {k: v for k, v in given.items() if k in taken - bound(function)}
 
 
 def bound(function: Callable[..., Any]) -> set[str]:
@@ -63,7 +71,8 @@ def check_signatures(
       columns: of the first row.
       where: the key of the configuration that names the row's source.
     """
-    offered = [*GIVEN, *(name for name in columns if name not in GIVEN)]
+    given = (*GIVEN, *BY_NAME)
+    offered = [*given, *(name for name in columns if name not in given)]
     for term in functions:
         called = f"reward function {term.name!r}"
         try:

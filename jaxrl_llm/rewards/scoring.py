@@ -9,7 +9,9 @@ to the second. It may be `async`, and gets only the arguments its signature name
 unless that ends in **kwargs. For a prompt that is text in the data set, be a chat
 template put around it or not, a completion is text; for chat messages it is
 `[{"role": "assistant", "content": text}]`, with a message for each turn.
-`completion_ids` are all tokens behind the prompt.
+`completion_ids` are all tokens behind the prompt. A function that names `finish_reason`
+is told why each response ended: "stop", or "length" for one that was cut off; unless
+that is a column.
 
 Source: TRL 1.16, `GRPOTrainer._calculate_rewards`.
 """
@@ -84,10 +86,11 @@ def score(
         for episode in group
     ]
     offered, calls = _arguments(samples), []
+    by_name = {"finish_reason": [episode.finish_reason for _, episode in samples]}
     for function, worker in zip(
         functions, homes.ready(functions, isolation or Isolation()), strict=True
     ):
-        arguments = accepted(function.function, offered)
+        arguments = accepted(function.function, offered, by_name)
         if not (function.trusted or isinstance(worker, Process)):
             arguments = pickle.loads(pickle.dumps(arguments))  # copies of its own
         calls.append((worker, arguments))

@@ -212,6 +212,22 @@ def test_a_function_that_hangs_does_not_keep_the_program_from_ending():
     assert "did not finish within 0.2 s" in found.stdout
 
 
+def test_a_function_that_names_it_is_told_why_responses_ended():
+    def finished(finish_reason, **columns):
+        assert "finish_reason" not in columns
+        return [float(reason == "stop") for reason in finish_reason]
+
+    def others(completions, **columns):
+        return [float(columns.get("finish_reason") == "mine") for _ in completions]
+
+    prompts, episodes = make()
+    turn = replace(episodes[0][1].turns[0], finish_reason="length")
+    episodes[0][1] = replace(episodes[0][1], turns=(turn,))
+    scores = run(finished, others, data=(prompts, episodes)).by_function
+    np.testing.assert_array_equal(scores["f0"], [[1, 0], [1, 1]])
+    np.testing.assert_array_equal(scores["f1"], np.zeros((2, 2)))
+
+
 def test_functions_share_nothing_that_can_be_changed():
     def spoils(prompts, completions, completion_ids, answer):
         for values in (prompts[0], completions[0], completion_ids, answer):

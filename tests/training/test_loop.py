@@ -403,7 +403,7 @@ def test_a_reward_that_fails_may_count_as_zero(tiny_model, values, tmp_path):
     result = api.train(
         tiny_model,
         QUESTIONS[:10],
-        brittle(fails_at=2),
+        brittle([2]),
         steps=2,
         output_dir=str(tmp_path),
         settings=settings(values, reward__on_error="zero", trainer__save_hf=False),
