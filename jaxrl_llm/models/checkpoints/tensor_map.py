@@ -18,7 +18,7 @@ from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.sharding import processes, rules
 
 Slices = tuple[slice, ...]
-_CHUNK = 2**20
+_CHUNK = 2**18  # fits a cache
 
 
 @runtime_checkable
