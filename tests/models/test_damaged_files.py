@@ -189,13 +189,11 @@ def test_a_folder_of_links_is_read(model, tmp_path):
         lambda name: "_orig_mod." + name.replace("model.", ""),
     ],
 )
-@pytest.mark.parametrize("count", [1, 2])
-def test_names_with_a_wrapper_or_without_a_prefix_are_the_same(model, rename, count):
+def test_names_with_a_wrapper_or_without_a_prefix_are_the_same(model, rename):
     held = load_file(model / WEIGHTS)
     renamed = {rename(name): x for name, x in held.items()}
     save_file(renamed, model / WEIGHTS, {"format": "pt"})
-    if count == 2:
-        split(model)
+    split(model)
     tensors = SafetensorsFolder(model)
     assert tensors.shapes() == {name: x.shape for name, x in held.items()}
     for name, x in held.items():
@@ -234,8 +232,7 @@ def test_an_index_that_says_nothing_is_refused(model, content):
     assert str(model / INDEX) in refusal(model)
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("wrong", [np.nan, -np.inf])
+@pytest.mark.parametrize("wrong, sharded", [(np.nan, True), (-np.inf, False)])
 def test_weights_that_are_no_numbers_are_named_and_counted(model, wrong, sharded):
     name = "model.layers.1.mlp.up_proj.weight"
     broken = load_file(model / WEIGHTS)[name].copy()
