@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxrl_llm.tracking.run_directory import (
     advice,
+    completions,
     read,
     replace_text,
     rollout_files,
@@ -129,8 +130,7 @@ def _completions(
     for split in sorted({split for _, split, _ in files}):
         paths = [path for _, of, path in files if of == split]
         for path in thin(paths, MAX_FILES):
-            with path.open(encoding="utf-8") as lines:
-                records = [json.loads(line) for line in lines]
+            records = completions(path)
             counts["files_read"] += 1
             counts["read"] += len(records)
             for kind in dict.fromkeys(record["kind"] for record in records):

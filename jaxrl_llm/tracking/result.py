@@ -1,6 +1,5 @@
 """A run directory, to look at in a notebook."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,7 @@ class Result:
                  if of == split}  # fmt: skip
         if step not in files:
             raise ValueError(f"no {split} completions of step {step}; of {list(files)}")
-        path = files[step]
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        return run_directory.completions(files[step])
 
     def _validation(self, step: int) -> Validation | None:
         lines = {line["step"]: line for line in run_directory.read(self.directory)}

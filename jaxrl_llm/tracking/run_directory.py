@@ -63,6 +63,9 @@ class MetricsWriter:
         self._dir = Path(run_dir)
         self._loggers = [trackers.find(name) for name in loggers]
         (self._dir / "rollouts").mkdir(parents=True, exist_ok=True)
+        for folder in (self._dir, self._dir / "rollouts"):
+            for left in folder.glob(".*.tmp"):  # `replace_text` was killed
+                left.unlink()
         plain = json.loads(json.dumps(config))
         replace_text(
             self._dir / "config.yaml",
@@ -222,6 +225,23 @@ class Written(NamedTuple):
     """The last step that there is any line of."""
     faults: list[str]
     """What is torn, missing or doubled, by file."""
+
+
+def completions(path: Path) -> list[dict[str, Any]]:
+    """The lines of a rollout file.
+
+    Raises:
+      ValueError: a line is damaged.
+    """
+    found = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                said = f"{path}, line {number}: not JSON: {error}"
+                raise ValueError(said) from None
+    return found
 
 
 def whole(run_dir: str | Path, first: int = 0) -> Written:

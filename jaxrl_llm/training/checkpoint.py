@@ -358,8 +358,9 @@ def _print_no_traces() -> None:
 
 
 def _is_no_array(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    return not ("never retrieved" in text and "Error writing" in text)
+    text, (_, error, _) = record.getMessage(), record.exc_info or (None,) * 3
+    of_a_file = isinstance(error, OSError) or "Error writing" in text
+    return not ("never retrieved" in text and of_a_file)
 
 
 def _unraisable(report: Callable[[Any], None], unraisable: Any) -> None:

@@ -197,6 +197,22 @@ def test_a_rollout_file_is_written_whole_or_not_at_all(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path):
+    left = [".config.yaml.17.tmp", "rollouts/.train_000002.jsonl.17.tmp"]
+    (tmp_path / "rollouts").mkdir()
+    for name in left:
+        (tmp_path / name).write_text('{"st')
+    with writer(tmp_path):
+        assert not [name for name in left if (tmp_path / name).exists()]
+
+
+def test_a_damaged_completion_is_an_error_that_names_file_and_line(tmp_path):
+    path = tmp_path / "train_000001.jsonl"
+    path.write_text('{"step": 1}\n{"ste')
+    with pytest.raises(ValueError, match=f"{path}, line 2: not JSON: "):
+        run_directory.completions(path)
+
+
 def test_the_run_directory_says_what_ran_and_where(tmp_path):
     dataset = {"path": "x.jsonl"}
     cfg = parsing.parse(
