@@ -131,6 +131,10 @@ class Process:
           WorkerError: it does not get ready.
         """
         self.wait_until_ready()
+        if self._connection.poll():  # nobody asked: it has ended meanwhile
+            cause = _ended(self._end(0.5))
+            _print(f"[between calls, {self._name} {cause}; it is started anew]\n")
+            self.wait_until_ready()
         self._printed = 0
         data = pickle.dumps(dict(arguments), pickle.HIGHEST_PROTOCOL)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):

@@ -140,6 +140,16 @@ def test_what_hangs_is_killed_with_its_children_and_started_anew(start, tmp_path
     assert ask(worker, for_ever=False) == Returned("here")
 
 
+def test_what_ends_between_calls_is_started_anew_and_that_is_said(start, capsys):
+    worker = start(os.getpid)
+    pid = ask(worker).value
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: gone(pid))
+    assert isinstance(ask(worker), Returned)
+    shown = capsys.readouterr().out
+    assert "between calls, it ended its process: killed by SIGKILL" in shown
+
+
 def test_what_is_printed_is_shown_up_to_a_limit(start, capsys):
     def prints(count):
         print("x" * count)
