@@ -106,7 +106,8 @@ def run(
                 how = recipe(config, step)
                 checkpoint.save_weights(config.output_dir, job.source, params, how)
         log.end()
-    result = Result(Path(config.output_dir), stopped=stop)
+    stopped = stop and step < trainer.total_training_steps
+    result = Result(Path(config.output_dir), stopped=stopped)
     if processes.leads():
         result.show(num_examples=trainer.num_examples)
     return result
