@@ -78,6 +78,22 @@ def test_passk_needs_a_second_best():
         advantages.grpo_passk(jnp.ones((3, 1)), normalize_by_std=True)
 
 
+def test_gdpo_compares_only_what_a_function_judges():
+    # 2 and 3 differ from their mean by the same; of 4 tokens, one for each response,
+    # the variance is 2 a^2 / 3.
+    rewards = np.array([[[2.0, np.nan, 3.0, np.nan]]], np.float32)
+    weights, lengths = jnp.ones(1), jnp.ones((1, 4), int)
+    expected = np.sqrt(1.5) * np.array([[-1.0, 0.0, 1.0, 0.0]])
+    filled, judged = jnp.array(np.nan_to_num(rewards)), jnp.array(~np.isnan(rewards))
+    for normalize in (True, False):
+        how = {"normalize_by_std": normalize}
+        got = advantages.gdpo(filled, weights, lengths, judged, **how)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+        with jax.debug_nans(False):  # which stand for None here
+            same = advantages.gdpo(jnp.array(rewards), weights, lengths, **how)
+        np.testing.assert_array_equal(same, got)
+
+
 def test_gdpo_does_not_let_a_large_reward_drown_a_small_one():
     # Summed, 100 - 1 and 0 + 1; each on its own, the two cancel.
     rewards = jnp.array([[[100.0, 0.0]], [[-1.0, 1.0]]])

@@ -96,6 +96,20 @@ def test_what_must_differ_is_a_reward_function_of_the_run(weights, tmp_path):
         run(config, mean_id)
 
 
+def test_what_no_function_judges_does_not_make_a_group_differ():
+    judged = np.array([[1, np.nan], [np.nan, np.nan], [0, 1], [0, np.nan]], np.float32)
+    total = np.nan_to_num(judged)
+    scores = Scores(total=total, by_function={"a": judged}, errors={"a": 0})
+    assert collect.differing(scores, "reward") == collect.differing(scores, "a") == [2]
+    also = np.array([[0, 0], [0, 0], [0, 0], [np.nan, 2]], np.float32)
+    scores = Scores(
+        total=total + np.nan_to_num(also),
+        by_function={"a": judged, "b": also},
+        errors={"a": 0, "b": 0},
+    )
+    assert collect.differing(scores, "reward") == [0, 2, 3]
+
+
 def test_differing_groups_by_hand():
     total = np.array([[1, 1], [0, 1], [2, 2]], np.float32)
     exact = np.array([[0, 1], [1, 1], [np.nan, np.nan]], np.float32)
