@@ -192,12 +192,16 @@ def reward_functions(section: RewardConfig) -> list[RewardFunction]:
 
 def check_columns(section: DataConfig, functions: Sequence[RewardFunction]) -> None:
     """Raises ValueError if a function asks for a column that the first training or
-    held-out question does not have."""
+    held-out question of no set has."""
     for name in ("train", "val"):
-        if found := getattr(section, name):
-            row = first_row(Source(**found.model_dump()))
-            columns = [column for column in row if column != "prompt"]
-            check_signatures(functions, columns, f"data.{name}")
+        more = getattr(section, f"more_{name}")
+        columns = dict.fromkeys(["data_source"] if more else [])
+        found = [one for one in (getattr(section, name), *more.values()) if one]
+        for one in found:
+            columns |= dict.fromkeys(first_row(Source(**one.model_dump())))
+        if found:
+            offered = [column for column in columns if column != "prompt"]
+            check_signatures(functions, offered, f"data.{name}")
 
 
 def read_data(
