@@ -410,11 +410,14 @@ def _fact(array: Any) -> dict[str, Any]:
 
 
 def _checksums(named: Mapping[str, jax.Array]) -> dict[str, int]:
-    """Of the values of arrays, wherever they lie; the same in all processes."""
-    made = {name: checksum.of_placed(array) for name, array in named.items()}
+    """Of the values of arrays, wherever they lie; the same in all processes.
+
+    One is waited for before the next begins: on CPUs, processes that have several
+    collectives under way enter them in different orders, and wait for each other.
+    """
     return {
-        name: int(np.asarray(sums.addressable_data(0))[0])
-        for name, sums in made.items()
+        name: int(np.asarray(checksum.of_placed(array).addressable_data(0))[0])
+        for name, array in named.items()
     }
 
 
