@@ -91,7 +91,7 @@ def check_signatures(
             if parameter.name not in {*offered} - bound(term.function):
                 raise ValueError(
                     f"{called} asks for {parameter.name!r}"
-                    f"{near(parameter.name, offered)}; row 0 of {where} has it "
+                    f"{near(parameter.name, offered)}; row 0 of {where} offers "
                     f"{', '.join(offered)}. Rename the parameter, or give it a default"
                 )
 

@@ -347,7 +347,7 @@ def test_replies_that_there_was_no_time_for_score_0_one_by_one(monkeypatch):
 @pytest.mark.parametrize(
     "function, message",
     [
-        (lambda zzz: 0, "asks for 'zzz'; row 0 of data.train has it prompts"),
+        (lambda zzz: 0, "asks for 'zzz'; row 0 of data.train offers prompts"),
         (lambda anser, **_: 0, "asks for 'anser', did you mean 'answer'"),
         (lambda completions, /: 0, "takes 'completions' by position"),
         (dict, "has no signature to read"),
