@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-vllm vllm-cpu clean
+.PHONY: quickstart test test-all test-faults test-vllm vllm-cpu clean
 
 ## Train SmolLM2-135M-Instruct to add, on two CPU cores, in a few minutes.
 quickstart: .venv/quickstart
@@ -20,6 +20,10 @@ test: .venv/test
 ## The slow tests too.
 test-all: .venv/test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not accelerator and not vllm"
+
+## Some 400 faults: kills, damaged files, full disks, hostile inputs; see docs/faults.md.
+test-faults: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow tests/faults
 
 ## The tests of the vLLM engine, with real servers on the CPU; about 20 minutes.
 test-vllm: .venv/test .venv-vllm/ready
