@@ -99,5 +99,5 @@ def test_a_request_that_no_server_takes_is_refused(tiny_model, tmp_path):
         prompt_id=7, tokens=(1, 2, 3), num_samples=1, seed=0, sampling=sampling
     )
     with closing(engine(models.load(tiny_model), tmp_path, "sh")) as made:
-        with pytest.raises(ValueError, match="prompt 7 has 3 tokens .*6 more.* take 8"):
+        with pytest.raises(ValueError, match="prompt 7 has 3 tokens .*6 more.* is 8"):
             made.submit([request])

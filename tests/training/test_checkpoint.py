@@ -250,7 +250,7 @@ def test_only_one_up_to_a_step_is_gone_on_from(tmp_path):
         assert checkpoints.restore(like(), up_to=5).step == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "4", "6.aside"]
     with (
-        pytest.raises(CheckpointError, match=r"none up to step 1, only \[2, 4\]"),
+        pytest.raises(CheckpointError, match=r"up to step 1, .* steps \[2, 4\] only"),
         Checkpoints(tmp_path, 9) as checkpoints,
     ):
         checkpoints.restore(like(), up_to=1)

@@ -191,7 +191,8 @@ def test_a_prompt_that_is_kept_twice_has_one_greedy_response(tmp_path):
             [float(r.tokens[0]) if prompt.id == 0 else 5.0 for r in group]
             for prompt, group in zip(asked, rollouts, strict=True)
         ]
-        return Scores(total=np.array(total, np.float32), by_function={}, errors={})
+        total = np.array(total, np.float32)
+        return Scores(total=total, by_function={"f": total}, errors={"f": 0})
 
     def observe(name):
         return contextlib.nullcontext()
