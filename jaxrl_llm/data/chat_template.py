@@ -164,7 +164,7 @@ class Encoder:
             variables["strftime_values"] = said
         unfinished = messages[-1]["role"] == "assistant" and not finished
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 list(messages),
                 tools=list(tools) if tools else None,
                 chat_template=template,
@@ -173,8 +173,10 @@ class Encoder:
                 tokenize=False,
                 **variables,
             )
+            check_text(text)
         except Exception as error:  # whatever a template's own code may raise
             raise ValueError(f"the chat template rejects it: {error}") from None
+        return text
 
     def _encode_text(self, text: str) -> list[int]:
         """Text with what the tokenizer puts before it, and nothing behind it."""

@@ -169,7 +169,7 @@ def _work(connection: Connection, output: int) -> None:
     os.close(output)
     how = {"buffering": 1, "errors": "backslashreplace", "closefd": False}
     sys.stdout, sys.stderr = open(1, "w", **how), open(2, "w", **how)
-    with contextlib.suppress(EOFError, OSError):
+    try:
         setup = load_plain(connection.recv_bytes())
         sys.path[:] = setup["path"]
         if setup["memory_bytes"]:
@@ -190,6 +190,10 @@ def _work(connection: Connection, output: int) -> None:
                 with contextlib.suppress(Exception):  # it may be closed by now
                     stream.flush()
             connection.send_bytes(answer)
+    except EOFError:  # nobody needs it any more
+        return
+    except OSError:  # the program is gone, or the function closed the way to it
+        os._exit(0)
 
 
 class _Caller:

@@ -105,6 +105,13 @@ def test_a_message_may_stand_in_a_template_with_other_white_space_or_as_json():
         assert encoder(template).encode(said)
 
 
+def test_what_a_template_adds_is_text_that_a_tokenizer_reads():
+    broken = encoder("{{ '\\ud83d' }}{{ messages[0].content }}")
+    assert broken.end_of_answer() is None
+    with pytest.raises(ValueError, match="template rejects it: .* surrogate pair"):
+        broken.encode(HI)
+
+
 def test_tools_stand_in_the_prompt_or_are_refused():
     tools = [{"type": "function", "function": {"name": "f"}}]
     assert encoder(TOOLS).render(HI, tools).startswith('[{"type": "function"')

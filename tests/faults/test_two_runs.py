@@ -60,7 +60,9 @@ def test_another_run_while_one_is_running(campaign, verdicts):
         )
         second = campaign.zygote.start(mine, argv=["train", config])
         ended = second.wait(LIMIT_S)
-        found.append((f"{named.__name__} {changed}", of_a_refusal(ended, ["run"])))
+        found.append(
+            (f"{named.__name__} {changed}", of_a_refusal(ended, ["is in use"]))
+        )
         if (now := state(place / "run")) != before:
             words = f"changed {sorted(now.items() ^ before.items())[:4]}"
             found[-1] = found[-1][0], ("lost", ended.seconds, words)
