@@ -71,13 +71,13 @@ def main() -> None:
                         return
             except (MemoryError, RecursionError):
                 raise
-            except Exception:
+            except Exception:  # it refuses this conversation, which a row will say
                 continue
     except MemoryError:
         print("needs too much memory")
     except RecursionError:
         print("is nested too deeply")
-    except Exception:
+    except Exception:  # no template at all: whoever renders it names the cause
         return
 
 
