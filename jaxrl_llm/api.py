@@ -32,7 +32,7 @@ from jaxrl_llm.rewards.builtin import BUILTIN, with_term
 from jaxrl_llm.rollout import engine as engines
 from jaxrl_llm.rollout.engine import Request, Sampling
 from jaxrl_llm.rollout.native.engine import JaxEngine
-from jaxrl_llm.sharding import mesh
+from jaxrl_llm.sharding import hardware, mesh
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.tracking.step_metrics import Validation
@@ -41,6 +41,7 @@ from jaxrl_llm.training.evaluate import answer_held_out, validate
 from jaxrl_llm.training.experience import score_together
 from jaxrl_llm.training.loop import run
 from jaxrl_llm.training.opening import held
+from jaxrl_llm.training.settings import server_share
 
 Reward = str | Callable[..., Any]
 Model = str | PathLike[str] | Result
@@ -117,6 +118,7 @@ def train(
 
     # All that can be wrong without the rows is said before they are written down.
     checked = described(lambda rows, name: f"{name}.jsonl")
+    hardware.use_memory(server_share(checked))
     checks.check_functions(checked)
     functions = _with_terms(given, names, checked.reward.functions)
     directory, anew = checked.output_dir, checked.trainer.resume == "force"
@@ -293,6 +295,7 @@ def _encoder(loaded: models.Model) -> Encoder:
 
 def _load(model: Model) -> models.Model:
     """A model that answers text, which without a tokenizer is not even read."""
+    hardware.use_memory()
     found = models.open(path := _weights(model))
     models.need_tokenizer(found.tokenizer, path, "copy the files of one into it")
     return models.Model(found.arch, found.load(), found.tokenizer)

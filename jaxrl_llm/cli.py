@@ -116,14 +116,18 @@ def _start_no_absent_tpu() -> None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
-def _keep_compiled() -> None:
-    """Programs of GPUs and TPUs stay in the user's cache: the next start of a run does
-    not compile again. A CPU's are quickly made, and hold for that model of CPU only.
+def _prepare(server: float | None = 0.0) -> None:
+    """Starts JAX with the GPU's memory, but for the share that a server takes.
 
+    Programs of GPUs and TPUs stay in the user's cache: the next start of a run does
+    not compile again. A CPU's are quickly made, and hold for that model of CPU only.
     JAX_COMPILATION_CACHE_DIR names another folder; empty, it keeps none.
     """
     import jax
 
+    from jaxrl_llm.sharding import hardware
+
+    hardware.use_memory(server)
     if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = str(Path(home) / "jaxrl_llm")
@@ -150,16 +154,17 @@ def _train(rest: list[str]) -> int:
     from jaxrl_llm.training import loop
     from jaxrl_llm.training.build import build
     from jaxrl_llm.training.opening import held
+    from jaxrl_llm.training.settings import server_share
     from jaxrl_llm.training.stopping import STOPPED, Stopped, asked_to_stop
 
     if "--dry-run" in flags:
         with joined():
-            _keep_compiled()
+            _prepare(server_share(config))
             dry_run.show(build(config))
         return 0
     try:
         with asked_to_stop(), joined():
-            _keep_compiled()
+            _prepare(server_share(config))
             with held(Path(config.output_dir)):
                 return STOPPED if loop.run(build(config)).stopped else 0
     except Stopped as stopped:
@@ -173,9 +178,10 @@ def _evaluate(rest: list[str]) -> None:
     from jaxrl_llm.api import evaluate_config
     from jaxrl_llm.sharding import processes
     from jaxrl_llm.tracking import console
+    from jaxrl_llm.training.settings import server_share
 
     with joined():
-        _keep_compiled()
+        _prepare(server_share(config))
         found = evaluate_config(config)
         if processes.leads():
             examples = config.trainer.num_examples
@@ -215,7 +221,10 @@ def _plan(rest: list[str]) -> None:
 
     from jaxrl_llm.bench import step
     from jaxrl_llm.planning import dry_run, planner, workload
+    from jaxrl_llm.sharding import hardware
     from jaxrl_llm.tracking import console
+
+    hardware.use_memory()
 
     steps = given.get("--measure", "1")
     if not steps.isdecimal() or steps == "0":
@@ -340,7 +349,7 @@ def generate(
 
     from jaxrl_llm import api
 
-    _keep_compiled()
+    _prepare()
     groups = api.generate(
         model,
         texts,

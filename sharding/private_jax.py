@@ -7,6 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def backend_has_started() -> bool:
+    """Whether devices have been asked for: what the environment says comes too late."""
+    from jax._src import xla_bridge
+
+    return xla_bridge.backends_are_initialized()
+
+
 def coordination_client() -> Any:
     """The client of the coordination service that this process has joined: a key-value
     store and barriers that need no device. None before it has joined one."""

@@ -133,3 +133,25 @@ def test_what_is_wrong_with_rewards_is_said_before_a_model_is_read(
             output_dir=str(tmp_path),
             settings={"reward.functions": terms},
         )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: api.generate(model, ["a"]),
+        lambda model: api.evaluate(model, [{"prompt": "a"}], "exact"),
+        lambda model: api.train(model, [{"prompt": "a"}], "exact"),
+    ],
+    ids=["generate", "evaluate", "train"],
+)
+def test_every_function_gives_jax_the_memory_first(monkeypatch, tiny_model, call):
+    class Given(Exception):
+        """Nothing is to be computed after it."""
+
+    def given(server=0.0):
+        raise Given(server)
+
+    monkeypatch.setattr(api.hardware, "use_memory", given)
+    with pytest.raises(Given) as found:
+        call(tiny_model)
+    assert found.value.args == (0.0,)

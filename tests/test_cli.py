@@ -10,6 +10,7 @@ import yaml
 
 from jaxrl_llm import cli as launch
 from jaxrl_llm import models
+from jaxrl_llm.sharding import hardware
 from jaxrl_llm.tracking import run_directory
 
 
@@ -130,7 +131,7 @@ def test_compiled_programs_are_kept(monkeypatch, tmp_path, backend, named, kept)
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     if named is not None:
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", named)
-    launch._keep_compiled()
+    launch._prepare()
     wanted = kept and kept.replace("HOME", str(tmp_path))
     assert found == ({"jax_compilation_cache_dir": wanted} if kept else {})
 
@@ -232,3 +233,43 @@ def test_a_backend_that_does_not_start_is_one_line(capsys, monkeypatch):
         "JAX does not start: Unable to initialize backend 'cuda': no GPU (set" in said
     )
     assert "JAX_PLATFORMS is cpu" in said and "Traceback" not in said
+
+
+SERVED = [
+    "--rollout.engine",
+    "vllm",
+    "--rollout.vllm.args",
+    "[--gpu-memory-utilization=.4]",
+]
+
+
+@pytest.mark.parametrize(
+    "arguments, server",
+    [
+        (["train", "RUN"], 0.0),
+        (["train", "RUN", "--dry-run"], 0.0),
+        (["train", "RUN", *SERVED], 0.4),
+        (["evaluate", "RUN", *SERVED], 0.4),
+        (["generate", "--model", "MODEL", "--prompts", "a"], 0.0),
+        (["plan", "RUN", "--devices", "8"], 0.0),
+        (["bench", "train"], 0.0),
+        (["bench", "step"], 0.0),
+        (["bench", "reshard"], 0.0),
+        (["bench", "rollout"], 0.0),
+        (["bench", "rollout", "--engines", "vllm"], 0.9),
+    ],
+)
+def test_every_verb_gives_jax_what_a_server_leaves(
+    monkeypatch, run_yaml, arguments, server
+):
+    class Given(Exception):
+        """Nothing is to be computed after it."""
+
+    def given(server=0.0):
+        raise Given(server)
+
+    monkeypatch.setattr(hardware, "use_memory", given)
+    arguments = [run_yaml if word == "RUN" else word for word in arguments]
+    with pytest.raises(Given) as found:
+        launch.main(arguments)
+    assert found.value.args == (server,)

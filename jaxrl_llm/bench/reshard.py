@@ -20,7 +20,7 @@ from rich.table import Table
 
 from jaxrl_llm import models
 from jaxrl_llm.models import known_shapes as shapes
-from jaxrl_llm.sharding import checksum, mesh, reshard, rules
+from jaxrl_llm.sharding import checksum, hardware, mesh, reshard, rules
 from jaxrl_llm.sharding import transfer_plan as plan
 
 # Bytes per second that one device receives over its fast links; vendors' data sheets.
@@ -53,6 +53,7 @@ def main(
     Raises:
       ValueError: the number of devices is odd, or `tensor` does not divide it.
     """
+    hardware.use_memory()
     devices = jax.devices()
     count, half = len(devices), len(devices) // 2
     if count % 2:

@@ -27,6 +27,7 @@ from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.sharding import hardware, mesh, rules
 from jaxrl_llm.tracking import device_trace as profile
 from jaxrl_llm.tracking import performance
+from jaxrl_llm.training.settings import utilization
 
 
 def main(
@@ -69,12 +70,14 @@ def main(
       decode_chunk, prefill_tokens: of the JAX engine, per dispatch.
       tensor: devices of the JAX engine that share a copy of the weights.
       vllm_command: starts vLLM's API server, as a shell would split it.
-      vllm_args: more arguments of it, likewise. Trainer and server share a device by
-        XLA_PYTHON_CLIENT_MEM_FRACTION and --gpu-memory-utilization.
+      vllm_args: more arguments of it, likewise. This process leaves the server what
+        its --gpu-memory-utilization says.
       rounds: timed calls and transfers of weights; the median counts.
       profiled: print where the device's time goes while the JAX engine makes the first
         64 tokens of every response.
     """
+    served = utilization(shlex.split(vllm_args)) if "vllm" in engines else 0.0
+    hardware.use_memory(served)
     arch = dataclasses.replace(shapes.find(model), eos_token_ids=())
     count = jax.device_count()
     partition = rules.Partition(mesh.make({"fsdp": count}), rules.TRAIN)

@@ -84,6 +84,7 @@ def main(
       decode_chunk: tokens per dispatch.
       steps: timed steps.
     """
+    hardware.use_memory()
     arch, count = shapes.find(model), jax.device_count()
     policy = PolicySettings(
         dtype=dtype,

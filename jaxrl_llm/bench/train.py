@@ -78,6 +78,7 @@ def main(
     """
     if sequences % _GROUP:
         raise ValueError(f"sequences must be a multiple of {_GROUP}, got {sequences}")
+    hardware.use_memory()
     arch = shapes.find(model)
     lengths = _lengths(sequences, length, mean, prompt_length)
     on = mesh.make(

@@ -4,9 +4,16 @@ Roles, meshes and optimizers take plain numbers and records of their own; here i
 these come from, and what a configuration calls them in errors.
 """
 
+import itertools
+import os
+from collections import Counter
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
 from jaxrl_llm.algorithms import grpo, ppo
 from jaxrl_llm.algorithms.rollout_correction import Correction
 from jaxrl_llm.config import plugins
+from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config, PlacementConfig, RolloutMeshConfig
 from jaxrl_llm.config.schema_algorithm import RolloutCorrectionConfig
 from jaxrl_llm.config.schema_training import OptimConfig, TrainMeshConfig
@@ -158,6 +165,40 @@ def placed(placement: PlacementConfig) -> dict[str, str]:
         "reward": placement.reward or actor,
         "rollout": placement.rollout or actor,
     }
+
+
+def server_share(config: Config) -> float | None:
+    """The most that vLLM servers take of the memory of a GPU that this process sees,
+    too; None if they run on this host and it is not known which GPUs they have."""
+    servers = config.rollout.vllm
+    if config.rollout.engine != "vllm":
+        return 0.0
+    if servers.urls:
+        hosts = {urlsplit(url).hostname for url in servers.urls}
+        return None if hosts & {"localhost", "127.0.0.1", "0.0.0.0", "::1"} else 0.0
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    alike = servers.env.get("CUDA_VISIBLE_DEVICES", seen or "all")
+    count = Counter(
+        gpu.strip() for text in servers.devices or (alike,) for gpu in text.split(",")
+    )
+    shared = count if seen is None else map(str.strip, seen.split(","))
+    return utilization(servers.args) * max(count[gpu] for gpu in shared)
+
+
+def utilization(arguments: Sequence[str]) -> float:
+    """The share of a GPU's memory that vLLM takes if started with these arguments.
+
+    Raises:
+      ConfigError: they say no number.
+    """
+    name, said = "--gpu-memory-utilization", "0.9"  # vLLM's default
+    words = [word for text in arguments for word in text.split("=", 1)]
+    for word, value in itertools.pairwise([*words, ""]):
+        said = value if word.replace("_", "-") == name else said
+    try:
+        return float(said)
+    except ValueError:
+        raise ConfigError(f"{name} is a share such as 0.4, got {said!r}") from None
 
 
 def update_settings(config: Config) -> grpo.Settings:

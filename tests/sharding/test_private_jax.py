@@ -32,6 +32,10 @@ def test_only_one_file_imports_what_jax_keeps_private():
     assert users == {ONLY}
 
 
+def test_a_backend_has_started_once_there_are_devices():
+    assert jax.devices() and private_jax.backend_has_started()
+
+
 def test_a_process_alone_has_no_coordination_client():
     assert jax.process_count() == 1
     assert private_jax.coordination_client() is None

@@ -4,10 +4,12 @@ import dataclasses
 
 import pytest
 
-from jaxrl_llm.config import schema
+from jaxrl_llm.config import parsing, schema
+from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.data.sources import Source
 from jaxrl_llm.rewards import Term
 from jaxrl_llm.rollout.servers.vllm import VllmSettings
+from jaxrl_llm.training import settings
 
 
 @pytest.mark.parametrize(
@@ -21,3 +23,49 @@ from jaxrl_llm.rollout.servers.vllm import VllmSettings
 )
 def test_a_component_has_the_fields_and_defaults_of_its_section(section, record):
     assert section.model_dump() == dataclasses.asdict(record)
+
+
+def of_servers(**vllm):
+    values = {
+        "output_dir": "run",
+        "model": {"path": "model"},
+        "data": {"train": {"path": "rows.jsonl"}},
+        "rollout": {"engine": "vllm", "vllm": vllm},
+        "reward": {"functions": [{"name": "exact"}]},
+        "trainer": {"total_training_steps": 1},
+    }
+    return parsing.parse(values, "test")
+
+
+HALF = ("--gpu-memory-utilization", "0.5")
+
+
+@pytest.mark.parametrize(
+    "seen, vllm, share",
+    [
+        (None, {}, 0.9),  # what vLLM takes if nothing is said
+        (None, {"args": HALF}, 0.5),
+        (None, {"args": ("--gpu_memory_utilization=0.3",)}, 0.3),
+        (None, {"args": ("--gpu-memory-utilization=0.3", *HALF)}, 0.5),
+        (None, {"args": HALF, "devices": ("1", "2")}, 0.5),
+        (None, {"args": ("--gpu-memory-utilization=0.2",), "devices": ("1", "1")}, 0.4),
+        ("0,1", {"args": HALF}, 0.5),
+        ("0,1", {"args": HALF, "devices": ("1,2",)}, 0.5),
+        ("0,1", {"args": HALF, "devices": ("2", "3")}, 0.0),
+        ("0", {"args": HALF, "env": {"CUDA_VISIBLE_DEVICES": "1"}}, 0.0),
+        (None, {"urls": ("http://elsewhere:8000",)}, 0.0),
+        (None, {"urls": ("http://elsewhere:8000", "http://localhost:8000")}, None),
+    ],
+)
+def test_servers_share_the_gpus_that_they_and_the_trainer_see(
+    monkeypatch, seen, vllm, share
+):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    assert settings.server_share(of_servers(**vllm)) == share
+
+
+def test_a_share_that_is_no_number_is_refused():
+    with pytest.raises(ConfigError, match="utilization is a share .* got 'half'"):
+        settings.utilization(["--gpu-memory-utilization", "half"])
