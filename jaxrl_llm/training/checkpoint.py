@@ -365,7 +365,8 @@ def _is_no_array(record: logging.LogRecord) -> bool:
 
 def _unraisable(report: Callable[[Any], None], unraisable: Any) -> None:
     error = unraisable.exc_value
-    if not (isinstance(error, RuntimeError) and "loop is closed" in str(error)):
+    closed = isinstance(error, RuntimeError) and "loop is closed" in str(error)
+    if not (closed or "error while reading array" in str(error)):
         report(unraisable)
 
 

@@ -66,7 +66,10 @@ def serve(control: socket.socket, preload: Sequence[str]) -> None:
         if not select.select([control], [], [], 1.0)[0]:
             _reap(workers)
             continue
-        data, fds, _, _ = socket.recv_fds(control, REQUEST.size, 2)
+        try:
+            data, fds, _, _ = socket.recv_fds(control, REQUEST.size, 2)
+        except ConnectionResetError:  # the parent was killed in the middle of a word
+            break
         if len(data) < REQUEST.size:
             break
         kind, number, process, seconds = REQUEST.unpack(data)

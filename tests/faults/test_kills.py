@@ -1,7 +1,8 @@
 """A run that is killed goes on as if it had not been: metrics, rollouts and weights are
 those of the run that nothing disturbed, bit for bit.
 
-A chain is one run that is killed several times, each time further on.
+A chain is one run that is killed several times, each time further on; a second run
+where the first has passed a point for good.
 """
 
 import re
@@ -54,20 +55,35 @@ def test_a_killed_run_goes_on(campaign, verdicts, kind, chain):
     rng = generator(kind, chain)
     once = list(dict.fromkeys(campaign.points))
     among = [point for point in KINDS[kind](once) if not gone(point)]
-    drawn = sorted(rng.sample(among, min(KILLS, len(among))), key=once.index)
-    place, tried = campaign.place("killed"), []
-    for name in drawn:
-        after_s = rng.uniform(*DELAYS_S) if kind == "kill at random" else 0.0
-        point = {"name": name, "after_s": after_s}
-        ended = campaign.train(place, watched=str(place / "run"), point=point).wait(
-            campaign.limit_s
-        )
-        if found := unwanted(ended, (0, -9)):
-            # The one before has left behind what this process could not go on from.
-            verdicts(kind, tried[-1] if tried else name, *found)
-            return
-        if ended.status == -9:
-            tried.append(f"chain {chain}: {name} + {after_s * 1e3:.0f} ms")
+    drawn = rng.sample(among, len(among))
+    waiting, others = sorted(drawn[:KILLS], key=once.index), drawn[KILLS:]
+    while waiting:
+        place, tried = campaign.place("killed"), []
+        if kind == "kill during the export":
+            runs.copy(trained(campaign), place / "run")
+        ended = None
+        while waiting and (ended is None or ended.status == -9):
+            name = waiting.pop(0)
+            after_s = rng.uniform(*DELAYS_S) if kind == "kill at random" else 0.0
+            point = {"name": name, "after_s": after_s}
+            process = campaign.train(place, watched=str(place / "run"), point=point)
+            ended = process.wait(campaign.limit_s)
+            if found := unwanted(ended, (0, -9)):
+                # The one before left behind what this process could not go on from.
+                verdicts(kind, tried[-1] if tried else name, *found)
+                return
+            if ended.status == -9:
+                tried.append(f"chain {chain}: {name} + {after_s * 1e3:.0f} ms")
+            elif tried:
+                # Whoever goes on passes here no more: it strikes another run.
+                waiting.insert(0, name)
+            elif others:  # not every run passes here
+                waiting.insert(0, others.pop())
+        judge(campaign, verdicts, kind, place, tried)
+
+
+def judge(campaign, verdicts, kind, place, tried):
+    """Lets the run end by itself; what is wrong then is laid to each of its kills."""
     began = time.monotonic()
     ended = campaign.train(place).wait(campaign.limit_s)
     found = unwanted(ended, (0,))
@@ -80,6 +96,18 @@ def test_a_killed_run_goes_on(campaign, verdicts, kind, chain):
             verdicts(kind, fault, verdict, ended.seconds, words)
         else:
             verdicts(kind, fault, "right", time.monotonic() - began)
+
+
+def trained(campaign):
+    """A run that was killed when it had trained and was about to export."""
+    place = campaign.folder / "trained"
+    if not place.exists():
+        place.mkdir()
+        begins = export(list(dict.fromkeys(campaign.points)))[0]
+        point = {"name": begins, "after_s": 0.0}
+        process = campaign.train(place, watched=str(place / "run"), point=point)
+        assert process.wait(campaign.limit_s).status == -9
+    return place / "run"
 
 
 def unwanted(ended, statuses):

@@ -314,3 +314,15 @@ def test_what_cannot_be_written_is_one_line_and_no_trace(tmp_path, capfd):
     assert text.endswith("the same command goes on at the beginning")
     assert "\n" not in text
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_was_under_way_when_an_array_was_damaged_is_not_printed():
+    class Unraisable:
+        exc_value = Exception("Encountered error while reading array index: (slice())")
+
+    told = []
+    checkpoint._unraisable(told.append, Unraisable)
+    assert not told
+    Unraisable.exc_value = Exception("something else")
+    checkpoint._unraisable(told.append, Unraisable)
+    assert told == [Unraisable]

@@ -55,7 +55,8 @@ def watch(root: str, point: dict | None) -> None:
 
 def normal(path: str) -> str:
     """A path without what is another one in each process."""
-    return re.sub(r"(?<=[._-])\d{3,5}(?=\.|$)", "PID", path)
+    path = re.sub(r"(?<=\.new\.)\w{8}(?=/|$)", "RANDOM", path)
+    return re.sub(r"(?<=[._-])(?:\d{3,5}|\d{7})(?=\.|$)", "PID", path)
 
 
 def die(after_s: float) -> None:
