@@ -4,8 +4,8 @@ import functools
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
@@ -32,10 +32,11 @@ from jaxrl_llm.rewards.builtin import BUILTIN, with_term
 from jaxrl_llm.rollout import engine as engines
 from jaxrl_llm.rollout.engine import Request, Sampling
 from jaxrl_llm.rollout.native.engine import JaxEngine
-from jaxrl_llm.sharding import hardware, mesh
+from jaxrl_llm.sharding import hardware, mesh, out_of_memory
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.tracking.step_metrics import Validation
+from jaxrl_llm.training import memory
 from jaxrl_llm.training.build import Rewards, build
 from jaxrl_llm.training.evaluate import answer_held_out, validate
 from jaxrl_llm.training.experience import score_together
@@ -188,9 +189,12 @@ def evaluate(
         asked = questions.read(source, _encoder(loaded), chat_template=chat)
     _check_ends(loaded, stop, max_tokens)
     lengths = [len(prompt.tokens) for prompt in asked]
-    engine = _engine(loaded, max(lengths) + max_tokens, n * len(asked), dtype)
+    longest = max(lengths) + max_tokens
     rewards = Rewards(functions=tuple(functions), isolation=Isolation())
-    with closing(engine), closing(rewards):
+    with (
+        closing(rewards),
+        _engine(loaded, longest, n * len(asked), dtype, max_tokens) as engine,
+    ):
         rewards.ready()
         for note in rewards.notes():
             print(note)
@@ -274,7 +278,7 @@ def generate(
     ]
     _check_ends(loaded, stop, max_tokens)
     longest = max(map(len, tokens)) + max_tokens
-    with closing(_engine(loaded, longest, n * len(prompts), dtype)) as engine:
+    with _engine(loaded, longest, n * len(prompts), dtype, max_tokens) as engine:
         return engines.generate(engine, requests)
 
 
@@ -301,23 +305,42 @@ def _load(model: Model) -> models.Model:
     return models.Model(found.arch, found.load(), found.tokenizer)
 
 
+@contextmanager
 def _engine(
-    loaded: models.Model, longest: int, count: int, dtype: str | None
-) -> JaxEngine:
+    loaded: models.Model, longest: int, count: int, dtype: str | None, max_tokens: int
+) -> Iterator[JaxEngine]:
     """An engine on all devices with the weights of `loaded`, for `count` sequences of
-    at most `longest` tokens."""
+    at most `longest` tokens.
+
+    Raises:
+      OutOfMemory: in the block, a device's memory does not suffice.
+    """
     on_cpu = jax.default_backend() == "cpu"
+    kept = jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16"))
     engine = JaxEngine(
         loaded.arch,
         loaded.tokenizer,
         mesh=mesh.make({"data": jax.device_count(), "tensor": 1}),
-        dtype=jnp.dtype(dtype or ("float32" if on_cpu else "bfloat16")),
+        dtype=kept,
         max_model_len=longest,
         max_num_seqs=min(256, count),
         decode_chunk=64,
     )
-    engine.load(loaded.params, version=0)
-    return engine
+
+    def remedies(_: out_of_memory.Shortage) -> list[str]:
+        narrow = ["dtype bfloat16"] * (kept.itemsize > 2)
+        return [*narrow, f"max_tokens {max_tokens // 2} (now {max_tokens})"]
+
+    with (
+        closing(engine),
+        out_of_memory.explained(
+            lambda found: memory.PROGRAMS.get(found.program, "loading the weights"),
+            lambda _: engine.memory(1, longest) | {memory.CACHE: engine.cache_bytes},
+            remedies,
+        ),
+    ):
+        engine.load(loaded.params, version=0)
+        yield engine
 
 
 def _weights(model: Model) -> str:
@@ -417,12 +440,13 @@ def evaluate_config(config: Config) -> Validation:
 
     Raises:
       ConfigError: there are no held-out questions, or something else does not fit.
+      OutOfMemory: a device's memory does not suffice.
     """
     job = build(config)
     if not job.data.val:
         raise ConfigError("data.val is needed: which questions to answer")
     for warning in job.warnings:
         warnings.warn(warning, stacklevel=2)
-    with closing(job.engine):
+    with closing(job.engine), memory.explained(job, lambda: "testing"):
         job.engine.load(job.actor.read_weights("float32"), version=0)
         return answer_held_out(job, 0)

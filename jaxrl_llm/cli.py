@@ -14,8 +14,8 @@
     jaxrl --version
 
 `jaxrl VERB --help` lists what a verb takes. Exit status: 0 done, 2 input that cannot
-work, 75 stopped by SIGTERM or the first Ctrl-C (the same command goes on), 130 stopped
-by the second Ctrl-C, 1 a bug.
+work or that the memory does not suffice for, 75 stopped by SIGTERM or the first Ctrl-C
+(the same command goes on), 130 stopped by the second Ctrl-C, 1 a bug.
 """
 
 import importlib.util

@@ -4,9 +4,11 @@ A measurement times the programs that a run uses, on shapes given by name and ra
 weights, after warm-up, and prints one table and one line of JSON per variant.
 """
 
+import functools
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -22,9 +24,22 @@ def main(rest: Sequence[str]) -> None:
 
     Raises:
       ValueError: no such measurement.
+      OutOfMemory: a device's memory does not suffice.
     """
     if not rest or rest[0] not in _NAMES:
         given = repr(rest[0]) if rest else "nothing"
         raise ValueError(f"jaxrl bench takes one of {', '.join(_NAMES)}; got {given}")
     measurement = importlib.import_module(f"{__name__}.{rest[0]}")
-    tyro.cli(measurement.main, prog=f"jaxrl bench {rest[0]}", args=list(rest[1:]))
+    from jaxrl_llm.sharding import out_of_memory
+    from jaxrl_llm.training import memory
+
+    @functools.wraps(measurement.main)
+    def measure(**options: Any) -> None:
+        with out_of_memory.explained(
+            lambda found: memory.PROGRAMS.get(found.program, "the measurement"),
+            lambda _: {},
+            lambda _: measurement.remedies(**options),
+        ):
+            measurement.main(**options)
+
+    tyro.cli(measure, prog=f"jaxrl bench {rest[0]}", args=list(rest[1:]))

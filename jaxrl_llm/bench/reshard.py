@@ -86,6 +86,13 @@ def main(
     Console().print(table)
 
 
+def remedies(dtype: str, chunk_mib: tuple[int, ...], **_: Any) -> list[str]:
+    """Options that need less memory than these."""
+    less = max(min(chunk_mib) // 2, 1)
+    narrow = ["--dtype bfloat16"] * (dtype == "float32")
+    return [*narrow, f"--chunk-mib {less} (now {' '.join(map(str, chunk_mib))})"]
+
+
 def _compare(
     source: Any, target: Any, chunk_mib: tuple[int, ...], steps: int
 ) -> list[dict[str, Any]]:

@@ -143,6 +143,17 @@ def main(
     console.print(table, *profiles)
 
 
+def remedies(
+    trained_dtype: str, max_num_seqs: int, quantization: str | None, **_: Any
+) -> list[str]:
+    """Options that need less memory than these."""
+    return [
+        *["--trained-dtype bfloat16"] * (trained_dtype == "float32"),
+        *["--quantization int8"] * (quantization is None),
+        f"--max-num-seqs {max(max_num_seqs // 2, 1)} (now {max_num_seqs})",
+    ]
+
+
 def _engine(
     name: Literal["jax", "vllm"],
     arch: models.Architecture,

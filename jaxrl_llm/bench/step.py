@@ -125,6 +125,19 @@ def main(
     _show(medians, arch, count)
 
 
+def remedies(
+    micro_batch_size: int, remat: str, max_num_seqs: int, **_: Any
+) -> list[str]:
+    """Options that need less memory than these."""
+    less = max(micro_batch_size // 2, 1)
+    return [
+        *[f"--micro-batch-size {less} (now {micro_batch_size})"]
+        * (micro_batch_size > 1),
+        *["--remat full"] * (remat != "full"),
+        f"--max-num-seqs {max(max_num_seqs // 2, 1)} (now {max_num_seqs})",
+    ]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """What steps are made of."""

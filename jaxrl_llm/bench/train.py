@@ -8,7 +8,8 @@ import itertools
 import json
 import time
 from collections.abc import Sequence
-from typing import Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -27,9 +28,11 @@ from jaxrl_llm.roles import optimizer
 from jaxrl_llm.roles.actor import Actor, ActorSettings, StepSize
 from jaxrl_llm.roles.policy import Policy, PolicySettings
 from jaxrl_llm.roles.trained_model import MiniBatches
-from jaxrl_llm.sharding import hardware, mesh
+from jaxrl_llm.sharding import hardware, mesh, out_of_memory
+from jaxrl_llm.sharding.out_of_memory import Shortage
 from jaxrl_llm.tracking import device_trace as profile
 from jaxrl_llm.tracking import performance
+from jaxrl_llm.training import memory
 
 Remat = Literal["none", "dots", "full", "offload"]
 _GROUP = 8
@@ -105,7 +108,8 @@ def main(
             response_length=length - prompt_length,
         )
         actor = random_actor(arch, on, policy, step, mu_dtype)
-        result, trace = _measure(actor, lengths, steps, profiled)
+        with _explained(actor):
+            result, trace = _measure(actor, lengths, steps, profiled)
         table.add_row(
             str(size), kept, kind,
             f"{1e3 * result['seconds']:.1f}", f"{result['tokens_per_second']:,.0f}",
@@ -123,6 +127,37 @@ def main(
         print(json.dumps({"model": model, **variant, **result}), flush=True)
         profiles += [trace] if trace else []
     console.print(table, *profiles)
+
+
+def remedies(sequences: int, **_: Any) -> list[str]:
+    """Options that need less memory than these, besides those of a variant."""
+    return [f"--sequences {max(sequences // 2, _GROUP)} (now {sequences})"]
+
+
+def _explained(actor: Actor) -> AbstractContextManager[None]:
+    """Says what to change if a device's memory does not suffice for the update.
+
+    Raises:
+      OutOfMemory: in the block.
+    """
+    state, policy = actor.abstract_state(), actor.policy
+    weights = memory.bytes_of(state.params)
+    now, rows = policy.layout.micro_batch_size, policy.layout.rows_multiple
+
+    def less(found: Shortage) -> list[str]:
+        fixed = min(2 * weights, found.wanted or 0)
+        size = memory.fewer(now, rows, found.wanted, found.free, fixed)
+        return [
+            *([f"--micro-batch-size {size} (now {now})"] if size else []),
+            *["--remat full"] * (policy.settings.remat != "full"),
+            f"--fsdp {2 * actor.mesh.shape['fsdp']}, on so many devices",
+        ]
+
+    return out_of_memory.explained(
+        lambda found: memory.PROGRAMS.get(found.program, "the measurement"),
+        lambda _: {"weights": weights, "optimizer": memory.bytes_of(state.opt_state)},
+        less,
+    )
 
 
 def random_actor(

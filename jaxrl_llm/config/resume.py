@@ -43,6 +43,8 @@ _MAY_CHANGE = (
     "rollout.mesh.",
     "rollout.max_num_seqs",
     "rollout.decode_chunk",
+    "rollout.prefill_tokens",
+    "rollout.cache_gib",
     "rollout.checksum_freq",
     "rollout.max_mismatch",
     "rollout.vllm.",

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import models
-from jaxrl_llm.config.checks import uses_kl
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data.types import Episode, Turn
 from jaxrl_llm.planning.planner import Estimate
 from jaxrl_llm.rewards import score
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.tracking.console import progress
+from jaxrl_llm.training import memory
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.settings import placed
 
@@ -56,8 +56,8 @@ def show(job: Job) -> None:
     for warning in job.warnings:
         console.print(warning, markup=False, highlight=False)
     with progress("compiling the largest update", console=console):
-        memory = memory_per_device(job)
-    for group, held in memory.items():
+        found = memory_per_device(job)
+    for group, held in found.items():
         sizes = {name: f"{size / _GIB:.3f} GiB" for name, size in held.items()}
         total = {"total": f"{sum(held.values()) / _GIB:.3f} GiB"}
         _print(console, f"Memory per device, {group}", sizes | total)
@@ -97,52 +97,25 @@ def tried_out(job: Job) -> dict[str, str]:
 
 def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
     """Bytes on the fullest device of every group."""
-    config, learner, critic = job.config, job.actor, job.critic
-    state, memory = learner.abstract_state(), {}
-    group_of = placed(config.placement)
+    learner, found = job.actor, memory.held(job)
+    group_of = placed(job.config.placement)
+    if job.reward_model and job.config.reward.model.offload:
+        del found[group_of["reward"]]["reward model"]  # there while it scores
 
-    def add(role: str, sizes: dict[str, int]) -> None:
-        held = memory.setdefault(group_of[role], {})
+    def add_peak(role: str, program: jax.stages.Lowered, more: int = 0) -> None:
         # What computes does so one after the other.
-        peaks = [peak for of in (held, sizes) if (peak := of.get(_PEAK))]
-        held |= sizes | ({_PEAK: max(peaks)} if peaks else {})
+        held, peak = found[group_of[role]], _temporary(program) + more
+        held[_PEAK] = max(held.get(_PEAK, 0), peak)
 
-    add(
-        "actor",
-        {
-            "weights": _bytes(state.params),
-            "optimizer": _bytes(state.opt_state),
-            _PEAK: _temporary(learner.lower_largest_update()),
-        },
-    )
-    add(
-        "rollout",
-        job.engine.memory(
-            -(-config.data.train_batch_size // jax.process_count()) * config.rollout.n,
-            config.data.max_prompt_length + config.rollout.max_response_length,
-        ),
-    )
-    if critic:
-        judge = critic.abstract_state()
-        peak = _temporary(critic.lower_update(learner.largest_rows()))
-        add(
-            "critic",
-            {
-                "critic's weights": _bytes(judge.params),
-                "critic's optimizer": _bytes(judge.opt_state),
-                _PEAK: peak,
-            },
-        )
+    add_peak("actor", learner.lower_largest_update())
+    if job.critic:
+        add_peak("critic", job.critic.lower_update(learner.largest_rows()))
     if job.reward_model:
-        model, kept = job.reward_model, "reward model"
-        if config.reward.model.offload:  # there while it scores
-            kept = _PEAK
-        sizes = {_PEAK: _temporary(model.lower_scoring(learner.largest_rows()))}
-        sizes[kept] = sizes.get(kept, 0) + _bytes(model.abstract_params())
-        add("reward", sizes)
-    if uses_kl(config):
-        add("reference", {"reference": _bytes(learner.reference.abstract_params())})
-    return memory
+        kept = 0
+        if job.config.reward.model.offload:
+            kept = memory.bytes_of(job.reward_model.abstract_params())
+        add_peak("reward", job.reward_model.lower_scoring(learner.largest_rows()), kept)
+    return found
 
 
 _PEAK = "gradients, activations"
@@ -274,13 +247,6 @@ def _work(found: Estimate) -> Table:
 def _temporary(program: jax.stages.Lowered) -> int:
     """Bytes that it needs besides arguments and results."""
     return program.compile().memory_analysis().temp_size_in_bytes
-
-
-def _bytes(tree: Any) -> int:
-    return sum(
-        int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
 
 
 def _print(console: Console, title: str, facts: dict[str, Any]) -> None:

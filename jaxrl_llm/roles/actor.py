@@ -250,12 +250,16 @@ class Actor:
 
     def lower_largest_update(self) -> jax.stages.Lowered:
         """The update with rows in which everything is as long as it may be."""
+        return self.lower_update(self.largest_mini_batch())
+
+    def largest_mini_batch(self) -> TrainBatch:
+        """The rows of an optimizer step in which everything is as long as it may be."""
         batch = self.largest_rows()
         if self.reference is not None:
             batch = dataclasses.replace(batch, ref_logprobs=batch.sampler_logprobs)
         if self.settings.needs_old_logprobs:
             batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
-        return self.lower_update(self._trained.split_rows(batch, 0, 0)[0])
+        return self._trained.split_rows(batch, 0, 0)[0]
 
     def _measure(self, rows: TrainBatch) -> dict[str, Mean]:
         together = self.policy.layout.micro_batch_size

@@ -84,6 +84,8 @@ class RunLog:
         self._shown: list[dict[str, Any]] = []
         self._batch: dict[str, float] = {}
         self._advised: set[str] = set()
+        self.during = ""
+        """The phase under way, or the one that an error has ended; "" between them."""
         if devices.description:
             self.say(devices.description)
 
@@ -146,8 +148,10 @@ class RunLog:
     def phase(self, name: str) -> Iterator[None]:
         """Shows and times a phase of the step; profiles show it by its name."""
         self._view.phase(_PHASES[name])
+        self.during = name
         with self._timer(name), jax.profiler.TraceAnnotation(name):
             yield
+        self.during = ""
 
     def rollouts(
         self,

@@ -35,6 +35,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from jaxrl_llm import models
 from jaxrl_llm.config.schema import TrainerConfig
 from jaxrl_llm.sharding import checksum, processes
+from jaxrl_llm.sharding.out_of_memory import shortage
 
 FORMAT = 2
 """The format of checkpoints written now; older ones can be read."""
@@ -255,6 +256,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
+            if shortage(error):
+                raise  # of a device's memory, not of the disk's
             full = os.strerror(errno.ENOSPC)
             cause = full if full in str(error) else str(error).splitlines()[0][:300]
             whole = self.steps
@@ -303,6 +306,8 @@ def _agreed(read: Callable[[], Any]) -> tuple[Any, str | None]:
     except ValueError as error:
         damage = str(error)
     except Exception as error:  # noqa: BLE001 - what is damaged raises anything
+        if shortage(error):
+            raise  # that of a device says nothing of the file
         damage = f"{type(error).__name__}: {error}"
     found = [one for one in processes.gather(damage) if one is not None]
     return result, (found[0].strip().splitlines() or ["?"])[0][:300] if found else None

@@ -14,7 +14,7 @@ from pathlib import Path
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.tracking import performance
 from jaxrl_llm.tracking.result import Result
-from jaxrl_llm.training import advice, checkpoint, evaluate
+from jaxrl_llm.training import advice, checkpoint, evaluate, memory
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.credit import assign_credit
 from jaxrl_llm.training.experience import collect
@@ -39,6 +39,7 @@ def run(
       RewardError: a reward function failed and `reward.on_error` is "raise".
       CheckpointError: there are checkpoints in output_dir, but none to go on from.
       OSError: there is no room for a checkpoint.
+      OutOfMemory: a device's memory does not suffice.
       Stopped: after SIGTERM, the step under way did not end in time and was given up.
       KeyboardInterrupt: at a second Ctrl-C.
       CannotLearn: weights, or all gradients of some steps, are not finite.
@@ -48,6 +49,7 @@ def run(
         closing(engine),
         closing(job.rewards),
         opened(job) as (stream, log, checkpoints),
+        memory.explained(job, lambda: log.during, checkpoints),
         asked_to_stop(log.say, trainer.stop_grace_s, trainer.max_hours) as stopping,
         performance.long_lived_objects_set_aside() as set_aside,
     ):

@@ -1,10 +1,11 @@
 import json
 import math
 
+import jax
 import pytest
 
-from jaxrl_llm import bench
-from jaxrl_llm.bench import rollout
+from jaxrl_llm import bench, cli
+from jaxrl_llm.bench import reshard, rollout, step, train
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.rollout.engine import Request, Sampling
 
@@ -122,3 +123,42 @@ def test_an_unknown_measurement_is_refused_with_those_there_are():
 def test_sequences_that_form_no_groups_are_refused():
     with pytest.raises(ValueError, match="sequences must be a multiple of 8, got 9"):
         bench.main(["train", "--sequences", "9"])
+
+
+@pytest.mark.parametrize(
+    "name, where, options, proposed",
+    [
+        (
+            "train", (train, "_measure"), ["--micro-batch-size", "16", "--fsdp", "8"],
+            ["--micro-batch-size 8 (now 16)", "--remat full", "--fsdp 16"],
+        ),
+        (
+            "train", (train, "random_actor"), ["--fsdp", "8"],
+            ["--sequences 16 (now 32)"],
+        ),
+        (
+            "step", (step, "run"), ["--micro-batch-size", "8"],
+            ["--micro-batch-size 4 (now 8)", "--remat full", "--max-num-seqs 256"],
+        ),
+        (
+            "rollout", (rollout, "_measure"), [],
+            ["--trained-dtype bfloat16", "--quantization int8", "--max-num-seqs 128"],
+        ),
+        ("reshard", (reshard, "_compare"), [], ["--chunk-mib 512 (now 1024 4096)"]),
+    ],
+)  # fmt: skip
+def test_a_lack_of_memory_names_options_that_need_less(
+    capsys, monkeypatch, name, where, options, proposed
+):
+    def lacking(*_, **__):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 39.15GiB with "
+            "allocator GPU_0_bfc on device 0. [executable_name='jit_update']"
+        )
+
+    monkeypatch.setattr(*where, lacking)
+    assert cli.main(["bench", name, "--model", "tiny", *options]) == 2
+    said = capsys.readouterr().err
+    assert "out of memory: the update wanted 39.15 GiB in one piece on " in said
+    for option in proposed:
+        assert f"\n  {option}" in said

@@ -251,6 +251,11 @@ class JaxEngine:
         }
 
     @property
+    def cache_bytes(self) -> int:
+        """Of keys and values on each device, the most that generation has chosen."""
+        return self._page_bytes() * max(self._num_pages.values(), default=0)
+
+    @property
     def layer_bytes(self) -> int:
         """Of one layer's weights on each device, as they are used."""
         return _bytes(self._abstract_fused()["layers"][0])
