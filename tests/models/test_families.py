@@ -213,31 +213,35 @@ def test_reading_and_going_on_give_the_hidden_states_of_forward(family, load):
     row = np.asarray(row, np.int32)[:, None]
 
     @functools.partial(jax.jit, compiler_options=QUICK)
-    def read_and_go_on(params, row, tables, tokens):
-        params = models.unstack(params, jnp.float32)
-        params["layers"] = {i: models.fuse(x) for i, x in params["layers"].items()}
+    def read(params, row):
         pages = paged.empty(arch, 1 + tables.size, size, jnp.float32)
-        first, pages = paged.read(
+        return paged.read(
             arch, params, *row, pages, dtype=jnp.float32, attention=packed
         )
-        rest = []
-        for i in range(0, T, 3):
-            at = jnp.asarray(lengths)[:, None] + i + jnp.arange(3)[None]
-            there = at < T
-            more, pages = paged.go_on(
-                arch,
-                params,
-                jnp.take_along_axis(tokens, jnp.minimum(at, T - 1), axis=1),
-                jnp.where(there, at, -1),
-                tables,
-                pages,
-                dtype=jnp.float32,
-                attention=paged.attend,
-            )
-            rest.append(more)
-        return first, jnp.concatenate(rest, axis=1)
 
-    first, rest = read_and_go_on(params, row, tables, tokens())
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def go_on(params, more, at, tables, pages):
+        return paged.go_on(
+            arch,
+            params,
+            more,
+            at,
+            tables,
+            pages,
+            dtype=jnp.float32,
+            attention=paged.attend,
+        )
+
+    params = models.unstack(params, jnp.float32)
+    params["layers"] = {i: models.fuse(x) for i, x in params["layers"].items()}
+    first, pages = read(params, row)
+    rest = []
+    for i in range(0, T, 3):
+        at = np.array(lengths, np.int32)[:, None] + i + np.arange(3, dtype=np.int32)
+        more = np.take_along_axis(tokens(), np.minimum(at, T - 1), axis=1)
+        hidden, pages = go_on(params, more, np.where(at < T, at, -1), tables, pages)
+        rest.append(hidden)
+    rest = np.concatenate(rest, axis=1)
     start = 0
     for i, n in enumerate(lengths):
         got = np.concatenate([first[0, start : start + n], rest[i, : T - n]])
