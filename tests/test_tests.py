@@ -1,7 +1,16 @@
-"""How tests lie: each file stands alone, what several need is in tests/support."""
+"""How tests lie: each file stands alone, what several need is in tests/support;
+and what is annotated is checked."""
 
 import pathlib
 import re
+
+import beartype
+import jax.numpy as jnp
+import jaxtyping
+import pytest
+from jaxtyping import Array, Float
+
+from jaxrl_llm.algorithms import masked
 
 HERE = pathlib.Path(__file__).parent
 FILES = sorted(HERE.glob("**/*.py"))
@@ -15,3 +24,18 @@ def test_nothing_imports_a_test():
         for name in IMPORT.findall(path.read_text()):
             found = set(TESTS) & set(name.split("."))
             assert not found, f"{path.name}: move what it uses of {name} to support"
+
+
+@jaxtyping.jaxtyped(typechecker=beartype.beartype)
+def turned(x: Float[Array, "R T"]) -> Float[Array, "R T"]:
+    return x.T
+
+
+def test_shapes_that_do_not_fit_their_annotations_are_refused():
+    mask, more = jnp.ones((2, 3), bool), jnp.zeros((2, 4), jnp.int32)
+    masked.sequence_sum(1.0 * mask, mask, 0 * more[:, :3], 1)
+    with pytest.raises(Exception, match="(?s)sequence_ids=.* violates type hint"):
+        masked.sequence_sum(1.0 * mask, mask, more, 1)
+    turned(jnp.ones((2, 2)))
+    with pytest.raises(Exception, match="(?s)return.* violates type hint"):
+        turned(jnp.ones((2, 3)))
