@@ -36,7 +36,7 @@ from jaxrl_llm.sharding import hardware, mesh, out_of_memory
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.tracking.step_metrics import Validation
-from jaxrl_llm.training import memory
+from jaxrl_llm.training import fitting, memory
 from jaxrl_llm.training.build import Rewards, build
 from jaxrl_llm.training.evaluate import answer_held_out, validate
 from jaxrl_llm.training.experience import score_together
@@ -335,7 +335,7 @@ def _engine(
         closing(engine),
         out_of_memory.explained(
             lambda found: memory.PROGRAMS.get(found.program, "loading the weights"),
-            lambda _: engine.memory(1, longest) | {memory.CACHE: engine.cache_bytes},
+            lambda _: engine.memory(1, longest) | {fitting.CACHE: engine.cache_bytes},
             remedies,
         ),
     ):
@@ -442,7 +442,7 @@ def evaluate_config(config: Config) -> Validation:
       ConfigError: there are no held-out questions, or something else does not fit.
       OutOfMemory: a device's memory does not suffice.
     """
-    job = build(config)
+    job = build(config, learns=False)
     if not job.data.val:
         raise ConfigError("data.val is needed: which questions to answer")
     for warning in job.warnings:

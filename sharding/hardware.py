@@ -107,6 +107,14 @@ def described() -> str:
     )
 
 
+def memory_limit() -> int | None:
+    """Bytes that programs may use of every device of this process; None where devices
+    do not count them, as CPUs."""
+    counted = [device.memory_stats() or {} for device in jax.local_devices()]
+    limits = [said.get("bytes_limit") for said in counted]
+    return None if None in limits else min(limits)
+
+
 def host_memory() -> int:
     """Bytes of memory that this process may use at most."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

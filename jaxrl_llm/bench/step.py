@@ -34,6 +34,7 @@ from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.sharding import hardware, mesh
 from jaxrl_llm.tracking import performance
 from jaxrl_llm.training import credit as estimate
+from jaxrl_llm.training import fitting
 from jaxrl_llm.training.build import (
     actor_of,
     engine_of,
@@ -60,7 +61,7 @@ def main(
     mean: int = 400,
     cap: int = 1024,
     pack_length: int = 8192,
-    micro_batch_size: int = 2,
+    micro_batch_size: int | None = None,
     remat: Remat = "dots",
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     max_num_seqs: int = 512,
@@ -77,7 +78,8 @@ def main(
       mean: of the lengths of responses, which are lognormal (sigma 0.8).
       cap: tokens of the longest response.
       pack_length: tokens in a row of the update.
-      micro_batch_size: rows per forward and backward pass.
+      micro_batch_size: rows per forward and backward pass; as many as fit if not given,
+        or 2 on CPUs.
       remat: what the backward pass computes again.
       dtype: of generation, and of the matrix products of the update.
       max_num_seqs: sequences decoded together.
@@ -86,15 +88,6 @@ def main(
     """
     hardware.use_memory()
     arch, count = shapes.find(model), jax.device_count()
-    policy = PolicySettings(
-        dtype=dtype,
-        remat=remat,
-        rows=Layout(
-            pack_length=pack_length,
-            micro_batch_size=micro_batch_size,
-            longest=prompt_length + cap,
-        ),
-    )
     size = StepSize(
         num_prompts=prompts,
         group_size=n,
@@ -111,8 +104,27 @@ def main(
         max_num_seqs=max_num_seqs,
         decode_chunk=decode_chunk,
     )
+
+    def make(rows: int | None) -> Actor:
+        policy = PolicySettings(
+            dtype=dtype,
+            remat=remat,
+            rows=Layout(
+                pack_length=pack_length,
+                micro_batch_size=rows,
+                longest=prompt_length + cap,
+            ),
+        )
+        return random_actor(arch, mesh.make(axes), policy, size)
+
+    if micro_batch_size is None:
+        weights = engine.memory(1, prompt_length + cap)["generation weights"]
+        actor, said = fitting.for_measuring(make, weights, otherwise=2)
+        Console().print(said)
+    else:
+        actor = make(micro_batch_size)
     setup = Setup(
-        actor=random_actor(arch, mesh.make(axes), policy, size),
+        actor=actor,
         engine=engine,
         rewards=[RewardFunction(name="numeric", function=builtin.numeric)],
         algorithm=AlgorithmConfig(),
@@ -126,13 +138,12 @@ def main(
 
 
 def remedies(
-    micro_batch_size: int, remat: str, max_num_seqs: int, **_: Any
+    micro_batch_size: int | None, remat: str, max_num_seqs: int, **_: Any
 ) -> list[str]:
     """Options that need less memory than these."""
-    less = max(micro_batch_size // 2, 1)
+    rows = micro_batch_size or 2
     return [
-        *[f"--micro-batch-size {less} (now {micro_batch_size})"]
-        * (micro_batch_size > 1),
+        *[f"--micro-batch-size {rows // 2} (now {micro_batch_size})"] * (rows > 1),
         *["--remat full"] * (remat != "full"),
         f"--max-num-seqs {max(max_num_seqs // 2, 1)} (now {max_num_seqs})",
     ]

@@ -4,6 +4,7 @@ MFU counts the operations of `performance.train_flops` on real tokens only, over
 peak of the device's data sheet: neither padding nor what is computed again counts.
 """
 
+import functools
 import itertools
 import json
 import time
@@ -32,7 +33,7 @@ from jaxrl_llm.sharding import hardware, mesh, out_of_memory
 from jaxrl_llm.sharding.out_of_memory import Shortage
 from jaxrl_llm.tracking import device_trace as profile
 from jaxrl_llm.tracking import performance
-from jaxrl_llm.training import memory
+from jaxrl_llm.training import fitting, memory
 
 Remat = Literal["none", "dots", "full", "offload"]
 _GROUP = 8
@@ -45,7 +46,7 @@ def main(
     mean: int | None = None,
     prompt_length: int = 1,
     pack_length: int | None = None,
-    micro_batch_size: tuple[int, ...] = (8,),
+    micro_batch_size: tuple[int, ...] = (),
     remat: tuple[Remat, ...] = ("dots",),
     attention: tuple[Literal["auto", "xla"], ...] = ("auto",),
     unroll: Literal["auto", "never", "always"] = "auto",
@@ -67,7 +68,8 @@ def main(
         `length`.
       prompt_length: of these, tokens that are not trained on.
       pack_length: tokens in a row; one sequence per row if not given.
-      micro_batch_size: rows per forward and backward pass.
+      micro_batch_size: rows per forward and backward pass; as many as fit if not given,
+        or 8 on CPUs.
       remat: what the backward pass computes again.
       attention: see `actor.attention`.
       unroll: see `actor.unroll`.
@@ -92,7 +94,14 @@ def main(
         "peak GiB", "compile s", title=f"{model}, {len(lengths)} sequences",
     )  # fmt: skip
     console, profiles = Console(), []
-    for size, kept, kind in itertools.product(micro_batch_size, remat, attention):
+    step = StepSize(
+        num_prompts=sequences // _GROUP,
+        group_size=_GROUP,
+        prompt_length=prompt_length,
+        response_length=length - prompt_length,
+    )
+
+    def make(kept: Remat, kind: str, size: int | None) -> Actor:
         policy = PolicySettings(
             dtype=dtype,
             remat=kept,
@@ -101,13 +110,17 @@ def main(
             keep_probabilities=keep_probabilities,
             rows=Layout(pack_length=pack_length, micro_batch_size=size, longest=length),
         )
-        step = StepSize(
-            num_prompts=sequences // _GROUP,
-            group_size=_GROUP,
-            prompt_length=prompt_length,
-            response_length=length - prompt_length,
-        )
-        actor = random_actor(arch, on, policy, step, mu_dtype)
+        return random_actor(arch, on, policy, step, mu_dtype)
+
+    sizes = micro_batch_size or (None,)
+    for size, kept, kind in itertools.product(sizes, remat, attention):
+        of_size = functools.partial(make, kept, kind)
+        if size is None:
+            actor, said = fitting.for_measuring(of_size, beside=0, otherwise=8)
+            console.print(said)
+            size = actor.policy.layout.micro_batch_size
+        else:
+            actor = of_size(size)
         with _explained(actor):
             result, trace = _measure(actor, lengths, steps, profiled)
         table.add_row(
@@ -141,12 +154,12 @@ def _explained(actor: Actor) -> AbstractContextManager[None]:
       OutOfMemory: in the block.
     """
     state, policy = actor.abstract_state(), actor.policy
-    weights = memory.bytes_of(state.params)
+    weights = fitting.bytes_of(state.params)
     now, rows = policy.layout.micro_batch_size, policy.layout.rows_multiple
 
     def less(found: Shortage) -> list[str]:
         fixed = min(2 * weights, found.wanted or 0)
-        size = memory.fewer(now, rows, found.wanted, found.free, fixed)
+        size = fitting.fewer(now, rows, found.wanted, found.free, fixed)
         return [
             *([f"--micro-batch-size {size} (now {now})"] if size else []),
             *["--remat full"] * (policy.settings.remat != "full"),
@@ -155,7 +168,7 @@ def _explained(actor: Actor) -> AbstractContextManager[None]:
 
     return out_of_memory.explained(
         lambda found: memory.PROGRAMS.get(found.program, "the measurement"),
-        lambda _: {"weights": weights, "optimizer": memory.bytes_of(state.opt_state)},
+        lambda _: {"weights": weights, "optimizer": fitting.bytes_of(state.opt_state)},
         less,
     )
 
@@ -190,7 +203,6 @@ def _measure(
     start = time.perf_counter()
     compiled = actor.compile_update(batch)
     compile_seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
     rows, state = actor.policy.on_devices(batch), actor.start()
     seconds, trace = [], None
     for _ in range(steps + 2):
@@ -222,10 +234,7 @@ def _measure(
         "token_efficiency": packing.token_efficiency(
             batch, actor.policy.layout.micro_batch_size
         ),
-        "peak_bytes": memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
+        "peak_bytes": fitting.peak(compiled),
         "compile_seconds": compile_seconds,
         "loss": float(found["actor/loss"]),
     }, trace

@@ -78,8 +78,9 @@ class ActorConfig(Section):
     ppo_epochs: int = Field(1, gt=0)
     """Passes over each batch."""
     micro_batch_size: int | None = Field(None, gt=0)
-    """Rows per forward and backward pass; the whole mini-batch if not given. Changes
-    memory and speed, never the result."""
+    """Rows per forward and backward pass. Changes memory and speed, never the result.
+    If not given: on GPUs and TPUs as many as fit, found when the run begins and kept
+    when it goes on; on CPUs the whole mini-batch."""
     pack_length: int | None = Field(None, gt=0)
     """Pack sequences into rows of this many tokens; one sequence per row if not
     given."""
@@ -170,8 +171,8 @@ class CriticConfig(Section):
     ppo_epochs: int | None = Field(None, gt=0)
     """Passes over each batch; as actor.ppo_epochs if not given."""
     micro_batch_size: int | None = Field(None, gt=0)
-    """Rows per forward and backward pass; as actor.micro_batch_size if not given.
-    Changes memory and speed, never the result."""
+    """Rows per forward and backward pass; as actor.micro_batch_size if not given, and
+    found likewise if neither is. Changes memory and speed, never the result."""
     cliprange_value: float = Field(0.5, gt=0)
     """An update moves a value at most so far from what it was, in units of reward."""
     loss_agg_mode: Aggregation = "token-mean"

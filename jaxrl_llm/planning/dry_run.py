@@ -20,7 +20,7 @@ from jaxrl_llm.planning.planner import Estimate
 from jaxrl_llm.rewards import score
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.tracking.console import progress
-from jaxrl_llm.training import memory
+from jaxrl_llm.training import fitting, memory
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.settings import placed
 
@@ -113,7 +113,7 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
     if job.reward_model:
         kept = 0
         if job.config.reward.model.offload:
-            kept = memory.bytes_of(job.reward_model.abstract_params())
+            kept = fitting.bytes_of(job.reward_model.abstract_params())
         add_peak("reward", job.reward_model.lower_scoring(learner.largest_rows()), kept)
     return found
 

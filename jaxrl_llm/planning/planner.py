@@ -23,6 +23,7 @@ from jaxrl_llm.planning import workload
 from jaxrl_llm.planning.workload import Program, Work
 from jaxrl_llm.sharding import hardware, mesh, processes
 from jaxrl_llm.training.build import actor_of, engine_of, has_critic, make_meshes
+from jaxrl_llm.training.fitting import bytes_of
 from jaxrl_llm.training.settings import placed
 
 Watch = Callable[[str], AbstractContextManager[Any]]
@@ -149,7 +150,7 @@ def estimate(
     held[group_of["actor"]] |= workload.held_by("", learner.abstract_state())
     work[group_of["actor"]] |= workload.learning(config, learner)
     if uses_kl(config):
-        size = workload.bytes_of(learner.reference.abstract_params())
+        size = bytes_of(learner.reference.abstract_params())
         held[group_of["reference"]]["reference"] = size
         work[group_of["reference"]] |= workload.reference(config, learner, size)
     if has_critic(config):

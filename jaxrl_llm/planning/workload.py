@@ -4,7 +4,6 @@ A program's memory and what it receives from other devices are its compiler's fi
 operations and memory traffic are formulas, since a compiler counts a loop's body once.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from jaxrl_llm.sharding import processes, reshard
 from jaxrl_llm.sharding import transfer_plan as plan
 from jaxrl_llm.tracking import performance
 from jaxrl_llm.training import build, settings
+from jaxrl_llm.training.fitting import bytes_of, peak
 
 _GIB = 2**30
 
@@ -66,7 +66,7 @@ class Work:
         received = None
         try:
             compiled = self.lower().compile()
-            total = _peak(compiled)
+            total = peak(compiled)
             received = collectives.received(compiled.as_text(), self.num_devices)
         except jax.errors.JaxRuntimeError as error:
             # The compiler of a TPU knows its memory, and how much more it would need.
@@ -81,17 +81,6 @@ class Work:
             memory_traffic=self.memory_traffic,
             received_bytes=received and self.runs * received,
         )
-
-
-def _peak(compiled: jax.stages.Compiled) -> int:
-    """Bytes on a device with the program's arguments and results."""
-    sizes = compiled.memory_analysis()
-    return (
-        sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        - sizes.alias_size_in_bytes
-        + sizes.temp_size_in_bytes
-    )
 
 
 def held_by(whose: str, state: Any) -> dict[str, int]:
@@ -269,7 +258,7 @@ def moving(
     for chunk, compiled in zip(way.chunks, reshard.programs(way), strict=True):
         size = sum(move.wanted_bytes for move in chunk)
         if compiled is not None:
-            size = _peak(compiled)
+            size = peak(compiled)
             if together:  # else blocks are cut out, and zeros where there are none
                 size -= compiled.memory_analysis().argument_size_in_bytes
         peaks["actor"] = max(peaks["actor"], size)
@@ -330,14 +319,6 @@ def wave_of(config: Config, on: Mesh) -> tuple[int, int]:
     prompts = -(-config.data.train_batch_size // processes.of(on))
     return min(prompts * config.rollout.n, config.rollout.max_num_seqs), _longest(
         config
-    )
-
-
-def bytes_of(tree: Any) -> int:
-    """On one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
     )
 
 

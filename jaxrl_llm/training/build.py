@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 
 from jaxrl_llm import models
 from jaxrl_llm.config import checks, plugins, resume, user_code
@@ -34,8 +36,9 @@ from jaxrl_llm.roles.reward_model import RewardModel
 from jaxrl_llm.roles.sharded_model import ShardedModel
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.sharding import mesh, processes
+from jaxrl_llm.tracking import console
 from jaxrl_llm.tracking import services as loggers
-from jaxrl_llm.training import settings
+from jaxrl_llm.training import fitting, settings
 from jaxrl_llm.training.experience import Score, score_together
 
 
@@ -89,11 +92,18 @@ class Rewards:
         isolation.release(self.functions)
 
 
-def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Job:
-    """Loads and checks everything, cheap things first.
+def build(
+    config: Config,
+    rewards: Sequence[RewardFunction] | None = None,
+    *,
+    learns: bool = True,
+) -> Job:
+    """Loads and checks everything, cheap things first. Chooses the micro-batch size if
+    that is not given, see `fitting.sized`.
 
     Args:
       rewards: used instead of `config.reward.functions`.
+      learns: whether there will be updates, for which a size is needed.
 
     Raises:
       ValueError: something is missing or does not fit; the message names it.
@@ -128,13 +138,20 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     section = with_template_time(config, source.tokenizer)
     data = read_data(section, source.tokenizer, source.arch.vocab_size)
     shaped = [*functions, *shaping(config)]
-    model = None
+    judge = valued = None
     if config.reward.model:
         judge = open_reward_model(config, source)
-        model = reward_model_of(config, judge, meshes["reward"])
-    critic = None
     if has_critic(config):
-        critic = critic_of(config, open_critic(config, source), meshes["critic"])
+        valued = open_critic(config, source)
+
+    def actor_with(config: Config) -> Actor:
+        return actor_of(config, source, meshes["actor"], meshes["reference"])
+
+    def critic_with(config: Config) -> Critic:
+        return critic_of(config, valued, meshes["critic"])
+
+    model = judge and reward_model_of(config, judge, meshes["reward"])
+    critic = valued and critic_with(config)
     how = {
         "timeout_s": config.reward.timeout_s,
         "on_error": config.reward.on_error,
@@ -142,6 +159,25 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
     }
     rewards_of_run = Rewards(functions=tuple(functions), isolation=where)
     rewards_of_run.ready()
+    engine = engine_of(
+        config,
+        source.arch,
+        source.tokenizer,
+        meshes["rollout"],
+        [prompt.tokens for prompt in data.train],
+    )
+    actor, chosen = actor_with(config), []
+    if learns:
+        config, actor, critic, chosen = fitting.sized(
+            config,
+            actor,
+            critic,
+            lambda: fitting.kept(config, actor, engine, critic, model),
+            actor_with,
+            critic_with,
+            _compiling,
+        )
+        model = judge and reward_model_of(config, judge, meshes["reward"])
     return Job(
         config=config.model_copy(update={"function_sources": sources, "data": section}),
         source=source,
@@ -150,20 +186,15 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
         weights=tuple(term.weight for term in (*shaped, model) if term is not None),
         score_held_out=functools.partial(score_together, functions, model, **how),
         rewards=rewards_of_run,
-        engine=engine_of(
-            config,
-            source.arch,
-            source.tokenizer,
-            meshes["rollout"],
-            [prompt.tokens for prompt in data.train],
-        ),
-        actor=actor_of(config, source, meshes["actor"], meshes["reference"]),
+        engine=engine,
+        actor=actor,
         critic=critic,
         reward_model=model,
         warnings=(
             *data.warnings,
             *stop_warnings(config, source.arch, source.tokenizer),
             *rewards_of_run.notes(),
+            *chosen,
         ),
         inputs={
             "functions": _digests(config, functions),
@@ -171,6 +202,10 @@ def build(config: Config, rewards: Sequence[RewardFunction] | None = None) -> Jo
             "val": prompts.digests(data.val),
         },
     )
+
+
+def _compiling(what: str) -> AbstractContextManager[None]:
+    return console.progress(what, console=Console(quiet=not processes.leads()))
 
 
 def _digests(config: Config, functions: Sequence[RewardFunction]) -> dict[str, str]:

@@ -2,9 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import jax
 
@@ -12,15 +11,13 @@ from jaxrl_llm.config.checks import uses_kl
 from jaxrl_llm.config.names import device_numbers
 from jaxrl_llm.sharding import out_of_memory
 from jaxrl_llm.sharding.out_of_memory import Shortage
+from jaxrl_llm.training import fitting
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.checkpoint import Checkpoints
+from jaxrl_llm.training.fitting import CACHE, Sizes, fewer
 from jaxrl_llm.training.settings import placed
 
-Sizes = dict[str, dict[str, int]]
-"""Bytes on one device by purpose, for each group of devices."""
 _GIB = 2**30
-CACHE = "generation cache"
-"""What engines call it."""
 PROGRAMS = {
     "update": "the update",
     "update_critic": "the critic's update",
@@ -48,31 +45,8 @@ _DURING = {
 
 
 def held(job: Job) -> Sizes:
-    """Bytes by purpose on each device of every group, as they stay from step to step;
-    of the generation cache, what the longest sequences want."""
-    config, state = job.config, job.actor.abstract_state()
-    group_of = placed(config.placement)
-    found: dict[str, dict[str, int]] = {group_of["actor"]: {}}
-
-    def add(role: str, sizes: Mapping[str, int]) -> None:
-        found.setdefault(group_of[role], {}).update(sizes)
-
-    add("actor", {"weights": bytes_of(state.params)})
-    add("actor", {"optimizer": bytes_of(state.opt_state)})
-    responses = -(-config.data.train_batch_size // jax.process_count())
-    longest = config.data.max_prompt_length + config.rollout.max_response_length
-    add("rollout", job.engine.memory(responses * config.rollout.n, longest))
-    if job.critic:
-        judge = job.critic.abstract_state()
-        add("critic", {"critic's weights": bytes_of(judge.params)})
-        add("critic", {"critic's optimizer": bytes_of(judge.opt_state)})
-    if job.reward_model:
-        kept = bytes_of(job.reward_model.abstract_params())
-        add("reward", {"reward model": kept})
-    if uses_kl(config):
-        kept = bytes_of(job.actor.reference.abstract_params())
-        add("reference", {"reference": kept})
-    return found
+    """`fitting.kept` by the roles of a run."""
+    return fitting.kept(job.config, job.actor, job.engine, job.critic, job.reward_model)
 
 
 @contextmanager
@@ -175,31 +149,6 @@ def _remedies(job: Job, sizes: Sizes, found: Shortage, phase: str) -> list[str]:
     return said[:3]
 
 
-def fewer(
-    now: int, multiple: int, wanted: int | None, free: int | None, fixed: float | int
-) -> int | None:
-    """`now` rows halved until what they need should fit; None if too few would be left.
-
-    Args:
-      multiple: devices that rows are split over.
-      wanted: bytes that `now` rows needed.
-      free: bytes that there were; None where that is not known.
-      fixed: of `wanted`, what does not depend on the number of rows.
-    """
-    size = now // 2
-    while size >= multiple:
-        if free is None or wanted is None:
-            return size
-        if fixed + (wanted - fixed) * size / now <= _SURELY * free:
-            return size
-        size //= 2
-    return None
-
-
-_SURELY = 0.95
-"""Of what is free, what one array can have."""
-
-
 def _fewer_rows(job: Job, whose: str, found: Shortage, fixed: int) -> list[str]:
     """A smaller micro-batch of the actor, the critic or the reward model."""
     config = job.config
@@ -224,7 +173,7 @@ def _less_generation(job: Job, found: Shortage) -> list[str]:
         half = rollout.prefill_tokens // 2
         said.append(f"rollout.prefill_tokens: {half} (now {rollout.prefill_tokens})")
     lacking = (found.wanted or 0) - (found.free or 0)
-    room = math.floor(10 * (cache - lacking / _SURELY) / _GIB) / 10
+    room = math.floor(10 * (cache - lacking / fitting.SURELY) / _GIB) / 10
     if cache and found.free is not None and room > 0:
         said.append(f"rollout.cache_gib: {room} (now {cache / _GIB:.1f})")
     responses = job.config.data.train_batch_size * rollout.n
@@ -262,11 +211,3 @@ def _split(job: Job, whose: str) -> list[str]:
     if on.shape["data"] > 1:
         return [f"{whose}.mesh: {{data: 1, fsdp: -1}}, which splits all weights"]
     return [f"{whose}.mesh: more than {on.size} devices, over which weights are split"]
-
-
-def bytes_of(tree: Any) -> int:
-    """Of arrays, or of shapes with shardings, on one device."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(tree)
-    )
