@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -27,6 +28,22 @@ ROWS = GRPO | {"rollout.n": 4, "trainer.val_before_train": False}
 def built(config):
     high = RewardFunction(name="high", function=mean_id, trusted=True)
     return build.build(config, [high])
+
+
+@contextmanager
+def traced():
+    """The names of the functions that JAX traces in the block."""
+    names = []
+
+    def listen(event, seconds, *, fun_name=None, **_):
+        if event.endswith("jaxpr_trace_duration"):
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +160,12 @@ def test_a_run_takes_as_many_rows_as_fit_and_keeps_them(
     guesses = {8: fits / 2, 16: fits, 32: 2 * fits}
     monkeypatch.setattr(fitting, "estimated", lambda *given: float(guesses[given[-1]]))
     monkeypatch.setattr(hardware, "memory_limit", lambda: limit)
-    job = built(config)
+    with traced() as found:
+        job = built(config)
+    assert found.count("update") == 1
+    with traced() as again:  # what was compiled to choose is what the run uses
+        job.actor.update(job.actor.start(), job.actor.largest_mini_batch(), seed=0)
+    assert "update" not in again
     assert job.config.actor.micro_batch_size == 16
     assert job.actor.policy.layout.micro_batch_size == 16
     assert job.actor.settings.update.micro_batch_size == 16
