@@ -248,6 +248,9 @@ def _plan(rest: list[str]) -> None:
             f"--measure runs steps on the {jax.device_count()} devices that are here; "
             "the plan is for others"
         )
+    config, chosen = planner.completed(config, devices, memory, console.progress)
+    for line in chosen:
+        print(line)
     found = planner.estimate(config, devices, memory, console.progress, host)
     dry_run.show_plan(config, found)
     if "--measure" in given:

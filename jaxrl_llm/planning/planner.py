@@ -21,7 +21,10 @@ from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.planning import workload
 from jaxrl_llm.planning.workload import Program, Work
+from jaxrl_llm.roles.actor import Actor
+from jaxrl_llm.roles.critic import Critic
 from jaxrl_llm.sharding import hardware, mesh, processes
+from jaxrl_llm.training import fitting
 from jaxrl_llm.training.build import actor_of, engine_of, has_critic, make_meshes
 from jaxrl_llm.training.fitting import bytes_of
 from jaxrl_llm.training.settings import placed
@@ -114,6 +117,70 @@ def here(count: int) -> tuple[Sequence[jax.Device], int | None]:
     return devices, (devices[0].memory_stats() or {}).get("bytes_limit")
 
 
+def completed(
+    config: Config,
+    devices: Sequence[jax.Device],
+    memory: float | int | None = None,
+    watch: Watch = nullcontext,
+) -> tuple[Config, list[str]]:
+    """The configuration with the micro-batch sizes that a run on `devices` would choose
+    where none is given, and what these are. As it is, if their memory is not known.
+
+    Args:
+      memory: bytes that a device has; its data sheet's if not given.
+
+    Raises:
+      ValueError: as of `estimate`.
+    """
+    capacity = _capacity(devices, memory)
+    if capacity is None or config.actor.micro_batch_size is not None:
+        return config, []
+    _check(config)
+    meshes = make_meshes(config, devices)
+    arch = workload.architecture(config.model.path, config.model.revision)
+    source = models.RandomWeights(arch)
+    engine = engine_of(config, arch, None, meshes["rollout"], [])
+
+    def actor_with(config: Config) -> Actor:
+        return actor_of(config, source, meshes["actor"], meshes["reference"])
+
+    def critic_with(config: Config) -> Critic:
+        return workload.critic_of(config, arch, meshes["critic"])
+
+    actor = actor_with(config)
+    critic = critic_with(config) if has_critic(config) else None
+    config, _, _, said = fitting.sized(
+        config,
+        actor,
+        critic,
+        lambda: fitting.kept(config, actor, engine, critic, None),
+        actor_with,
+        critic_with,
+        watch,
+        capacity,
+    )
+    return config, said
+
+
+def _capacity(
+    devices: Sequence[jax.Device], memory: float | int | None
+) -> float | int | None:
+    """Bytes that a device has; None if that is not known."""
+    known = hardware.facts(devices[0].device_kind)
+    return memory or (known and known[0] * _GIB)
+
+
+def _check(config: Config) -> None:
+    """Raises ConfigError for what cannot be planned."""
+    if config.rollout.engine != "jax":
+        raise ConfigError(
+            f"rollout.engine {config.rollout.engine}: only what the jax engine needs "
+            "can be planned"
+        )
+    if config.reward.model:
+        raise ConfigError("reward.model: a reward model's scoring is not planned")
+
+
 def estimate(
     config: Config,
     devices: Sequence[jax.Device],
@@ -132,17 +199,10 @@ def estimate(
       ValueError: a mesh or an array does not fit, there is a reward model, whose
         programs are not planned, or generation is another engine's.
     """
-    if config.rollout.engine != "jax":
-        raise ConfigError(
-            f"rollout.engine {config.rollout.engine}: only what the jax engine needs "
-            "can be planned"
-        )
-    if config.reward.model:
-        raise ConfigError("reward.model: a reward model's scoring is not planned")
+    _check(config)
     meshes, group_of = make_meshes(config, devices), placed(config.placement)
     arch = workload.architecture(config.model.path, config.model.revision)
-    source, known = models.RandomWeights(arch), hardware.facts(devices[0].device_kind)
-    capacity = memory or (known and known[0] * _GIB)
+    source, capacity = models.RandomWeights(arch), _capacity(devices, memory)
     held: dict[str, dict[str, int]] = {group_of[role]: {} for role in meshes}
     work: dict[str, dict[str, Work]] = {group: {} for group in held}
 

@@ -114,6 +114,7 @@ def sized(
     actor_of: Callable[[Config], Actor],
     critic_of: Callable[[Config], Critic],
     watch: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+    limit: float | int | None = None,
 ) -> tuple[Config, Actor, Critic | None, list[str]]:
     """The configuration with the micro-batch sizes that were not given, the roles that
     have them, and what was chosen. All processes call it and choose the same.
@@ -127,10 +128,11 @@ def sized(
       sizes: gives `kept` by all roles.
       actor_of, critic_of: make one of a configuration.
       watch: is told what is compiled while it is.
+      limit: bytes of a device; if not given, what the devices that are here count.
     """
     if config.actor.micro_batch_size is not None:
         return config, actor, critic, []
-    limits = processes.gather(hardware.memory_limit())
+    limits = processes.gather(limit or hardware.memory_limit())
     if None in limits:
         return config, actor, critic, []
     if before := _begun(config):
@@ -142,7 +144,7 @@ def sized(
         said = f"actor.micro_batch_size is not given: {size or 'all'} rows at a time, "
         made = critic and critic_of(config)
         return config, actor_of(config), made, [f"{said}as the run began"]
-    held, limit, notes = sizes(), min(limits), []
+    held, room, notes = sizes(), SURELY * min(limits), []
 
     def choose(
         section: str,
@@ -156,7 +158,7 @@ def sized(
             model,
             state,
             shape,
-            int(SURELY * limit) - beside(config, held, section),
+            int(room) - beside(config, held, section),
             lambda size: make(_with(config, section, size)),
             lower,
             watch,

@@ -10,6 +10,7 @@ from jaxrl_llm.bench import step
 from jaxrl_llm.config import parsing
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.planning import dry_run, planner, workload
+from jaxrl_llm.training import fitting
 
 GIB = 2**30
 
@@ -193,6 +194,31 @@ def test_the_cache_takes_what_memory_leaves_it():
     page = 2 * 2 * 64 * 1 * 16 * 2  # 2 layers, keys and values, one head of 16
     free = 600_000 - sum(found.held.values())
     assert found.cache_bytes == 0.9 * free // page * page < found.wanted_cache_bytes
+
+
+def test_a_plan_takes_the_rows_that_a_run_would(monkeypatch):
+    config = settings(GAE, use_kl_loss=False, micro_batch_size=None)
+    assert planner.completed(config, jax.devices()) == (config, [])  # not known
+    given = settings(GAE)
+    assert planner.completed(given, jax.devices(), memory=1e9) == (given, [])
+    rooms = []
+
+    def chosen(model, state, shape, room, make, lower, watch):
+        rooms.append((model.head, shape, room))
+        return fitting.Fit(size=16, made=make(16), needed=1, room=room)
+
+    monkeypatch.setattr(fitting, "largest_fit", chosen)
+    found, said = planner.completed(config, jax.devices(), memory=10**9)
+    assert found.actor.micro_batch_size == found.critic.micro_batch_size == 16
+    assert [line.split(" is ")[0] for line in said] == [
+        "actor.micro_batch_size",
+        "critic.micro_batch_size",
+    ]
+    count = models.num_params(shapes.find("tiny"))
+    engine, critic = 2 * count / 2, 12 * count / 8
+    (head, shape, room), _ = rooms
+    assert (head, shape) == ("tokens", (32, 256))
+    assert 0.95e9 - room == pytest.approx(engine + critic, rel=0.05)
 
 
 def test_steps_are_measured_only_on_the_devices_of_the_plan(
