@@ -7,6 +7,7 @@ import re
 import beartype
 import jax.numpy as jnp
 import jaxtyping
+import kept_programs
 import pytest
 from jaxtyping import Array, Float
 
@@ -39,3 +40,18 @@ def test_shapes_that_do_not_fit_their_annotations_are_refused():
     turned(jnp.ones((2, 2)))
     with pytest.raises(Exception, match="(?s)return.* violates type hint"):
         turned(jnp.ones((2, 3)))
+
+
+def test_compiled_programs_are_kept_for_the_next_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(kept_programs, "KEPT", tmp_path / "build/compiled")
+    monkeypatch.setattr(kept_programs, "runs", [])
+    one = pathlib.Path(kept_programs.begin())
+    (one / "program").write_bytes(b"compiled")
+    kept_programs.keep()
+    kept_programs.runs.pop().cleanup()
+    other = pathlib.Path(kept_programs.begin())
+    assert (other / "program").read_bytes() == b"compiled"
+    kept_programs.runs.pop().cleanup()
+    monkeypatch.setattr(kept_programs, "MOST_BYTES", 7)
+    assert not list(pathlib.Path(kept_programs.begin()).iterdir())
+    kept_programs.runs.pop().cleanup()
