@@ -126,8 +126,12 @@ def test_weights_and_moments_stay_split(tiny_model):
     [
         {"micro_batch_size": 3, "remat": "full"},
         {"pack_length": 32, "remat": "dots", "unroll": "always"},
-        {"remat": "offload"},
-        {"pack_length": 32, "share_prompts": True, "micro_batch_size": 2},
+        {
+            "pack_length": 32,
+            "share_prompts": True,
+            "micro_batch_size": 2,
+            "remat": "offload",
+        },
     ],
     ids=str,
 )
@@ -158,7 +162,12 @@ def test_kept_probabilities_are_not_for_capped_logits(tiny_model):
 
 @pytest.mark.parametrize(
     "over, sizes",
-    [(loop.in_place, ONE), (loop.in_place, EIGHT), (loop.unrolled, EIGHT)],
+    [
+        # The gradient of this loop is in test_layer_loop.
+        pytest.param(loop.in_place, ONE, marks=pytest.mark.slow),
+        (loop.in_place, EIGHT),
+        (loop.unrolled, EIGHT),
+    ],
 )
 def test_a_gpus_loops_change_nothing(tiny_model, monkeypatch, over, sizes):
     monkeypatch.setattr(models, "choose_loop", lambda *_: over)
@@ -172,9 +181,11 @@ def test_a_gpus_loops_change_nothing(tiny_model, monkeypatch, over, sizes):
 
 
 def test_what_waits_on_the_host_changes_nothing(tiny_model, tmp_path):
-    got = step(tiny_model, updates=2, offload=("optimizer", "reference"), **ALL_TERMS)
-    assert_same(got, step(tiny_model, updates=2, **ALL_TERMS), rtol=0)
-    made = learner(tiny_model, EIGHT, offload=("optimizer", "reference"), **ALL_TERMS)
+    here = {"micro_batch_size": 4, **ALL_TERMS}
+    away = {"offload": ("optimizer", "reference"), **here}
+    got = step(tiny_model, EIGHT, updates=2, **away)
+    assert_same(got, step(tiny_model, EIGHT, updates=2, **here), rtol=0)
+    made = learner(tiny_model, EIGHT, **away)
     rows = made.make_rows(*make_rollouts(), ADVANTAGES)
     state, _ = made.update(made.start(), rows, seed=3)
     away = jax.tree.leaves((state.opt_state, made.reference.initial))

@@ -67,7 +67,8 @@ def alone(path, **actor):
     return gradient(made), made.update(state, rows, seed=3)[1]
 
 
-QUICK = {("FSDP", False), ("all", True), ("context, tensor", False)}
+# FSDP beside the others is in test_actor.
+QUICK = {("all", True), ("context, tensor", False)}
 
 
 @pytest.mark.parametrize(
