@@ -29,8 +29,8 @@ def begin() -> str:
 
 def keep() -> None:
     """Adds what this run has compiled."""
-    known = {path.name for path in KEPT.iterdir()}
     for run in runs:
+        known = {path.name for path in KEPT.iterdir()}
         for path in pathlib.Path(run.name).iterdir():
             if path.name not in known:
                 path.replace(KEPT / path.name)
