@@ -394,8 +394,8 @@ def test_grpo_raises_the_score(tiny_model, saved, tmp_path):
     changed = {
         "rollout.n": 8,
         "data.train_batch_size": 16,
-        "actor.optim.lr": 1e-2,
-        "trainer.total_training_steps": 20,
+        "actor.optim.lr": 3e-2,
+        "trainer.total_training_steps": 10,
     }
     config = settings(tmp_path, tiny_model, saved("Llama"), **changed)
     run(config)
