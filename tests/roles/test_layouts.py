@@ -60,11 +60,8 @@ def gradient(made):
 
 
 @functools.cache
-def alone(path, **actor):
-    made = learner(path, {}, **actor)
-    state = made.start()
-    rows = made.make_rows(*make_rollouts(), ADVANTAGES)
-    return gradient(made), made.update(state, rows, seed=3)[1]
+def gradient_alone(path, **actor):
+    return gradient(learner(path, {}, **actor))
 
 
 # FSDP beside the others is in test_actor.
@@ -84,7 +81,7 @@ QUICK = {("all", True), ("context, tensor", False)}
 def test_loss_and_gradients_are_those_of_one_device(layout, packed, model):
     axes, packed = LAYOUTS[layout], {"pack_length": 32} if packed else {}
     made = learner(model, axes, **packed)
-    (wanted_loss, wanted), _ = alone(model, **packed)
+    wanted_loss, wanted = gradient_alone(model, **packed)
     loss, found = gradient(made)
     np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5)
     for (path, got), other in zip(
@@ -98,10 +95,12 @@ def test_loss_and_gradients_are_those_of_one_device(layout, packed, model):
     "layout", ["all", pytest.param("HSDP, tensor", marks=pytest.mark.slow)]
 )
 def test_an_update_is_that_of_one_device(layout, model):
-    made = learner(model, LAYOUTS[layout])
-    rows = made.make_rows(*make_rollouts(), ADVANTAGES)
-    _, found = made.update(made.start(), rows, seed=3)
-    _, wanted = alone(model)
+    def updated(axes):
+        made = learner(model, axes)
+        rows = made.make_rows(*make_rollouts(), ADVANTAGES)
+        return made.update(made.start(), rows, seed=3)[1]
+
+    found, wanted = updated(LAYOUTS[layout]), updated({})
     for name in found.keys() - {"perf/token_efficiency"}:
         np.testing.assert_allclose(found[name], wanted[name], 1e-5, 1e-6, err_msg=name)
 

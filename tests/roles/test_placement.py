@@ -37,7 +37,7 @@ def values(folder, name, **placement):
         "algorithm": {"adv_estimator": "gae"},
         "placement": placement,
         "reward": {"functions": [{"name": "exact"}]},
-        "trainer": {"total_training_steps": 3},
+        "trainer": {"total_training_steps": 3, "save_hf": False},
     }
 
 
