@@ -48,9 +48,8 @@ def abstract_params(
     arch: Architecture, *, dtype=jnp.float32, stacked: bool = True
 ) -> Params:
     """Shapes and dtypes of `init`, without computing anything."""
-    return jax.eval_shape(
-        lambda: init(arch, jax.random.key(0), dtype=dtype, stacked=stacked)
-    )
+    state = nnx.to_pure_dict(nnx.state(_abstract(arch, stacked, False, False)))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), state)
 
 
 def logical_axes(

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -96,5 +97,6 @@ def headless(arch: Architecture) -> Architecture:
     return dataclasses.replace(arch, tie_embeddings=True)
 
 
+@functools.cache
 def _state(arch: Architecture, dtype):
     return nnx.state(nnx.eval_shape(lambda: Critic(arch, Init(nnx.Rngs(0), dtype))))

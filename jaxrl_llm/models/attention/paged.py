@@ -12,12 +12,14 @@ A place of -1 is nowhere: that token's key and value are not kept.
 Source: Kwon et al. 2023 (arXiv:2309.06180).
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models.apply import Params, model
@@ -266,14 +268,25 @@ def _run(arch, params, tokens, positions, pages, attend_layer, dtype):
     decoder = model(arch, params)
     tables = decoder.rotary_tables(positions)
     x, keys, values = decoder.embed(tokens, dtype), [], []
-    for i, layer in enumerate(decoder.layers):
 
-        def attend_and_keep(q, k, v, i=i):
-            rotary = tables[arch.rope_of_layer[i]]
-            return attend_layer(i, q, k, v, rotary, pages.keys[i], pages.values[i])
+    # Layers of a kind are traced once: Python takes longer to trace all of them than
+    # the compiler to make a program of them, which is the same program as without. Not
+    # one with calls: partitioned over "tensor" by each replica, XLA aborts at them.
+    @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+    def run_layer(like, graph, weights, x, keys, values):
+        def attend_and_keep(q, k, v):
+            rotary = tables[arch.rope_of_layer[like]]
+            return attend_layer(like, q, k, v, rotary, keys, values)
 
         # Attention rotates by itself: a kernel can do it on the way.
-        x, (k, v) = layer(x, None, attend_and_keep)
+        return nnx.merge(graph, weights)(x, None, attend_and_keep)
+
+    kinds: dict[Any, int] = {}
+    for i, layer in enumerate(decoder.layers):
+        like = kinds.setdefault((arch.window_of_layer[i], arch.rope_of_layer[i]), i)
+        x, (k, v) = run_layer(
+            like, *nnx.split(layer), x, pages.keys[i], pages.values[i]
+        )
         keys.append(k)
         values.append(v)
     return decoder.norm(x), Pages(tuple(keys), tuple(values))
