@@ -6,7 +6,9 @@ axis of their own, and layers are stacked; every device reads only its own part.
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -269,17 +271,27 @@ def _stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _part(
     tensors: Tensors, stored: list[Place], leaf: jax.ShapeDtypeStruct, index: Slices
 ) -> np.ndarray:
-    """The part of a parameter that `index` names, put together from its tensors."""
+    """The part of a parameter that `index` names, put together from its tensors, of
+    several layers at a time: to bring axes into order takes longer than to read."""
     bounds = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
     out = np.empty([len(r) for r in bounds], leaf.dtype)
     if stored[0].layer is None:
         rows, shape, bounds = {0: out}, leaf.shape, [range(1), *bounds]
     else:
         rows, shape = out, leaf.shape[1:]
-    for row, i in enumerate(bounds[0]):
+
+    def fill(row: int, i: int) -> None:
         with np.errstate(over="ignore", invalid="ignore"):  # named below
             rows[row][...] = _layer_part(tensors, stored[i], shape, bounds[1:])
         check_finite(rows[row], tensors, stored[i].name)
+
+    layers = range(len(bounds[0]))
+    if len(layers) == 1:
+        fill(0, bounds[0][0])
+        return out
+    with ThreadPoolExecutor(min(len(layers), os.cpu_count() or 1)) as pool:
+        for _ in pool.map(fill, layers, bounds[0]):
+            pass
     return out
 
 
