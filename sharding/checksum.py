@@ -104,7 +104,12 @@ def of_placed(x: Array) -> UInt32[Array, "1"]:
     all its devices."""
     if x.sharding.memory_kind == "pinned_host":
         x = jax.device_put(x, x.sharding.with_memory_kind("device"))
-    return _of_placed(x.sharding)(x)
+    return _first_sum(_shortest(x.sharding))(x)
+
+
+def lower_of_placed(x: jax.ShapeDtypeStruct) -> jax.stages.Lowered:
+    """The program of `of_placed`, from a shape, a dtype and a sharding."""
+    return _first_sum(_shortest(x.sharding)).lower(x)
 
 
 def _mix(x: Array) -> Array:
@@ -136,9 +141,26 @@ def _of_source(stacked: bool, dtype: Any, sharding: Sharding) -> Any:
 
 
 @functools.cache
-def _of_placed(sharding: Sharding) -> Any:
+def _first_sum(sharding: Sharding) -> Any:
     sums = functools.partial(of, seeds=_SEEDS[:1])
-    return jax.jit(sums, out_shardings=_replicated(sharding))
+    everywhere = _replicated(sharding)
+    return jax.jit(sums, in_shardings=sharding, out_shardings=everywhere)
+
+
+def _shortest(sharding: Sharding) -> Sharding:
+    """What programs return says in fewer words where it lies than what they were told:
+    without axes of one device, and without dimensions at the end that are whole. To
+    `jax.jit`, that would be another program."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    shape, found = sharding.mesh.shape, []
+    for entry in sharding.spec:
+        names = entry if isinstance(entry, tuple) else (entry,)
+        names = tuple(n for n in names if n is not None and shape[n] > 1)
+        found.append(names if len(names) > 1 else names[0] if names else None)
+    while found and found[-1] is None:
+        found.pop()
+    return NamedSharding(sharding.mesh, P(*found))
 
 
 @functools.cache

@@ -22,7 +22,7 @@ class Layout:
 
     pack_length: int | None = None
     """Tokens in a row, which several sequences share. Rows of `sequences_together` if
-    not given; they are then as long as the longest, rounded up to a `bucket`."""
+    not given."""
     rows_multiple: int = 1
     """Devices that rows are split over: the number of rows is a multiple of it."""
     micro_batch_size: int | None = None
@@ -35,9 +35,11 @@ class Layout:
     length_multiple: int = 1
     """Devices that a row is split over; `pack_length` is a multiple of it."""
     longest: int | None = None
-    """No sequence can be longer. With it and `micro_batch_size`, the number of packed
-    rows does not depend on how long the sequences are, so that an update is compiled
-    once; it is rounded up to a `bucket` without them."""
+    """No sequence can be longer. With it, the shape of the rows does not depend on how
+    long the sequences are, so that what takes them is compiled once; without it, number
+    and length of rows are those needed, rounded up to a `bucket`."""
+    most_sequences: int | None = None
+    """Rows are laid out as for so many sequences, if there are fewer."""
     sequences_together: int = 1
     """So many neighbouring sequences always share a row, packed or not, and with it a
     micro-batch: 2 for pairs that a loss compares."""
@@ -151,13 +153,18 @@ def token_efficiency(batch: TrainBatch, micro_batch_size: int | None) -> float:
     return float((batch.sequence_ids >= 0).sum() / (last * together * length))
 
 
-def lay_out(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
+def lay_out(
+    lengths: Sequence[int], row_length: int | None, most: int | None = None
+) -> list[list[int]]:
     """Which sequences share a row: in few rows, of about as many tokens each.
 
     At most 3 % more rows than best-fit decreasing needs (the longest goes first, each
     into the fullest row that has room). Where they can be, they are balanced (the
     longest goes first, each into the emptiest row). One sequence per row without a
     length.
+
+    Args:
+      most: sequences in a row.
 
     Returns:
       Indices into `lengths`, row by row.
@@ -176,16 +183,17 @@ def lay_out(lengths: Sequence[int], row_length: int | None) -> list[list[int]]:
             f"sequence {order[0]} has {lengths[order[0]]} tokens, more than "
             f"pack_length {row_length}"
         )
-    fitting = _best_fit(lengths, order, row_length)
-    most = len(fitting) + len(fitting) // 32
-    for num_rows in range(-(-sum(lengths) // row_length), most + 1):
-        if rows := _balanced(lengths, order, num_rows, row_length):
+    most = most or len(lengths)
+    fitting = _best_fit(lengths, order, row_length, most)
+    fewest = max(-(-sum(lengths) // row_length), -(-len(lengths) // max(most, 1)))
+    for num_rows in range(fewest, len(fitting) + len(fitting) // 32 + 1):
+        if rows := _balanced(lengths, order, num_rows, row_length, most):
             return rows
     return fitting
 
 
 def _best_fit(
-    lengths: Sequence[int], order: Sequence[int], row_length: int
+    lengths: Sequence[int], order: Sequence[int], row_length: int, most: int
 ) -> list[list[int]]:
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens that still fit, row), sorted
@@ -196,21 +204,27 @@ def _best_fit(
             rooms.append((row_length, len(rows) - 1))
         room, row = rooms.pop(fit)
         rows[row].append(i)
-        bisect.insort(rooms, (room - lengths[i], row))
+        if len(rows[row]) < most:
+            bisect.insort(rooms, (room - lengths[i], row))
     return rows
 
 
 def _balanced(
-    lengths: Sequence[int], order: Sequence[int], num_rows: int, row_length: int
+    lengths: Sequence[int],
+    order: Sequence[int],
+    num_rows: int,
+    row_length: int,
+    most: int,
 ) -> list[list[int]] | None:
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     emptiest = [(0, r) for r in range(num_rows)]  # (tokens, row), a heap
     for i in order:
-        used, r = emptiest[0]
-        if used + lengths[i] > row_length:
+        if not emptiest or emptiest[0][0] + lengths[i] > row_length:
             return None
-        heapq.heapreplace(emptiest, (used + lengths[i], r))
+        used, r = heapq.heappop(emptiest)
         rows[r].append(i)
+        if len(rows[r]) < most:
+            heapq.heappush(emptiest, (used + lengths[i], r))
     return rows
 
 
@@ -222,6 +236,32 @@ def bucket(n: int, step: int = 1) -> int:
     """
     step = max(step, 1 << (n - 1).bit_length() >> 4)
     return -(-n // step) * step
+
+
+def capacity(sequences: int) -> int:
+    """Room for so many sequences in a row and padding behind them, which counts as one:
+    2, or a power of two that is at least 8. What is compiled for more room than there
+    are sequences takes longer on a GPU: of rows of 4,096 tokens on an H100 by about 0.4
+    % for each."""
+    return 2 if sequences == 1 else max(8, 1 << sequences.bit_length())
+
+
+def most_in_row(layout: Layout) -> int:
+    """Sequences in a packed row, at most: about as many as there are 64 tokens in it,
+    from 15 to 63, and never fewer than what fits of the longest."""
+    if layout.pack_length is None:
+        return layout.sequences_together
+    fit = layout.pack_length // (layout.longest or layout.pack_length)
+    room = min(max(layout.pack_length // 64 - 1, 15), 63)
+    return max(fit, room, layout.sequences_together)
+
+
+def capacities(layout: Layout) -> list[int]:
+    """Every `capacity` that rows of this layout can have."""
+    if layout.pack_length is None:
+        return [capacity(layout.sequences_together)]
+    last = capacity(most_in_row(layout))
+    return [1 << i for i in range(3, last.bit_length())]
 
 
 def _one_row(
@@ -266,20 +306,23 @@ def _arrange(
 ) -> list[TrainBatch]:
     """The sequences of each part in rows of their own; all parts have one shape."""
     laid_out = [_rows(batch, part, layout) for part in parts]
-    most = max(map(len, parts))
+    most = max(layout.most_sequences or 0, *map(len, parts))
     longest = max(
         sum(len(span) for _, _, span in row) for rows in laid_out for row in rows
     )
+    known = (layout.longest or 0) * layout.sequences_together
     multiple = layout.length_multiple
-    length = layout.pack_length or bucket(longest, step=16)
+    length = layout.pack_length or bucket(max(longest, known), step=16)
     length = -(-length // multiple) * multiple
     num_rows = _num_rows(max(map(len, laid_out)), most, layout)
-    per_row = 1 + max(len(row) for rows in laid_out for row in rows)
     static = {
         "num_sequences": most,
-        "sequence_capacity": bucket(per_row, step=2),
+        "sequence_capacity": capacity(
+            max(len(row) for rows in laid_out for row in rows)
+        ),
     }
     together = min(layout.micro_batch_size or num_rows, num_rows)
+    in_order = layout.pack_length is None and layout.most_sequences is None
 
     def fill(rows: list["_Row"]) -> TrainBatch:
         shape = num_rows, length
@@ -288,7 +331,7 @@ def _arrange(
         for i, row in enumerate(rows):
             # Micro-batch m has the rows m, m + M, ...: see `update.accumulate`.
             r = i
-            if layout.pack_length is not None:
+            if not in_order:
                 r = i % together * (num_rows // together) + i // together
             sizes = [len(span) for _, _, span in row]
             source[r, : sum(sizes)] = np.concatenate([span for _, _, span in row])
@@ -355,7 +398,8 @@ def _rows(batch: TrainBatch, part: Sequence[int], layout: Layout) -> list[_Row]:
                 f"sequences {block[0][0]} to {block[-1][-1]} have {sizes[-1]} tokens, "
                 f"more than pack_length {row_length}, and must share a row"
             )
-    rows = lay_out(sizes, row_length)
+    most = None if layout.share_prompts else most_in_row(layout) // together
+    rows = lay_out(sizes, row_length, most)
     if row_length is not None:
         rows.sort(key=lambda row: -sum(costs[block] for block in row))
     return [[piece for block in row for piece in held[block]] for row in rows]
@@ -421,8 +465,10 @@ def _sharing(
 def _num_rows(needed: int, num_sequences: int, layout: Layout) -> int:
     """Rows of one part, of which `needed` are in use."""
     multiple, together = layout.rows_multiple, layout.micro_batch_size
-    if layout.pack_length is not None:  # what is needed differs from step to step
-        if together and layout.longest:
+    if layout.pack_length is None:
+        needed = num_sequences // layout.sequences_together
+    else:  # what is needed differs from step to step
+        if layout.longest:
             size = layout.sequences_together * layout.longest
             blocks = num_sequences // layout.sequences_together
             needed = max(needed, -(-blocks // max(layout.pack_length // size, 1)))

@@ -12,6 +12,7 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -70,16 +71,23 @@ class TrainBatch:
 
 def pad_rows(batch: TrainBatch, num_rows: int, length: int | None = None) -> TrainBatch:
     """`batch` with rows of padding added up to `num_rows`, and padding at the end of
-    rows up to `length`, if given; JAX arrays."""
+    rows up to `length`, if given."""
     rows, tokens = batch.tokens.shape
     extra = ((0, num_rows - rows), (0, (length or tokens) - tokens))
+    numpy = jnp if isinstance(batch.tokens, jax.Array) else np
 
     def pad(x):
-        return jnp.pad(x, extra + ((0, 0),) * (x.ndim - 2))
+        return numpy.pad(x, extra + ((0, 0),) * (x.ndim - 2))
 
     padded = jax.tree.map(pad, batch)
-    ids = jnp.pad(batch.sequence_ids, extra, constant_values=-1)
+    ids = numpy.pad(batch.sequence_ids, extra, constant_values=-1)
     return dataclasses.replace(padded, sequence_ids=ids)
+
+
+def bare(batch: TrainBatch) -> TrainBatch:
+    """The rows without what other models said of them."""
+    others = ("ref_logprobs", "old_logprobs", "values", "returns")
+    return dataclasses.replace(batch, **dict.fromkeys(others))
 
 
 def previous_tokens(batch: TrainBatch) -> Int[Array, "R T"] | None:

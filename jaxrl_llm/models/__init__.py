@@ -24,6 +24,9 @@ from jaxrl_llm.models.apply import (
 )
 from jaxrl_llm.models.architecture import Architecture, Rope
 from jaxrl_llm.models.attention.flash import choose as choose_attention
+from jaxrl_llm.models.attention.flash import (
+    counts_sequences as attention_counts_sequences,
+)
 from jaxrl_llm.models.attention.packed import shared_prompts
 from jaxrl_llm.models.attention.paged import Pages
 from jaxrl_llm.models.attention.paged_kernels import choose as choose_paged_attention
@@ -66,6 +69,7 @@ __all__ = [
     "abstract_critic",
     "abstract_params",
     "architecture",
+    "attention_counts_sequences",
     "choose_attention",
     "choose_loop",
     "choose_paged_attention",

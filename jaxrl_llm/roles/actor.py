@@ -28,7 +28,7 @@ from jaxrl_llm.models import Architecture, WeightSource
 from jaxrl_llm.models.apply import Params
 from jaxrl_llm.roles.policy import Policy
 from jaxrl_llm.roles.reference import Reference
-from jaxrl_llm.roles.sharded_model import to_devices, to_host
+from jaxrl_llm.roles.sharded_model import named, to_devices, to_host
 from jaxrl_llm.roles.trained_model import MiniBatches, TrainedModel
 
 
@@ -85,13 +85,17 @@ class Actor:
         self.schedule = schedule
         self._source = source
 
+        how = dataclasses.replace(
+            settings.update, micro_batch_size=policy.layout.micro_batch_size
+        )
+
         def update(state, rows, frozen):
             return grpo.update(
                 state,
                 rows,
                 logprob_fn=functools.partial(policy.logprobs, frozen=frozen),
                 optimizer=optimizer,
-                settings=settings.update,
+                settings=how,
                 prepare=lambda params: models.for_products(
                     self.arch, params, policy.settings.dtype
                 ),
@@ -223,6 +227,7 @@ class Actor:
           The next state, and metrics of all optimizer steps (`statistics.join`).
         """
         batch = self.with_logprobs(state.params, batch)
+        batch = dataclasses.replace(batch, values=None, returns=None)
         if self.settings.offload:
             opt_state = to_devices(state.opt_state)
             state = dataclasses.replace(state, opt_state=opt_state)
@@ -260,6 +265,29 @@ class Actor:
         if self.settings.needs_old_logprobs:
             batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
         return self._trained.split_rows(batch, 0, 0)[0]
+
+    def programs(self) -> dict[str, Callable[[], jax.stages.Lowered]]:
+        """Every program that the steps of a run need of the policy, whatever lengths
+        there are, each from shapes alone: its name, and what lowers it."""
+        found: dict[str, Callable[[], jax.stages.Lowered]] = {}
+        _, frozen = self._trained.split(self.policy.abstract_params())
+        for rows in self.policy.shapes_of_rows(self.largest_mini_batch()):
+            found[f"update {named(rows)}"] = functools.partial(
+                self._trained.lower_step, rows, frozen
+            )
+        batch = self.largest_rows()
+        if self.settings.needs_old_logprobs:
+            for rows in self.policy.shapes_of_rows(batch):
+                found[f"old log-probabilities {named(rows)}"] = functools.partial(
+                    self.policy.lower_score, rows, "float32"
+                )
+        if self.reference is not None:
+            judge = self.reference.policy
+            for rows in judge.shapes_of_rows(batch):
+                found[f"reference {named(rows)}"] = functools.partial(
+                    judge.lower_score, rows, judge.settings.dtype
+                )
+        return found
 
     def _measure(self, rows: TrainBatch) -> dict[str, Mean]:
         together = self.policy.layout.micro_batch_size

@@ -7,6 +7,8 @@ state, metrics = critic.update(state, rows with values and returns, seed)
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -14,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jax.stages import Lowered
 from jaxtyping import Array, Float
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo, logprobs, ppo
-from jaxrl_llm.data.rows import TrainBatch, previous_tokens
+from jaxrl_llm.data.rows import TrainBatch, bare, previous_tokens
 from jaxrl_llm.models import Architecture, WeightSource
 from jaxrl_llm.models.apply import Params
-from jaxrl_llm.roles.sharded_model import ShardedModel
+from jaxrl_llm.roles.sharded_model import ShardedModel, named
 from jaxrl_llm.roles.trained_model import MiniBatches, TrainedModel
 from jaxrl_llm.sharding import processes
 
@@ -55,13 +58,17 @@ class Critic:
         self.model, self.settings, self.schedule = model, settings, schedule
         self._source = source
 
+        how = dataclasses.replace(
+            settings.update, micro_batch_size=model.layout.micro_batch_size
+        )
+
         def update_critic(state, rows, _):
             return ppo.update_critic(
                 state,
                 rows,
                 value_fn=self.values,
                 optimizer=optimizer,
-                settings=settings.update,
+                settings=how,
                 joinable=True,
             )
 
@@ -109,9 +116,8 @@ class Critic:
         Args:
           batch: of `Actor.make_rows`, on the host.
         """
-        return self.model.fetch(
-            self._judge(params, self.model.on_devices(batch)), batch
-        )
+        rows = self.model.on_devices(bare(batch))
+        return self.model.fetch(self._judge(params, rows), batch)
 
     def update(
         self, state: grpo.TrainState, batch: TrainBatch, seed: int
@@ -125,20 +131,46 @@ class Critic:
         Returns:
           The next state, and metrics of all optimizer steps (`statistics.join`).
         """
+        known = {"values": batch.values, "returns": batch.returns}
+        batch = dataclasses.replace(bare(batch), **known)
         state, means = self._trained.update(state, batch, seed)
         means["critic/lr"] = float(self.schedule(int(state.step) - 1))
         return jax.block_until_ready(state), means
 
-    def lower_update(self, batch: TrainBatch) -> jax.stages.Lowered:
+    def lower_update(self, batch: TrainBatch) -> Lowered:
         """An update with (a part of) `batch`, from shapes alone."""
-        known = dict.fromkeys(("values", "returns"), batch.sampler_logprobs)
-        batch = dataclasses.replace(batch, **known)
-        return self._trained.lower(self._trained.split_rows(batch, 0, 0)[0])
+        return self._trained.lower(self._mini_batch(batch))
 
-    def lower_judging(self, batch: TrainBatch) -> jax.stages.Lowered:
+    def lower_judging(self, batch: TrainBatch) -> Lowered:
         """The values of rows of these shapes, from shapes alone."""
-        params = self.abstract_state().params
-        return self._judge.lower(params, self.model.abstract_rows(batch))
+        return self._lower_judge(self.model.abstract_rows(bare(batch)))
+
+    def programs(self, batch: TrainBatch) -> dict[str, Callable[[], Lowered]]:
+        """Every program that the steps of a run need of the critic, whatever lengths
+        there are, each from shapes alone: its name, and what lowers it.
+
+        Args:
+          batch: of a step, on the host.
+        """
+        updates = self.model.shapes_of_rows(self._mini_batch(batch))
+        judged = self.model.shapes_of_rows(bare(batch))
+        return {
+            f"critic's update {named(rows)}": functools.partial(
+                self._trained.lower_step, rows
+            )
+            for rows in updates
+        } | {
+            f"values {named(rows)}": functools.partial(self._lower_judge, rows)
+            for rows in judged
+        }
+
+    def _mini_batch(self, batch: TrainBatch) -> TrainBatch:
+        known = dict.fromkeys(("values", "returns"), batch.sampler_logprobs)
+        batch = dataclasses.replace(bare(batch), **known)
+        return self._trained.split_rows(batch, 0, 0)[0]
+
+    def _lower_judge(self, rows: TrainBatch) -> Lowered:
+        return self._judge.lower(self.abstract_state().params, rows)
 
     def is_finite(self, state: grpo.TrainState) -> bool:
         """Whether all weights that are trained are finite."""

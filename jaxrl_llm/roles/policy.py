@@ -74,17 +74,28 @@ class Policy(ShardedModel):
         Args:
           batch: on the host; laid out for this mesh or for another.
         """
-        return self.fetch(self._score(params, self.on_devices(batch)).logprobs, batch)
+        rows = self.on_devices(batches.bare(batch))
+        return self.fetch(self._score(params, rows).logprobs, batch)
 
     def sum_pi_squared(
         self, params: Params, batch: TrainBatch
     ) -> Float[np.ndarray, "R T"]:
         """`logprobs.sum_pi_squared` of all response tokens."""
-        return self.fetch(self._concentration(params, self.on_devices(batch)), batch)
+        rows = self.on_devices(batches.bare(batch))
+        return self.fetch(self._concentration(params, rows), batch)
 
     def lower_scoring(self, batch: TrainBatch, dtype: Any) -> jax.stages.Lowered:
         """The program of `score` for weights of `dtype` and rows of these shapes."""
-        return self._score.lower(self.abstract_params(dtype), self.abstract_rows(batch))
+        return self.lower_score(self.abstract_rows(batches.bare(batch)), dtype)
+
+    def lower_score(self, rows: TrainBatch, dtype: Any) -> jax.stages.Lowered:
+        """`lower_scoring` for rows of `shapes_of_rows`."""
+        return self._score.lower(self.abstract_params(dtype), rows)
+
+    def lower_sum_pi_squared(self, rows: TrainBatch) -> jax.stages.Lowered:
+        """The program of `sum_pi_squared` for weights that are trained and rows of
+        `shapes_of_rows`."""
+        return self._concentration.lower(self.abstract_params("float32"), rows)
 
     def logprobs(
         self, params: Params, rows: TrainBatch, frozen: Params = None

@@ -56,6 +56,10 @@ class Reference:
         way = plan.plan(params, self.abstract_params())
         return self._put_away(reshard.reshard(params, way))
 
+    def lower_copy(self) -> jax.stages.Lowered:
+        """The program of `copy_of`, of a policy on this mesh."""
+        return self._copy.lower(self.policy.abstract_params("float32"))
+
     def abstract_params(self) -> Params:
         """Shapes, dtypes and shardings of the weights on the devices."""
         return self.policy.abstract_params()

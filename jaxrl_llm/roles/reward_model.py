@@ -4,8 +4,9 @@ judge = RewardModel(model, source, most_responses=256)
 scores = judge.score(prompts, episodes)
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,18 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Lowered
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from jaxrl_llm.algorithms import masked
 from jaxrl_llm.algorithms import update as updates
 from jaxrl_llm.data import packing
-from jaxrl_llm.data.rows import TrainBatch
+from jaxrl_llm.data.rows import TrainBatch, bare
 from jaxrl_llm.data.types import Episode, Prompt
 from jaxrl_llm.models import WeightSource
 from jaxrl_llm.models.apply import Params
 from jaxrl_llm.roles.sharded_model import (
     COMPILER_OPTIONS,
     ShardedModel,
+    named,
     to_devices,
     to_host,
 )
@@ -81,31 +84,53 @@ class RewardModel:
         params = self._kept
         if self.offload:
             params = to_devices(params)
-        together = max(1, self._most_responses // len(episodes[0]))
+        size = len(episodes[0])
+        most = max(self._most_responses, size)
+        together = most // size
+        layout = dataclasses.replace(self.model.layout, most_sequences=most)
         found = []
         for i in range(0, len(prompts), together):
             groups = episodes[i : i + together]
-            unknown = np.zeros((len(groups), len(groups[0])), np.float32)
+            unknown = np.zeros((len(groups), size), np.float32)
             rows = packing.make_rows(
-                prompts[i : i + together], groups, unknown, layout=self.model.layout
+                prompts[i : i + together], groups, unknown, layout=layout
             )
             scores = self._score(params, self.model.on_devices(rows))
-            found.append(processes.fetch(scores).reshape(unknown.shape))
+            scores = processes.fetch(scores)[: unknown.size]
+            found.append(scores.reshape(unknown.shape))
         return np.concatenate(found)
 
     def abstract_params(self) -> Params:
         """Shapes, dtypes and shardings of the weights on the devices."""
         return self.model.abstract_params()
 
-    def lower_scoring(self, batch: TrainBatch) -> jax.stages.Lowered:
+    def lower_scoring(self, batch: TrainBatch) -> Lowered:
         """The program that scores these sequences.
 
         Args:
           batch: on the host; laid out for this mesh or for another.
         """
-        every = range(batch.num_sequences)
-        own = packing.take(batch, every, layout=self.model.layout)
-        return self._score.lower(self.abstract_params(), self.model.abstract_rows(own))
+        return self._lower(self.model.abstract_rows(self._laid_out(batch)))
+
+    def programs(self, batch: TrainBatch) -> dict[str, Callable[[], Lowered]]:
+        """Every program that scoring needs, whatever lengths there are, each from
+        shapes alone: its name, and what lowers it.
+
+        Args:
+          batch: of a step, on the host; laid out for this mesh or for another.
+        """
+        return {
+            f"reward model {named(rows)}": functools.partial(self._lower, rows)
+            for rows in self.model.shapes_of_rows(self._laid_out(batch))
+        }
+
+    def _laid_out(self, batch: TrainBatch) -> TrainBatch:
+        every, most = range(batch.num_sequences), self._most_responses
+        layout = dataclasses.replace(self.model.layout, most_sequences=most)
+        return packing.take(bare(batch), every, layout=layout)
+
+    def _lower(self, rows: TrainBatch) -> Lowered:
+        return self._score.lower(self.abstract_params(), rows)
 
     def _scores(self, params: Params, rows: TrainBatch) -> Float[Array, " S"]:
         """The value after the last token of every sequence, in micro-batches."""

@@ -21,12 +21,14 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import update as updates
+from jaxrl_llm.data import packing
 from jaxrl_llm.data import rows as batches
 from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.models import Architecture
 from jaxrl_llm.models.apply import Params, Remat
 from jaxrl_llm.sharding import processes
+from jaxrl_llm.sharding.mesh import platform_of
 from jaxrl_llm.sharding.rules import Partition, Rules
 
 COMPILER_OPTIONS = models.COMPILER_OPTIONS | {
@@ -54,6 +56,12 @@ class ModelSettings:
     """In place of those of `rules.TRAIN`."""
     rows: Layout = Layout()
     """How sequences are laid out, but for the multiples, which are the mesh's."""
+
+
+_FEWEST_TOKENS = 256
+"""Of a device's rows in a micro-batch, where nobody says how many rows that has."""
+_SHORT = 64
+"""Rows that are shorter are not worth another program."""
 
 
 class ShardedModel:
@@ -86,9 +94,16 @@ class ShardedModel:
             arch, self.shapes("float32"), self.axes, mesh, settings, keys or {}
         )
         self.rows = self.partition.sharding("rows", "tokens")
+        parts, rows = self.partition.parts("rows"), settings.rows
+        together = rows.micro_batch_size
+        if together is None and rows.pack_length and rows.longest:
+            # Most of the rows that there could be are empty, which only micro-batches
+            # leave out.
+            together = parts * max(1, _FEWEST_TOKENS // rows.pack_length)
         self.layout = dataclasses.replace(
-            settings.rows,
-            rows_multiple=self.partition.parts("rows"),
+            rows,
+            micro_batch_size=together,
+            rows_multiple=parts,
             length_multiple=_length_multiple(self.partition),
         )
 
@@ -116,23 +131,75 @@ class ShardedModel:
 
     def abstract_rows(self, batch: TrainBatch) -> TrainBatch:
         """Shapes, dtypes and shardings of `on_devices(batch)`."""
+        return self._abstract(self.fitted(batch))
+
+    def shapes_of_rows(self, batch: TrainBatch) -> list[TrainBatch]:
+        """Shapes, dtypes and shardings of `on_devices` of every batch with as many rows
+        and sequences as this one, the largest first."""
+        largest = self.fitted(batch)
+        room = [largest.sequence_capacity]
+        if room[0] > 0 and self.layout.pack_length:
+            room = packing.capacities(self.layout)
+        found = [
+            dataclasses.replace(
+                jax.tree.map(lambda x, n=n: x[:, :n], largest), sequence_capacity=size
+            )
+            for n in self._lengths(largest.tokens.shape[1])
+            for size in room
+        ]
+        return [self._abstract(rows) for rows in reversed(found)]
+
+    def _abstract(self, rows: TrainBatch) -> TrainBatch:
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows),
-            jax.eval_shape(lambda: self._padded(batch)),
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.rows), rows
         )
 
     def on_devices(self, batch: TrainBatch) -> TrainBatch:
-        """Rows split over the mesh, with empty ones so that they can be.
+        """`fitted` rows, split over the mesh.
 
         Args:
           batch: on the host; laid out for this mesh or for another.
         """
-        return processes.place(self._padded(batch), self.rows)
+        return self.place(self.fitted(batch))
+
+    def place(self, rows: TrainBatch) -> TrainBatch:
+        """Rows of `fitted`, split over the mesh."""
+        return processes.place(rows, self.rows)
+
+    def fitted(self, batch: TrainBatch) -> TrainBatch:
+        """A batch in one of the few shapes that programs are compiled for, on the host:
+        with empty rows so that it can be split over the mesh, and without columns that
+        no row uses, as far as shorter rows are compiled for."""
+        num_rows, length = batch.tokens.shape
+        rows, tokens = self.layout.rows_multiple, self.layout.length_multiple
+        size = -(-num_rows // rows) * rows, -(-length // tokens) * tokens
+        if size != (num_rows, length):
+            batch = batches.pad_rows(batch, *size)
+        in_use = np.flatnonzero((np.asarray(batch.sequence_ids) >= 0).any(axis=0))
+        used = in_use[-1] + 1 if len(in_use) else 1
+        length = next(n for n in self._lengths(size[1]) if n >= used)
+        if length < size[1]:
+            batch = jax.tree.map(lambda x: x[:, :length], batch)
+        if batch.prompt_ids is not None or not self._counts_sequences:
+            batch = dataclasses.replace(batch, sequence_capacity=0)
+        return batch
+
+    def _lengths(self, longest: int) -> list[int]:
+        """The lengths of rows that programs are compiled for. Packed rows have one;
+        others the longest, and a quarter, a half and three quarters of it; on a CPU,
+        which takes long to compile, the half. So much is padding at most."""
+        multiple = math.lcm(16, self.layout.length_multiple)
+        if self.layout.pack_length or longest % multiple:
+            return [longest]
+        quarters = (2,) if platform_of(self.mesh) == "cpu" else (1, 2, 3)
+        parts = {-(-longest * i // (4 * multiple)) * multiple for i in quarters}
+        return sorted({n for n in parts if n >= _SHORT} | {longest})
 
     def fetch(self, found: Float[Array, "R2 T2"], batch: TrainBatch) -> np.ndarray:
         """What was found per token of `on_devices(batch)`, [R, T] on the host."""
         num_rows, length = batch.tokens.shape
-        return processes.fetch(found)[:num_rows, :length]
+        values = processes.fetch(found)[:num_rows, :length]
+        return np.pad(values, ((0, 0), (0, length - values.shape[1])))
 
     def laid_out(self, params: Params, frozen: Params = None) -> Params:
         """All weights where they lie; for use in a function that is differentiated in
@@ -201,11 +268,20 @@ class ShardedModel:
             self.partition, how.dtype, capacity, how.attention
         )
 
-    def _padded(self, batch: TrainBatch) -> TrainBatch:
-        num_rows, length = batch.tokens.shape
-        rows, tokens = self.layout.rows_multiple, self.layout.length_multiple
-        size = -(-num_rows // rows) * rows, -(-length // tokens) * tokens
-        return batch if size == (num_rows, length) else batches.pad_rows(batch, *size)
+    @property
+    def _counts_sequences(self) -> bool:
+        """Whether attention is compiled for so many sequences in a row."""
+        how = self.settings
+        return models.attention_counts_sequences(
+            self.partition, how.dtype, how.attention
+        )
+
+
+def named(rows: TrainBatch) -> str:
+    """The shape of rows in words: "[128, 4096], 32 sequences a row"."""
+    room = rows.sequence_capacity
+    shape = f"[{', '.join(map(str, rows.tokens.shape))}]"
+    return f"{shape}, {room} sequences a row" if room > 2 else shape
 
 
 def to_host(tree: Any) -> Any:

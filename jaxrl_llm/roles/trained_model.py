@@ -147,7 +147,10 @@ class TrainedModel:
         Args:
           frozen: shapes, dtypes and shardings of the parameters that are not trained.
         """
-        rows = self.model.abstract_rows(rows)
+        return self.lower_step(self.model.abstract_rows(rows), frozen)
+
+    def lower_step(self, rows: TrainBatch, frozen: Params = None) -> jax.stages.Lowered:
+        """`lower` for rows of `shapes_of_rows`."""
         return self._step.lower(self.abstract_state(), rows, frozen)
 
     def update(
@@ -165,7 +168,7 @@ class TrainedModel:
           batch: on the host.
           seed: of the order of the prompts in each pass.
           frozen: the parameters that are not trained.
-          measure: metrics of a mini-batch on the host.
+          measure: metrics of a mini-batch on the host, as it is computed.
 
         Returns:
           The next state, and metrics of all optimizer steps (`statistics.join`).
@@ -173,8 +176,8 @@ class TrainedModel:
         collected = []
         for epoch in range(self.mini_batches.epochs):
             for rows in self.split_rows(batch, epoch, seed):
+                rows = self.model.fitted(rows)
                 measured = dict(measure(rows))
-                rows = self.model.on_devices(rows)
-                state, metrics = self._step(state, rows, frozen)
+                state, metrics = self._step(state, self.model.place(rows), frozen)
                 collected.append(metrics | measured)
         return state, statistics.join(jax.device_get(collected))

@@ -6,9 +6,12 @@ alone: it does not depend on which slot, batch or order produced it. vLLM's is o
 where `rollout.vllm.reproducible` asks for it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jax.stages import Lowered
 
 from jaxrl_llm.data.types import Completion
 from jaxrl_llm.sharding import processes
@@ -62,6 +65,26 @@ class Sampling:
     def plain(self) -> bool:
         """Whether tokens are drawn from the model's own distribution."""
         return self.temperature == 1 and not self.truncates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """What an engine will be asked at a time, again and again."""
+
+    num_prompts: int
+    num_samples: int
+    """Responses to each."""
+    sampling: Sampling
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, not positive")
+
+    @property
+    def num_responses(self) -> int:
+        """To all prompts."""
+        return self.num_prompts * self.num_samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +151,22 @@ class Engine(Protocol):
     def memory(self, num_rows: int, num_tokens: int) -> dict[str, int]:
         """Bytes by purpose on each of the trainer's devices, while `num_rows` responses
         are made, each with its prompt at most `num_tokens` long."""
+
+    def programs(
+        self,
+        uses: Sequence[Use],
+        prompts: Iterable[Sequence[int]],
+        resident: Callable[[jax.Device], int] | None = None,
+    ) -> Mapping[str, Callable[[], Lowered]]:
+        """Every program of this process that these uses need, whatever lengths there
+        are, each from shapes alone: its name, and what lowers it. What is compiled
+        before it is called does not make anybody wait then.
+
+        Args:
+          prompts: tokens of all that will be asked.
+          resident: bytes that others hold on a device while responses are made; not
+            known if not given.
+        """
 
     def close(self) -> None:
         """Ends what the engine runs outside of this process."""

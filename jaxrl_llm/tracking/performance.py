@@ -3,6 +3,7 @@
 import gc
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,14 +28,19 @@ class Devices:
     """What to change to use others that are here."""
 
 
-_compiled: list[tuple[float, float]] = []
-"""Begin and end of every compilation in this process, in seconds of `perf_counter`."""
+BACKGROUND = "compile-ahead"
+"""What the names of threads begin with that compile while others work: those of
+`sharding.ahead`."""
+_compiled: list[tuple[float, float, bool]] = []
+"""Begin and end of every compilation in this process, in seconds of `perf_counter`, and
+whether it went on in the background."""
 
 
 def _on_duration(event: str, seconds: float, **_: object) -> None:
     if event == "/jax/core/compile/backend_compile_duration":
         now = time.perf_counter()
-        _compiled.append((now - seconds, now))
+        behind = threading.current_thread().name.startswith(BACKGROUND)
+        _compiled.append((now - seconds, now, behind))
 
 
 jax.monitoring.register_event_duration_secs_listener(_on_duration)
@@ -42,9 +48,11 @@ jax.monitoring.register_event_duration_secs_listener(_on_duration)
 
 def compile_seconds(start: float, end: float) -> float:
     """Seconds between two times of `perf_counter` in which XLA compiled a program or
-    read it from its cache. Programs may be compiled side by side."""
+    read it from its cache, and somebody waited. Programs may be compiled side by
+    side."""
     total, reached = 0.0, start
-    for begin, done in sorted(_compiled):
+    waited_for = ((begin, done) for begin, done, behind in _compiled if not behind)
+    for begin, done in sorted(waited_for):
         begin, done = max(begin, reached), min(done, end)
         if done > begin:
             total += done - begin
@@ -84,8 +92,8 @@ class Timer:
         now = time.perf_counter()
         seconds = {**self._seconds, "step": now - self._start}
         if compiling := compile_seconds(self._start, now):
-            seconds["compile"] = compiling
-        count = sum(self._start <= done <= now for _, done in list(_compiled))
+            seconds["compile"] = seconds.get("compile", 0.0) + compiling
+        count = sum(self._start <= done <= now for _, done, _ in list(_compiled))
         return {
             **{f"timing_s/{phase}": value for phase, value in seconds.items()},
             "perf/compilations": float(count),

@@ -1,6 +1,7 @@
 """What a run leaves behind and shows meanwhile. It is told, and gives nothing back."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -152,6 +153,27 @@ class RunLog:
         with self._timer(name), jax.profiler.TraceAnnotation(name):
             yield
         self.during = ""
+
+    @contextmanager
+    def compiling(self) -> Iterator[Callable[[int, int], None]]:
+        """Shows and times the wait for programs that are compiled in the background.
+
+        Yields:
+          What is to be told how many are done, and how many there are.
+        """
+        known = 0
+
+        def tell(done: int, count: int) -> None:
+            nonlocal known
+            known = count
+            self._view.phase(f"compiling {done} of {count}")
+
+        start = time.perf_counter()
+        with self._timer("compile"):
+            yield tell
+        if known:
+            passed = time.perf_counter() - start
+            self._console.print(f"compiling {known} programs: {passed:.1f} s")
 
     def rollouts(
         self,

@@ -415,6 +415,21 @@ def _fact(array: Any) -> dict[str, Any]:
     return {"shape": list(array.shape), "dtype": str(array.dtype)}
 
 
+def programs(like: Any) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    """What lowers each program that a checkpoint of such a state needs, by its name.
+
+    Args:
+      like: a tree of `jax.ShapeDtypeStruct` with shardings.
+    """
+    kinds = {(x.shape, x.dtype, x.sharding): x for x in jax.tree.leaves(like)}
+    return {
+        f"checksum {x.dtype.name} {list(x.shape)} {number}": functools.partial(
+            checksum.lower_of_placed, x
+        )
+        for number, x in enumerate(kinds.values())
+    }
+
+
 def _checksums(named: Mapping[str, jax.Array]) -> dict[str, int]:
     """Of the values of arrays, wherever they lie; the same in all processes.
 

@@ -67,13 +67,16 @@ def advantages_of(
         ("lam", algorithm.lam),
         ("normalize_by_std", algorithm.norm_adv_by_std_in_grpo),
     )
-    return _credited(
-        batch,
+    # How many sequences a row has room for makes no difference here, only a program.
+    capacity = batch.sequence_capacity
+    found, metrics = _credited(
+        dataclasses.replace(batch, sequence_capacity=0),
         judged,
         estimator=estimator,
         numbers=numbers,
         kl_penalty=algorithm.kl_penalty,
     )
+    return dataclasses.replace(found, sequence_capacity=capacity), metrics
 
 
 @functools.partial(jax.jit, static_argnames=("estimator", "numbers", "kl_penalty"))

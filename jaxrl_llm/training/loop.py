@@ -12,9 +12,10 @@ from contextlib import closing
 from pathlib import Path
 
 from jaxrl_llm.sharding import processes
+from jaxrl_llm.sharding.ahead import Ahead
 from jaxrl_llm.tracking import performance
 from jaxrl_llm.tracking.result import Result
-from jaxrl_llm.training import advice, checkpoint, evaluate, memory
+from jaxrl_llm.training import advice, checkpoint, compiling, evaluate, memory
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.credit import assign_credit
 from jaxrl_llm.training.experience import collect
@@ -45,6 +46,7 @@ def run(
       CannotLearn: weights, or all gradients of some steps, are not finite.
     """
     config, engine, trainer = job.config, job.engine, job.config.trainer
+    total = trainer.total_training_steps
     with (
         closing(engine),
         closing(job.rewards),
@@ -52,16 +54,19 @@ def run(
         memory.explained(job, lambda: log.during, checkpoints),
         asked_to_stop(log.say, trainer.stop_grace_s, trainer.max_hours) as stopping,
         performance.long_lived_objects_set_aside() as set_aside,
+        Ahead(compiling.programs(job, checkpoints.steps)) as ahead,
     ):
         state, first = start_or_go_on(job, stream, checkpoints, log.waiting, log.say)
         log.start(first)
-        if first >= trainer.total_training_steps:
+        if first >= total:
             log.say(
                 f"nothing is trained: {config.output_dir} holds a run that is complete "
                 f"after {first} steps; for more set trainer.total_training_steps, for "
                 "another run choose another output_dir"
             )
         log.advise({warning: warning for warning in job.warnings})
+        with log.compiling() as tell:
+            ahead.wait(tell)
         watch = advice.Watch(config)
         collected = functools.partial(
             collect, config, engine, job.score, stream, log.phase
@@ -71,7 +76,7 @@ def run(
         if first == 0:
             log.step(0, sent, validation=evaluate.if_due(job, 0, log.phase))
         stop, step = False, first
-        for step in range(first + 1, trainer.total_training_steps + 1):
+        for step in range(first + 1, total + 1):
             log.begin(step)
             groups = schedule.experience(step)
             state, credited = assign_credit(job, state, groups, step, log.phase)
@@ -108,7 +113,7 @@ def run(
                 how = recipe(config, step)
                 checkpoint.save_weights(config.output_dir, job.source, params, how)
         log.end()
-    stopped = stop and step < trainer.total_training_steps
+    stopped = stop and step < total
     result = Result(Path(config.output_dir), stopped=stopped)
     if processes.leads():
         result.show(num_examples=trainer.num_examples)

@@ -150,9 +150,9 @@ def test_a_chunk_ends_when_fewer_rows_would_do(monkeypatch):
     wanted = generate(plain(), asked)
     resize, counts = decode.resize, []
 
-    def told(rows, *, count, run):
+    def told(rows, count, replicas):
         counts.append(count)
-        return resize(rows, count=count, run=run)
+        return resize(rows, count, replicas)
 
     monkeypatch.setattr(decode, "resize", told)
     assert_same(generate(engine(decode_chunk=32, max_num_seqs=16), asked), wanted)
@@ -162,13 +162,42 @@ def test_a_chunk_ends_when_fewer_rows_would_do(monkeypatch):
     assert counts == []
 
 
+def sizes(num_rows, **changed):
+    known = {"fewest_rows": 8, "prefill_tokens": 8192, "longest_prompt": 200}
+    return running.Sizes(num_rows=num_rows, longest=900, **known | changed)
+
+
 def test_numbers_of_rows():
-    counts = [8, 16, 32, 64, 128, 192, 256, 384, 500]
-    assert running.row_counts(500) == counts
-    assert [running.fit(500, n) for n in (0, 9, 129, 193, 400, 999)] == [
-        8, 16, 192, 256, 500, 500,
+    assert sizes(900).row_counts == [8, 32, 128, 256, 384, 512, 768, 900]
+    assert sizes(900, fewest_rows=128).row_counts == [128, 256, 384, 512, 768, 900]
+    assert [sizes(500).fit(n) for n in (0, 9, 129, 257, 400, 999)] == [
+        8, 32, 256, 384, 500, 500,
     ]  # fmt: skip
-    assert running.row_counts(3) == [3]
+    assert sizes(3).row_counts == [3]
+
+
+def test_few_shapes_hold_what_is_read():
+    made = sizes(500)
+    assert {made.beginnings(n) for n in range(1, 257)} == {256}  # of 200, rounded up
+    assert {made.beginnings(n) for n in range(257, 901)} == {1024}  # all there can be
+    assert made.counts(256) == [2, 8, 32]  # 8,192 tokens, a quarter, a quarter of it
+    assert made.counts(64) == [2, 8, 32, 128]
+    assert sizes(500, prefill_tokens=100).counts(256) == [1]
+    assert made.counts(64, 16) == [32, 128]
+    assert made.all_continuations(200) == [64, 256]
+    assert sizes(500, longest_prompt=20).beginnings() == 64
+
+
+def test_rows_are_resized_replica_by_replica():
+    rows = decode.no_rows(3, 2)
+    slots = np.array([-1, 5, 4, 7, -1, 6], np.int32)
+    rows = dataclasses.replace(rows, slots=slots, tokens=10 + slots)
+    fewer = decode.resize(rows, 2, 2)
+    assert fewer.slots.tolist() == [5, 4, 7, 6]
+    assert fewer.tokens.tolist() == [15, 14, 17, 16]
+    more = decode.resize(fewer, 3, 2)
+    assert more.slots.tolist() == [5, 4, -1, 7, 6, -1]
+    assert more.tokens.tolist() == [15, 14, 0, 17, 16, 0]
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
@@ -263,7 +292,7 @@ def test_completions_carry_the_version_of_their_weights():
 def test_after_the_first_calls_nothing_compiles():
     made = engine(max_num_seqs=4)
     generate(made, [request(i, n=4, length=9 + i) for i in range(3)])
-    programs = decode.decode, decode.read, decode.copy, decode.resize
+    programs = decode.decode, decode.read, decode.copy
     before = [program._cache_size() for program in programs]
     generate(made, [request(i, n=4, length=9 + i) for i in range(6)])
     assert [program._cache_size() for program in programs] == before
@@ -398,12 +427,14 @@ def test_a_cache_leaves_free_what_programs_need(monkeypatch):
     programs = made.lower(64, num_prompts=64, prompt_length=128).values()
     sizes = [program.compile().memory_analysis() for program in programs]
     working = max(size.temp_size_in_bytes for size in sizes)
-    page = made.memory(1, 1)["generation cache"] // made._wanted_pages(made._fit(1))
+    page = made.memory(1, 1)["generation cache"] // made._wanted_pages(
+        made._sized(1).num_rows
+    )
     wanted = made._wanted_pages(64)
     assert wanted * page > working  # so that there is something to share out
     for free in (working + wanted * page // 2, 4 * wanted * page):
         monkeypatch.setattr(jax_engine, "_free_bytes", lambda device, free=free: free)
-        pages = made._num_pages_for(64)
+        pages = made._num_pages_for(made._sized(64, 128))
         assert pages * page + working <= free
         assert pages == min(wanted, int(0.95 * (free - working) / page))
 

@@ -179,7 +179,7 @@ def simulate(
 
 @pytest.mark.parametrize("together", [1, 3, 100])
 def test_with_room_for_all_nobody_is_put_back(rng, together, monkeypatch):
-    monkeypatch.setattr(schedulers, "_PLANNED_TOGETHER", together)
+    monkeypatch.setattr(schedulers, "PLANNED_TOGETHER", together)
     sizes = {"num_pages": 200, "size": 4, "rows": 4, "chunk": 3, "prompts": 12}
     assert simulate(rng, **sizes) == 0
 
@@ -188,7 +188,7 @@ def test_with_room_for_all_nobody_is_put_back(rng, together, monkeypatch):
 def test_without_room_responses_are_put_back_and_none_is_lost(
     rng, together, monkeypatch
 ):
-    monkeypatch.setattr(schedulers, "_PLANNED_TOGETHER", together)
+    monkeypatch.setattr(schedulers, "PLANNED_TOGETHER", together)
     # The longest sequence needs nine pages, and that is all there are.
     sizes = {"num_pages": 10, "size": 4, "rows": 4, "chunk": 3, "prompts": 12}
     assert simulate(rng, **sizes) > 0

@@ -48,7 +48,15 @@ def test_compilations_are_counted_and_in_no_other_phase():
 
 def test_programs_compiled_side_by_side_take_their_time_once(monkeypatch):
     monkeypatch.setattr(
-        performance, "_compiled", [(1.0, 4.0), (2.0, 3.0), (3.5, 5.0), (7.0, 9.0)]
+        performance,
+        "_compiled",
+        [
+            (1.0, 4.0, False),
+            (2.0, 3.0, False),
+            (3.5, 5.0, False),
+            (7.0, 9.0, False),
+            (0.0, 10.0, True),
+        ],
     )
     assert performance.compile_seconds(0.0, 10.0) == pytest.approx(6.0)
     assert performance.compile_seconds(2.5, 8.0) == pytest.approx(3.5)

@@ -100,6 +100,9 @@ class ScriptedEngine:
     def memory(self, num_rows, num_tokens):
         return {}
 
+    def programs(self, uses, prompts, resident=None):
+        return {}
+
     def close(self):
         pass
 

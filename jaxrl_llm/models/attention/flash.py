@@ -35,11 +35,19 @@ def choose(
       max_sequences: no row holds more; padding at its end counts as one.
     """
     found, platform = attention.packed, platform_of(partition.mesh)
-    if wanted == "auto" and platform == "gpu" and jnp.dtype(dtype).itemsize == 2:
+    if counts_sequences(partition, dtype, wanted):
         return across(partition, functools.partial(cudnn, max_sequences=max_sequences))
     if wanted == "auto" and platform == "tpu":
         return across(partition, splash)
     return across(partition, found) if partition.parts("tokens") > 1 else found
+
+
+def counts_sequences(
+    partition: Partition, dtype: Any, wanted: Literal["auto", "xla"] = "auto"
+) -> bool:
+    """Whether `choose` gives an attention that is compiled for `max_sequences`."""
+    of_gpu = wanted == "auto" and platform_of(partition.mesh) == "gpu"
+    return of_gpu and jnp.dtype(dtype).itemsize == 2
 
 
 def cudnn(

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections import deque
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -20,22 +20,29 @@ from jax.sharding import Mesh
 from jaxrl_llm import models
 from jaxrl_llm.data.types import Completion
 from jaxrl_llm.models import Architecture
-from jaxrl_llm.rollout.engine import Request
+from jaxrl_llm.rollout.engine import Request, Use
 from jaxrl_llm.rollout.native import programs as decode
+from jaxrl_llm.rollout.native.sampling import Mode
 from jaxrl_llm.rollout.native.scheduler import Response
 from jaxrl_llm.rollout.native.session import (
+    FEWEST_CONTINUED,
     PAGE_SIZE,
     SEQUENCES_PER_ROW,
     Running,
+    Sizes,
     abstract,
-    abstract_inputs,
-    fit,
+    abstract_ints,
+    abstract_tables,
+    mode_of,
     row_length,
     stop_ids,
 )
 from jaxrl_llm.sharding import checksum, processes, reshard, rules
 from jaxrl_llm.sharding import transfer_plan as plan
+from jaxrl_llm.sharding.ahead import Ahead
+from jaxrl_llm.sharding.mesh import platform_of
 
+_FEWEST_ROWS = 8
 _SHARE_OF_REST = 0.95
 """Of the memory that is free when generation begins and that programs do not need, for
 the cache: the rest is lost between arrays."""
@@ -98,7 +105,7 @@ class JaxEngine:
         self._rows = -(-max_num_seqs // self.replicas)
         self._max_model_len, self._chunk = max_model_len, decode_chunk
         self._width = -(-max_model_len // PAGE_SIZE)
-        self._prefill_tokens, self._cache_gib = prefill_tokens, cache_gib
+        self._cache_gib = cache_gib
         self._checksum_freq, self._way = checksum_freq, None
         self._version, self._params = -1, None
         # Keys, values and caches have as many heads as there are devices to hold them.
@@ -136,7 +143,15 @@ class JaxEngine:
         self._waiting: list[Response] = []
         self._running: Running | None = None
         self._finished: deque[Completion] = deque()
+        self._sizes = Sizes(
+            num_rows=1,
+            fewest_rows=_FEWEST_ROWS if platform_of(self.mesh) == "cpu" else 128,
+            prefill_tokens=prefill_tokens,
+            longest_prompt=1,
+            longest=max_model_len,
+        )
         self._num_pages: dict[int, int] = {}
+        self._compiled_later: Callable[[int], dict[str, Any]] | None = None
         self._scored: tuple[Request, np.ndarray] | None = None  # the newest prompt
 
     def load(self, params: Any, version: int) -> dict[str, float]:
@@ -206,7 +221,7 @@ class JaxEngine:
         Args:
           free: bytes on each device when generation begins; None: enough.
         """
-        rows = self._fit(num_rows)
+        rows = self._sized(num_rows).num_rows
         pages, _ = abstract(self._run, rows, self._affordable_pages(rows, free))
         return {
             "generation weights": _bytes(self._abstract_fused()),
@@ -229,26 +244,148 @@ class JaxEngine:
           num_responses: that are decoded together, to `num_prompts` in all.
           free: as of `memory`.
         """
-        rows = self._fit(num_responses)
-        run, count = self._run, self._affordable_pages(rows, free)
-        params = self._abstract_fused()
-        pages, state = abstract(run, rows, count)
-        prompts, tables = abstract_inputs(
-            run,
-            rows,
-            self._width,
-            -(-num_prompts // self.replicas),
-            prompt_length,
-            self._prefill_tokens,
+        sizes = self._sized(num_responses, prompt_length)
+        pages = self._affordable_pages(sizes.num_rows, free)
+        length = sizes.beginnings()
+        counts = sizes.counts(length)
+        count = next(
+            (n for n in counts if n * self.replicas >= num_prompts), counts[-1]
         )
-        decoding = {"run": run, "chunk": self._chunk, "mode": "plain"}
-        enough = jax.ShapeDtypeStruct((1,), jnp.int32)
         return {
-            "prefill": decode.read.lower(params, *prompts, pages, run=run),
-            "decode": decode.decode.lower(
-                params, tables, state, pages, enough, **decoding
-            ),
+            "prefill": self._lower_read(pages, count, length),
+            "decode": self._lower_decode(sizes, pages, sizes.num_rows, "plain"),
         }
+
+    def programs(
+        self,
+        uses: Sequence[Use],
+        prompts: Iterable[Sequence[int]],
+        resident: Callable[[jax.Device], int] | None = None,
+    ) -> dict[str, Callable[[], jax.stages.Lowered]]:
+        """See `Engine.programs`. From here on, shapes are those of the largest use.
+
+        Where memory is short, the pages that there is room for are counted when the
+        first responses are made, and the programs compiled then.
+        """
+        longest, beginnings, shared = 1, set(), False
+        for tokens in prompts:
+            longest = max(longest, len(tokens))
+            if len(tokens) > PAGE_SIZE:
+                first = tuple(tokens[:PAGE_SIZE])
+                shared |= first in beginnings
+                beginnings.add(first)
+        most = max(use.num_responses for use in uses)
+        sizes = self._sizes = self._sized(most, longest)
+        made = functools.partial(self._programs, uses, sizes, shared)
+        device = self.mesh.devices.flat[0]
+        limit = _limit_bytes(device)
+        if self._cache_gib is None and limit is not None:
+            wanted = self._wanted_pages(sizes.num_rows) * self._page_bytes()
+            others = limit if resident is None else resident(device)
+            free = limit - others - _bytes(self._abstract_fused())
+            if wanted > free / 2:
+                self._compiled_later = made
+                return {}
+        pages = self._affordable_pages(sizes.num_rows, None)
+        self._num_pages[sizes.num_rows] = pages
+        return made(pages)
+
+    def _programs(
+        self, uses: Sequence[Use], sizes: Sizes, shared: bool, pages: int
+    ) -> dict[str, Callable[[], jax.stages.Lowered]]:
+        """What is compiled for these uses.
+
+        Args:
+          shared: whether two prompts begin with the same page.
+          pages: of a replica.
+        """
+        found: dict[str, Callable[[], jax.stages.Lowered]] = {}
+        ends = max(len(use.sampling.stop_token_ids) for use in uses)
+        for mode, top, rows in sorted(self._decoded(uses, sizes), reverse=True):
+            name = f"decode {rows} rows{'' if mode == 'plain' else f', {mode}'}"
+            found[name] = functools.partial(
+                self._lower_decode, sizes, pages, rows, mode, top, ends
+            )
+        count = -(-max(use.num_prompts for use in uses) // self.replicas)
+        longest, reading = sizes.longest_prompt, [sizes.beginnings()]
+        scarce = pages < self._wanted_pages(sizes.num_rows)
+        if scarce:  # some are read again, with what they have sampled
+            reading.append(sizes.beginnings(self._max_model_len))
+            count = sizes.num_rows
+        for length in dict.fromkeys(reading):
+            for rows in _up_to(sizes.counts(length), count):
+                found[f"prefill {rows} x {length}"] = functools.partial(
+                    self._lower_read, pages, rows, length
+                )
+        if longest > PAGE_SIZE:  # its whole pages may be known, and its last one not
+            behind = PAGE_SIZE
+            if scarce:
+                behind = self._max_model_len
+            elif shared or longest > sizes.prefill_tokens:
+                behind = longest
+            for length in sizes.all_continuations(min(behind, sizes.prefill_tokens)):
+                for rows in _up_to(sizes.counts(length, FEWEST_CONTINUED), count):
+                    found[f"continued prefill {rows} x {length}"] = functools.partial(
+                        self._lower_read_on, pages, rows, length
+                    )
+        for rows in sizes.copies:
+            found[f"copy {rows} pages"] = functools.partial(
+                self._lower_copy, pages, rows
+            )
+        return found
+
+    def _decoded(self, uses: Sequence[Use], sizes: Sizes) -> set[tuple[Mode, int, int]]:
+        """Mode, likeliest tokens told, and rows of all chunks of these uses."""
+        found = set()
+        for use in uses:
+            first = sizes.fit(-(-use.num_responses // self.replicas))
+            shrinks = use.sampling.max_tokens > self._chunk
+            for rows in sizes.row_counts:
+                if rows == first or (shrinks and rows < first):
+                    found.add((mode_of(use.sampling), use.sampling.logprobs, rows))
+        return found
+
+    def _lower_decode(
+        self,
+        sizes: Sizes,
+        pages: int,
+        rows: int,
+        mode: Mode,
+        top: int = 0,
+        more_stop_ids: int = 0,
+    ) -> jax.stages.Lowered:
+        """A chunk of steps, with so many pages and rows a replica."""
+        cache, state = abstract(self._run, rows, pages)
+        ends = len(self.arch.eos_token_ids) + more_stop_ids
+        return decode.decode.lower(
+            self._abstract_fused(),
+            abstract_tables(self._run, sizes, self._width, ends),
+            state,
+            cache,
+            jax.ShapeDtypeStruct((1,), jnp.int32),
+            run=self._run,
+            chunk=self._chunk,
+            mode=mode,
+            top=top,
+        )
+
+    def _lower_read(self, pages: int, count: int, length: int) -> jax.stages.Lowered:
+        cache, _ = abstract(self._run, 1, pages)
+        rows = abstract_ints(self._run, *[(count, length)] * 4)
+        params = self._abstract_fused()
+        return decode.read.lower(params, *rows, cache, run=self._run)
+
+    def _lower_read_on(self, pages: int, count: int, length: int) -> jax.stages.Lowered:
+        cache, _ = abstract(self._run, 1, pages)
+        shapes = [(count, length)] * 2 + [(count, self._width)]
+        rows = abstract_ints(self._run, *shapes)
+        params = self._abstract_fused()
+        return decode.read_on.lower(params, *rows, cache, run=self._run)
+
+    def _lower_copy(self, pages: int, count: int) -> jax.stages.Lowered:
+        cache, _ = abstract(self._run, 1, pages)
+        pairs = abstract_ints(self._run, (count,), (count,))
+        return decode.copy.lower(cache, *pairs, run=self._run)
 
     @property
     def cache_bytes(self) -> int:
@@ -315,22 +452,34 @@ class JaxEngine:
         return count
 
     def _start(self, num_responses: int) -> Running:
-        rows = self._fit(num_responses)
-        if rows not in self._num_pages:
-            self._num_pages[rows] = self._num_pages_for(rows)
+        longest = max(len(response.request.tokens) for response in self._waiting)
+        sizes = self._sizes = self._sized(num_responses, longest)
+        if sizes.num_rows not in self._num_pages:
+            pages = self._num_pages[sizes.num_rows] = self._num_pages_for(sizes)
+            if self._compiled_later is not None:
+                with Ahead(self._compiled_later(pages)) as ahead:
+                    ahead.wait()
+                self._compiled_later = None
         return Running(
             self._run,
             self._params,
-            num_rows=rows,
-            num_pages=self._num_pages[rows],
+            sizes=sizes,
+            num_rows=sizes.fit(-(-num_responses // self.replicas)),
+            num_pages=self._num_pages[sizes.num_rows],
             width=self._width,
             chunk=self._chunk,
-            prefill_tokens=self._prefill_tokens,
         )
 
-    def _fit(self, num_responses: int) -> int:
-        """Rows of a replica for so many responses on all."""
-        return fit(self._rows, -(-num_responses // self.replicas))
+    def _sized(self, num_responses: int, longest_prompt: int = 1) -> Sizes:
+        """Shapes for so many responses on all replicas, and for all before: they only
+        grow, so that little is compiled."""
+        known, most = self._sizes, dataclasses.replace(self._sizes, num_rows=self._rows)
+        rows = most.fit(-(-num_responses // self.replicas))
+        return dataclasses.replace(
+            known,
+            num_rows=max(known.num_rows, rows),
+            longest_prompt=max(known.longest_prompt, longest_prompt),
+        )
 
     def _wanted_pages(self, rows: int) -> int:
         """For as many of the longest sequences as there are rows, and half as much for
@@ -362,17 +511,17 @@ class JaxEngine:
         """Of one page in every layer, on each device."""
         return _bytes(abstract(self._run, 1, 1)[0])
 
-    def _num_pages_for(self, rows: int) -> int:
+    def _num_pages_for(self, sizes: Sizes) -> int:
         """`_affordable_pages` with the memory that is free now.
 
         Raises:
           ValueError: there is not enough for one sequence.
         """
-        page, needed = self._page_bytes(), None
+        rows, page, needed = sizes.num_rows, self._page_bytes(), None
         free = _free_bytes(self.mesh.devices.flat[0])
         if self._cache_gib is None and free is not None:
             if self._wanted_pages(rows) * page > free / 2:
-                needed = self._most_working_bytes(rows)
+                needed = self._most_working_bytes(sizes)
         room = self._room(free, needed)
         if room is not None and room < (self._width + 1) * page:
             name = (
@@ -385,12 +534,17 @@ class JaxEngine:
             )
         return self._affordable_pages(rows, free, needed)
 
-    def _most_working_bytes(self, rows: int) -> int:
+    def _most_working_bytes(self, sizes: Sizes) -> int:
         """What programs need on a device besides weights and cache."""
-        count = rows * self.replicas
-        programs = self.lower(count, count, self._max_model_len).values()
-        sizes = [program.compile().memory_analysis() for program in programs]
-        return max(size.temp_size_in_bytes for size in sizes)
+        pages = self._affordable_pages(sizes.num_rows, None)
+        length = sizes.beginnings(self._max_model_len)
+        count = sizes.counts(length)[-1]
+        programs = (
+            self._lower_decode(sizes, pages, sizes.num_rows, "plain"),
+            self._lower_read(pages, count, length),
+        )
+        found = [program.compile().memory_analysis() for program in programs]
+        return max(size.temp_size_in_bytes for size in found)
 
     def _cut(self, response: Response, before: int) -> str | None:
         """Cuts a response after the first token that completes a stop string, and
@@ -472,6 +626,16 @@ def _most_likely(response: Response) -> dict[str, np.ndarray]:
         "top_tokens": np.stack(response.top_tokens)[:, :count],
         "top_logprobs": np.stack(response.top_logprobs)[:, :count],
     }
+
+
+def _up_to(sizes: Sequence[int], most: int) -> list[int]:
+    """Those that are needed for anything from one to `most`."""
+    return [n for i, n in enumerate(sizes) if not i or sizes[i - 1] < most]
+
+
+def _limit_bytes(device: jax.Device) -> int | None:
+    """Memory that there is; None where that is not counted."""
+    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def _free_bytes(device: jax.Device) -> int | None:

@@ -16,6 +16,7 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
@@ -113,17 +114,17 @@ class Run:
 
 
 def no_rows(count: int, replicas: int = 1) -> Rows:
-    """Rows without sequences."""
+    """Rows without sequences, on the host."""
 
-    def zeros() -> Int[Array, " B"]:
-        return jnp.zeros(replicas * count, jnp.int32)
+    def zeros() -> np.ndarray:
+        return np.zeros(replicas * count, np.int32)
 
     return Rows(
         slots=zeros() - 1,
         tokens=zeros(),
         positions=zeros(),
         counts=zeros(),
-        head=jnp.zeros(replicas, jnp.int32),
+        head=np.zeros(replicas, np.int32),
     )
 
 
@@ -302,21 +303,24 @@ def copy(
     )(pages, source, target)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "run"))
-def resize(rows: Rows, *, count: int, run: Run) -> Rows:
-    """As many rows as asked for; those with sequences come first and must fit."""
+def resize(rows: Rows, count: int, replicas: int = 1) -> Rows:
+    """As many rows a replica as asked for, on the host; those with sequences come first
+    and must fit."""
+    slots = rows.slots.reshape(replicas, -1)
+    order = np.argsort(slots < 0, axis=1, kind="stable")[:, :count]
+    room = ((0, 0), (0, count - order.shape[1]))
 
-    def replica(rows):
-        order = jnp.argsort(rows.slots < 0, stable=True)[:count]
-        room = (0, max(0, count - len(rows.slots)))
-        moved = {
-            name: jnp.pad(getattr(rows, name)[order], room)
-            for name in ("tokens", "positions", "counts")
-        }
-        slots = jnp.pad(rows.slots[order], room, constant_values=-1)
-        return replace(rows, slots=slots, **moved)
+    def moved(x: np.ndarray, empty: int = 0) -> np.ndarray:
+        kept = np.take_along_axis(x.reshape(replicas, -1), order, axis=1)
+        return np.pad(kept, room, constant_values=empty).ravel()
 
-    return _on_replicas(replica, run.mesh, (P("data"),), P("data"))(rows)
+    return replace(
+        rows,
+        slots=moved(rows.slots, empty=-1),
+        tokens=moved(rows.tokens),
+        positions=moved(rows.positions),
+        counts=moved(rows.counts),
+    )
 
 
 def _step(

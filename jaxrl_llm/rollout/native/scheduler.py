@@ -18,7 +18,7 @@ import numpy as np
 from jaxrl_llm.rollout.engine import Request
 from jaxrl_llm.rollout.native.page_pool import Pool
 
-_PLANNED_TOGETHER = 128
+PLANNED_TOGETHER = 128
 """Sequences of a plan, at most."""
 
 
@@ -153,7 +153,7 @@ class Scheduler:
             self.waiting.popleft()
             growing += self._grows(response)
             likely += self._likely_growth(response)
-            if len(made.queue) == _PLANNED_TOGETHER:
+            if len(made.queue) == PLANNED_TOGETHER:
                 yield self._made(made)
                 made, round_of = Plan([[]], [], []), {}
         assert self._admitted or self.gone or not self.waiting, "nobody can go on"

@@ -4,9 +4,11 @@ Each replica (mesh axis "data") has its scheduler, rows and pages; one dispatch 
 of them.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,17 +23,99 @@ from jaxrl_llm.rollout.engine import Request, Sampling
 from jaxrl_llm.rollout.native import programs as decode
 from jaxrl_llm.rollout.native.page_pool import Pool
 from jaxrl_llm.rollout.native.sampling import Mode
-from jaxrl_llm.rollout.native.scheduler import Piece, Plan, Response, Scheduler
+from jaxrl_llm.rollout.native.scheduler import (
+    PLANNED_TOGETHER,
+    Piece,
+    Plan,
+    Response,
+    Scheduler,
+)
 
 PAGE_SIZE = 64
 SEQUENCES_PER_ROW = 16
 """At most, of prompts that are read together."""
-_FEWEST_ROWS = 8
-_FEW_ROWS = 128
-"""A step takes about as long for fewer."""
+FEWEST_CONTINUED = 16
+"""Rows of continuations that are read together: they are rare."""
 _FEWEST_TOKENS = 64
 """Length of the shortest rows that are read."""
 _MODES: tuple[Mode, ...] = ("plain", "tempered", "truncated")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The shapes that programs are compiled for: few, whatever lengths there are.
+
+    Their price is padding. Of the tokens that a dispatch reads, up to three quarters
+    are padding where there is little to read; of the rows that it decodes, up to a half
+    from 128 on, and up to three quarters of fewer, which a GPU takes no longer for.
+    """
+
+    num_rows: int
+    """Sequences that a replica decodes together, at most."""
+    fewest_rows: int
+    """A step takes about as long for fewer rows."""
+    prefill_tokens: int
+    """Read per dispatch and replica, at most, if not a single sequence has more."""
+    longest_prompt: int
+    """Tokens of the longest prompt."""
+    longest: int
+    """Tokens of the longest prompt with its response."""
+
+    @property
+    def row_counts(self) -> list[int]:
+        """How many rows are decoded together: 8, 32, 128, 256, and from there, where
+        many rows make steps long, powers of two and the numbers halfway between
+        them."""
+        powers = [1 << i for i in range(7, self.num_rows.bit_length())]
+        between = [power * 3 // 2 for power in powers if power >= 256]
+        found = {x for x in (8, 32, *powers, *between) if x >= self.fewest_rows}
+        return sorted({x for x in found if x < self.num_rows} | {self.num_rows})
+
+    def fit(self, needed: int) -> int:
+        """Rows for so many sequences: one of `row_counts`."""
+        return next(n for n in self.row_counts if n >= min(needed, self.num_rows))
+
+    @property
+    def num_slots(self) -> int:
+        """Sequences in a replica's tables: those that are decoded, and as many that are
+        ready to follow them."""
+        return 2 * self.num_rows
+
+    def beginnings(self, tokens: int = 1) -> int:
+        """The length of rows that hold beginnings of sequences of up to so many tokens:
+        of prompts, or of all that there can be."""
+        length = row_length(min(self.longest_prompt, self.prefill_tokens))
+        if min(tokens, self.prefill_tokens) <= length:
+            return length
+        return row_length(min(self.longest, self.prefill_tokens))
+
+    def all_continuations(self, tokens: int) -> list[int]:
+        """The lengths of rows that hold up to so many tokens behind what is known: 64,
+        and that times powers of four."""
+        found = [_FEWEST_TOKENS]
+        while found[-1] < tokens:
+            found.append(4 * found[-1])
+        return found
+
+    def counts(self, length: int, fewest: int = 1) -> list[int]:
+        """How many such rows are read together: as many as there may be, and that
+        divided by powers of four.
+
+        Args:
+          fewest: not worth another program.
+        """
+        most = max(1, min(self.prefill_tokens // length, PLANNED_TOGETHER))
+        most = 1 << most.bit_length() - 1
+        found = [most]
+        while found[0] >= 4 * fewest:
+            found.insert(0, found[0] // 4)
+        return found
+
+    @property
+    def copies(self) -> list[int]:
+        """How many pages are copied together."""
+        most = _power_of_two(self.num_slots)
+        return sorted({max(1, most // 8), most})
 
 
 class Running:
@@ -39,11 +123,11 @@ class Running:
 
     Args:
       run: what is compiled.
-      num_rows: sequences that a replica decodes together.
+      sizes: shapes that it is compiled for.
+      num_rows: sequences that a replica decodes together at first.
       num_pages: of a replica.
       width: pages of the longest sequence.
       chunk: steps per dispatch.
-      prefill_tokens: read per dispatch and replica.
     """
 
     def __init__(
@@ -51,41 +135,39 @@ class Running:
         run: decode.Run,
         params: Any,
         *,
+        sizes: Sizes,
         num_rows: int,
         num_pages: int,
         width: int,
         chunk: int,
-        prefill_tokens: int,
     ):
         self._run, self._params = run, params
-        self._chunk, self._prefill_tokens = chunk, prefill_tokens
+        self._chunk, self._sizes = chunk, sizes
         self._replicas = run.mesh.shape["data"]
         self._of_rows = NamedSharding(run.mesh, P("data"))
         self._schedulers = [
             Scheduler(
                 Pool(num_pages, PAGE_SIZE),
                 num_rows=num_rows,
-                num_slots=2 * num_rows,
+                num_slots=sizes.num_slots,
                 width=width,
                 chunk=chunk,
-                most_read=prefill_tokens,
+                most_read=sizes.prefill_tokens,
             )
             for _ in range(self._replicas)
         ]
         eos = len(run.arch.eos_token_ids)
-        self._lines = [Lines(2 * num_rows, eos) for _ in range(self._replicas)]
+        self._lines = [Lines(sizes.num_slots, eos) for _ in range(self._replicas)]
         self._mode: Mode = "plain"
         self._top = 0
         self._longest = 0  # of all responses asked for, at most
-        self._most_rows = num_rows
         self._num_rows = num_rows
-        pages, rows = abstract(run, num_rows, num_pages)
+        pages, _ = abstract(run, num_rows, num_pages)
         self._pages = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), pages
         )
         self._rows = jax.device_put(
-            decode.no_rows(num_rows, self._replicas),
-            jax.tree.map(lambda x: x.sharding, rows),
+            decode.no_rows(num_rows, self._replicas), self._of_rows
         )
         # A loop on a GPU returns when it has ended, so a thread of its own waits for it
         # and sends what was planned meanwhile: the device does not wait for the host.
@@ -103,9 +185,12 @@ class Running:
             least = min(self._schedulers, key=lambda s: s.outstanding)
             least.waiting.extend(group)
         asked = {r.request.sampling for r in responses}
-        self._mode = max({self._mode, *map(_mode, asked)}, key=_MODES.index)
+        self._mode = max({self._mode, *map(mode_of, asked)}, key=_MODES.index)
         self._top = max(self._top, *(sampling.logprobs for sampling in asked))
         self._longest = max(self._longest, *(s.max_tokens for s in asked))
+        longest = max(len(r.request.tokens) for r in responses)
+        if longest > self._sizes.longest_prompt:
+            self._sizes = dataclasses.replace(self._sizes, longest_prompt=longest)
 
     def advance(self) -> list[tuple[Response, int]]:
         """Sends the device on for another chunk, then looks at what the last one gave.
@@ -173,12 +258,13 @@ class Running:
             (self._rows.slots, self._rows.head, tables.tail)
         )
         running = (slots.reshape(self._replicas, -1) >= 0).sum(axis=1)
-        count = fit(self._most_rows, int((running + tail - head).max()))
+        count = self._sizes.fit(int((running + tail - head).max()))
         if count != self._num_rows:
             self._num_rows = count
-            self._rows = decode.resize(self._rows, count=count, run=self._run)
+            rows = decode.resize(jax.device_get(self._rows), count, self._replicas)
+            self._rows = jax.device_put(rows, self._of_rows)
         # Replicas do not wait for one another within a chunk: it is not cut short.
-        fewer = [x for x in row_counts(self._most_rows) if x < count]
+        fewer = [x for x in self._sizes.row_counts if x < count]
         cut = fewer and self._replicas == 1
         return np.array([fewer[-1] if cut else 0], np.int32)
 
@@ -211,8 +297,10 @@ class Running:
 
     def _read(self, plans: Sequence[Plan]) -> None:
         """Brings what was planned into the pages."""
-        first = [pack(made.rounds[0]) for made in plans]
-        for batch, length in self._batches(first):
+        most = max((len(p.tokens) for made in plans for p in made.rounds[0]), default=1)
+        length = self._sizes.beginnings(most)
+        first = [pack(made.rounds[0], length) for made in plans]
+        for batch in self._batches(first, self._sizes.counts(length)):
             self._pages = decode.read(
                 self._params,
                 *self._put([packed_rows(rows, length) for rows in batch]),
@@ -223,7 +311,10 @@ class Running:
             *(made.rounds[1:] for made in plans), fillvalue=[]
         ):
             alone = [[[piece] for piece in pieces] for pieces in rounds]
-            for batch, length in self._batches(alone):
+            most = max(len(piece.tokens) for pieces in rounds for piece in pieces)
+            length = self._sizes.all_continuations(most)[-1]
+            counts = self._sizes.counts(length, FEWEST_CONTINUED)
+            for batch in self._batches(alone, counts):
                 width = self._schedulers[0].tables.shape[1]
                 self._pages = decode.read_on(
                     self._params,
@@ -233,7 +324,8 @@ class Running:
                 )
         most = max(len(made.copies) for made in plans)
         if most:
-            pairs = np.full((self._replicas, _power_of_two(most), 2), -1, np.int32)
+            size = next(n for n in self._sizes.copies if n >= most)
+            pairs = np.full((self._replicas, size, 2), -1, np.int32)
             for i, made in enumerate(plans):
                 if made.copies:
                     pairs[i, : len(made.copies)] = made.copies
@@ -243,21 +335,14 @@ class Running:
             )
 
     def _batches(
-        self, rows: Sequence[list[list[Piece]]]
-    ) -> Iterator[tuple[list[list[list[Piece]]], int]]:
-        """Rows of every replica in batches of one size, and the length of their rows.
-
-        Missing rows are empty.
-        """
-        if not any(rows):
-            return
-        longest = max(sum(len(p.tokens) for p in row) for part in rows for row in part)
-        length = row_length(longest)
-        most = max(1, self._prefill_tokens // length)
-        for start in range(0, max(map(len, rows)), most):
-            parts = [part[start : start + most] for part in rows]
-            count = _power_of_two(max(map(len, parts)))
-            yield [part + [[]] * (count - len(part)) for part in parts], length
+        self, rows: Sequence[list[list[Piece]]], counts: Sequence[int]
+    ) -> Iterator[list[list[list[Piece]]]]:
+        """Rows of every replica in batches of one of these sizes. Missing rows are
+        empty."""
+        for start in range(0, max(map(len, rows)), counts[-1]):
+            parts = [part[start : start + counts[-1]] for part in rows]
+            count = next(n for n in counts if n >= max(map(len, parts)))
+            yield [part + [[]] * (count - len(part)) for part in parts]
 
     def _put(self, parts: Sequence[tuple[np.ndarray, ...]]) -> list[jax.Array]:
         joined = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
@@ -335,22 +420,9 @@ _INTS = (
 )
 
 
-def fit(most: int, needed: int) -> int:
-    """Rows for so many sequences: one of `row_counts`."""
-    return next(count for count in row_counts(most) if count >= min(needed, most))
-
-
-def row_counts(most: int) -> list[int]:
-    """How many rows are decoded together: powers of two and, where many rows make steps
-    long, the numbers halfway between them; `most` at most. Each count is compiled."""
-    powers = [1 << i for i in range(most.bit_length())]
-    between = [power * 3 // 2 for power in powers if power >= _FEW_ROWS]
-    return sorted({x for x in powers + between if _FEWEST_ROWS <= x < most} | {most})
-
-
-def pack(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Pieces in rows as long as the longest, rounded up: first fit among the newest
-    rows, the longest first."""
+def pack(pieces: Sequence[Piece], length: int) -> list[list[Piece]]:
+    """Pieces in rows of this length: first fit among the newest rows, the longest
+    first."""
     rows: list[list[Piece]] = []
     room: list[int] = []
     for piece in sorted(pieces, key=lambda piece: -len(piece.tokens)):
@@ -361,7 +433,7 @@ def pack(pieces: Sequence[Piece]) -> list[list[Piece]]:
         else:
             i = len(rows)
             rows.append([])
-            room.append(row_length(len(rows[0][0].tokens) if i else size))
+            room.append(length)
         rows[i].append(piece)
         room[i] -= size
     return rows
@@ -420,33 +492,39 @@ def abstract(
     return _laid_out(run, pages, P("tensor", "data")), _laid_out(run, rows, P("data"))
 
 
-def abstract_inputs(
-    run: decode.Run,
-    num_rows: int,
-    width: int,
-    num_prompts: int,
-    prompt_length: int,
-    prefill_tokens: int,
-) -> tuple[list[jax.ShapeDtypeStruct], decode.Tables]:
-    """Shapes, dtypes and shardings of what the host sends: to `decode.read`, with as
-    many of `num_prompts` a replica as it takes at a time, and to `decode.decode`."""
-    replicas, slots = run.mesh.shape["data"], 2 * num_rows
-    length = row_length(prompt_length)
-    count = min(_power_of_two(num_prompts), max(1, prefill_tokens // length))
-    prompts = [jax.ShapeDtypeStruct((replicas * count, length), jnp.int32)] * 4
+def abstract_tables(
+    run: decode.Run, sizes: Sizes, width: int, num_stop_ids: int
+) -> decode.Tables:
+    """Shapes, dtypes and shardings of the tables that the host sends to
+    `decode.decode`.
+
+    Args:
+      num_stop_ids: tokens that end a response.
+    """
     scheduler = Scheduler(
         Pool(1, PAGE_SIZE),
-        num_rows=num_rows,
-        num_slots=slots,
+        num_rows=sizes.num_rows,
+        num_slots=sizes.num_slots,
         width=width,
         chunk=1,
         most_read=1,
     )
-    tables = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((replicas * len(x), *x.shape[1:]), x.dtype),
-        Lines(slots, len(run.arch.eos_token_ids)).tables(scheduler),
+    tables = Lines(sizes.num_slots, num_stop_ids).tables(scheduler)
+    return _laid_out(run, _of_replicas(run, tables), P("data"))
+
+
+def abstract_ints(run: decode.Run, *shapes: tuple[int, ...]) -> list[Any]:
+    """Arrays of int32 that the host sends, of these shapes for each replica."""
+    found = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
+    return _laid_out(run, _of_replicas(run, found), P("data"))
+
+
+def _of_replicas(run: decode.Run, tree: Any) -> Any:
+    count = run.mesh.shape["data"]
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((count * x.shape[0], *x.shape[1:]), x.dtype),
+        tree,
     )
-    return _laid_out(run, prompts, P("data")), _laid_out(run, tables, P("data"))
 
 
 def _laid_out(run: decode.Run, tree: Any, spec: P) -> Any:
@@ -461,15 +539,16 @@ def stop_ids(arch: Architecture, request: Request) -> tuple[int, ...]:
     return arch.eos_token_ids + request.sampling.stop_token_ids
 
 
-def _mode(sampling: Sampling) -> Mode:
+def mode_of(sampling: Sampling) -> Mode:
+    """How tokens are drawn, as far as it is compiled."""
     if sampling.top_k != -1 or sampling.top_p < 1 or sampling.min_p > 0:
         return "truncated"
     return "plain" if sampling.temperature == 1 else "tempered"
 
 
-def row_length(tokens: int) -> int:
-    """Of rows that hold so many tokens: a power of two."""
-    return max(_FEWEST_TOKENS, _power_of_two(tokens))
+def row_length(*tokens: int) -> int:
+    """The length of rows that hold so many tokens: a power of two."""
+    return max(_FEWEST_TOKENS, *map(_power_of_two, tokens))
 
 
 def _power_of_two(n: int) -> int:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Lowered
 from rich.console import Console
 
 from jaxrl_llm import models
 from jaxrl_llm.data.types import Completion
-from jaxrl_llm.rollout.engine import Request
+from jaxrl_llm.rollout.engine import Request, Use
 from jaxrl_llm.rollout.servers import verify_weights as probe
 from jaxrl_llm.rollout.servers.server import (
     Lost,
@@ -241,6 +242,15 @@ class VllmEngine:
 
     def memory(self, num_rows: int, num_tokens: int) -> dict[str, int]:
         """Nothing: servers have memory of their own."""
+        return {}
+
+    def programs(
+        self,
+        uses: Sequence[Use],
+        prompts: Iterable[Sequence[int]],
+        resident: Callable[[jax.Device], int] | None = None,
+    ) -> dict[str, Callable[[], Lowered]]:
+        """Nothing: servers have programs of their own."""
         return {}
 
     def close(self) -> None:

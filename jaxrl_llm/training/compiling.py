@@ -1,0 +1,77 @@
+"""Every program of a run, so that all are compiled before the first step."""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import jax
+from jax.stages import Lowered
+
+from jaxrl_llm.config import plugins
+from jaxrl_llm.rollout.engine import Use
+from jaxrl_llm.training import checkpoint
+from jaxrl_llm.training.build import Job
+from jaxrl_llm.training.experience import sampling
+from jaxrl_llm.training.state import abstract_state
+
+
+def programs(job: Job, done: Sequence[int] = ()) -> dict[str, Callable[[], Lowered]]:
+    """What lowers each program that steps and validations need, by its name; those
+    that take long to compile come first. None if the last step is among those done."""
+    if max(done, default=0) >= job.config.trainer.total_training_steps:
+        return {}
+    actor, largest = job.actor, job.actor.largest_rows()
+    found = dict(actor.programs())
+    if job.critic:
+        found |= job.critic.programs(largest)
+    if "sum_pi_squared" in plugins.estimator_of(job.config.algorithm).needs:
+        for rows in actor.policy.shapes_of_rows(largest):
+            found[f"sums of squares {list(rows.tokens.shape)}"] = functools.partial(
+                actor.policy.lower_sum_pi_squared, rows
+            )
+    if job.reward_model:
+        found |= job.reward_model.programs(largest)
+    if job.config.actor.ref_refresh_steps and actor.reference:
+        found["copy of the policy"] = actor.reference.lower_copy
+    questions = itertools.chain(job.data.train, job.data.val)
+    tokens = (prompt.tokens for prompt in questions)
+    found |= job.engine.programs(uses(job), tokens, functools.partial(resident, job))
+    return found | checkpoint.programs(abstract_state(job))
+
+
+def uses(job: Job) -> list[Use]:
+    """What this process asks its engine at a time, in steps and in validations."""
+    config, held_out = job.config, len(job.data.val)
+    prompts = -(-config.data.train_batch_size // jax.process_count())
+    drawn = sampling(config, config.rollout)
+    found = [Use(num_prompts=prompts, num_samples=config.rollout.n, sampling=drawn)]
+    greedy = replace(drawn, temperature=0.0)
+    if plugins.estimator_of(config.algorithm).asks_greedily:
+        found.append(Use(num_prompts=prompts, num_samples=1, sampling=greedy))
+    if held_out:
+        share = -(-held_out // jax.process_count())
+        drawn = sampling(config, config.val)
+        found.append(Use(num_prompts=share, num_samples=config.val.n, sampling=drawn))
+        if config.val.greedy:
+            likeliest = replace(drawn, temperature=0.0, top_k=-1, top_p=1.0, min_p=0.0)
+            found.append(Use(num_prompts=share, num_samples=1, sampling=likeliest))
+    return found
+
+
+def resident(job: Job, device: jax.Device) -> int:
+    """Bytes that a device holds while responses are made, but for what the engine
+    does."""
+    state, actor = abstract_state(job), job.actor
+    trained = state.actor.params if actor.settings.offload else state.actor
+    held = [trained, state.critic, state.reference]
+    if actor.reference and state.reference is None and not actor.reference.offload:
+        held.append(actor.reference.abstract_params())
+    if job.reward_model and not job.reward_model.offload:
+        held.append(job.reward_model.abstract_params())
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(held)
+        if device in x.sharding.device_set
+    )

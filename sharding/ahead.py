@@ -1,0 +1,86 @@
+"""Programs that are compiled before they are called, side by side in threads.
+
+    with Ahead(programs) as ahead:
+        ...                             # read the weights meanwhile
+        ahead.wait(lambda done, count: print(f"compiling {done} of {count}"))
+
+XLA compiles outside of Python's lock. A jitted function that was lowered and compiled
+for shapes and shardings neither traces nor compiles when it is called with arrays of
+these.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from types import TracebackType
+
+from jax.stages import Compiled, Lowered
+
+THREADS = "compile-ahead"
+"""What the names of its threads begin with."""
+
+
+class Ahead:
+    """Lowers and compiles in the background, from the beginning of the block on.
+
+    Args:
+      programs: what lowers each program, by its name. Those that come first are begun
+        first.
+      most: threads, at most; as many as there are processors if not given.
+    """
+
+    def __init__(
+        self, programs: Mapping[str, Callable[[], Lowered]], most: int | None = None
+    ):
+        self._programs = programs
+        count = min(len(programs), most or os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(max(1, count), thread_name_prefix=THREADS)
+        self._futures: dict[Future[Compiled], str] = {}
+        self._stopped = threading.Event()
+
+    def __enter__(self) -> "Ahead":
+        self._futures = {
+            self._pool.submit(self._compiled, lower): name
+            for name, lower in self._programs.items()
+        }
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stopped.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def count(self) -> int:
+        """All programs."""
+        return len(self._programs)
+
+    def wait(
+        self, tell: Callable[[int, int], None] = lambda done, count: None
+    ) -> dict[str, Compiled]:
+        """Waits until all are compiled.
+
+        Args:
+          tell: is told how many are, and how many there are.
+
+        Returns:
+          The programs by name, for their memory; they are kept while this is.
+
+        Raises:
+          Exception: whatever the lowering or compilation of one raised.
+        """
+        tell(sum(future.done() for future in self._futures), self.count)
+        found = {}
+        for future in as_completed(self._futures):
+            found[self._futures[future]] = future.result()
+            tell(len(found), self.count)
+        return {name: found[name] for name in self._programs}
+
+    def _compiled(self, lower: Callable[[], Lowered]) -> Compiled | None:
+        # Once another has failed, nobody waits for this one.
+        return None if self._stopped.is_set() else lower().compile()
