@@ -184,6 +184,7 @@ def test_few_shapes_hold_what_is_read():
     assert made.counts(64) == [2, 8, 32, 128]
     assert sizes(500, prefill_tokens=100).counts(256) == [1]
     assert made.counts(64, 16) == [32, 128]
+    assert made.copies == [16, 128] and sizes(3).copies == [1, 8]
     assert made.all_continuations(200) == [64, 256]
     assert sizes(500, longest_prompt=20).beginnings() == 64
 

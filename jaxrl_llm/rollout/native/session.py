@@ -113,8 +113,8 @@ class Sizes:
 
     @property
     def copies(self) -> list[int]:
-        """How many pages are copied together."""
-        most = _power_of_two(self.num_slots)
+        """How many pages are copied together: one at most for each of a plan."""
+        most = min(_power_of_two(self.num_slots), PLANNED_TOGETHER)
         return sorted({max(1, most // 8), most})
 
 
