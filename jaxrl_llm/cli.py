@@ -151,6 +151,7 @@ def _train(rest: list[str]) -> int:
     config, flags = _config("train", rest, flags=("--dry-run",))
 
     from jaxrl_llm.planning import dry_run
+    from jaxrl_llm.sharding.ahead import leave_if_compiling
     from jaxrl_llm.training import loop
     from jaxrl_llm.training.build import build
     from jaxrl_llm.training.opening import held
@@ -168,7 +169,13 @@ def _train(rest: list[str]) -> int:
             with held(Path(config.output_dir)):
                 return STOPPED if loop.run(build(config)).stopped else 0
     except Stopped as stopped:
-        return _fail(str(stopped), status=STOPPED)
+        _fail(str(stopped), status=STOPPED)
+        leave_if_compiling(STOPPED)
+        return STOPPED
+    except KeyboardInterrupt as error:
+        status = _fail(str(error) or "interrupted by Ctrl-C", status=130)
+        leave_if_compiling(status)
+        return status
 
 
 def _evaluate(rest: list[str]) -> None:

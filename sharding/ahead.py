@@ -10,6 +10,7 @@ these.
 """
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -53,7 +54,9 @@ class Ahead:
         trace: TracebackType | None,
     ) -> None:
         self._stopped.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        # Whoever is interrupted does not wait for a compiler, which nothing interrupts.
+        patient = error is None or isinstance(error, Exception)
+        self._pool.shutdown(wait=patient, cancel_futures=True)
 
     @property
     def count(self) -> int:
@@ -83,4 +86,22 @@ class Ahead:
 
     def _compiled(self, lower: Callable[[], Lowered]) -> Compiled | None:
         # Once another has failed, nobody waits for this one.
-        return None if self._stopped.is_set() else lower().compile()
+        if self._stopped.is_set():
+            return None
+        _under_way.append(lower)
+        try:
+            return lower().compile()
+        finally:
+            _under_way.remove(lower)
+
+
+_under_way: list[Callable[[], Lowered]] = []
+
+
+def leave_if_compiling(status: int) -> None:
+    """Ends the process with this status, if programs are still being compiled that
+    nobody waits for any more: the interpreter would wait for their threads."""
+    if _under_way:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
