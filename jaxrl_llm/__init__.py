@@ -64,7 +64,10 @@ def __getattr__(name: str) -> Any:
         module, function = _FUNCTIONS[name]
         found = getattr(importlib.import_module(module), function)
     elif name == "__version__":
-        found = metadata.version("jaxrl-llm")
+        try:
+            found = metadata.version("jaxrl-llm")
+        except metadata.PackageNotFoundError:
+            found = "0+not.installed"  # a checkout on the path
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = found

@@ -24,7 +24,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     if given == ["--version"]:
-        print("jaxrl", metadata.version("jaxrl-llm"))
+        print("jaxrl", sys.modules["jaxrl_llm"].__version__)
         return 0
     if given[0] not in verbs:
         return _fail(f"unknown verb {given[0]!r}; one of {', '.join(verbs)}")

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
 import jaxrl_llm
 from jaxrl_llm import config
+from jaxrl_llm.models.checkpoints import card
 
 SHOWN = """
 import json, sys
@@ -67,3 +69,17 @@ def test_every_public_name_is_there_and_is_what_it_says():
     assert set(config.__all__) <= set(dir(config))
     with pytest.raises(AttributeError, match="has no attribute 'read'"):
         config.read  # noqa: B018
+
+
+def test_a_checkout_on_the_path_that_is_not_installed_works_too(monkeypatch):
+    """Or a run from one would end with an error, when it exports its weights."""
+    real = metadata.Distribution.discover
+
+    def others(**how):
+        return (x for x in real(**how) if x.name.replace("_", "-") != "jaxrl-llm")
+
+    monkeypatch.setattr(metadata.Distribution, "discover", others)
+    monkeypatch.delattr(jaxrl_llm, "__version__", raising=False)
+    assert jaxrl_llm.__version__ == "0+not.installed"
+    monkeypatch.delattr(jaxrl_llm, "__version__")
+    assert "| jaxrl_llm |" not in card.text(card.Origin("a/b"), {"lr": 1})

@@ -60,7 +60,9 @@ def text(origin: Origin, recipe: Mapping[str, Any]) -> str:
     if local and "base_model" in said:
         base += f", which was made from `{said['base_model']}`"
     licence = said.get("license_name", said.get("license"))
-    rows = {"jaxrl_llm": metadata.version("jaxrl-llm")} | dict(recipe)
+    rows = dict(recipe)
+    if installed := list(metadata.distributions(name="jaxrl-llm")):
+        rows = {"jaxrl_llm": installed[0].version} | rows
     return "\n".join(
         [
             "---",
