@@ -398,11 +398,29 @@ def _rows(batch: TrainBatch, part: Sequence[int], layout: Layout) -> list[_Row]:
                 f"sequences {block[0][0]} to {block[-1][-1]} have {sizes[-1]} tokens, "
                 f"more than pack_length {row_length}, and must share a row"
             )
-    most = None if layout.share_prompts else most_in_row(layout) // together
-    rows = lay_out(sizes, row_length, most)
+    limits: list[int | None] = [None]
+    if not layout.share_prompts:
+        rooms = [min(n - 1, most_in_row(layout)) for n in capacities(layout)]
+        limits = [room // together for room in rooms if room >= together]
+    rows = _lay_out_evenly(sizes, row_length, limits)
     if row_length is not None:
         rows.sort(key=lambda row: -sum(costs[block] for block in row))
     return [[piece for block in row for piece in held[block]] for row in rows]
+
+
+def _lay_out_evenly(
+    lengths: Sequence[int], row_length: int | None, limits: Sequence[int | None]
+) -> list[list[int]]:
+    """`lay_out` with the first limit of sequences in a row that makes no more rows than
+    the last one, which is the widest: less room takes less time, see `capacity`."""
+    *others, widest = limits
+    rows = lay_out(lengths, row_length, widest)
+    for most in others:
+        if len(lengths) <= most * len(rows):
+            found = lay_out(lengths, row_length, most)
+            if len(found) <= len(rows):
+                return found
+    return rows
 
 
 def _spans(batch: TrainBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -161,6 +161,20 @@ def test_lay_out_by_hand():
     assert packing.lay_out([2, 3], None) == [[0], [1]]
 
 
+def test_a_row_has_no_more_sequences_than_the_number_of_rows_asks_for():
+    lengths = [1536, 448, *[64] * 16]
+    # By tokens alone: all short ones beside the second, which room for 32 would hold.
+    assert [len(row) for row in packing.lay_out(lengths, 2048)] == [1, 17]
+    rows = packing.make_rows(
+        [prompt(i, *range(n - 1)) for i, n in enumerate(lengths)],
+        [[episode(i, 0, [7], [-1.0])] for i in range(18)],
+        np.ones((18, 1)),
+        layout=packing.Layout(pack_length=2048),
+    )
+    assert rows.tokens.shape == (2, 2048) and rows.sequence_capacity == 16
+    assert sorted(len(set(row)) for row in rows.sequence_ids.tolist()) == [4, 16]
+
+
 def test_lay_out_takes_a_row_more_if_the_fewest_do_not_do():
     # 18 tokens would fit 2 rows of 10 by their sum, but 6 + 6 do not fit together.
     assert packing.lay_out([6, 6, 6], 10) == [[0], [1], [2]]
