@@ -168,10 +168,10 @@ def sizes(num_rows, **changed):
 
 
 def test_numbers_of_rows():
-    assert sizes(900).row_counts == [8, 32, 128, 256, 384, 512, 768, 900]
-    assert sizes(900, fewest_rows=128).row_counts == [128, 256, 384, 512, 768, 900]
+    assert sizes(900).row_counts == [8, 32, 128, 192, 256, 384, 512, 768, 900]
+    assert sizes(900, fewest_rows=128).row_counts[:4] == [128, 192, 256, 384]
     assert [sizes(500).fit(n) for n in (0, 9, 129, 257, 400, 999)] == [
-        8, 32, 256, 384, 500, 500,
+        8, 32, 192, 384, 500, 500,
     ]  # fmt: skip
     assert sizes(3).row_counts == [3]
 

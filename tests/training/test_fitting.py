@@ -95,17 +95,23 @@ def test_the_largest_size_that_fits_is_found_in_few_tries(factor, room, size, as
 
 
 @pytest.mark.parametrize(
-    "multiple, rows, length, sizes",
+    "gathered, multiple, rows, length, sizes",
     [
-        (1, 64, 1024, [1, 2, 4, 8, 16, 32]),  # 32,768 tokens
-        (1, 12, 1024, [1, 2, 4, 16]),  # in 16 rows of 8, four would be empty
-        (4, 64, 16_384, [4, 8]),
-        (4, 64, 65_536, [4]),
-        (6, 64, 1024, [6, 12, 24, 96]),  # 64 rows in 72 are still well used
+        (True, 1, 64, 1024, [1, 2, 4, 8, 16, 32]),  # 32,768 tokens
+        (False, 1, 64, 1024, [1, 2, 4, 8, 16]),  # 16,384
+        (False, 1, 12, 1024, [1, 2, 4, 16]),  # in 16 rows of 8, four would be empty
+        (True, 4, 64, 16_384, [4, 8]),
+        (False, 4, 64, 16_384, [4]),
+        (True, 4, 64, 65_536, [4]),
+        (True, 6, 64, 1024, [6, 12, 24, 96]),  # 64 rows in 72 are still well used
     ],
 )
-def test_sizes_are_powers_of_two_for_each_device(plain, multiple, rows, length, sizes):
+def test_sizes_are_powers_of_two_for_each_device(
+    plain, gathered, multiple, rows, length, sizes
+):
     model = copy.copy(plain.actor.policy)
+    axes = dict.fromkeys(("data", "fsdp", "expert", "context", "tensor"), 1)
+    model.mesh = mesh.make(axes | {"fsdp" if gathered else "data": 8})
     model.layout = dataclasses.replace(model.layout, rows_multiple=multiple)
     assert fitting.sizes_for(model, rows, length) == sizes
 

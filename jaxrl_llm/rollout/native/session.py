@@ -46,8 +46,9 @@ class Sizes:
     """The shapes that programs are compiled for: few, whatever lengths there are.
 
     Their price is padding. Of the tokens that a dispatch reads, up to three quarters
-    are padding where there is little to read; of the rows that it decodes, up to a half
-    from 128 on, and up to three quarters of fewer, which a GPU takes no longer for.
+    are padding where there is little to read; of the rows that it decodes, up to a
+    third from 128 on, and up to three quarters of fewer, which a GPU takes little
+    longer for.
     """
 
     num_rows: int
@@ -63,11 +64,10 @@ class Sizes:
 
     @property
     def row_counts(self) -> list[int]:
-        """How many rows are decoded together: 8, 32, 128, 256, and from there, where
-        many rows make steps long, powers of two and the numbers halfway between
-        them."""
+        """How many rows are decoded together: 8, 32, 128, and from there, where many
+        rows make steps long, powers of two and the numbers halfway between them."""
         powers = [1 << i for i in range(7, self.num_rows.bit_length())]
-        between = [power * 3 // 2 for power in powers if power >= 256]
+        between = [power * 3 // 2 for power in powers]
         found = {x for x in (8, 32, *powers, *between) if x >= self.fewest_rows}
         return sorted({x for x in found if x < self.num_rows} | {self.num_rows})
 
