@@ -10,6 +10,7 @@ from jaxrl_llm.tracking.performance import Timer, long_lived_objects_set_aside
 
 def test_what_lasts_is_walked_by_no_collection():
     """Objects from before are the collector's again afterwards, later ones always."""
+    gc.unfreeze()  # what was there before this test
     lasting = [[] for _ in range(1000)]
     before = gc.get_freeze_count()
     with long_lived_objects_set_aside() as set_aside:
