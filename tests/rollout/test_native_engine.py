@@ -163,13 +163,14 @@ def test_a_chunk_ends_when_fewer_rows_would_do(monkeypatch):
 
 
 def sizes(num_rows, **changed):
-    known = {"fewest_rows": 8, "prefill_tokens": 8192, "longest_prompt": 200}
+    known = {"prefill_tokens": 8192, "longest_prompt": 200}
     return running.Sizes(num_rows=num_rows, longest=900, **known | changed)
 
 
 def test_numbers_of_rows():
-    assert sizes(900).row_counts == [8, 32, 128, 192, 256, 384, 512, 768, 900]
-    assert sizes(900, fewest_rows=128).row_counts[:4] == [128, 192, 256, 384]
+    assert sizes(900).row_counts == [
+        8, 32, 64, 128, 192, 256, 384, 512, 768, 900,
+    ]  # fmt: skip
     assert [sizes(500).fit(n) for n in (0, 9, 129, 257, 400, 999)] == [
         8, 32, 192, 384, 500, 500,
     ]  # fmt: skip

@@ -40,7 +40,6 @@ from jaxrl_llm.rollout.native.session import (
 from jaxrl_llm.sharding import checksum, processes, reshard, rules
 from jaxrl_llm.sharding import transfer_plan as plan
 from jaxrl_llm.sharding.ahead import Ahead
-from jaxrl_llm.sharding.mesh import platform_of
 
 _SHARE_OF_REST = 0.95
 """Of the memory that is free when generation begins and that programs do not need, for
@@ -144,7 +143,6 @@ class JaxEngine:
         self._finished: deque[Completion] = deque()
         self._sizes = Sizes(
             num_rows=1,
-            fewest_rows=8 if platform_of(self.mesh) == "cpu" else 32,
             prefill_tokens=prefill_tokens,
             longest_prompt=1,
             longest=max_model_len,

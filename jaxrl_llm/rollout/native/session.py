@@ -47,14 +47,11 @@ class Sizes:
 
     Their price is padding. Of the tokens that a dispatch reads, up to three quarters
     are padding where there is little to read; of the rows that it decodes, up to a
-    third from 128 on, and up to three quarters of fewer, which a GPU takes little
-    longer for.
+    third from 128 on, up to a half from 32 on, and more of fewer.
     """
 
     num_rows: int
     """Sequences that a replica decodes together, at most."""
-    fewest_rows: int
-    """A step takes about as long for fewer rows."""
     prefill_tokens: int
     """Read per dispatch and replica, at most, if not a single sequence has more."""
     longest_prompt: int
@@ -64,12 +61,12 @@ class Sizes:
 
     @property
     def row_counts(self) -> list[int]:
-        """How many rows are decoded together: 8, 32, 128, and from there, where many
-        rows make steps long, powers of two and the numbers halfway between them."""
-        powers = [1 << i for i in range(7, self.num_rows.bit_length())]
-        between = [power * 3 // 2 for power in powers]
-        found = {x for x in (8, 32, *powers, *between) if x >= self.fewest_rows}
-        return sorted({x for x in found if x < self.num_rows} | {self.num_rows})
+        """How many rows are decoded together: 8, powers of two from 32 on, and from 128
+        on, where many rows make steps long, the numbers halfway between them."""
+        powers = [1 << i for i in range(5, self.num_rows.bit_length())]
+        between = [power * 3 // 2 for power in powers if power >= 128]
+        found = {x for x in (8, *powers, *between) if x < self.num_rows}
+        return [*sorted(found), self.num_rows]
 
     def fit(self, needed: int) -> int:
         """Rows for so many sequences: one of `row_counts`."""
