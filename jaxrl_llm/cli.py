@@ -119,18 +119,25 @@ def _prepare(server: float | None = 0.0) -> None:
     """Starts JAX with the GPU's memory, but for the share that a server takes.
 
     Programs of GPUs and TPUs stay in the user's cache: the next start of a run does
-    not compile again. A CPU's are quickly made, and hold for that model of CPU only.
-    JAX_COMPILATION_CACHE_DIR names another folder; empty, it keeps none.
+    not compile again. Also those that are quickly made: compiled again, one may get
+    other kernels, which compute other last bits. A CPU's are quickly made, and hold
+    for that model of CPU only. JAX_COMPILATION_CACHE_DIR names another folder; empty,
+    it keeps none.
     """
     import jax
 
     from jaxrl_llm.sharding import hardware
 
     hardware.use_memory(server)
-    if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = str(Path(home) / "jaxrl_llm")
-        jax.config.update("jax_compilation_cache_dir", folder)
+    if jax.default_backend() == "cpu":
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    for name, value in {
+        "jax_compilation_cache_dir": str(Path(home) / "jaxrl_llm"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }.items():
+        if name.upper() not in os.environ:  # which JAX has read
+            jax.config.update(name, value)
 
 
 _GOOGLE = "0x1ae0"

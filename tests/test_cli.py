@@ -115,7 +115,7 @@ def test_where_a_mistake_is_can_be_shown(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "backend, named, kept",
+    "backend, named, folder",
     [
         ("gpu", None, "HOME/jaxrl_llm"),
         ("gpu", "", None),  # the user wants none
@@ -123,17 +123,22 @@ def test_where_a_mistake_is_can_be_shown(monkeypatch):
         ("cpu", None, None),
     ],
 )
-def test_compiled_programs_are_kept(monkeypatch, tmp_path, backend, named, kept):
+def test_compiled_programs_are_kept(monkeypatch, tmp_path, backend, named, folder):
     found = {}
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax.config, "update", found.__setitem__)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
     if named is not None:
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", named)
     launch._prepare()
-    wanted = kept and kept.replace("HOME", str(tmp_path))
-    assert found == ({"jax_compilation_cache_dir": wanted} if kept else {})
+    wanted = (
+        {"jax_persistent_cache_min_compile_time_secs": 0} if backend == "gpu" else {}
+    )
+    if folder:
+        wanted["jax_compilation_cache_dir"] = folder.replace("HOME", str(tmp_path))
+    assert found == wanted
 
 
 def test_the_shell_gets_status_and_message():
