@@ -25,7 +25,11 @@ def values(folder, name, **placement):
     return {
         "output_dir": str(folder / name),
         "model": {"path": str(folder / "model")},
-        "data": {"train": {"path": str(data)}, "train_batch_size": 4},
+        "data": {
+            "train": {"path": str(data)},
+            "train_batch_size": 4,
+            "max_prompt_length": 48,  # so that a step has one size
+        },
         "rollout": {"n": 2, "max_response_length": 6, "dtype": "float32"},
         "actor": {
             "dtype": "float32",
