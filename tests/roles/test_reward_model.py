@@ -398,7 +398,7 @@ def test_functions_and_model_add_up_in_training_and_validation(
 def test_grpo_raises_the_score(tiny_model, saved, tmp_path):
     changed = {
         "rollout.n": 8,
-        "data.train_batch_size": 16,
+        "data.train_batch_size": 8,
         "actor.optim.lr": 3e-2,
         "trainer.total_training_steps": 10,
     }
