@@ -275,8 +275,7 @@ def test_random_choices_differ_from_step_to_step():
         settings("clip_cov", "token-mean", None), clip_cov_lb=-1e9, clip_cov_ub=1e9
     )
     scored = logprob_fn(make_state().params, OFF_POLICY)
-    chosen = [
-        grpo.plan(OFF_POLICY, scored, jnp.int32(step), case).chosen for step in (0, 1)
-    ]
+    plan = jax.jit(grpo.plan, static_argnums=3)
+    chosen = [plan(OFF_POLICY, scored, jnp.int32(i), case).chosen for i in (0, 1)]
     assert chosen[0].sum() == chosen[1].sum() == 5  # floor(0.3 * 17)
     assert jnp.any(chosen[0] != chosen[1])

@@ -95,7 +95,7 @@ SHAPES = {"B": 4, "T": 1, "N": 6, "K": 2, "S": 16, "n": 9}
 def test_attention_over_pages_is_that_of_a_plain_loop(attend, shape, window, softcap):
     arguments = case(**shape)
     options = {"window": window, "scale": 0.25, "softcap": softcap}
-    got, *caches = attend(*arguments, **options)
+    got, *caches = jax.jit(functools.partial(attend, **options))(*arguments)
     wanted, *wanted_caches = loop(*arguments, **options)
     np.testing.assert_allclose(got[1:], wanted[1:], atol=2e-6)
     assert np.isfinite(got).all()
