@@ -78,8 +78,8 @@ def main(
       mean: of the lengths of responses, which are lognormal (sigma 0.8).
       cap: tokens of the longest response.
       pack_length: tokens in a row of the update.
-      micro_batch_size: rows per forward and backward pass; as many as fit if not given,
-        or 2 on CPUs.
+      micro_batch_size: rows per forward and backward pass; as many as fit, up to 16,384
+        tokens a device (twice that with FSDP), if not given, or 2 on CPUs.
       remat: what the backward pass computes again.
       dtype: of generation, and of the matrix products of the update.
       max_num_seqs: sequences decoded together.

@@ -68,8 +68,8 @@ def main(
         `length`.
       prompt_length: of these, tokens that are not trained on.
       pack_length: tokens in a row; one sequence per row if not given.
-      micro_batch_size: rows per forward and backward pass; as many as fit if not given,
-        or 8 on CPUs.
+      micro_batch_size: rows per forward and backward pass; as many as fit, up to 16,384
+        tokens a device (twice that with FSDP), if not given, or 8 on CPUs.
       remat: what the backward pass computes again.
       attention: see `actor.attention`.
       unroll: see `actor.unroll`.

@@ -79,8 +79,9 @@ class ActorConfig(Section):
     """Passes over each batch."""
     micro_batch_size: int | None = Field(None, gt=0)
     """Rows per forward and backward pass. Changes memory and speed, never the result.
-    If not given: on GPUs and TPUs as many as fit, found when the run begins and kept
-    when it goes on; on CPUs the whole mini-batch."""
+    If not given: on GPUs and TPUs as many as fit, up to 16,384 tokens a device (twice
+    that with FSDP), found when the run begins and kept when it goes on; on CPUs the
+    whole mini-batch."""
     pack_length: int | None = Field(None, gt=0)
     """Pack sequences into rows of this many tokens; one sequence per row if not
     given."""

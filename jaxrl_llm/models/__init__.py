@@ -43,6 +43,7 @@ from jaxrl_llm.models.checkpoints.huggingface import (
     save,
 )
 from jaxrl_llm.models.checkpoints.tensor_map import RandomWeights, WeightSource
+from jaxrl_llm.models.embedding import choose as choose_lookup
 from jaxrl_llm.models.layer_loop import COMPILER_OPTIONS
 from jaxrl_llm.models.layer_loop import choose as choose_loop
 from jaxrl_llm.models.partitioning import kv_copies, partition
@@ -71,6 +72,7 @@ __all__ = [
     "architecture",
     "attention_counts_sequences",
     "choose_attention",
+    "choose_lookup",
     "choose_loop",
     "choose_paged_attention",
     "critic_axes",

@@ -21,7 +21,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention.packed import PackedAttention, packed
-from jaxrl_llm.models.decoder import Decoder, Init, RotaryTable, Shard, anywhere
+from jaxrl_llm.models.decoder import (
+    Decoder,
+    Init,
+    Lookup,
+    RotaryTable,
+    Shard,
+    anywhere,
+    take,
+)
 from jaxrl_llm.models.layer_loop import Loop, scan, unrolled
 from jaxrl_llm.models.quantised import DTYPES, Bits, quantise
 
@@ -207,6 +215,7 @@ def forward(
     remat: Remat = "none",
     attention: PackedAttention = packed,
     loop: Loop = scan,
+    lookup: Lookup = take,
     shard: Shard = anywhere,
 ) -> Float[Array, "R T D"]:
     """Final hidden states (after the last norm) of packed rows.
@@ -219,6 +228,7 @@ def forward(
       remat: what the backward pass computes again, see `Remat`.
       attention: see `flash.choose`.
       loop: over the layers, see `layer_loop.choose`.
+      lookup: of token embeddings, see `embedding.choose`.
       shard: lays out activations by the names of their axes, such as
         `sharding.rules.Partition.constrain`.
     """
@@ -274,7 +284,7 @@ def forward(
         layer = jax.checkpoint(
             layer, policy=_POLICIES[remat], prevent_cse=loop is unrolled
         )
-    x = shard(decoder.embed(tokens, dtype, shard), "rows", "residual", None)
+    x = shard(decoder.embed(tokens, dtype, shard, lookup), "rows", "residual", None)
     return shard(decoder.norm(loop(layer, x, stacked)), "rows", "tokens", None)
 
 

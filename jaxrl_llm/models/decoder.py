@@ -21,12 +21,21 @@ from jaxrl_llm.models.quantised import product
 Attend = Callable[..., tuple[Array, Any]]
 # (activation, *names of its axes) -> the same, laid out by them
 Shard = Callable[..., Array]
+# (table [V, D], tokens [R, T], dtype) -> [R, T, D] of that dtype
+Lookup = Callable[[Array, Array, Any], Array]
 RotaryTable = tuple[Float[Array, "B T h"], Float[Array, "B T h"]] | None
 
 
 def anywhere(x: Array, *axes: str | None) -> Array:
     """The `Shard` that leaves the layout to the compiler."""
     return x
+
+
+def take(
+    table: Float[Array, "V D"], tokens: Int[Array, "R T"], dtype
+) -> Float[Array, "R T D"]:
+    """The `Lookup` whose gradient adds in whichever order the compiler chooses."""
+    return jnp.take(table, tokens, axis=0).astype(dtype)
 
 
 class Decoder(nnx.Module):
@@ -56,10 +65,14 @@ class Decoder(nnx.Module):
         )
 
     def embed(
-        self, tokens: Int[Array, "B T"], dtype, shard: Shard = anywhere
+        self,
+        tokens: Int[Array, "B T"],
+        dtype,
+        shard: Shard = anywhere,
+        lookup: Lookup = take,
     ) -> Float[Array, "B T D"]:
         """Token embeddings in the compute dtype."""
-        x = jnp.take(self.embedding[...], tokens, axis=0).astype(dtype)
+        x = lookup(self.embedding[...], tokens, dtype)
         # Each device looks up its part of the width, of all rows, and then exchanges
         # tokens for the rest: they are fewer bytes than the table.
         x = shard(shard(x, "looked_up", None, "embed"), "rows", "tokens", None)

@@ -14,7 +14,14 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.models.apply import Params, Remat, forward
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention.packed import PackedAttention, packed
-from jaxrl_llm.models.decoder import Decoder, Init, Shard, anywhere
+from jaxrl_llm.models.decoder import (
+    Decoder,
+    Init,
+    Lookup,
+    Shard,
+    anywhere,
+    take,
+)
 from jaxrl_llm.models.layer_loop import Loop, scan
 
 
@@ -68,6 +75,7 @@ def values(
     remat: Remat = "none",
     attention: PackedAttention = packed,
     loop: Loop = scan,
+    lookup: Lookup = take,
     shard: Shard = anywhere,
 ) -> Float[Array, "R T"]:
     """The value of the state after each token of packed rows, float32.
@@ -86,6 +94,7 @@ def values(
         remat=remat,
         attention=attention,
         loop=loop,
+        lookup=lookup,
         shard=shard,
     )
     weight = params["weight"].astype(jnp.float32)

@@ -1,8 +1,8 @@
 """What stays on devices from step to step, and how many rows at a time fit beside it.
 
 Where `actor.micro_batch_size` is not given, it is the largest whose compiled update
-fits. That is the program that the run uses, so nothing is compiled in vain but for the
-tries before it.
+fits and that has at most `MOST_TOKENS`. That is the program that the run uses, so
+nothing is compiled in vain but for the tries before it.
 """
 
 import functools
