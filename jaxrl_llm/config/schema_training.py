@@ -133,7 +133,9 @@ class ActorConfig(Section):
     during generation, the reference's weights outside of its own pass."""
     attention: Literal["auto", "xla"] = "auto"
     """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
-    which holds the scores of a whole row."""
+    which holds the scores of a whole row. On GPUs flash attention over packed rows, or
+    rows of more than 2,048 tokens, may sum gradients in another order each time: two
+    runs, or one that goes on, then may differ from the last bit on. xla never does."""
     unroll: Literal["auto", "never", "always"] = "auto"
     """Compile every layer by itself rather than one for all in a loop: a compile time
     that grows with depth, but one layer's weights travel while another is computed.
@@ -186,8 +188,7 @@ class CriticConfig(Section):
     matrix products and attention. full: everything. offload: as dots, with the
     products kept in the host's memory meanwhile."""
     attention: Literal["auto", "xla"] = "auto"
-    """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
-    which holds the scores of a whole row."""
+    """As actor.attention."""
     unroll: Literal["auto", "never", "always"] = "auto"
     """Compile every layer by itself rather than one for all in a loop: a compile time
     that grows with depth, but one layer's weights travel while another is computed.

@@ -34,12 +34,10 @@ from jaxrl_llm.sharding.rules import Partition, Rules
 COMPILER_OPTIONS = models.COMPILER_OPTIONS | {
     "xla_gpu_all_gather_combine_threshold_bytes": 2**28,
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**28,
-    "xla_gpu_exclude_nondeterministic_ops": True,
 }
 """Of updates and of scoring. A layer's weights come together at once, and so do its
-gradients: 1 % faster on two H100 than in parts of 30 MB. Sums are made in an order that
-does not change, also in cuDNN's attention: a run that goes on gives the same numbers.
-Other platforms take no notice."""
+gradients: 1 % faster on two H100 than in parts of 30 MB. Other platforms take no
+notice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +60,10 @@ class ModelSettings:
 
 _FEWEST_TOKENS = 256
 """Of a device's rows in a micro-batch, where nobody says how many rows that has."""
+_ORDERED = 2048
+"""The gradient of cuDNN's attention over a longer row is not asked to be summed in a
+fixed order: that needs memory in proportion to the square of the length; for packed
+rows, to that of all tokens (cuDNN 9.2 to 9.24 on H100)."""
 _SHORT = 64
 """Rows that are shorter are not worth another program."""
 
@@ -270,6 +272,17 @@ class ShardedModel:
         return models.choose_attention(
             self.partition, how.dtype, capacity, how.attention
         )
+
+    @property
+    def update_options(self) -> dict[str, Any]:
+        """What updates ask of XLA: `COMPILER_OPTIONS`, and on GPUs the same sums in the
+        same order every time, so that a run that goes on gives the same numbers. Flash
+        attention over packed rows and over long ones is left out."""
+        rows = self.settings.rows
+        whole = rows.pack_length is None and (rows.longest or _ORDERED) <= _ORDERED
+        flash = self._counts_sequences and not rows.share_prompts
+        ordered = whole or not flash
+        return COMPILER_OPTIONS | {"xla_gpu_exclude_nondeterministic_ops": ordered}
 
     @property
     def _counts_sequences(self) -> bool:

@@ -21,7 +21,7 @@ from jaxrl_llm.data import packing
 from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.models.apply import Params
-from jaxrl_llm.roles.sharded_model import COMPILER_OPTIONS, ShardedModel
+from jaxrl_llm.roles.sharded_model import ShardedModel
 from jaxrl_llm.sharding import processes
 
 Step = Callable[[TrainState, TrainBatch, Params], tuple[TrainState, Any]]
@@ -87,7 +87,7 @@ class TrainedModel:
             step,
             donate_argnums=0,
             out_shardings=(self.state_shardings(), None),
-            compiler_options=COMPILER_OPTIONS,
+            compiler_options=model.update_options,
         )
 
     def split(self, params: Any) -> tuple[Params, Params]:

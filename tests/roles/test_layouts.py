@@ -12,6 +12,9 @@ import tiny
 from fixed_rollouts import ADVANTAGES, make_config, make_rollouts
 
 from jaxrl_llm import models
+from jaxrl_llm.data.packing import Layout
+from jaxrl_llm.models.attention import flash
+from jaxrl_llm.roles.sharded_model import ModelSettings, ShardedModel
 from jaxrl_llm.sharding import mesh, rules
 from jaxrl_llm.training.build import actor_of
 from jaxrl_llm.training.checkpoint import Checkpoints
@@ -187,3 +190,25 @@ def test_heads_that_do_not_divide_stay_whole():
     axes = {"k": ("embed", "kv_heads", "head")}
     fitted = rules.fit(rules.TRAIN, shapes, axes, on, optional=("vocab", "kv_heads"))
     assert fitted["kv_heads"] is None and fitted["heads"] == "tensor"
+
+
+@pytest.mark.parametrize(
+    ("platform", "layout", "attention", "ordered"),
+    [
+        ("gpu", Layout(longest=1024), "auto", True),
+        ("gpu", Layout(longest=4096), "auto", False),  # memory for 4096 x 4096
+        ("gpu", Layout(longest=512, pack_length=1024), "auto", False),
+        ("gpu", Layout(longest=512, pack_length=1024), "xla", True),
+        ("cpu", Layout(longest=4096), "auto", True),
+    ],
+)
+def test_sums_are_ordered_where_that_needs_no_more_memory(
+    platform, layout, attention, ordered, monkeypatch
+):
+    monkeypatch.setattr(flash, "platform_of", lambda mesh: platform)
+    settings = ModelSettings(rows=layout, attention=attention)
+    one = mesh.make({"data": 1, "fsdp": 1}, jax.devices()[:1])
+    found = ShardedModel(tiny.arch(), one, settings).update_options[
+        "xla_gpu_exclude_nondeterministic_ops"
+    ]
+    assert found == ordered
