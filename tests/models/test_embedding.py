@@ -14,6 +14,8 @@ from jaxrl_llm.models.decoder import take
 from jaxrl_llm.models.embedding import in_order, ordered_sum
 from jaxrl_llm.sharding import mesh as meshes
 
+summed = jax.jit(ordered_sum, static_argnums=2)
+
 
 def test_sums_are_those_of_numpy_in_float64():
     rng = np.random.default_rng(0)
@@ -22,12 +24,12 @@ def test_sums_are_those_of_numpy_in_float64():
     wanted = np.zeros((7, 5))
     kept = (ids >= 0) & (ids < 7)  # others belong to other devices
     np.add.at(wanted, ids[kept], x[kept].astype(np.float32))
-    found = jax.jit(ordered_sum, static_argnums=2)(jnp.float32(x), ids, 7)
+    found = summed(jnp.float32(x), ids, 7)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-3)
 
 
 def test_no_id_at_all():
-    found = ordered_sum(jnp.ones((4, 2)), jnp.full(4, 9), 3)
+    found = summed(jnp.ones((4, 2)), jnp.full(4, 9), 3)
     np.testing.assert_array_equal(found, np.zeros((3, 2)))
 
 
@@ -35,8 +37,8 @@ def test_a_sum_depends_on_nothing_but_its_own_rows():
     """A long sum of numbers that cancel shows every change of the order."""
     rng = np.random.default_rng(1)
     x = jnp.float32(rng.normal(size=(512, 3)) * 10.0 ** rng.integers(-6, 6, (512, 1)))
-    alone = ordered_sum(x, jnp.zeros(512, int), 1)
-    again = ordered_sum(x, jnp.full(512, 4), 9)
+    alone = summed(x, jnp.zeros(512, int), 1)
+    again = summed(x, jnp.full(512, 4), 9)
     np.testing.assert_array_equal(alone[0], again[4])
 
 
