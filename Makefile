@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-faults test-vllm vllm-cpu clean
+.PHONY: quickstart test test-all test-faults test-vllm vllm-cpu constraints clean
 
 ## Train SmolLM2-135M-Instruct to add, on two CPU cores, in a few minutes.
 quickstart: .venv/quickstart
@@ -62,6 +62,10 @@ VLLM_LEFT_OUT := torch|torchvision|torchaudio|torchcodec
 	$(if $(TORCH),$(BIN)/python -m pip install --quiet '$(TORCH)')
 	$(BIN)/python -m pip install --quiet -e '.[tasks,notebooks,dev]' tensorboardX
 	touch $@
+
+## The versions of this environment, which the suite ran with, for `pip install -c`.
+constraints: .venv/test
+	$(BIN)/python tests/support/installed.py > constraints.txt
 
 clean:
 	rm -rf .venv

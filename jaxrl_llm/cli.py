@@ -5,6 +5,7 @@
     jaxrl evaluate CONFIG.yaml [--section.key VALUE ...]
         both also with [--coordinator HOST:PORT --num-processes N --process-id I]
                        [--lost-after SECONDS]
+    jaxrl init NAME [DIRECTORY]
     jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE]
     jaxrl convert SOURCE DIRECTORY
     jaxrl report RUN_DIR
@@ -13,7 +14,9 @@
     jaxrl bench NAME ...
     jaxrl --version
 
-`jaxrl VERB --help` lists what a verb takes. Exit status: 0 done, 2 input that cannot
+CONFIG.yaml is a file, or a bundled name: `jaxrl train quickstart`; `jaxrl init NAME`
+writes such a file with what each key means. `jaxrl VERB --help` lists what a verb
+takes. Exit status: 0 done, 2 input that cannot
 work or that the memory does not suffice for, 75 stopped by SIGTERM or the first Ctrl-C
 (the same command goes on), 130 stopped by the second Ctrl-C, 1 a bug.
 """
@@ -55,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs = {
         "train": _train,
         "evaluate": _evaluate,
+        "init": lambda rest: tyro.cli(init, prog="jaxrl init", args=rest),
         "generate": lambda rest: tyro.cli(generate, prog="jaxrl generate", args=rest),
         "convert": lambda rest: tyro.cli(convert, prog="jaxrl convert", args=rest),
         "report": lambda rest: tyro.cli(report, prog="jaxrl report", args=rest),
@@ -321,6 +325,21 @@ def _config(
         if argument not in found
     ]
     return parsing.load(paths[0], overrides), found
+
+
+def init(
+    name: tyro.conf.Positional[str], directory: tyro.conf.Positional[Path] = Path()
+) -> None:
+    """Writes DIRECTORY/NAME.yaml: a configuration to start from, its keys explained.
+
+    Args:
+      name: a bundled configuration, such as quickstart or gsm8k.
+      directory: where to write it; a file that is there is not overwritten.
+    """
+    from jaxrl_llm.config import bundled
+
+    path = bundled.write(name, directory.expanduser(), Config)
+    print(f"{path}\nnext: jaxrl train {path} --dry-run")
 
 
 def generate(

@@ -13,7 +13,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel
 
-from jaxrl_llm.config import renamed
+from jaxrl_llm.config import bundled, renamed
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
 
@@ -34,11 +34,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and applies command-line overrides.
 
     Args:
+      path: of the file, or a bundled name such as "quickstart"; see `bundled`.
       overrides: `--section.key value` pairs; see `override`.
 
     Raises:
       ConfigError: no such file, not YAML, or not a valid config.
     """
+    path = bundled.find(path)
     return parse(override(read(path), overrides), str(path))
 
 

@@ -13,7 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import httpx
+try:
+    import httpx
+except ModuleNotFoundError:
+    raise ImportError(
+        "rollout.engine vllm needs the package httpx, which is not installed: "
+        "pip install 'jaxrl-llm[vllm]'"
+    ) from None
 
 from jaxrl_llm.rollout.servers import process_guard as guard
 
