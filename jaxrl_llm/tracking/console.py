@@ -2,16 +2,22 @@
 
 In a terminal the view is redrawn in place, in a notebook the cell's output is; where
 there is neither (a pipe, CI) every step is one plain line. What the model wrote is
-shown as it is: never read as markup, never able to control the terminal.
+shown as it is: never read as markup, never able to control the terminal. Numbers are
+never cut: where a line has no room for them they take more lines.
 """
 
 import math
+import re
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -22,7 +28,6 @@ from rich.progress import (
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -30,6 +35,8 @@ from rich.text import Text
 from jaxrl_llm.tracking.step_metrics import Validation, accuracy_name
 
 _BARS = "▁▂▃▄▅▆▇█"
+_BESIDES = ("compile", "testing", "save_checkpoint")
+"""Phases that not every step has, and that say nothing about the next ones."""
 
 
 class LiveView:
@@ -58,21 +65,20 @@ class LiveView:
         self._num_examples = num_examples
         self._metrics: dict[str, Any] = {}
         self._rewards: list[float] = []
+        self._seconds: deque[float] = deque(maxlen=20)
         self._records: Sequence[Mapping[str, Any]] = ()
+        self._phase = "starting"
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
             console=self._console,
             expand=True,
-            speed_estimate_period=3600,
         )
         self._task = self._progress.add_task(
-            "starting", total=total_steps, completed=first_step
+            "", total=total_steps, completed=first_step
         )
         self._live: Live | None = None
         self._cell: Any = None
@@ -84,7 +90,7 @@ class LiveView:
             from IPython.display import display
 
             self._cell = display(self._panel(), display_id=True)
-        elif self._console.is_terminal and not self._console.options.ascii_only:
+        elif self._console.is_interactive and not self._console.options.ascii_only:
             self._live = Live(
                 get_renderable=self._panel, console=self._console, refresh_per_second=4
             )
@@ -99,7 +105,7 @@ class LiveView:
 
     def phase(self, name: str) -> None:
         """What goes on now: "generating", "scoring", "updating", ..."""
-        self._progress.update(self._task, description=name)
+        self._phase = name
         self._show()
 
     def update(
@@ -117,11 +123,18 @@ class LiveView:
         reward = float(metrics.get("critic/rewards/mean", math.nan))
         if math.isfinite(reward):
             self._rewards.append(reward)
-        self._progress.update(self._task, completed=step)
+        if step and "timing_s/step" in metrics:
+            self._seconds.append(plain_seconds(metrics))
+        left = ""
+        if self._seconds and step < self._total:
+            pace = statistics.median(self._seconds)
+            left = f"left {duration(pace * (self._total - step))}"
+        self._progress.update(self._task, completed=step, description=left)
         self._show()
         if self._cell is None and self._live is None:
             # Only what is new: a line that repeats an old validation would mislead.
-            shown = "  ".join(f"{name} {text}" for name, text in key_figures(metrics))
+            figures = [f"{name} {text}" for name, text in key_figures(metrics)]
+            shown = "  ".join([*figures, left])
             line = f"step {step:>{len(str(self._total))}}/{self._total}  {shown}"
             self._console.print(line.rstrip(), **_RAW, soft_wrap=True)
 
@@ -133,8 +146,8 @@ class LiveView:
 
     def _panel(self) -> Panel:
         parts: list[RenderableType] = [self._progress]
-        figures = key_figures(self._metrics)
-        if figures:
+        inner = self._console.width - 4
+        for figures in _rows(key_figures(self._metrics), inner):
             grid = Table.grid(padding=(0, 3))
             for _ in figures:
                 grid.add_column(justify="left", no_wrap=True)
@@ -142,14 +155,15 @@ class LiveView:
             grid.add_row(*(Text(text, style="bold") for _, text in figures))
             parts += [Text(), grid]
         if len(self._rewards) > 1:
-            recent = self._rewards[-60:]
+            recent = self._rewards[-max(10, min(60, inner - 32)) :]
             line = Text("reward  ", style="dim")
             line.append(sparkline(recent), style="green")
             line.append(f"  {min(recent):.3g} to {max(recent):.3g}", style="dim")
             parts += [Text(), line]
         if self._records:
             parts += [Text(), _examples(self._records)]
-        return Panel(Group(*parts), border_style="dim")
+        title = Text(self._phase)
+        return Panel(Group(*parts), title=title, title_align="left", border_style="dim")
 
 
 def before_after(
@@ -168,26 +182,36 @@ def before_after(
     """
     console = console or Console()
     old = before.metrics if before else {}
-    table = Table(title="Held-out questions", title_justify="left")
-    table.add_column("metric", overflow="fold", min_width=26)
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    table.add_column("change", justify="right")
-    for name, value in after.metrics.items():
-        if "/ci95_" in name:
-            continue
-        change = f"{value - old[name]:+.3g}" if name in old else "-"
-        table.add_row(
-            Text(name),
-            _with_interval(name, old),
-            _with_interval(name, after.metrics),
-            change,
-        )
+    wide = console.width >= 80
+    columns = ["before", "after", "change"] if before else ["value"]
+    table = Table(
+        title="Held-out questions", title_justify="left", box=box.SIMPLE_HEAD,
+        pad_edge=False, show_edge=False,
+    )  # fmt: skip
+    table.add_column("metric", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")
+    measured = [name for name in after.metrics if "/ci95_" not in name]
+    numbers = {
+        name: [
+            *([_with_interval(name, old, wide)] if before else []),
+            _with_interval(name, after.metrics, wide),
+            *([_change(name, old, after.metrics)] if before else []),
+        ]
+        for name in measured
+    }
+    for place, column in enumerate(table.columns[1:]):
+        texts = [*(row[place] for row in numbers.values()), str(column.header)]
+        column.min_width = max(cell_len(x) for text in texts for x in text.split("\n"))
+    taken = sum(3 + (column.min_width or 0) for column in table.columns[1:])
+    for name, texts in numbers.items():
+        folded = _folded(name, max(console.width - taken, 10))
+        table.add_row(Text(folded), *map(Text, texts))
     console.print(table)
-    if any("/ci95_" in name for name in after.metrics):
+    if len(measured) < len(after.metrics):
         console.print("[low, high]: 95 % interval over questions", **_RAW)
     if num_examples:
-        console.print(_answers(before, after, num_examples, console))
+        _answers(before, after, num_examples, console)
     whereabouts(run_dir, console=console)
 
 
@@ -244,6 +268,23 @@ def key_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def plain_seconds(metrics: Mapping[str, Any]) -> float:
+    """Seconds of a step without compilation, validation and saving.
+
+        timing_s/step - timing_s/compile - timing_s/testing - timing_s/save_checkpoint
+
+    A time that was not measured counts as 0.
+    """
+    besides = sum(float(metrics.get(f"timing_s/{name}", 0.0)) for name in _BESIDES)
+    return max(float(metrics["timing_s/step"]) - besides, 0.0)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as in 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
 def number(value: float | int) -> str:
     """Three digits that matter, and no exponent where none is needed."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
@@ -290,8 +331,9 @@ def _examples(records: Sequence[Mapping[str, Any]]) -> Table:
 
 def _answers(
     before: Validation | None, after: Validation, count: int, console: Console
-) -> Table:
-    """Replies to the same questions before and after; greedy ones if there are any."""
+) -> None:
+    """Prints replies to the same questions before and after; greedy ones if there are
+    any."""
     earlier = _by_question(before.records) if before else {}
     later = _by_question(after.records)
 
@@ -299,28 +341,27 @@ def _answers(
         was = earlier.get(prompt_id)
         return was is not None and was["reward"] != later[prompt_id]["reward"]
 
-    table = Table(title="Examples", title_justify="left", show_lines=True)
-    table.add_column("question", ratio=3)
-    table.add_column("answer", max_width=16)
-    table.add_column("before", ratio=4)
-    table.add_column("after", ratio=4)
-    table.add_column("reward", justify="right", no_wrap=True)
     for prompt_id in sorted(later, key=lambda i: not changed(i))[:count]:
         record, was = later[prompt_id], earlier.get(prompt_id)
-        rewards = [number(r["reward"]) for r in (was, record) if r is not None]
-        table.add_row(
-            *(
-                Text(_encodable(text, console))
-                for text in (
-                    one_line(record["prompt"], 160, keep_end=True),
-                    one_line(_answer(record), 60),
-                    one_line(was["completion"], 240, keep_end=True) if was else "-",
-                    one_line(record["completion"], 240, keep_end=True),
-                    " → ".join(rewards),
-                )
-            )
-        )
-    return table
+        replies = {"before": was, "after": record} if before else {"reply": record}
+        rewards = [number(r["reward"]) for r in replies.values() if r is not None]
+        texts = {
+            "question": one_line(record["prompt"], 160, keep_end=True),
+            "answer": one_line(_answer(record), 60),
+            **{
+                name: one_line(reply["completion"], 240, keep_end=True)
+                for name, reply in replies.items()
+                if reply is not None
+            },
+            "reward": " → ".join(rewards),
+        }
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for name, text in texts.items():
+            grid.add_row(name, Text(_encodable(text, console)))
+        console.print()
+        console.print(grid)
 
 
 def _by_question(
@@ -338,14 +379,48 @@ def _answer(record: Mapping[str, Any]) -> str:
     return "" if record["answer"] is None else str(record["answer"])
 
 
-def _with_interval(name: str, metrics: Mapping[str, float]) -> Text:
+def _with_interval(name: str, metrics: Mapping[str, float], wide: bool) -> str:
+    """A number and its 95 % interval, if it has one: behind it, or below it."""
     if name not in metrics:
-        return Text("-")
+        return "-"
     text = number(metrics[name])
     if f"{name}/ci95_low" in metrics:
         low, high = metrics[f"{name}/ci95_low"], metrics[f"{name}/ci95_high"]
-        text += f" [{low:.3g}, {high:.3g}]"
-    return Text(text)
+        text += f"{' ' if wide else chr(10)}[{low:.3g}, {high:.3g}]"
+    return text
+
+
+def _change(name: str, old: Mapping[str, float], new: Mapping[str, float]) -> str:
+    if name not in old:
+        return "-"
+    change = new[name] - old[name]
+    return ("" if change < 0 else "+") + number(change)
+
+
+def _folded(name: str, width: int) -> str:
+    """A metric's name in lines that end behind a "/", as far as it has some."""
+    lines = [""]
+    for part in re.findall("[^/]*/|[^/]+", name):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _rows(
+    figures: Sequence[tuple[str, str]], width: int
+) -> list[list[tuple[str, str]]]:
+    """Names with their numbers, in rows of at most `width` characters."""
+    rows: list[list[tuple[str, str]]] = []
+    room = 0
+    for name, text in figures:
+        needed = max(len(name), len(text)) + 3
+        if needed > room + 3 or not rows:
+            rows.append([])
+            room = width
+        rows[-1].append((name, text))
+        room -= needed
+    return rows
 
 
 def _spread(records: Sequence[Mapping[str, Any]], count: int) -> list:

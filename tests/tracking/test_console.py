@@ -54,9 +54,36 @@ def test_in_a_pipe_every_step_is_one_plain_line():
     assert console.file.getvalue() == (
         "step  0/40  val acc 0.25\n"
         "step  7/40  reward 0.531  val acc 0.4  length 183  cut off 0  entropy 0.9  "
-        "kl 0.00012  grad 0.25  tok/s/dev 12,346  s/step 3\n"
-        "step  8/40  reward 1\n"
+        "kl 0.00012  grad 0.25  tok/s/dev 12,346  s/step 3  left 0:01:39\n"
+        "step  8/40  reward 1  left 0:01:36\n"
     )
+
+
+def test_the_time_left_is_that_of_steps_without_what_not_every_step_has():
+    def step(seconds, **others):
+        others = {f"timing_s/{name}": value for name, value in others.items()}
+        return {"timing_s/step": seconds, "timing_s/gen": 1.0, **others}
+
+    console = pipe()
+    with LiveView(3663, console=console) as live:
+        live.update(0, step(500.0, testing=400.0))  # nothing is learned in it
+        live.update(1, step(102.0, compile=100.0))
+        live.update(2, step(52.0, testing=30.0, save_checkpoint=20.0))
+        live.update(3, step(9.0))  # a slow one: the median is 2 seconds
+        live.update(3663, step(2.0))
+    _, first, second, third, last = console.file.getvalue().splitlines()
+    # 2 seconds for each of 3662, 3661 and 3660 steps.
+    assert first.endswith("left 2:02:04") and second.endswith("left 2:02:02")
+    assert third.endswith("left 2:02:00") and "left" not in last
+    assert view.plain_seconds(step(102.0, compile=100.0)) == 2.0
+
+
+def test_a_terminal_that_cannot_redraw_gets_lines():
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, _environ={"TERM": "dumb"})
+    with LiveView(2, console=console) as live:
+        live.update(1, {"critic/rewards/mean": 1.0})
+        assert file.getvalue() == "step 1/2  reward 1\n"
 
 
 def test_a_terminal_shows_numbers_phase_and_completions():
@@ -72,6 +99,41 @@ def test_a_terminal_shows_numbers_phase_and_completions():
     assert "reply 0" in shown and "reply 3" in shown and "reply 1" not in shown
     after = console.file.getvalue()[len(shown) :]
     assert "▁█" in after and "0.4" in after and "done" in after
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_no_number_is_cut_in_a_narrow_terminal(width):
+    figures = {**METRICS, "critic/vf_explained_var": -0.125, "timing_s/step": 1234.5}
+    console = terminal(width)
+    records = [record(i, "a reply of many words " * 20, 0.0) for i in range(2)]
+    with LiveView(12_000, console=console) as live:
+        live.update(11_999, figures, records)
+        live.phase("asking the policy and its reference")
+    words = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", " ", console.file.getvalue()).split()
+    for name, text in view.key_figures(figures):
+        assert {*name.split(), text} <= set(words)
+    assert "11999/12000" in words and "0:20:34" in words and "reference" in words
+
+    name = "val-core/HuggingFaceH4/MATH-500/acc/mean@16"
+    old = {name: 0.2125, f"{name}/ci95_low": 0.1875, f"{name}/ci95_high": 0.2375}
+    new = {name: 0.3375, f"{name}/ci95_low": 0.3125, f"{name}/ci95_high": 0.3625}
+    length = "val-aux/response_length/mean"
+    before = Validation(metrics={**old, length: 1183.0}, records=records)
+    after = Validation(metrics={**new, length: 32768.0}, records=records)
+    log = Console(file=io.StringIO(), force_terminal=False, width=width)
+    view.before_after(before, after, "/nowhere", console=log)
+    shown = log.file.getvalue()
+    assert all(len(line) <= width for line in shown.splitlines())
+    head, *_ = [line for line in shown.splitlines() if "change" in line]
+    assert head.split() == ["metric", "before", "after", "change"]
+    numbers = [line.split()[-3:] for line in shown.splitlines()]
+    assert ["1,183", "32,768", "+31,585"] in numbers
+    for text in ("[0.188, 0.237]", "[0.312, 0.362]", "0.212", "0.338", "+0.125"):
+        assert text in shown
+    # A name goes on in the next line, behind a "/".
+    parts = [line.split()[0] for line in shown.splitlines() if line.strip()]
+    assert any(part.endswith("response_length/") for part in parts)
+    assert any(part.endswith("mean@16") for part in parts)
 
 
 def test_what_the_model_wrote_cannot_act_on_the_terminal():
