@@ -9,7 +9,8 @@
     jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE]
     jaxrl convert SOURCE DIRECTORY
     jaxrl report RUN_DIR
-    jaxrl plan CONFIG.yaml (--topology v5p:4x4x4 | --devices 8 [--measure STEPS])
+    jaxrl plan CONFIG.yaml (--topology v5p:4x4x4 | --topology h100:2x8
+                           | --devices 8 [--measure STEPS])
                            [--memory 141GB] [--section.key VALUE ...]
     jaxrl bench NAME ...
     jaxrl --version
@@ -249,17 +250,17 @@ def _plan(rest: list[str]) -> None:
     memory = _bytes(given["--memory"]) if "--memory" in given else None
     if "--topology" in given:
         jax.config.update("jax_platforms", "cpu")  # nothing here is needed
-        devices = planner.tpu(given["--topology"])
+        devices, usable = planner.elsewhere(given["--topology"])
         host = planner.host_of(given["--topology"])
     else:
         count = given.get("--devices", "")
         if not count.isdecimal() or count == "0":
             raise ConfigError(
-                "jaxrl plan needs --topology, such as v5p:4x4x4, or a number of "
-                f"--devices; got {count or 'neither'}"
+                "jaxrl plan needs --topology, such as v5p:4x4x4 or h100:8, or a number "
+                f"of --devices; got {count or 'neither'}"
             )
         host, (devices, usable) = None, planner.here(int(count))
-        memory = memory or usable
+    memory = memory or usable
     if "--measure" in given and list(devices) != jax.devices():
         raise ConfigError(
             f"--measure runs steps on the {jax.device_count()} devices that are here; "

@@ -79,10 +79,13 @@ def use_memory(server: float | None = 0.0) -> None:
     """
     if any(map(os.environ.get, _USERS)) or private_jax.backend_has_started():
         return
-    if server is not None:
-        share = 1 - _OUTSIDE - (server and server + _OUTSIDE_OF_SERVER)
-        if share >= _LEAST:
-            os.environ[_USERS[0]] = f"{share:.2f}"
+    if server is not None and (share := pool_share(server)) >= _LEAST:
+        os.environ[_USERS[0]] = f"{share:.2f}"
+
+
+def pool_share(server: float = 0.0) -> float:
+    """The share of a GPU's memory that JAX's pool gets, beside a server's share."""
+    return 1 - _OUTSIDE - (server and server + _OUTSIDE_OF_SERVER)
 
 
 def described() -> str:

@@ -3,8 +3,10 @@
 `tests/sharding/test_private_jax.py` says what of it a new JAX must still offer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 
 def backend_has_started() -> bool:
@@ -59,3 +61,19 @@ def cudnn_attention() -> Any:
     from jax._src.cudnn import fused_attention_stablehlo
 
     return fused_attention_stablehlo
+
+
+@contextmanager
+def cudnn_capability(capability: tuple[int, int]) -> Iterator[None]:
+    """Within, cuDNN's attention takes this for the compute capability of the GPU. It
+    would ask the one that is here, also where another is compiled for."""
+
+    def parsed(text: str) -> tuple[int, ...]:
+        return tuple(map(int, text.split(".")))
+
+    with mock.patch.multiple(
+        cudnn_attention(),
+        check_compute_capability=lambda least: capability >= parsed(least),
+        is_cuda_compute_capability_equal=lambda this: capability == parsed(this),
+    ):
+        yield

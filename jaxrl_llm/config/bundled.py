@@ -17,7 +17,6 @@ from pydantic import BaseModel
 from jaxrl_llm.config.names import ConfigError
 
 FOLDER = Path(__file__).parents[1] / "configs"
-_SMALLEST = "_smollm2_cpu"
 _SHORT = {"gsm8k_qwen2.5_0.5b_1gpu": "gsm8k"}
 _WIDTH = 88
 
@@ -26,10 +25,12 @@ def names() -> dict[str, Path]:
     """Every bundled configuration by its short name.
 
     A name is the file's without .yaml, less the model and machine where these are the
-    usual ones: `ppo` is ppo_smollm2_cpu.yaml.
+    smallest: `ppo` is ppo_smollm2_cpu.yaml.
     """
     return {
-        _SHORT.get(path.stem, path.stem.removesuffix(_SMALLEST)): path
+        _SHORT.get(
+            path.stem, path.stem.replace("_smollm2", "").removesuffix("_cpu")
+        ): path
         for path in sorted(FOLDER.glob("*.yaml"))
     }
 

@@ -7,6 +7,7 @@ memory traffic are counted by formula, since a compiler counts a loop's body onc
 are lower bounds, which have not been compared with runs. `dry_run` prints it all.
 """
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,7 +20,7 @@ from jaxrl_llm import models
 from jaxrl_llm.config.checks import uses_kl
 from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.config.schema import Config
-from jaxrl_llm.planning import workload
+from jaxrl_llm.planning import gpus, workload
 from jaxrl_llm.planning.workload import Program, Work
 from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.critic import Critic
@@ -79,6 +80,21 @@ class Estimate:
         )
 
 
+def elsewhere(topology: str) -> tuple[Sequence[jax.Device], int | None]:
+    """The devices that a topology names, which need not be here, and the memory that
+    programs may use of each, or None for what their data sheet says.
+
+    Args:
+      topology: of a TPU slice, such as v5p:4x4x4, or of GPUs; see `gpus.devices`.
+
+    Raises:
+      ValueError: as of `tpu` and `gpus.devices`.
+    """
+    if gpus.is_gpu(topology):
+        return gpus.devices(topology), gpus.usable_bytes(topology)
+    return tpu(topology), None
+
+
 def tpu(topology: str) -> Sequence[jax.Device]:
     """The chips of a TPU slice that need not be here, e.g. of "v5p:4x4x4".
 
@@ -100,7 +116,9 @@ def tpu(topology: str) -> Sequence[jax.Device]:
 
 
 def host_of(topology: str) -> Sequence[jax.Device]:
-    """A slice as large as what a host of `topology` has, such as v5e:2x2 of v5e:4x4."""
+    """The devices of one host of `topology`, such as v5e:2x2 of v5e:4x4."""
+    if gpus.is_gpu(topology):
+        return gpus.devices(gpus.host_of(topology))
     kind, _, sizes = topology.partition(":")
     own = [chip.coords for chip in tpu(topology) if chip.process_index == 0]
     sides = [1 + max(axis) - min(axis) for axis in zip(*own, strict=True)]
@@ -117,6 +135,20 @@ def here(count: int) -> tuple[Sequence[jax.Device], int | None]:
     return devices, (devices[0].memory_stats() or {}).get("bytes_limit")
 
 
+def _for_devices(plan: Callable[..., Any]) -> Callable[..., Any]:
+    """A plan during which JAX's kernels are built for the devices planned for."""
+
+    @functools.wraps(plan)
+    def planned(
+        config: Config, devices: Sequence[jax.Device], *rest: Any, **more: Any
+    ) -> Any:
+        with gpus.asked_about(devices):
+            return plan(config, devices, *rest, **more)
+
+    return planned
+
+
+@_for_devices
 def completed(
     config: Config,
     devices: Sequence[jax.Device],
@@ -181,6 +213,7 @@ def _check(config: Config) -> None:
         raise ConfigError("reward.model: a reward model's scoring is not planned")
 
 
+@_for_devices
 def estimate(
     config: Config,
     devices: Sequence[jax.Device],

@@ -165,6 +165,8 @@ def test_an_image_copies_what_is_there_and_installs_what_is_pinned(path):
     assert set(extras.split(",")) <= set(installed.project()["optional-dependencies"])
     [python] = re.findall("^FROM python:([0-9.]+)-", text, re.M)
     assert f"Python {python}," in (ROOT / "constraints.txt").read_text()
+    [shown] = re.findall("^#   docker run .* train (.*)$", text, re.M)
+    assert shown == "CONFIG.yaml" or parsing.load(shown)
 
 
 def test_the_pinned_versions_are_versions_we_allow():
