@@ -9,7 +9,7 @@ from jaxrl_llm.config.names import device_numbers
 from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.planning import dry_run
 from jaxrl_llm.rewards import RewardFunction
-from jaxrl_llm.tracking import run_directory
+from jaxrl_llm.tracking import metric_table, run_directory
 from jaxrl_llm.training import loop as train
 from jaxrl_llm.training.build import build, make_meshes
 
@@ -82,9 +82,11 @@ def run(folder, name, **placement):
     """What learning measured at every step."""
     made = job(folder, name, **placement)
     train.run(made)
+    lines = run_directory.read(made.config.output_dir)
+    assert {k for line in lines for k in line if not metric_table.find(k)} == {"step"}
     return [
         {k: v for k, v in line.items() if k.startswith(("actor/", "critic/"))}
-        for line in run_directory.read(made.config.output_dir)
+        for line in lines
     ]
 
 

@@ -7,7 +7,7 @@ from short_run import GRPO, make_config, mean_id
 
 from jaxrl_llm.config import parsing
 from jaxrl_llm.rewards import RewardFunction
-from jaxrl_llm.tracking import run_directory
+from jaxrl_llm.tracking import metric_table, run_directory
 from jaxrl_llm.training import loop as train
 from jaxrl_llm.training.build import build
 
@@ -84,6 +84,7 @@ def test_the_reward_rises(values, tmp_path, family):
     result = train.run(build(config))
     rewards = result.table()["critic/rewards/mean"].dropna()
     assert rewards.iloc[-2:].mean() > rewards.iloc[0] + 0.1
+    assert [name for name in result.table() if not metric_table.find(name)] == []
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from jaxrl_llm import api, models
 from jaxrl_llm import cli as launch
 from jaxrl_llm.config import parsing
 from jaxrl_llm.rewards import RewardError
-from jaxrl_llm.tracking import run_directory
+from jaxrl_llm.tracking import metric_table, run_directory
 from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.training import state as states
 from jaxrl_llm.training.build import build
@@ -89,6 +89,7 @@ def test_everything_is_there_and_reads_back(finished, values):
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert set(kept) >= {"6", "8"} and len(kept) <= 3  # and the best
     assert not list(run.glob("**/*.tmp")) + list(run.glob("**/*.new"))
+    assert [name for name in finished.table() if not metric_table.find(name)] == []
 
 
 def test_every_response_is_written_with_its_reward(finished):

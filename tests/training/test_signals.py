@@ -7,7 +7,7 @@ from short_run import GRPO, make_config, mean_id
 
 from jaxrl_llm.config import plugins
 from jaxrl_llm.rewards import RewardFunction
-from jaxrl_llm.tracking import run_directory
+from jaxrl_llm.tracking import metric_table, run_directory
 from jaxrl_llm.training import loop
 from jaxrl_llm.training.advice import CannotLearn
 from jaxrl_llm.training.build import build
@@ -45,6 +45,7 @@ def test_what_is_cut_off_is_no_mismatch(weights, tmp_path):
     assert line["mismatch/logprob_diff_max"] < 1e-4 and abs(line["actor/ppo_kl"]) < 1e-5
     assert abs(line["rollout_corr/kl"]) < 1e-5
     assert 0 < line["rollout/kept_mass_min"] <= line["rollout/kept_mass_mean"] < 0.7
+    assert [name for name in line if not metric_table.find(name)] == ["step"]
 
 
 def test_destroyed_weights_stop_the_run_and_replace_nothing(weights, tmp_path):
