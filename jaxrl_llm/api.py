@@ -38,7 +38,7 @@ from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.tracking.step_metrics import Validation
 from jaxrl_llm.training import fitting, memory
 from jaxrl_llm.training.build import Rewards, build
-from jaxrl_llm.training.evaluate import answer_held_out, validate
+from jaxrl_llm.training.evaluate import validate
 from jaxrl_llm.training.experience import score_together
 from jaxrl_llm.training.loop import run
 from jaxrl_llm.training.opening import held
@@ -433,20 +433,3 @@ def _stored(
     path.parent.mkdir(parents=True, exist_ok=True)
     run_directory.replace_text(path, text)
     return str(path)
-
-
-def evaluate_config(config: Config) -> Validation:
-    """Answers the held-out questions of a configuration with its model as it is.
-
-    Raises:
-      ConfigError: there are no held-out questions, or something else does not fit.
-      OutOfMemory: a device's memory does not suffice.
-    """
-    job = build(config, learns=False)
-    if not job.data.val:
-        raise ConfigError("data.val is needed: which questions to answer")
-    for warning in job.warnings:
-        warnings.warn(warning, stacklevel=2)
-    with closing(job.engine), memory.explained(job, lambda: "testing"):
-        job.engine.load(job.actor.read_weights("float32"), version=0)
-        return answer_held_out(job, 0)

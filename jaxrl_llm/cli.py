@@ -2,11 +2,11 @@
 
     jaxrl train CONFIG.yaml [--dry-run] [--resume auto|never|force]
                             [--profile FIRST:LAST] [--section.key VALUE ...]
-    jaxrl evaluate CONFIG.yaml [--section.key VALUE ...]
+    jaxrl evaluate CONFIG.yaml [--models MODEL ...] [--section.key VALUE ...]
         both also with [--coordinator HOST:PORT --num-processes N --process-id I]
                        [--lost-after SECONDS]
     jaxrl init NAME [DIRECTORY]
-    jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE]
+    jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE] [--out FILE.jsonl]
     jaxrl convert SOURCE DIRECTORY
     jaxrl report RUN_DIR
     jaxrl plan CONFIG.yaml (--topology v5p:4x4x4 | --topology h100:2x8
@@ -23,6 +23,7 @@ work or that the memory does not suffice for, 75 stopped by SIGTERM or the first
 """
 
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -191,19 +192,37 @@ def _train(rest: list[str]) -> int:
 
 def _evaluate(rest: list[str]) -> None:
     joined, rest = _processes(rest)
-    config, _ = _config("evaluate", rest)
+    names, rest = _several(rest, "--models")
+    config, _ = _config("evaluate", rest, trains=False)
 
-    from jaxrl_llm.api import evaluate_config
     from jaxrl_llm.sharding import processes
-    from jaxrl_llm.tracking import console
+    from jaxrl_llm.tracking import comparison, console
+    from jaxrl_llm.training.evaluation import evaluate_all
     from jaxrl_llm.training.settings import server_share
 
     with joined():
         _prepare(server_share(config))
-        found = evaluate_config(config)
-        if processes.leads():
+        results, differences = evaluate_all(config, names)
+        if not processes.leads():
+            return
+        if differences:
+            comparison.show(results, differences)
+            console.whereabouts(config.output_dir)
+        else:
+            (found,) = results.values()
             examples = config.trainer.num_examples
             console.before_after(None, found, config.output_dir, num_examples=examples)
+
+
+def _several(rest: list[str], name: str) -> tuple[list[str], list[str]]:
+    """The values of `--name VALUE VALUE ...`, and all other arguments."""
+    if name not in rest:
+        return [], rest
+    begin = rest.index(name)
+    values = list(itertools.takewhile(lambda x: x[:2] != "--", rest[begin + 1 :]))
+    if not values:
+        raise ConfigError(f"{name}: expected one or more values")
+    return values, rest[:begin] + rest[begin + 1 + len(values) :]
 
 
 def _processes(
@@ -305,15 +324,18 @@ def _bench(rest: list[str]) -> None:
 
 
 def _config(
-    verb: str, rest: list[str], flags: Sequence[str] = ()
+    verb: str, rest: list[str], flags: Sequence[str] = (), *, trains: bool = True
 ) -> tuple[Config, set[str]]:
     """The configuration that a file and overrides describe, and the flags given."""
     paths = [argument for argument in rest[:1] if not argument.startswith("-")]
     if "--help" in rest or "-h" in rest:
-        usage = ["jaxrl", verb, "CONFIG.yaml", *(f"[{flag}]" for flag in flags)]
+        more = [*flags, *(["--models MODEL ..."] if verb == "evaluate" else [])]
+        usage = ["jaxrl", verb, "CONFIG.yaml", *(f"[{flag}]" for flag in more)]
         tyro.cli(
             tyro.conf.AvoidSubcommands[Config],
-            default=parsing.load(paths[0]) if paths else parsing.parse(_SHORTEST, ""),
+            default=parsing.load(paths[0], trains=trains)
+            if paths
+            else parsing.parse(_SHORTEST, ""),
             prog=" ".join(usage),
             args=["--help"],
         )
@@ -325,7 +347,7 @@ def _config(
         for argument in rest[1:]
         if argument not in found
     ]
-    return parsing.load(paths[0], overrides), found
+    return parsing.load(paths[0], overrides, trains=trains), found
 
 
 def init(
@@ -347,6 +369,7 @@ def generate(
     model: str,
     prompts: tuple[str, ...] = (),
     file: Path | None = None,
+    out: Path | None = None,
     chat: bool = True,
     system: str | None = None,
     n: int = 1,
@@ -359,12 +382,15 @@ def generate(
     seed: int = 0,
     dtype: Literal["float32", "bfloat16"] | None = None,
 ) -> None:
-    """Prints completions.
+    """Prints completions, or writes them to a file.
 
     Args:
       model: a directory, a hub id, a .gguf file or package:NAME/FILE.gguf.
       prompts: the prompts themselves.
-      file: a file with one prompt per line.
+      file: a file with one prompt per line; in a FILE.jsonl each is the key "prompt" of
+        an object, text or a list of chat messages.
+      out: a FILE.jsonl to write instead of printing: one object per completion, with
+        the prompt's object, sample, completion, finish_reason and num_tokens.
       chat: put each prompt into the model's chat template.
       system: a system message before each prompt.
       n: completions per prompt.
@@ -377,18 +403,24 @@ def generate(
       seed: the same seed gives the same completions.
       dtype: float32 on a CPU and bfloat16 elsewhere if not given.
     """
-    texts = [*prompts, *(file.expanduser().read_text().splitlines() if file else [])]
-    if not texts:
+    from jaxrl_llm.data import prompt_file
+
+    rows = [{"prompt": text} for text in prompts]
+    rows += prompt_file.read(file) if file else []
+    if not rows:
         raise ConfigError("nothing to answer: give --prompts TEXT or --file FILE")
     if system is not None and not chat:
         raise ConfigError("--system is a chat message, but --no-chat asks for none")
+    if out is not None:
+        prompt_file.check_writable(out := out.expanduser())
 
     from jaxrl_llm import api
+    from jaxrl_llm.tracking.run_directory import replace_text
 
     _prepare()
     groups = api.generate(
         model,
-        texts,
+        [row["prompt"] for row in rows],
         n=n,
         max_tokens=max_tokens,
         temperature=temperature,
@@ -401,8 +433,14 @@ def generate(
         seed=seed,
         dtype=dtype,
     )
+    if out is not None:
+        replace_text(out, prompt_file.lines(rows, groups))
+        print(f"{n} completions of each of {len(rows)} prompts: {out}")
+        return
     console = Console()
-    for text, group in zip(texts, groups, strict=True):
+    for row, group in zip(rows, groups, strict=True):
+        text = row["prompt"]
+        text = text if isinstance(text, str) else text[-1]["content"]
         for completion in group:
             console.rule(
                 f"{completion.prompt_id + 1}.{completion.sample + 1}  "

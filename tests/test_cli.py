@@ -12,6 +12,8 @@ from jaxrl_llm import cli as launch
 from jaxrl_llm import models
 from jaxrl_llm.sharding import hardware
 from jaxrl_llm.tracking import run_directory
+from jaxrl_llm.tracking.step_metrics import Validation
+from jaxrl_llm.training import evaluation
 
 
 def failure(capsys, *arguments):
@@ -58,9 +60,10 @@ def test_without_a_verb_the_verbs_are_listed(capsys, arguments):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["trian"], "unknown verb 'trian'; one of train, evaluate, generate,"),
+        (["trian"], "unknown verb 'trian'; one of train, evaluate, init,"),
         (["train"], "jaxrl train needs a configuration file"),
         (["evaluate", "--seed", "1"], "jaxrl evaluate needs a configuration file"),
+        (["evaluate", "a.yaml", "--models"], "--models: expected one or more values"),
         (["train", "none.yaml"], "none.yaml: no such file"),
         (["generate", "--model", "/nowhere"], "nothing to answer: give --prompts"),
         (
@@ -184,16 +187,40 @@ def test_generate_prints_completions(capsys, tiny_model, tmp_path):
     shown = capsys.readouterr().out
     assert [f"{p}.{n} " in shown for p in (1, 2) for n in (1, 2)] == [True] * 4
     assert shown.count("1+1=") == 2 == shown.count("[bold]2+2=[/]")
-    assert launch.main(arguments) == 0
-    assert capsys.readouterr().out == shown
+    out = tmp_path / "out.jsonl"
+    assert launch.main([*arguments, "--out", str(out)]) == 0
+    assert f"2 completions of each of 2 prompts: {out}" in capsys.readouterr().out
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    asked = ["1+1=", "1+1=", "[bold]2+2=[/]", "[bold]2+2=[/]"]
+    assert [one["prompt"] for one in found] == asked
+    # The same seed gives the same completions; a console gets no control characters.
+    plain = ["".join(filter(str.isprintable, one["completion"])) for one in found]
+    assert all(text in "".join(filter(str.isprintable, shown)) for text in plain)
+    assert "exists; name another file" in failure(capsys, *arguments, "--out", str(out))
     assert launch.main([*arguments, "--system", "Add."]) == 0
     assert capsys.readouterr().out != shown
 
 
-def test_evaluate_says_how_good_the_model_is(capsys, run_yaml, tmp_path):
+def test_evaluate_says_how_good_the_model_is(capsys, run_yaml, tmp_path, monkeypatch):
+    # What it computes is in training/test_loop.py.
+    record = {"prompt_id": 0, "kind": "sampled", "prompt": "1+1=", "completion": "2"}
+    record |= {"answer": 2, "reward": 1.0, "correct": True, "sample": 0}
+    found = Validation(metrics={"val-core/all/acc/mean@2": 0.75}, records=[record])
+    asked = []
+
+    def evaluate_all(config, names):
+        asked.append((config.data.val.path, config.val.n, names))
+        return dict.fromkeys(names or ["only"], found), dict.fromkeys(names[1:], {})
+
+    monkeypatch.setattr(evaluation, "evaluate_all", evaluate_all)
+    rows = str(tmp_path / "rows.jsonl")
     assert launch.main(["evaluate", run_yaml, "--val.n", "2"]) == 0
     shown = capsys.readouterr().out
-    assert "val-core/all/acc/mean@2" in shown and "1+1=" in shown
+    assert "val-core/all/acc/mean@2" in shown and "0.75" in shown and "1+1=" in shown
+    models = ["--models", "a", "b/c", "--val.n", "3"]
+    assert launch.main(["evaluate", run_yaml, *models]) == 0
+    assert "change: from a;" in capsys.readouterr().out
+    assert asked == [(rows, 2, []), (rows, 3, ["a", "b/c"])]
     assert not (tmp_path / "run").exists()
 
 

@@ -30,18 +30,35 @@ def parse(values: Mapping[str, Any], source: str) -> Config:
         raise ConfigError(explain(error, source)) from None
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(
+    path: str | Path, overrides: Sequence[str] = (), *, trains: bool = True
+) -> Config:
     """Reads a YAML file and applies command-line overrides.
 
     Args:
       path: of the file, or a bundled name such as "quickstart"; see `bundled`.
       overrides: `--section.key value` pairs; see `override`.
+      trains: False if `data.val` is only answered: the training data and the number of
+        steps need not be given.
 
     Raises:
       ConfigError: no such file, not YAML, or not a valid config.
     """
     path = bundled.find(path)
-    return parse(override(read(path), overrides), str(path))
+    values = override(read(path), overrides)
+    return parse(values if trains else _answering(values, path), str(path))
+
+
+def _answering(values: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """`values` with something in the place of what only training needs."""
+    data = values.get("data")
+    if not isinstance(data, dict) or not data.get("val"):
+        raise ConfigError(f"{path}: data.val is needed: which questions to answer")
+    return {
+        **values,
+        "data": {"train": data["val"], **data},
+        "trainer": {"total_training_steps": 1, **(values.get("trainer") or {})},
+    }
 
 
 def override(values: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:

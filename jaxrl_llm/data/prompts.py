@@ -45,7 +45,7 @@ class Datasets:
 
 
 def load(
-    train: Source,
+    train: Source | None,
     val: Source | None,
     encoder: Encoder,
     *,
@@ -60,7 +60,8 @@ def load(
     A prompt's id is the index of its row in the source, whatever else is left out.
 
     Args:
-      train: questions to train on; those that also stand in `val` are left out.
+      train: questions to train on; those that also stand in `val` are left out. None
+        to read the held-out questions only.
       val: held-out questions, or None.
       encoder: makes tokens of questions.
       more_train: more sets to train on by name, which becomes their column
@@ -80,7 +81,7 @@ def load(
     ]
     questions = [
         (name, source, _render_all(source, chat_template))
-        for name, source in ((None, train), *more_train.items())
+        for name, source in (*([(None, train)] if train else []), *more_train.items())
     ]
     known = {
         one

@@ -127,11 +127,16 @@ def _read_file(name: str, source: Source) -> Iterator[Row]:
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob(f"*{path.suffix}"))
         raise ValueError(f"{name}: no such file; {path.parent} has {near}")
-    read = _read_jsonl if path.suffix == ".jsonl" else _read_parquet
+    read = read_jsonl if path.suffix == ".jsonl" else _read_parquet
     return islice(read(path), source.size)
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def read_jsonl(path: Path) -> Iterator[Row]:
+    """The objects in a file that has one on each line; empty lines count as none.
+
+    Raises:
+      ValueError: a line is no JSON object; the message names file and line.
+    """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():

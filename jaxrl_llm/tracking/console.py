@@ -183,36 +183,51 @@ def before_after(
     console = console or Console()
     old = before.metrics if before else {}
     wide = console.width >= 80
-    columns = ["before", "after", "change"] if before else ["value"]
-    table = Table(
-        title="Held-out questions", title_justify="left", box=box.SIMPLE_HEAD,
-        pad_edge=False, show_edge=False,
-    )  # fmt: skip
-    table.add_column("metric", overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
     measured = [name for name in after.metrics if "/ci95_" not in name]
-    numbers = {
-        name: [
-            *([_with_interval(name, old, wide)] if before else []),
-            _with_interval(name, after.metrics, wide),
-            *([_change(name, old, after.metrics)] if before else []),
-        ]
-        for name in measured
-    }
-    for place, column in enumerate(table.columns[1:]):
-        texts = [*(row[place] for row in numbers.values()), str(column.header)]
-        column.min_width = max(cell_len(x) for text in texts for x in text.split("\n"))
-    taken = sum(3 + (column.min_width or 0) for column in table.columns[1:])
-    for name, texts in numbers.items():
-        folded = _folded(name, max(console.width - taken, 10))
-        table.add_row(Text(folded), *map(Text, texts))
-    console.print(table)
+    rows = []
+    for name in measured:
+        texts = [with_interval(name, after.metrics, wide)]
+        if before:
+            known = name in old
+            change = signed(after.metrics[name] - old[name]) if known else "-"
+            texts = [with_interval(name, old, wide), *texts, change]
+        rows.append((name, texts))
+    columns = ["before", "after", "change"] if before else ["value"]
+    print_numbers("Held-out questions", columns, rows, console)
     if len(measured) < len(after.metrics):
         console.print("[low, high]: 95 % interval over questions", **_RAW)
     if num_examples:
         _answers(before, after, num_examples, console)
     whereabouts(run_dir, console=console)
+
+
+def print_numbers(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[str]]],
+    console: Console,
+) -> None:
+    """Prints a table of numbers, none of which is cut; names take more lines.
+
+    Args:
+      columns: headings of the numbers.
+      rows: a name, and its numbers as text of one or two lines.
+    """
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False,
+        show_edge=False,
+    )  # fmt: skip
+    table.add_column("metric", overflow="fold")
+    room = console.width
+    for place, heading in enumerate(columns):
+        texts = [heading, *(texts[place] for _, texts in rows)]
+        width = max(cell_len(line) for text in texts for line in text.split("\n"))
+        table.add_column(heading, justify="right", overflow="fold", min_width=width)
+        room -= 3 + width
+    for name, texts in rows:
+        folded = _folded(name, max(room, 10))
+        table.add_row(Text(folded), *map(Text, texts))
+    console.print(table)
 
 
 def whereabouts(run_dir: str | Path, *, console: Console | None = None) -> None:
@@ -222,6 +237,8 @@ def whereabouts(run_dir: str | Path, *, console: Console | None = None) -> None:
         "report": "report.html",
         "weights": "huggingface",
         "checkpoints": "checkpoints",
+        "evaluation": "eval.json",
+        "answers": "eval.jsonl",
         "metrics": "metrics.jsonl",
         "completions": "rollouts",
         "settings": "config.yaml",
@@ -288,6 +305,22 @@ def duration(seconds: float) -> str:
 def number(value: float | int) -> str:
     """Three digits that matter, and no exponent where none is needed."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def signed(change: float) -> str:
+    """`number` with its sign."""
+    return ("" if change < 0 else "+") + number(change)
+
+
+def with_interval(name: str, metrics: Mapping[str, float], wide: bool) -> str:
+    """A number and its 95 % interval, if it has one: behind it, or below it."""
+    if name not in metrics:
+        return "-"
+    text = number(metrics[name])
+    if f"{name}/ci95_low" in metrics:
+        low, high = metrics[f"{name}/ci95_low"], metrics[f"{name}/ci95_high"]
+        text += f"{' ' if wide else chr(10)}[{low:.3g}, {high:.3g}]"
+    return text
 
 
 def sparkline(values: Sequence[float | int]) -> str:
@@ -377,24 +410,6 @@ def _by_question(
 
 def _answer(record: Mapping[str, Any]) -> str:
     return "" if record["answer"] is None else str(record["answer"])
-
-
-def _with_interval(name: str, metrics: Mapping[str, float], wide: bool) -> str:
-    """A number and its 95 % interval, if it has one: behind it, or below it."""
-    if name not in metrics:
-        return "-"
-    text = number(metrics[name])
-    if f"{name}/ci95_low" in metrics:
-        low, high = metrics[f"{name}/ci95_low"], metrics[f"{name}/ci95_high"]
-        text += f"{' ' if wide else chr(10)}[{low:.3g}, {high:.3g}]"
-    return text
-
-
-def _change(name: str, old: Mapping[str, float], new: Mapping[str, float]) -> str:
-    if name not in old:
-        return "-"
-    change = new[name] - old[name]
-    return ("" if change < 0 else "+") + number(change)
 
 
 def _folded(name: str, width: int) -> str:

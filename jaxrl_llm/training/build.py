@@ -103,7 +103,8 @@ def build(
 
     Args:
       rewards: used instead of `config.reward.functions`.
-      learns: whether there will be updates, for which a size is needed.
+      learns: whether there will be updates, for which a size and training data are
+        needed.
 
     Raises:
       ValueError: something is missing or does not fit; the message names it.
@@ -124,7 +125,8 @@ def build(
             f"the reward functions {', '.join(names)}"
         )
     where = Isolation(kind=config.reward.isolation, memory_gib=config.reward.memory_gib)
-    check_columns(config.data, functions)
+    splits = ("train", "val") if learns else ("val",)
+    check_columns(config.data, functions, splits)
     isolation.start(functions, where)  # they import while the rest is loaded
     source = models.open(
         config.model.path,
@@ -136,7 +138,7 @@ def build(
     if config.data.chat_template_file:
         source.tokenizer.chat_template = read_template(config.data.chat_template_file)
     section = with_template_time(config, source.tokenizer)
-    data = read_data(section, source.tokenizer, source.arch.vocab_size)
+    data = read_data(section, source.tokenizer, source.arch.vocab_size, train=learns)
     shaped = [*functions, *shaping(config)]
     judge = valued = None
     if config.reward.model:
@@ -164,7 +166,7 @@ def build(
         source.arch,
         source.tokenizer,
         meshes["rollout"],
-        [prompt.tokens for prompt in data.train],
+        [prompt.tokens for prompt in data.train or data.val],
     )
     actor, chosen = actor_with(config), []
     if learns:
@@ -225,10 +227,14 @@ def reward_functions(section: RewardConfig) -> list[RewardFunction]:
     return resolve([Term(**term.model_dump()) for term in section.functions])
 
 
-def check_columns(section: DataConfig, functions: Sequence[RewardFunction]) -> None:
+def check_columns(
+    section: DataConfig,
+    functions: Sequence[RewardFunction],
+    splits: Sequence[str] = ("train", "val"),
+) -> None:
     """Raises ValueError if a function asks for a column that the first training or
     held-out question of no set has."""
-    for name in ("train", "val"):
+    for name in splits:
         more = getattr(section, f"more_{name}")
         columns = dict.fromkeys(["data_source"] if more else [])
         found = [one for one in (getattr(section, name), *more.values()) if one]
@@ -240,21 +246,26 @@ def check_columns(section: DataConfig, functions: Sequence[RewardFunction]) -> N
 
 
 def read_data(
-    section: DataConfig, tokenizer: Any, vocab_size: int | None = None
+    section: DataConfig,
+    tokenizer: Any,
+    vocab_size: int | None = None,
+    *,
+    train: bool = True,
 ) -> prompts.Datasets:
     """The training and the held-out questions that `data` names.
 
     Args:
       vocab_size: rows of the model's embedding; any if not given.
+      train: whether to read those to train on.
 
     Raises:
       ValueError: a source, row or prompt that does not fit.
     """
     return prompts.load(
-        Source(**section.train.model_dump()),
+        Source(**section.train.model_dump()) if train else None,
         Source(**section.val.model_dump()) if section.val else None,
         encoder_of(section, tokenizer, vocab_size),
-        more_train=_sources(section.more_train),
+        more_train=_sources(section.more_train if train else {}),
         more_val=_sources(section.more_val),
         max_prompt_length=section.max_prompt_length,
         overlong_prompts=section.overlong_prompts,

@@ -352,6 +352,62 @@ def _read_state(path: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
         handler.close()
 
 
+def read_policy(path: str | Path, like: Any) -> Any:
+    """The policy's parameters in one checkpoint of a run, if they are as they were
+    saved. All processes call it.
+
+    Args:
+      path: RUN/checkpoints/STEP.
+      like: a tree of `jax.ShapeDtypeStruct` with shardings: the parameters that are
+        trained, laid out as they are wanted.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, it is damaged, or it is of another
+        model.
+    """
+    path = Path(path).absolute()
+    wanted = {f"actor.params.{name}": leaf for name, leaf in _named(like).items()}
+    position, damage = _agreed(functools.partial(_read_position, path))
+    known = {} if damage else position.get("arrays") or {}
+    differ = [
+        f"{name} has shape {known[name]['shape']}, not {list(leaf.shape)}"
+        for name, leaf in wanted.items()
+        if name in known and known[name]["shape"] != list(leaf.shape)
+    ]
+    if known:
+        differ += [f"it has no {name}" for name in wanted if name not in known]
+    if differ:
+        raise CheckpointError(f"{path} is a checkpoint of another model: {differ[0]}")
+    if not damage:
+        state, damage = _agreed(functools.partial(_read_part, path, wanted))
+    if not damage and known:
+        sums = _checksums(state)
+        wrong = [name for name in state if sums[name] != known[name]["checksum"]]
+        if wrong:
+            damage = f"the values of {wrong[0]} are not those that were saved"
+    if damage:
+        raise CheckpointError(f"{path} is damaged: {damage}")
+    return jax.tree.unflatten(
+        jax.tree.structure(like), [state[name] for name in wanted]
+    )
+
+
+def _read_part(path: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Some of the arrays, by name, laid out as they are wanted."""
+    handler = ocp.PyTreeCheckpointHandler()
+    how = ocp.checkpoint_utils.construct_restore_args(dict(wanted))
+    try:
+        found = handler.restore(
+            path / "state",
+            args=ocp.args.PyTreeRestore(
+                item=dict(wanted), restore_args=how, partial_restore=True
+            ),
+        )
+        return dict(jax.block_until_ready(found))
+    finally:
+        handler.close()
+
+
 def _print_no_traces() -> None:
     """What cannot be read or written is raised, and that is enough: orbax logs it with
     a trace too, and as its event loop then ends, asyncio and TensorStore print one for

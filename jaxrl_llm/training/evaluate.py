@@ -90,7 +90,14 @@ def validate(
         scores = score(prompts, episodes)
         correct = scores.total >= config.threshold
         records = step_metrics.rollout_records(
-            step, "val", kind, prompts, episodes, scores, correct=correct
+            step,
+            "val",
+            kind,
+            prompts,
+            episodes,
+            scores,
+            data_source=np.array([[source_of(prompt)] * n for prompt in prompts]),
+            correct=correct,
         )
         return episodes, scores, correct, records
 
@@ -227,11 +234,16 @@ def _share(name: str, correct: Bool[np.ndarray, "Q n"]) -> dict[str, float]:
     }
 
 
+def source_of(prompt: Prompt) -> str:
+    """The data source a question is of; "all" if none is given."""
+    return str(prompt.columns.get("data_source", "all"))
+
+
 def _groups(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
     """Which rows belong to each data source."""
     groups: dict[str, list[int]] = {}
     for row, prompt in enumerate(prompts):
-        groups.setdefault(str(prompt.columns.get("data_source", "all")), []).append(row)
+        groups.setdefault(source_of(prompt), []).append(row)
     return groups
 
 

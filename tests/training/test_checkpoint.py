@@ -70,6 +70,32 @@ def test_a_state_comes_back_bit_for_bit_on_any_mesh(tmp_path, fsdp, tensor):
     assert jax.tree.map(lambda x: x.sharding, state) == layout(fsdp, tensor)
 
 
+def test_the_policy_alone_can_be_read_and_is_verified(tmp_path):
+    whole = {"actor": {**STATE, "step": STATE["moments"][1]}}
+    placed = {"actor": {**on_devices(), "step": on_devices()["moments"][1]}}
+    with Checkpoints(tmp_path, 1) as checkpoints:
+        checkpoints.save(4, placed, POSITION)
+    path, wanted = tmp_path / "4", like(2, 4)["params"]
+    found = checkpoint.read_policy(path, wanted)
+    chex.assert_trees_all_equal(found, whole["actor"]["params"])
+    assert found["wi"].sharding == wanted["wi"].sharding
+    other = {"wi": jax.ShapeDtypeStruct((8, 8), np.float32)}
+    with pytest.raises(
+        CheckpointError, match=r"another model: .* shape \[8, 16\], not"
+    ):
+        checkpoint.read_policy(path, other)
+    with pytest.raises(
+        CheckpointError, match="another model: it has no actor.params.x"
+    ):
+        checkpoint.read_policy(path, {"x": wanted["wi"]})
+    with pytest.raises(CheckpointError, match="5 is damaged: .*No such file"):
+        checkpoint.read_policy(tmp_path / "5", wanted)
+    file = path / "position/metadata"
+    file.write_text(file.read_text().replace('"checksum": ', '"checksum": 1'))
+    with pytest.raises(CheckpointError, match="damaged: .* its digest differs"):
+        checkpoint.read_policy(path, wanted)
+
+
 def test_a_state_may_be_overwritten_while_it_is_being_saved(tmp_path):
     scale = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
     with Checkpoints(tmp_path, 1) as checkpoints:

@@ -68,6 +68,34 @@ def test_held_out_questions_show_it_too(finished):
     assert measured[0] == finished.before.metrics[name]
 
 
+def test_models_and_checkpoints_of_the_run_are_compared_in_one_table(
+    finished, values, tiny_model, tmp_path, capsys
+):
+    # As somebody has it who has only the questions to answer.
+    asked = {**values, "output_dir": str(tmp_path / "out")}
+    asked["data"] = {k: v for k, v in values["data"].items() if k != "train"}
+    del asked["trainer"]
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(asked))
+    trained = str(finished.directory / "checkpoints" / str(STEPS))
+    arguments = ["evaluate", str(tmp_path / "eval.yaml"), "--models"]
+    assert launch.main([*arguments, tiny_model, trained]) == 0
+    assert "change: from" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out/eval.json").read_text())
+    first, second = result["models"]
+    # What the run's own validations measured with the same weights.
+    assert first["metrics"] == pytest.approx(finished.before.metrics)
+    assert second["metrics"] == pytest.approx(finished.after.metrics)
+    name = "val-core/all/acc/mean@2"
+    between = second["differences_from_first"][name]
+    change = finished.after.metrics[name] - finished.before.metrics[name]
+    assert between["change"] == pytest.approx(change) and between["questions"] == 3
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("eval.json", "eval.jsonl"),
+    }
+    assert launch.main([*arguments, tiny_model, str(tmp_path / "nothing")]) == 2
+    assert "no such directory" in capsys.readouterr().err
+
+
 def test_trainer_and_sampler_agree_and_the_first_ratio_is_one(finished):
     table = finished.table().loc[1:]
     assert (table["mismatch/logprob_diff_max"] < 1e-4).all()
