@@ -61,6 +61,7 @@ def train(
     loss: str | Callable[..., Any] | None = None,
     advantage: str | Callable[..., Any] | None = None,
     settings: Mapping[str, Any] | None = None,
+    **unknown: Any,
 ) -> Result:
     """GRPO in one call.
 
@@ -88,10 +89,17 @@ def train(
     Raises:
       ValueError: something is missing or does not fit; the message names it. So too if
         `output_dir` is in use, or holds a run with other settings, rows or functions.
+      TypeError: an argument that is none of these; the message says which of `settings`
+        it may be.
       jaxrl_llm.training.stopping.Stopped: the step under way was not over within
         `trainer.stop_grace_s` after SIGTERM; a SystemExit with status 75.
       KeyboardInterrupt: at a second Ctrl-C.
     """
+    for name, value in unknown.items():
+        from jaxrl_llm.config.peers import lookup
+
+        advice = lookup.setting(name, value, parsing.keys())
+        raise TypeError(f"train() has no argument {name!r}; {advice}")
     rewards = _listed(reward)
     given = [_function(one) for one in rewards if callable(one)]
     names = [one if isinstance(one, str) else _function(one).name for one in rewards]

@@ -263,26 +263,61 @@ def _twice(
 
 def explain(error: pydantic.ValidationError, source: str) -> str:
     """One line per problem, each with the path of the key and what would fit."""
-    return "\n".join(f"{source}: {_line(item)}" for item in error.errors())
+    return "\n".join(
+        f"{source}: {line}" for item in error.errors() for line in _lines(item)
+    )
 
 
-def _line(item: Mapping[str, Any]) -> str:
+def _lines(item: Mapping[str, Any]) -> Iterator[str]:
     path = ".".join(map(str, item["loc"]))
     match item["type"]:
         case "extra_forbidden" if advice := renamed.advice(path):
-            return f"{path}: {advice}"
+            yield f"{path}: {advice}"
         case "extra_forbidden":
-            known = _keys(item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {sorted(known)}"
-            return f"{path}: unknown key; {hint}"
+            yield from _unknown(path, item)
         case "missing":
-            return f"{path}: needed but not given"
+            yield f"{path}: needed but not given"
         case "value_error":
             text = str(item["ctx"]["error"])
-            return f"{path}: {text}" if path else text
+            yield f"{path}: {text}" if path else text
         case _:
-            return f"{path}: {item['msg']}, got {item['input']!r}"
+            yield f"{path}: {item['msg']}, got {item['input']!r}"
+
+
+def _unknown(path: str, item: Mapping[str, Any]) -> Iterator[str]:
+    """What to write instead of a key that no section has."""
+    from jaxrl_llm.config.peers import lookup
+
+    known = _keys(item["loc"][:-1])
+    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+    foreign = lookup.advice(path, item["input"])
+    for key, text in foreign.items():
+        hint = f"; or did you mean {near[0]!r}?" if near and key == path else ""
+        yield f"{key}: {text}{hint}"
+    if len(foreign) > 1:
+        yield f"{path}: `jaxrl convert-config` translates a whole file"
+    if foreign:
+        return
+    if near:
+        hint = f"did you mean {near[0]!r}?"
+    elif elsewhere := [key for key in keys() if key.endswith(f".{item['loc'][-1]}")]:
+        hint = f"there is {' and '.join(elsewhere)}"
+    else:
+        hint = f"known: {sorted(known)}"
+    yield f"{path}: unknown key; {hint}"
+
+
+def keys() -> list[str]:
+    """The dotted path of every key, sections too; without those of one entry of many,
+    such as `data.more_train.NAME.path`."""
+    return list(_below(Config, ""))
+
+
+def _below(section: type[BaseModel], path: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield path + name
+        for kind in filter(_is_section, _members(field.annotation)):
+            yield from _below(kind, f"{path}{name}.")
 
 
 def _keys(loc: Sequence[str | int]) -> list[str]:

@@ -1,0 +1,1 @@
+"""What the keys of other trainers' configurations are here."""
