@@ -136,9 +136,9 @@ class Part:
     whole: Shape
     """The source array's shape."""
     shape: Shape
-    """Of what moves."""
+    """Shape of what moves."""
     dtype: np.dtype
-    """The source's."""
+    """The source's dtype."""
     source: Sharding
     target: Sharding
     """Layouts of what moves."""
@@ -186,14 +186,14 @@ class Move:
 
     @property
     def held_bytes(self) -> int:
-        """Of what moves, on one device of the source, as it moves."""
+        """Bytes of what moves, on one device of the source, as it moves."""
         return self.wire_bytes * sum(
             math.prod(part.source.shard_shape(part.shape)) for part in self.parts
         )
 
     @property
     def wanted_bytes(self) -> int:
-        """Of what moves, on one device of the target, as it moves."""
+        """Bytes of what moves, on one device of the target, as it moves."""
         return self.wire_bytes * sum(
             math.prod(part.target.shard_shape(part.shape)) for part in self.parts
         )
@@ -229,7 +229,7 @@ class Plan:
 
     @property
     def moves(self) -> tuple[Move, ...]:
-        """Of all chunks."""
+        """Moves of all chunks."""
         return tuple(itertools.chain(*self.chunks))
 
     @functools.cached_property

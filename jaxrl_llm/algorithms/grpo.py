@@ -64,7 +64,8 @@ class Settings:
     loss_scale_factor: float | None = None
     """seq-mean-token-sum-norm, which has no default."""
     correction: corrections.Correction | None = None
-    """Of the sampler's mismatch; not even measured in veRL's terms if not given."""
+    """Corrects the sampler's mismatch; it is not even measured in veRL's terms if not
+    given."""
     entropy_coeff: float = 0.0
     kl_loss_coef: float = 0.0
     """Other than 0 needs `TrainBatch.ref_logprobs`."""
@@ -303,7 +304,8 @@ def objective(
 
 
 _TOKEN_MEANS = ("actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl")
-"""Of `objective`; the others are sums with the weights of the loss."""
+"""Metrics of `objective` that are means over tokens; the others are sums with the
+weights of the loss."""
 
 
 class PolicyLoss(NamedTuple):

@@ -20,7 +20,7 @@ class Logprobs(NamedTuple):
     logprobs: Float[Array, "R T"]
     """Log-probability of the token that stands there, nats."""
     entropy: Float[Array, "R T"]
-    """Of the distribution it was drawn from, nats."""
+    """Entropy of the distribution the token was drawn from, nats."""
 
 
 def of_tokens(

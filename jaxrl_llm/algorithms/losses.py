@@ -218,7 +218,7 @@ def inside_kl(
     clip_ratio_low: float,
     clip_ratio_high: float,
 ) -> Bool[Array, "R T"]:
-    """As `inside_tv`, with the divergence between "this token or another" under both.
+    """Like `inside_tv`, with the divergence between "this token or another" under both.
 
     kl = old_p * log(old_p / p) + (1 - old_p) * log((1 - old_p) / (1 - p)), at most
     `clip_ratio_high` where advantages > 0 and `clip_ratio_low` elsewhere; a token that

@@ -115,7 +115,7 @@ class Corrected(NamedTuple):
     """What `correct` finds."""
 
     weights: Float[Array, "R T"] | None
-    """Of each response token's loss, 0 elsewhere; None: not asked for."""
+    """Weight of each response token's loss, 0 elsewhere; None: not asked for."""
     mask: Bool[Array, "R T"]
     """Response tokens that were not rejected."""
     metrics: Statistics
@@ -229,7 +229,7 @@ def keep(
 
 
 def _thresholds(kind, bounds):
-    """Of `_statistic`, whose k1 is the logarithm of sampler / trainer."""
+    """Bounds of `_statistic`, whose k1 is the logarithm of sampler / trainer."""
     lower, upper = bounds
     if kind.endswith("k1"):
         if lower is None:
@@ -303,7 +303,8 @@ def weight_metrics(
     level: Level,
     bounds: Bounds,
 ) -> Statistics:
-    """Of importance weights after `bound`; fractions out of bounds are before it."""
+    """Metrics of importance weights after `bound`; fractions out of bounds are before
+    it."""
     mask, some = sequences.mask, sequences.nonempty()
     icepop, upper = bounds[0] is not None, bounds[1]
     lower = bounds[0] if icepop else 1.0 / upper
@@ -349,7 +350,7 @@ def rejection_metrics(
     bounds: Bounds,
     passes: Bool[Array, "R T"],
 ) -> Statistics:
-    """Of what one rejection looks at, and how much of it does not pass.
+    """Metrics of what one rejection looks at, and how much of it does not pass.
 
     The statistic of k1 kinds is the logarithm of sampler / trainer, as in veRL.
     """

@@ -96,7 +96,7 @@ def effective_share(x: Moments) -> Any:
 
 
 def explained_variance(errors: Moments, targets: Moments) -> Any:
-    """As `masked.explained_variance`."""
+    """`masked.explained_variance` from moments."""
     return 1.0 - errors.variance / (targets.variance + 1e-5)
 
 

@@ -155,7 +155,7 @@ class Setup:
 
     actor: Actor
     engine: Engine
-    """Of a model that never stops by itself."""
+    """Generates with a model that never stops by itself."""
     rewards: Sequence[RewardFunction]
     algorithm: AlgorithmConfig
 
@@ -214,7 +214,7 @@ def measure(
 
 
 def _live_bytes() -> dict[int, int]:
-    """Of all arrays that there are, by device id. Two may share a buffer."""
+    """Bytes of all arrays that there are, by device id. Two may share a buffer."""
     sizes: dict[int, dict[int, int]] = {}
     for x in jax.live_arrays():
         for shard in x.addressable_shards:

@@ -51,7 +51,7 @@ class Encoder:
     vocab_size: int | None = None
     """Rows of the model's embedding; any if None."""
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """Of the chat template, besides the messages and tools."""
+    """Variables of the chat template, besides the messages and tools."""
 
     @property
     def asks_for_the_time(self) -> bool:

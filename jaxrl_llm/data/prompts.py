@@ -300,7 +300,7 @@ def _fill(template: str, row: Row) -> str:
 
 
 def digests(prompts: Sequence[Prompt]) -> dict[str, str]:
-    """Of the questions and of each column, the first 16 digits of a sha256."""
+    """For the questions and for each column, the first 16 digits of a sha256."""
     found: dict[str, Any] = {}
     for prompt in prompts:
         for name, value in [("prompt", prompt.content), *prompt.columns.items()]:

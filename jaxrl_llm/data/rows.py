@@ -54,8 +54,8 @@ class TrainBatch:
     value is 1 and whose gradient is that of logprobs. Exact for the first update after
     generation, without another forward pass."""
     values: Float[Array, "R T"] | None = None
-    """Of the state before the token, by the critic before the update; None without
-    one."""
+    """Value of the state before the token, by the critic before the update; None
+    without one."""
     returns: Float[Array, "R T"] | None = None
     """What `values` should have been; None without a critic."""
     prompt_ids: Int[Array, "R T"] | None = None

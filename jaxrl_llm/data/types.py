@@ -103,7 +103,7 @@ class Turn:
     """int32 [t]: the training step that made the weights it was sampled with; not read
     where the mask is False."""
     finish_reason: str | None
-    """As of `Completion`; None if the policy has no part in the turn."""
+    """`Completion.finish_reason`; None if the policy has no part in the turn."""
     text: str
     """Decoded, without special tokens and without a stop string."""
     kept_mass: np.ndarray | None = None
@@ -258,7 +258,7 @@ class Scores:
         return ~np.all(np.isnan(np.stack([*self.by_function.values()])), axis=0)
 
     def take(self, prompts: Sequence[int]) -> "Scores":
-        """Of the given prompts only. `errors` still counts all of them."""
+        """The scores of the given prompts only. `errors` still counts all of them."""
         picked = np.asarray(prompts, np.intp)
         by_function = {name: x[picked] for name, x in self.by_function.items()}
         return Scores(

@@ -124,7 +124,7 @@ def num_params(arch: Architecture) -> int:
 
 
 def num_matmul_params(arch: Architecture) -> int:
-    """Of them, those that a token is multiplied with: all but an embedding that is not
+    """How many of them a token is multiplied with: all but an embedding that is not
     also the output matrix. Norms and biases, a few thousand, are counted too."""
     looked_up = 0 if arch.tie_embeddings else arch.vocab_size * arch.hidden_size
     return num_params(arch) - looked_up

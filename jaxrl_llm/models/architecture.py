@@ -89,7 +89,8 @@ class Architecture:
     """
 
     model_type: str
-    """As in a Hugging Face config.json: llama, mistral, qwen2, qwen3, gemma2, ..."""
+    """The name in a Hugging Face config.json: llama, mistral, qwen2, qwen3, gemma2,
+    ..."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -124,7 +125,7 @@ class Architecture:
     attention_softcap: float | None = None
     """s -> cap * tanh(s / cap) on attention scores (Gemma 2)."""
     logit_softcap: float | None = None
-    """The same on the output logits (Gemma 2)."""
+    """s -> cap * tanh(s / cap) on the output logits (Gemma 2)."""
     max_positions: int = 8192
     """The context length the model was made for."""
     eos_token_ids: tuple[int, ...] = ()

@@ -242,7 +242,7 @@ class Init:
         self.rngs, self.dtype, self.leading = rngs, dtype, leading
 
     def stack(self, n: int) -> "Init":
-        """The same initialiser for n layers at once."""
+        """This initialiser for n layers at once."""
         return Init(self.rngs, self.dtype, (n,))
 
     def __call__(self, shape, axes, std: float | None) -> nnx.Param:

@@ -26,7 +26,7 @@ from jaxrl_llm.sharding.mesh import platform_of
 Weights = Any
 """A tree of arrays [L, ...], or of one layer's [...]."""
 Leaves = list[Any]
-"""Of weights; None where they are of the other half, trained or frozen."""
+"""Leaves of weights; None where they are of the other half, trained or frozen."""
 Layer = Callable[[Array, Weights, Int[Array, ""]], Array]
 Loop = Callable[[Layer, Array, Weights], Array]
 
@@ -84,7 +84,7 @@ def unrolled(layer: Layer, x: Array, weights: Weights) -> Array:
 
 
 def in_place(layer: Layer, x: Array, weights: Weights) -> Array:
-    """As `scan`, but what the backward pass needs is computed where it is kept.
+    """Like `scan`, but what the backward pass needs is computed where it is kept.
 
     `scan` computes a value for the layer's next operation and copies it to its place.
     Here the next operation, too, reads the value from its place, so that XLA lets a

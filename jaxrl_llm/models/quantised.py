@@ -26,12 +26,12 @@ class Quantised:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the values."""
+        """Shape of the values."""
         return self.values.shape
 
     @property
     def dtype(self) -> Any:
-        """Of the values."""
+        """Dtype of the values."""
         return self.values.dtype
 
 

@@ -40,17 +40,17 @@ class Estimate:
     """What one device of a group holds and does."""
 
     group: str
-    """Of `placement.groups`, or all devices."""
+    """A group of `placement.groups`, or all devices."""
     device_kind: str
     num_devices: int
     num_processes: int
-    """That share them."""
+    """Processes that share the devices."""
     held: Mapping[str, int]
     """Bytes of what stays from step to step."""
     cache_bytes: int
-    """Of the programs' extra: keys and values."""
+    """Bytes of keys and values, part of what the programs need."""
     wanted_cache_bytes: int
-    """The same if memory sufficed."""
+    """Bytes of keys and values if memory sufficed."""
     programs: Mapping[str, Program]
     capacity: float | int | None
     """Bytes that a device has; None if not known."""

@@ -323,7 +323,8 @@ def wave_of(config: Config, on: Mesh) -> tuple[int, int]:
 
 
 def architecture(path: str, revision: str | None = None) -> models.Architecture:
-    """Of a name of `bench.shapes` or of a checkpoint; weights are not read."""
+    """The architecture of a checkpoint or of a name of `bench.shapes`, without
+    weights."""
     if path.lower() in shapes.NAMES or path.endswith(".json"):
         return shapes.find(path)
     return models.open(path, revision=revision).arch

@@ -232,7 +232,7 @@ class Term:
     """One term of the reward, by name."""
 
     name: str
-    """Of a built-in function, or module:function."""
+    """A built-in function's, or module:function."""
     weight: float = 1.0
     """Its scores are multiplied by it."""
     params: Mapping[str, Any] = field(default_factory=dict)

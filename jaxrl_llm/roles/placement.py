@@ -19,7 +19,7 @@ class Place:
     axes: Mapping[str, int]
     """Devices along each axis of its mesh; one may be -1: what is left."""
     group: str = EVERYWHERE
-    """Of devices."""
+    """The devices it is placed on."""
     key: str = "mesh"
     """What errors call `axes`."""
     by_process: bool = False

@@ -29,7 +29,7 @@ class PolicySettings(ModelSettings):
     """How a policy is computed."""
 
     temperature: float = 1.0
-    """Of sampling; logits are divided by it."""
+    """The sampling temperature; logits are divided by it."""
     entropy_gradient: bool = False
     """Whether the entropy is differentiated."""
     keep_probabilities: bool = False

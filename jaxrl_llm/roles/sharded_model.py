@@ -35,8 +35,8 @@ COMPILER_OPTIONS = models.COMPILER_OPTIONS | {
     "xla_gpu_all_gather_combine_threshold_bytes": 2**28,
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 2**28,
 }
-"""Of updates and of scoring. A layer's weights come together at once, and so do its
-gradients: 1 % faster on two H100 than in parts of 30 MB. Other platforms take no
+"""Options for updates and for scoring. A layer's weights come together at once, and so
+do its gradients: 1 % faster on two H100 than in parts of 30 MB. Other platforms take no
 notice."""
 
 
@@ -45,7 +45,7 @@ class ModelSettings:
     """How a model is computed."""
 
     dtype: str = "bfloat16"
-    """Of activations, and of weights inside matrix products."""
+    """Dtype of activations, and of weights inside matrix products."""
     remat: Remat = "none"
     """What the backward pass computes again."""
     attention: Literal["auto", "xla"] = "auto"
@@ -59,7 +59,8 @@ class ModelSettings:
 
 
 _FEWEST_TOKENS = 256
-"""Of a device's rows in a micro-batch, where nobody says how many rows that has."""
+"""Tokens of a device's rows in a micro-batch, where nobody says how many rows that
+has."""
 _ORDERED = 2048
 """The gradient of cuDNN's attention over a longer row is not asked to be summed in a
 fixed order: that needs memory in proportion to the square of the length; for packed

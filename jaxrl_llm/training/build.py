@@ -52,9 +52,9 @@ class Job:
     score: Score
     """What responses to train on are worth."""
     weights: tuple[float, ...]
-    """Of the terms of `score`."""
+    """Weights of the terms of `score`."""
     score_held_out: Score
-    """The same without what only shapes training (`reward.overlong_buffer`)."""
+    """`score` without what only shapes training (`reward.overlong_buffer`)."""
     rewards: "Rewards"
     """The functions of both, for what has to be done with their workers."""
     engine: Engine
@@ -211,7 +211,7 @@ def _compiling(what: str) -> AbstractContextManager[None]:
 
 
 def _digests(config: Config, functions: Sequence[RewardFunction]) -> dict[str, str]:
-    """Of every function of the user's own, by what it is for and its name."""
+    """A digest of every function of the user's own, by what it is for and its name."""
     found = {
         f"reward function {one.name!r}": user_code.digest(one.function)
         for one in functions

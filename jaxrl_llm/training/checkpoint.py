@@ -487,7 +487,7 @@ def programs(like: Any) -> dict[str, Callable[[], jax.stages.Lowered]]:
 
 
 def _checksums(named: Mapping[str, jax.Array]) -> dict[str, int]:
-    """Of the values of arrays, wherever they lie; the same in all processes.
+    """Checksums of the values of arrays, wherever they lie; the same in all processes.
 
     One is waited for before the next begins: on CPUs, processes that have several
     collectives under way enter them in different orders, and wait for each other.

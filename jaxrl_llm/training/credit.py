@@ -41,7 +41,7 @@ class Judged:
     baselines: Float[Array, " P"] | None = None
     """The reward of a greedy response to each prompt."""
     values: Float[Array, "R T"] | None = None
-    """Of the critic."""
+    """The critic's value of the state before each token."""
     sum_pi_squared: Float[Array, "R T"] | None = None
     """Sum of the squares of the distribution each token is from."""
     kl_coef: Num[Array, ""] | None = None
@@ -255,7 +255,7 @@ def assign_credit(
 def draw_again(
     job: Job, rows: TrainBatch, rewards: Float[np.ndarray, "P G"], step: int
 ) -> TrainBatch:
-    """As many responses as before, drawn with PF-PPO's weights."""
+    """Draws as many responses as before with PF-PPO's weights."""
     how = job.config.algorithm.pf_ppo
     weights = advantages.pf_ppo_weights(
         jnp.asarray(rewards.ravel()), how.reweight_method, weight_pow=how.weight_pow

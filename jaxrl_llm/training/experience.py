@@ -198,7 +198,7 @@ def requests(
 
 
 def greedily(requests: Sequence[Request]) -> list[Request]:
-    """The same prompts, answered once each with the likeliest tokens."""
+    """Requests for these prompts to be answered once each with the likeliest tokens."""
     return [
         replace(r, num_samples=1, sampling=replace(r.sampling, temperature=0.0))
         for r in requests

@@ -184,7 +184,7 @@ def _less_generation(job: Job, found: Shortage) -> list[str]:
 
 
 def _cache_bytes(job: Job) -> int:
-    """Of keys and values on each device, as generation chose last."""
+    """Bytes of keys and values on each device, as generation chose last."""
     return getattr(job.engine, "cache_bytes", 0)
 
 

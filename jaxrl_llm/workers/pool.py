@@ -50,7 +50,7 @@ class Thread:
 
     @property
     def connections(self) -> list[Connection]:
-        """Of the end of a call."""
+        """What becomes readable when the call ends."""
         return [] if self._left else [self._done]
 
     def poll(self) -> Outcome | None:

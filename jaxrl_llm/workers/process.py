@@ -31,11 +31,11 @@ class Limits:
     start_s: float = 120.0
     """Seconds for what its function imports."""
     memory_bytes: int | None = 8 * GIB
-    """Of address space; None for all there is."""
+    """Bytes of address space; None for all there is."""
     output_bytes: int = GIB // 4
-    """Of one result."""
+    """Most bytes of one result."""
     printed_bytes: int = 2**16
-    """Of what is printed in one call. The rest is left out."""
+    """Most bytes that are printed in one call. The rest is left out."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Process:
 
     @property
     def connections(self) -> list[Any]:
-        """Of the answer and of what is printed."""
+        """What the answer and what is printed are read from."""
         return [c for c in (self._connection, self._output) if c is not None]
 
     def poll(self) -> Outcome | None:

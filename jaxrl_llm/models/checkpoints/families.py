@@ -98,7 +98,7 @@ COUNTS = {
     "attention.key_length": _SIZE,
     "context_length": _LENGTH,
 }
-"""The same for the keys of a GGUF file that count something."""
+"""Bounds of the keys of a GGUF file that count something."""
 
 _REQUIRED = (
     "vocab_size",
@@ -351,7 +351,7 @@ def config(arch: Architecture) -> dict[str, Any]:
 
 
 def untied(arch: Architecture) -> Architecture:
-    """The same model with an output matrix of its own."""
+    """This model with an output matrix of its own."""
     made = json.loads(arch.source)
     if "model_type" in made:
         made["tie_word_embeddings"] = False

@@ -68,7 +68,7 @@ class GGUFFile:
         self._tensors = {t.name: t for t in self._reader.tensors}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor but rope_freqs, which is part of the architecture."""
+        """Shapes of every tensor but rope_freqs, which is part of the architecture."""
         return {
             name: tuple(int(n) for n in reversed(t.shape))
             for name, t in self._tensors.items()

@@ -93,7 +93,7 @@ class Classifier:
     `open_classifier`."""
 
     arch: Architecture
-    """Of the decoder, which has no output matrix."""
+    """Architecture of the decoder, which has no output matrix."""
     tokenizer: Any
     """A transformers tokenizer; None if the directory has none."""
     _tensors: weights.Tensors

@@ -14,7 +14,7 @@ COMPUTED = "rotary_emb.inv_freq"
 """Ends the names of tensors that are no weights."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")
-"""Of torch.compile, DistributedDataParallel and FullyShardedDataParallel."""
+"""Prefixes of torch.compile, DistributedDataParallel and FullyShardedDataParallel."""
 _HEADS = ("lm_head.", "score.")
 _ADAPTER = "adapter_config.json"
 

@@ -28,7 +28,7 @@ class Tensors(Protocol):
     """Named arrays in one or several files."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor."""
+        """Shapes of all tensors, by name."""
         ...
 
     def read(self, name: str, part: Slices) -> np.ndarray:

@@ -42,8 +42,8 @@ from jaxrl_llm.sharding import transfer_plan as plan
 from jaxrl_llm.sharding.ahead import Ahead
 
 _SHARE_OF_REST = 0.95
-"""Of the memory that is free when generation begins and that programs do not need, for
-the cache: the rest is lost between arrays."""
+"""Share for the cache of the memory that is free when generation begins and that
+programs do not need: the rest is lost between arrays."""
 
 
 class JaxEngine:
@@ -386,12 +386,13 @@ class JaxEngine:
 
     @property
     def cache_bytes(self) -> int:
-        """Of keys and values on each device, the most that generation has chosen."""
+        """Bytes of keys and values on each device, the most that generation has
+        chosen."""
         return self._page_bytes() * max(self._num_pages.values(), default=0)
 
     @property
     def layer_bytes(self) -> int:
-        """Of one layer's weights on each device, as they are used."""
+        """Bytes of one layer's weights on each device, as they are used."""
         return _bytes(self._abstract_fused()["layers"][0])
 
     def submit(self, requests: Sequence[Request]) -> None:
@@ -486,7 +487,7 @@ class JaxEngine:
     def _affordable_pages(
         self, rows: int, free: float | int | None, needed: int | None = None
     ) -> int:
-        """As many as wanted, if there is memory for them, and at least the fewest.
+        """The wanted pages if there is memory for them, and at least the fewest.
 
         Args:
           needed: bytes that programs work in; a tenth of `free` if not given.
@@ -505,7 +506,7 @@ class JaxEngine:
         return 0.9 * free if needed is None else _SHARE_OF_REST * (free - needed)
 
     def _page_bytes(self) -> int:
-        """Of one page in every layer, on each device."""
+        """Bytes of one page in every layer, on each device."""
         return _bytes(abstract(self._run, 1, 1)[0])
 
     def _num_pages_for(self, sizes: Sizes) -> int:
@@ -568,8 +569,8 @@ class JaxEngine:
     def _completions(
         self, ended: Sequence[tuple[Response, str | None, bool]]
     ) -> list[Completion]:
-        """Of responses, each with its text if a stop string ended it, and whether a
-        stop token did."""
+        """Completions from responses, each with its text if a stop string ended it, and
+        whether a stop token did."""
         whole = self._texts([r.tokens[: len(r.tokens) - by] for r, _, by in ended])
         return [
             Completion(

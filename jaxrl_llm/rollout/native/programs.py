@@ -106,7 +106,7 @@ class Run:
     arch: Architecture
     dtype: Any
     cache_dtype: Any
-    """Of keys and values; one of 8 bits: quantised."""
+    """Dtype of keys and values; one of 8 bits: quantised."""
     mesh: Mesh
     """Axes "data" and "tensor"."""
     attend: paged.PagedAttention
@@ -304,7 +304,7 @@ def copy(
 
 
 def resize(rows: Rows, count: int, replicas: int = 1) -> Rows:
-    """As many rows a replica as asked for, on the host; those with sequences come first
+    """`count` rows for each replica, on the host; those with sequences come first
     and must fit."""
     slots = rows.slots.reshape(replicas, -1)
     order = np.argsort(slots < 0, axis=1, kind="stable")[:, :count]

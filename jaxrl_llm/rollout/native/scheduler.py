@@ -46,7 +46,7 @@ class Response:
 
     @property
     def position(self) -> int:
-        """Of its newest token, which is not in the cache yet."""
+        """Position of its newest token, which is not in the cache yet."""
         return len(self.request.tokens) + len(self.tokens) - 1
 
     @property
@@ -63,7 +63,7 @@ class Piece:
     start: int
     """Position of the first; what comes before is in the cache."""
     pages: tuple[int, ...]
-    """Of the sequence, from its beginning."""
+    """The sequence's pages, from its beginning."""
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,8 @@ class Running:
         return steps
 
     def _fit_rows(self, tables: decode.Tables) -> np.ndarray:
-        """As many rows as there are sequences: each costs, also where it is idle.
+        """Resizes to as few rows as hold all sequences: each costs, also where it is
+        idle.
 
         Returns:
           When to ask again: how many sequences would do with fewer rows.

@@ -69,7 +69,7 @@ class VllmSettings:
     """One server of ours per entry, which becomes its CUDA_VISIBLE_DEVICES; without
     entries one server, which sees the devices that this process sees."""
     port: int | None = None
-    """Of the first server of ours, the others follow; free ports if None."""
+    """Port of the first server of ours; the others follow; free ports if None."""
     weights_dir: str | None = None
     """Folder that weights are sent through; trainer and servers must see it. If None,
     /dev/shm for servers of ours where there is such, else `directory`."""
@@ -598,8 +598,8 @@ class VllmEngine:
 def _most_likely(
     told: Sequence[Mapping[str, float]], count: int
 ) -> dict[str, np.ndarray]:
-    """Of every position. vLLM tells the sampled token too; it says "token_id:<id>" and,
-    where JSON cannot say -inf, -9999."""
+    """The likeliest tokens at every position. vLLM tells the sampled token too; it says
+    "token_id:<id>" and, where JSON cannot say -inf, -9999."""
     ranked = [
         sorted(position.items(), key=lambda item: -item[1])[:count] for position in told
     ]
