@@ -181,7 +181,7 @@ class RolloutConfig(SamplingConfig):
     cache_gib: float | None = Field(None, gt=0)
     """Memory of the jax engine for keys and values on each device. Not given: what
     max_num_seqs of the longest sequences need, or what is free if that is less;
-    sequences wait for room, or are put back and go on later."""
+    sequences wait for room, or are preempted and go on later."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of weights, activations and KV cache."""
     quantization: Literal["int8", "fp8"] | None = None

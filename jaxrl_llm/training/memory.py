@@ -23,8 +23,8 @@ PROGRAMS = {
     "update_critic": "the critic's update",
     "whole": "log-probabilities or values",
     "_scores": "the reward model",
-    "read": "prefill",
-    "read_on": "prefill",
+    "prefill": "prefill",
+    "extend": "prefill",
     "decode": "decode",
 }
 """Compiled functions, and what they do in the words of a run."""
@@ -169,7 +169,7 @@ def _less_generation(job: Job, found: Shortage) -> list[str]:
     rollout, said, cache = job.config.rollout, [], _cache_bytes(job)
     if rollout.engine != "jax":
         return []
-    if found.program in ("read", "read_on"):
+    if found.program in ("prefill", "extend"):
         half = rollout.prefill_tokens // 2
         said.append(f"rollout.prefill_tokens: {half} (now {rollout.prefill_tokens})")
     lacking = (found.wanted or 0) - (found.free or 0)

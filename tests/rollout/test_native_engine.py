@@ -179,15 +179,17 @@ def test_numbers_of_rows():
 
 def test_few_shapes_hold_what_is_read():
     made = sizes(500)
-    assert {made.beginnings(n) for n in range(1, 257)} == {256}  # of 200, rounded up
-    assert {made.beginnings(n) for n in range(257, 901)} == {1024}  # all there can be
-    assert made.counts(256) == [2, 8, 32]  # 8,192 tokens, a quarter, a quarter of it
-    assert made.counts(64) == [2, 8, 32, 128]
-    assert sizes(500, prefill_tokens=100).counts(256) == [1]
-    assert made.counts(64, 16) == [32, 128]
+    # The longest prompt, rounded up, or all there can be.
+    assert {made.prefill_length(n) for n in range(1, 257)} == {256}
+    assert {made.prefill_length(n) for n in range(257, 901)} == {1024}
+    # 8,192 tokens, a quarter of them, a quarter of that.
+    assert made.prefill_counts(256) == [2, 8, 32]
+    assert made.prefill_counts(64) == [2, 8, 32, 128]
+    assert sizes(500, prefill_tokens=100).prefill_counts(256) == [1]
+    assert made.prefill_counts(64, 16) == [32, 128]
     assert made.copies == [16, 128] and sizes(3).copies == [1, 8]
-    assert made.all_continuations(200) == [64, 256]
-    assert sizes(500, longest_prompt=20).beginnings() == 64
+    assert made.continued_lengths(200) == [64, 256]
+    assert sizes(500, longest_prompt=20).prefill_length() == 64
 
 
 def test_rows_are_resized_replica_by_replica():
@@ -294,7 +296,7 @@ def test_completions_carry_the_version_of_their_weights():
 def test_after_the_first_calls_nothing_compiles():
     made = engine(max_num_seqs=4)
     generate(made, [request(i, n=4, length=9 + i) for i in range(3)])
-    programs = decode.decode, decode.read, decode.copy
+    programs = decode.decode, decode.prefill, decode.copy
     before = [program._cache_size() for program in programs]
     generate(made, [request(i, n=4, length=9 + i) for i in range(6)])
     assert [program._cache_size() for program in programs] == before
@@ -303,9 +305,9 @@ def test_after_the_first_calls_nothing_compiles():
 @pytest.mark.parametrize(
     "kept", [None, "int8", pytest.param("fp8", marks=pytest.mark.slow)]
 )
-def test_responses_put_back_for_want_of_memory_go_on_exactly(kept):
+def test_responses_preempted_for_want_of_memory_go_on_exactly(kept):
     # A page holds 64 tokens. Six are four sequences of 80, one page of the prompt
-    # shared: others wait, and some are put back after their first page is full.
+    # shared: others wait, and some are preempted after their first page is full.
     asked = [request(i, n=3, length=70, max_tokens=100) for i in range(3)]
     vector = 4 * ARCH.head_dim if kept is None else ARCH.head_dim + 4  # with its scale
     page = 2 * ARCH.num_layers * ARCH.num_kv_heads * 64 * vector / 2**30
@@ -313,12 +315,12 @@ def test_responses_put_back_for_want_of_memory_go_on_exactly(kept):
     tight = engine(cache_gib=7 * page, **options)
     whole = generate(engine(**options), asked)
     tight.submit(asked)
-    found, put_back = {}, set()
+    found, preempted = {}, set()
     for completion in tight.completions():
         found[completion.prompt_id, completion.sample] = completion
-        for scheduler in tight._running._schedulers:
-            put_back |= {id(r) for r in scheduler.waiting if r.tokens}
-    assert put_back
+        for scheduler in tight._session._schedulers:
+            preempted |= {id(r) for r in scheduler.waiting if r.tokens}
+    assert preempted
     # Read again, a number may lie on the other side of where two are rounded apart.
     atol = 1e-5 if kept is None else 1e-3
     assert_same([[found[i, n] for n in range(3)] for i in range(3)], whole, atol)
@@ -342,9 +344,9 @@ def test_a_beginning_that_is_known_is_not_read_again():
             second = Request(
                 prompt_id=3, tokens=turn, num_samples=1, seed=3, sampling=first.sampling
             )
-            [scheduler] = made._running._schedulers
+            [scheduler] = made._session._schedulers
             # 169 of its 172 tokens are in the cache: two whole pages are found.
-            assert len(scheduler.pool.find(turn)) == 2
+            assert len(scheduler.pool.match_prefix(turn)) == 2
             made.submit([second])
     assert set(answers) == {(1, 0), (1, 1), (2, 0), (3, 0)}
     assert_same([[answers[3, 0]]], generate(engine(max_model_len=256), [second]))

@@ -5,38 +5,38 @@ import pytest
 
 from jaxrl_llm.rollout.engine import Request, Sampling
 from jaxrl_llm.rollout.native import scheduler as schedulers
-from jaxrl_llm.rollout.native.page_pool import Pool
+from jaxrl_llm.rollout.native.page_pool import PagePool
 from jaxrl_llm.rollout.native.scheduler import Response, Scheduler
 
 
 def test_sequences_that_begin_alike_find_the_same_pages():
-    pool = Pool(num_pages=6, size=2)
-    pages = [pool.take() for _ in range(3)]
-    pool.keep((1, 2, 3, 4, 5), pages)
-    assert pool.find((1, 2, 3, 4, 5)) == pages
-    assert pool.find((1, 2, 3, 4, 6)) == pages[:2]  # its end is another
-    assert pool.find((1, 2, 3)) == pages[:1]  # half a page was never kept
-    assert pool.find((3, 4, 5)) == []  # the same tokens, but behind others
+    pool = PagePool(num_pages=6, size=2)
+    pages = [pool.allocate() for _ in range(3)]
+    pool.cache_prefix((1, 2, 3, 4, 5), pages)
+    assert pool.match_prefix((1, 2, 3, 4, 5)) == pages
+    assert pool.match_prefix((1, 2, 3, 4, 6)) == pages[:2]  # its end is another
+    assert pool.match_prefix((1, 2, 3)) == pages[:1]  # half a page was never kept
+    assert pool.match_prefix((3, 4, 5)) == []  # the same tokens, but behind others
     assert len(pool) == 2
 
 
 def test_pages_that_nobody_holds_are_found_until_they_are_needed():
-    pool = Pool(num_pages=4, size=2)
-    pages = [pool.take(), pool.take()]
-    pool.keep((1, 2, 3, 4), pages)
-    pool.hold(pages[0])
-    pool.drop(pages[0])
+    pool = PagePool(num_pages=4, size=2)
+    pages = [pool.allocate(), pool.allocate()]
+    pool.cache_prefix((1, 2, 3, 4), pages)
+    pool.retain(pages[0])
+    pool.release(pages[0])
     for page in pages:
-        pool.drop(page)
-    assert len(pool) == 3 and pool.find((1, 2, 3, 4)) == pages
-    assert pool.take() == 3  # it was free for longest
-    assert pool.take() == pages[0]
-    assert pool.find((1, 2, 3, 4)) == []  # nothing is found behind what is lost
-    pool.keep((1, 2), [pages[0]])
-    assert pool.find((1, 2, 3, 4)) == [pages[0]]  # nor behind its like
-    pool.take()
+        pool.release(page)
+    assert len(pool) == 3 and pool.match_prefix((1, 2, 3, 4)) == pages
+    assert pool.allocate() == 3  # it was free for longest
+    assert pool.allocate() == pages[0]
+    assert pool.match_prefix((1, 2, 3, 4)) == []  # nothing is found behind what is lost
+    pool.cache_prefix((1, 2), [pages[0]])
+    assert pool.match_prefix((1, 2, 3, 4)) == [pages[0]]  # nor behind its like
+    pool.allocate()
     with pytest.raises(KeyError):
-        pool.take()
+        pool.allocate()
 
 
 @pytest.fixture(params=[0, 1, 2, 3])
@@ -48,7 +48,7 @@ def simulate(
     rng, *, num_pages, size, rows, chunk, prompts, stop_early=0.0, most=(4, 4, 5)
 ):
     """Runs random requests; checks at every step that what a sequence reads is what was
-    written for it. Returns how often a response was put back.
+    written for it. Returns how often a response was preempted.
 
     Prompts, samples and responses are shorter than `most`, in pages; or equal to it
     where that is negative."""
@@ -57,12 +57,12 @@ def simulate(
         return -most * unit if most < 0 else int(rng.integers(1, most * unit))
 
     scheduler = Scheduler(
-        Pool(num_pages, size),
+        PagePool(num_pages, size),
         num_rows=rows,
         num_slots=2 * rows,
         width=num_pages,
         chunk=chunk,
-        most_read=3 * size,
+        max_prefill=3 * size,
     )
     cache = {}  # (page, place): the tokens up to the one that stands there
     on_device = [None] * rows  # [slot, position, tokens, limit]
@@ -80,7 +80,7 @@ def simulate(
         )
         asked += [Response(request, i) for i in range(request.num_samples)]
     scheduler.waiting.extend(asked)
-    done, flight, put_back = [], None, 0
+    done, flight, preempted = [], None, 0
 
     def write(pages, position, tokens):
         place = pages[position // size], position % size
@@ -94,7 +94,7 @@ def simulate(
         if not scheduler.outstanding:
             break
         parts = list(scheduler.plan())
-        put_back += len(scheduler._again)
+        preempted += len(scheduler._preempted)
         for made in parts:
             for number, pieces in enumerate(made.rounds):
                 for piece in pieces:
@@ -129,7 +129,7 @@ def simulate(
         tables, room = scheduler.tables.copy(), scheduler.room.copy()
         last, steps = flight, []
         for i, row in enumerate(on_device):
-            if row and row[0] in scheduler.gone:
+            if row and row[0] in scheduler.released:
                 on_device[i] = None
         for _ in range(chunk):
             line = []
@@ -156,7 +156,7 @@ def simulate(
             continue
         zeros = np.zeros(last.shape[:2], np.float32)
         none = zeros[..., None][..., :0]
-        for response, before in scheduler.took(
+        for response, before in scheduler.append(
             last[..., 0], last[..., 1], zeros, zeros, zeros, none, none
         ):
             key = response.request.prompt_id * 3 + response.sample
@@ -167,18 +167,18 @@ def simulate(
             if full or early:
                 if early:
                     del response.tokens[before + 1 :]
-                scheduler.finish(response, told=full and not early)
+                scheduler.finish(response, device_knows=full and not early)
                 done.append(response)
     assert len(done) == len(asked) == len(set(map(id, done)))
     pool = scheduler.pool
     for _ in range(3):  # slots that are told off come back a plan later
         list(scheduler.plan())
     assert len(pool) == num_pages - 1 and len(scheduler._free) == 2 * rows
-    return put_back
+    return preempted
 
 
 @pytest.mark.parametrize("together", [1, 3, 100])
-def test_with_room_for_all_nobody_is_put_back(rng, together, monkeypatch):
+def test_with_room_for_all_nobody_is_preempted(rng, together, monkeypatch):
     monkeypatch.setattr(schedulers, "PLANNED_TOGETHER", together)
     sizes = {"num_pages": 200, "size": 4, "rows": 4, "chunk": 3, "prompts": 12}
     assert simulate(rng, **sizes) == 0
@@ -207,7 +207,7 @@ def test_responses_that_the_host_stops_make_room(rng):
 
 def test_the_page_to_copy_from_may_be_the_only_one_there_is():
     scheduler = Scheduler(
-        Pool(2, size=8), num_rows=1, num_slots=2, width=1, chunk=4, most_read=8
+        PagePool(2, size=8), num_rows=1, num_slots=2, width=1, chunk=4, max_prefill=8
     )
     request = Request(
         prompt_id=0, tokens=(1, 2, 3), num_samples=2, seed=0,
@@ -219,8 +219,8 @@ def test_the_page_to_copy_from_may_be_the_only_one_there_is():
         [slot] = made.queue
         [[piece]] = made.rounds  # read again: nothing to copy from would be left
         assert (piece.tokens, made.copies) == ((1, 2), [])
-        [(response, _)] = scheduler.took(
+        [(response, _)] = scheduler.append(
             np.full((2, 1), slot), *np.zeros((4, 2, 1), int), *np.zeros((2, 2, 1, 0))
         )
-        scheduler.finish(response, told=True)
+        scheduler.finish(response, device_knows=True)
     assert scheduler.outstanding == 0

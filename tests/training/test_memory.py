@@ -65,7 +65,7 @@ def explanation(job, phase, program, folder):
     "phase, program, doing, proposed",
     [
         ("", "program", "the start", "actor.offload"),
-        ("gen", "read", "prefill (generating)", "rollout.prefill_tokens"),
+        ("gen", "prefill", "prefill (generating)", "rollout.prefill_tokens"),
         ("gen", "decode", "decode (generating)", "rollout.max_num_seqs"),
         ("testing", "decode", "decode (validating)", "rollout.max_num_seqs"),
         (

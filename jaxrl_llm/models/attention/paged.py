@@ -97,7 +97,7 @@ def copy(pages: Pages, source: Int[Array, " c"], target: Int[Array, " c"]) -> Pa
     )
 
 
-def read(
+def prefill(
     arch: Architecture,
     params: Params,
     tokens: Int[Array, "R T"],
@@ -109,7 +109,7 @@ def read(
     dtype: Any,
     attention: PackedAttention,
 ) -> tuple[Float[Array, "R T D"], Pages]:
-    """Reads the beginnings of sequences, packed in rows.
+    """Prefills the beginnings of sequences, packed in rows.
 
     Args:
       params: fused or unstacked.
@@ -139,7 +139,7 @@ def read(
     return _run(arch, params, tokens, positions, pages, attend_row, dtype)
 
 
-def go_on(
+def extend(
     arch: Architecture,
     params: Params,
     tokens: Int[Array, "B T"],

@@ -28,7 +28,7 @@ from jaxrl_llm.rollout.native.session import (
     FEWEST_CONTINUED,
     PAGE_SIZE,
     SEQUENCES_PER_ROW,
-    Running,
+    Session,
     Sizes,
     abstract,
     abstract_ints,
@@ -61,7 +61,7 @@ class JaxEngine:
       max_model_len: tokens of the longest prompt with its response.
       max_num_seqs: sequences decoded together, on all devices; more wait.
       decode_chunk: steps per dispatch.
-      prefill_tokens: of prompts, read per dispatch and replica.
+      prefill_tokens: of prompts, prefilled per dispatch and replica.
       cache_gib: memory for keys and values on each device. Not given: what the longest
         sequences need, or what is free and programs do not need, if that is less.
       checksum_freq: verify the weights at the first load and whenever their version is
@@ -139,7 +139,7 @@ class JaxEngine:
             out_shardings=self._fused_shardings["layers"][0],
         )
         self._waiting: list[Response] = []
-        self._running: Running | None = None
+        self._session: Session | None = None
         self._finished: deque[Completion] = deque()
         self._sizes = Sizes(
             num_rows=1,
@@ -158,8 +158,8 @@ class JaxEngine:
           ValueError: responses are being made, which began with other weights.
           checksum.TransferError: it was verified, and other weights arrived.
         """
-        if self._running:
-            left = self._running.outstanding + len(self._finished)
+        if self._session:
+            left = self._session.outstanding + len(self._finished)
             raise ValueError(
                 f"{left} responses are being made with weights "
                 f"{self._version}; take all completions before weights {version}"
@@ -235,7 +235,7 @@ class JaxEngine:
         prompt_length: int,
         free: float | int | None = None,
     ) -> dict[str, jax.stages.Lowered]:
-        """Reading prompts, and a chunk of decoding, from shapes alone.
+        """Prefill, and a chunk of decode steps, from shapes alone.
 
         Args:
           num_responses: that are decoded together, to `num_prompts` in all.
@@ -243,13 +243,13 @@ class JaxEngine:
         """
         sizes = self._sized(num_responses, prompt_length)
         pages = self._affordable_pages(sizes.num_rows, free)
-        length = sizes.beginnings()
-        counts = sizes.counts(length)
+        length = sizes.prefill_length()
+        counts = sizes.prefill_counts(length)
         count = next(
             (n for n in counts if n * self.replicas >= num_prompts), counts[-1]
         )
         return {
-            "prefill": self._lower_read(pages, count, length),
+            "prefill": self._lower_prefill(pages, count, length),
             "decode": self._lower_decode(sizes, pages, sizes.num_rows, "plain"),
         }
 
@@ -304,15 +304,15 @@ class JaxEngine:
                 self._lower_decode, sizes, pages, rows, mode, top, ends
             )
         count = -(-max(use.num_prompts for use in uses) // self.replicas)
-        longest, reading = sizes.longest_prompt, [sizes.beginnings()]
+        longest, lengths = sizes.longest_prompt, [sizes.prefill_length()]
         scarce = pages < self._wanted_pages(sizes.num_rows)
-        if scarce:  # some are read again, with what they have sampled
-            reading.append(sizes.beginnings(self._max_model_len))
+        if scarce:  # preempted ones are prefilled again, with their response so far
+            lengths.append(sizes.prefill_length(self._max_model_len))
             count = sizes.num_rows
-        for length in dict.fromkeys(reading):
-            for rows in _up_to(sizes.counts(length), count):
+        for length in dict.fromkeys(lengths):
+            for rows in _up_to(sizes.prefill_counts(length), count):
                 found[f"prefill {rows} x {length}"] = functools.partial(
-                    self._lower_read, pages, rows, length
+                    self._lower_prefill, pages, rows, length
                 )
         if longest > PAGE_SIZE:  # its whole pages may be known, and its last one not
             behind = PAGE_SIZE
@@ -320,10 +320,12 @@ class JaxEngine:
                 behind = self._max_model_len
             elif shared or longest > sizes.prefill_tokens:
                 behind = longest
-            for length in sizes.all_continuations(min(behind, sizes.prefill_tokens)):
-                for rows in _up_to(sizes.counts(length, FEWEST_CONTINUED), count):
+            for length in sizes.continued_lengths(min(behind, sizes.prefill_tokens)):
+                for rows in _up_to(
+                    sizes.prefill_counts(length, FEWEST_CONTINUED), count
+                ):
                     found[f"continued prefill {rows} x {length}"] = functools.partial(
-                        self._lower_read_on, pages, rows, length
+                        self._lower_extend, pages, rows, length
                     )
         for rows in sizes.copies:
             found[f"copy {rows} pages"] = functools.partial(
@@ -332,7 +334,7 @@ class JaxEngine:
         return found
 
     def _decoded(self, uses: Sequence[Use], sizes: Sizes) -> set[tuple[Mode, int, int]]:
-        """Mode, likeliest tokens told, and rows of all chunks of these uses."""
+        """Mode, likeliest tokens asked for, and rows of all chunks of these uses."""
         found = set()
         for use in uses:
             first = sizes.fit(-(-use.num_responses // self.replicas))
@@ -366,18 +368,18 @@ class JaxEngine:
             top=top,
         )
 
-    def _lower_read(self, pages: int, count: int, length: int) -> jax.stages.Lowered:
+    def _lower_prefill(self, pages: int, count: int, length: int) -> jax.stages.Lowered:
         cache, _ = abstract(self._run, 1, pages)
         rows = abstract_ints(self._run, *[(count, length)] * 4)
         params = self._abstract_fused()
-        return decode.read.lower(params, *rows, cache, run=self._run)
+        return decode.prefill.lower(params, *rows, cache, run=self._run)
 
-    def _lower_read_on(self, pages: int, count: int, length: int) -> jax.stages.Lowered:
+    def _lower_extend(self, pages: int, count: int, length: int) -> jax.stages.Lowered:
         cache, _ = abstract(self._run, 1, pages)
         shapes = [(count, length)] * 2 + [(count, self._width)]
         rows = abstract_ints(self._run, *shapes)
         params = self._abstract_fused()
-        return decode.read_on.lower(params, *rows, cache, run=self._run)
+        return decode.extend.lower(params, *rows, cache, run=self._run)
 
     def _lower_copy(self, pages: int, count: int) -> jax.stages.Lowered:
         cache, _ = abstract(self._run, 1, pages)
@@ -404,52 +406,52 @@ class JaxEngine:
         for request in requests:
             request.check(self.arch.vocab_size, self._max_model_len)
         made = [Response(r, i) for r in requests for i in range(r.num_samples)]
-        (self._running.add if self._running else self._waiting.extend)(made)
+        (self._session.add if self._session else self._waiting.extend)(made)
 
     def completions(self) -> Iterator[Completion]:
         """Yields completions as they finish, until nothing submitted is outstanding.
 
         More may be submitted meanwhile: what begins like a sequence before it, as the
-        next turn of a conversation does, is read only from where it differs.
+        next turn of a conversation does, is prefilled only from where it differs.
         """
         if self._params is None:
             raise ValueError("no weights are loaded; call load(params) first")
         if self._waiting:
-            self._running = self._start(len(self._waiting))
-            self._running.add(self._waiting)
+            self._session = self._start(len(self._waiting))
+            self._session.add(self._waiting)
             self._waiting = []
-        while self._running and (self._finished or self._running.outstanding):
+        while self._session and (self._finished or self._session.outstanding):
             while self._finished:
                 yield self._finished.popleft()
-            self._finished.extend(self._advance(self._running))
-        if self._running:
-            self._running.close()
-        self._running = None
+            self._finished.extend(self._advance(self._session))
+        if self._session:
+            self._session.close()
+        self._session = None
 
-    def _advance(self, running: Running) -> list[Completion]:
+    def _advance(self, session: Session) -> list[Completion]:
         ended = []
-        for response, before in running.advance():
+        for response, before in session.advance():
             cut = self._cut(response, before)
             by_token = response.tokens[-1] in stop_ids(self.arch, response.request)
             full = len(response.tokens) == response.request.sampling.max_tokens
             if cut is not None or by_token or full:
-                running.finish(response, told=cut is None)
+                session.finish(response, device_knows=cut is None)
                 ended.append((response, cut, by_token))
         return self._completions(ended)
 
     def abort(self, prompt_ids: Container[int]) -> int:
-        """Forgets the responses to these prompts; returns how many there were."""
-        if self._running:
+        """Aborts the responses to these prompts; returns how many there were."""
+        if self._session:
             kept = [c for c in self._finished if c.prompt_id not in prompt_ids]
             count = len(self._finished) - len(kept)
             self._finished = deque(kept)
-            return count + len(self._running.abort(prompt_ids))
+            return count + len(self._session.abort(prompt_ids))
         kept = [r for r in self._waiting if r.request.prompt_id not in prompt_ids]
         count = len(self._waiting) - len(kept)
         self._waiting = kept
         return count
 
-    def _start(self, num_responses: int) -> Running:
+    def _start(self, num_responses: int) -> Session:
         longest = max(len(response.request.tokens) for response in self._waiting)
         sizes = self._sizes = self._sized(num_responses, longest)
         if sizes.num_rows not in self._num_pages:
@@ -458,7 +460,7 @@ class JaxEngine:
                 with Ahead(self._compiled_later(pages)) as ahead:
                     ahead.wait()
                 self._compiled_later = None
-        return Running(
+        return Session(
             self._run,
             self._params,
             sizes=sizes,
@@ -535,11 +537,11 @@ class JaxEngine:
     def _most_working_bytes(self, sizes: Sizes) -> int:
         """What programs need on a device besides weights and cache."""
         pages = self._affordable_pages(sizes.num_rows, None)
-        length = sizes.beginnings(self._max_model_len)
-        count = sizes.counts(length)[-1]
+        length = sizes.prefill_length(self._max_model_len)
+        count = sizes.prefill_counts(length)[-1]
         programs = (
             self._lower_decode(sizes, pages, sizes.num_rows, "plain"),
-            self._lower_read(pages, count, length),
+            self._lower_prefill(pages, count, length),
         )
         found = [program.compile().memory_analysis() for program in programs]
         return max(size.temp_size_in_bytes for size in found)
@@ -592,8 +594,8 @@ class JaxEngine:
         ]
 
     def _of_prompt(self, request: Request) -> np.ndarray | None:
-        """Its log-probabilities, if asked for. Computed apart: what is read to generate
-        may come from the cache."""
+        """Its log-probabilities, if asked for. Computed apart: the prefill of
+        generation may find it in the cache."""
         if not request.sampling.prompt_logprobs:
             return None
         if self._scored is None or self._scored[0] is not request:

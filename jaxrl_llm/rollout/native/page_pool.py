@@ -1,8 +1,8 @@
-"""Which pages of the cache are whose, on the host.
+"""The pages of the cache: who has them, and which prefixes they hold. On the host.
 
-Pages are counted: sequences that begin alike hold the same ones. A page that nobody
-holds keeps what was written to it until it is needed for something else, and is found
-again by those who begin alike.
+Pages are counted: sequences with the same prefix retain the same ones. A page that all
+have released keeps what was written to it until it is allocated again, and is found
+meanwhile by sequences with that prefix.
 
 Source: Kwon et al. 2023 (arXiv:2309.06180).
 """
@@ -15,7 +15,7 @@ Block = tuple[int, tuple[int, ...]]
 """The tokens of a page, and the number of the block before it (0: none)."""
 
 
-class Pool:
+class PagePool:
     """Pages 1 .. num_pages - 1; page 0 belongs to nobody.
 
     Args:
@@ -33,11 +33,11 @@ class Pool:
         self._numbers = itertools.count(1)
 
     def __len__(self) -> int:
-        """Pages that nobody holds."""
+        """Pages that can be allocated."""
         return len(self._free)
 
-    def take(self) -> int:
-        """The page that has been free for longest; what it held is forgotten.
+    def allocate(self) -> int:
+        """The page that was released longest ago; what it held is forgotten.
 
         Raises:
           KeyError: there is none.
@@ -48,20 +48,20 @@ class Pool:
         self._holders[page] = 1
         return page
 
-    def hold(self, page: int) -> None:
-        """One more holds the page, or the first again."""
+    def retain(self, page: int) -> None:
+        """One more sequence has the page."""
         self._free.pop(page, None)
         self._holders[page] += 1
 
-    def drop(self, page: int) -> None:
-        """One fewer."""
+    def release(self, page: int) -> None:
+        """One fewer sequence has the page."""
         self._holders[page] -= 1
         if self._holders[page] == 0:
             self._free[page] = None
 
-    def find(self, tokens: Sequence[int]) -> list[int]:
-        """Pages that hold the beginning of `tokens`, in order; if they hold all, the
-        last may hold less than a page of it."""
+    def match_prefix(self, tokens: Sequence[int]) -> list[int]:
+        """Pages that hold the longest known prefix of `tokens`, in order; if they hold
+        all, the last may hold less than a page of it."""
         pages, number = [], 0
         for part in self._parts(tokens):
             if (number, part) not in self._found:
@@ -70,7 +70,7 @@ class Pool:
             pages.append(page)
         return pages
 
-    def keep(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
+    def cache_prefix(self, tokens: Sequence[int], pages: Sequence[int]) -> None:
         """Remembers that `pages` hold `tokens`, as far as no others do."""
         number = 0
         for part, page in zip(self._parts(tokens), pages, strict=False):

@@ -44,8 +44,8 @@ class Tables:
     pages: Int[Array, "N n"]
     room: Int[Array, " N"]
     """Positions in its pages. A row that has filled them waits."""
-    gone: Bool[Array, " N"]
-    """Its row is to let it go."""
+    released: Bool[Array, " N"]
+    """The host has released its slot: the row is to leave it."""
     first_token: Int[Array, " N"]
     """The newest when the sequence was laid out: its key and value are in no page."""
     first_position: Int[Array, " N"]
@@ -88,7 +88,8 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """What a chunk gave. Where a row stood still, its slot is -1."""
+    """The tokens of a chunk of decode steps. Where a row stood still, its slot is
+    -1."""
 
     slots: Int[Array, "k B"]
     tokens: Int[Array, "k B"]
@@ -198,7 +199,7 @@ def decode(
 
 
 @functools.partial(jax.jit, static_argnames="run", donate_argnames="pages")
-def read(
+def prefill(
     params: Any,
     tokens: Int[Array, "R T"],
     positions: Int[Array, "R T"],
@@ -208,10 +209,10 @@ def read(
     *,
     run: Run,
 ) -> Pages:
-    """Reads beginnings of sequences, see `paged.read`."""
+    """Prefills beginnings of sequences, see `paged.prefill`."""
 
     def replica(params, tokens, positions, sequence_ids, places, pages):
-        return paged.read(
+        return paged.prefill(
             run.arch,
             params,
             tokens,
@@ -229,7 +230,7 @@ def read(
 
 
 @functools.partial(jax.jit, static_argnames="run", donate_argnames="pages")
-def read_on(
+def extend(
     params: Any,
     tokens: Int[Array, "R T"],
     positions: Int[Array, "R T"],
@@ -238,10 +239,10 @@ def read_on(
     *,
     run: Run,
 ) -> Pages:
-    """Reads on where pages hold what comes before, see `paged.go_on`."""
+    """Prefills what comes behind a beginning that pages hold, see `paged.extend`."""
 
     def replica(params, tokens, positions, tables, pages):
-        return paged.go_on(
+        return paged.extend(
             run.arch,
             params,
             tokens,
@@ -266,7 +267,7 @@ def score(
     def replica(params, tokens, length):
         place = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         there = place < length[:, None]
-        hidden, _ = paged.read(
+        hidden, _ = paged.prefill(
             run.arch,
             params,
             tokens,
@@ -335,7 +336,7 @@ def _step(
 ) -> tuple[Rows, Pages, Steps]:
     """One more token for every row that runs."""
     runs, at = _runs(tables, rows), jnp.maximum(rows.slots, 0)
-    hidden, pages = paged.go_on(
+    hidden, pages = paged.extend(
         run.arch,
         params,
         rows.tokens[:, None],
@@ -405,8 +406,8 @@ def _runs(tables: Tables, rows: Rows) -> Bool[Array, " B"]:
 
 
 def _refill(tables: Tables, rows: Rows) -> Rows:
-    """Rows without a sequence, or with one that is gone, get the next of the queue."""
-    empty = (rows.slots < 0) | tables.gone[jnp.maximum(rows.slots, 0)]
+    """Rows without a sequence, or with a released slot, get the next of the queue."""
+    empty = (rows.slots < 0) | tables.released[jnp.maximum(rows.slots, 0)]
     next = rows.head + jnp.cumsum(empty) - 1
     gets = empty & (next < tables.tail)
     slots = tables.queue[next % len(tables.queue)]

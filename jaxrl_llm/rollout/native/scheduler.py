@@ -5,8 +5,8 @@ chunk before gave and prepares the next: what it knows is a chunk old. So every 
 is given pages for two chunks beyond what is known of it, and the device itself puts the
 next waiting sequence into a row whose sequence has ended.
 
-A *slot* is a line of the tables that the device sees: of a sequence that is decoded or
-could be at any step. N = slots, n = pages of the longest sequence.
+A *slot* is a row of the tables that the device sees: it belongs to a sequence that is
+decoded or could be at any step. N = slots, n = pages of the longest sequence.
 """
 
 from collections import deque
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxrl_llm.rollout.engine import Request
-from jaxrl_llm.rollout.native.page_pool import Pool
+from jaxrl_llm.rollout.native.page_pool import PagePool
 
 PLANNED_TOGETHER = 128
 """Sequences of a plan, at most."""
@@ -24,7 +24,7 @@ PLANNED_TOGETHER = 128
 
 @dataclass(eq=False)
 class Response:
-    """One in the making."""
+    """A response that is being generated."""
 
     request: Request
     sample: int
@@ -56,7 +56,7 @@ class Response:
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class PrefillPiece:
     """Tokens of one sequence that are not in the cache, and where they go."""
 
     tokens: tuple[int, ...]
@@ -70,8 +70,8 @@ class Piece:
 class Plan:
     """What the device does before the next chunk."""
 
-    rounds: list[list[Piece]]
-    """Pieces to read. The first round's are beginnings of sequences; a later round's
+    rounds: list[list[PrefillPiece]]
+    """What to prefill. The first round's are beginnings of sequences; a later round's
     may need what those before it wrote."""
     copies: list[tuple[int, int]]
     """Then, pages to copy: (source, target)."""
@@ -89,53 +89,53 @@ class Scheduler:
       num_slots: sequences in the device's tables.
       width: n, pages of the longest sequence.
       chunk: steps of a chunk.
-      most_read: tokens of the longest piece.
+      max_prefill: tokens of one sequence that are prefilled at a time.
     """
 
     def __init__(
         self,
-        pool: Pool,
+        pool: PagePool,
         *,
         num_rows: int,
         num_slots: int,
         width: int,
         chunk: int,
-        most_read: int,
+        max_prefill: int,
     ):
-        self.pool, self._chunk, self._most_read = pool, chunk, most_read
+        self.pool, self._chunk, self._max_prefill = pool, chunk, max_prefill
         self._num_rows = num_rows
         self.waiting: deque[Response] = deque()
         self.slots: list[Response | None] = [None] * num_slots
-        """Whose tokens the device's are."""
+        """The response in each slot."""
         self.tables = np.zeros((num_slots, width), np.int32)
         self.room = np.zeros(num_slots, np.int32)
         """Positions that the pages of a slot's sequence hold."""
-        self.gone: list[int] = []
-        """Slots whose sequences the device is to let go."""
-        self._unwanted: list[int] = []  # the next plan's `gone`
+        self.released: list[int] = []
+        """Slots of preempted or aborted sequences, which the device is to leave."""
+        self._to_release: list[int] = []  # the next plan's `gone`
         self._free = list(range(num_slots))[::-1]
         self._admitted: dict[int, Response] = {}  # by slot, oldest first
-        self._again: list[Response] = []  # may get tokens of the chunk that runs
+        self._preempted: list[Response] = []  # may get tokens of the chunk that runs
         self._ended, self._ended_tokens = 0, 0
 
     @property
     def outstanding(self) -> int:
-        """Responses that wait or are being made."""
-        return len(self.waiting) + len(self._admitted) + len(self._again)
+        """Responses that wait or are being generated."""
+        return len(self.waiting) + len(self._admitted) + len(self._preempted)
 
     def plan(self) -> Iterator[Plan]:
         """Pages for all that go on, and slots for those who wait, as there are.
 
         Yields:
-          Plans to be carried out one after the other: the device can begin to read
+          Plans to be carried out one after the other: the device can begin to prefill
           while there is more to plan.
         """
-        for slot in self.gone:
+        for slot in self.released:
             self.slots[slot] = None
             self._free.append(slot)
-        self.gone, self._unwanted = self._unwanted, []
-        self.waiting.extendleft(self._again)  # the oldest was let go last
-        self._again = []
+        self.released, self._to_release = self._to_release, []
+        self.waiting.extendleft(self._preempted)  # the oldest was preempted last
+        self._preempted = []
         for slot, response in list(self._admitted.items()):
             if slot in self._admitted:
                 self._extend(response)
@@ -144,8 +144,8 @@ class Scheduler:
         made, round_of = Plan([[]], [], []), {}
         while self.waiting and self._free:
             response = self.waiting[0]
-            # Who gets no row yet takes only what others are not likely to need: to read
-            # what must be given up again would be in vain.
+            # Who gets no row yet takes only what others are not likely to need: the
+            # prefill of what is preempted would be in vain.
             ahead = len(self._admitted) >= self._num_rows
             spare = max(growing, likely) if ahead else growing
             if not self._admit(response, spare, made, round_of):
@@ -156,15 +156,15 @@ class Scheduler:
             if len(made.queue) == PLANNED_TOGETHER:
                 yield self._made(made)
                 made, round_of = Plan([[]], [], []), {}
-        assert self._admitted or self.gone or not self.waiting, "nobody can go on"
+        assert self._admitted or self.released or not self.waiting, "none can go on"
         yield self._made(made)
 
     def _made(self, plan: Plan) -> Plan:
         for source, _ in plan.copies:
-            self.pool.drop(source)
+            self.pool.release(source)
         return plan
 
-    def took(
+    def append(
         self,
         slots: np.ndarray,
         tokens: np.ndarray,
@@ -174,7 +174,7 @@ class Scheduler:
         top_tokens: np.ndarray,
         top_logprobs: np.ndarray,
     ) -> Iterator[tuple[Response, int]]:
-        """Adds what a chunk gave to its responses.
+        """Appends the tokens of a chunk to their responses.
 
         Args:
           slots: int [steps, rows]: whose token it is; -1: nobody's.
@@ -209,39 +209,39 @@ class Scheduler:
                 response.top_logprobs.extend(top_logs[part])
             yield response, before
 
-    def finish(self, response: Response, *, told: bool) -> None:
+    def finish(self, response: Response, *, device_knows: bool) -> None:
         """A response is complete.
 
         Args:
-          told: the device knows.
+          device_knows: the device has ended it itself.
         """
         self._ended += 1
         self._ended_tokens += len(response.tokens)
-        self._let_go(response, told)
+        self._remove(response, device_knows)
 
-    def _let_go(self, response: Response, told: bool) -> None:
+    def _remove(self, response: Response, device_knows: bool) -> None:
         slot = response.slot
         self.slots[slot] = None
-        if response in self._again:
-            self._again.remove(response)
+        if response in self._preempted:
+            self._preempted.remove(response)
             return
         filled = response.position // self.pool.size * self.pool.size
-        self.pool.keep(response.sequence[:filled], response.pages)
-        self._release(response)
-        (self._free if told else self._unwanted).append(slot)
+        self.pool.cache_prefix(response.sequence[:filled], response.pages)
+        self._release_pages(response)
+        (self._free if device_knows else self._to_release).append(slot)
 
     def abort(self, prompt_ids: Container[int]) -> list[Response]:
-        """Forgets the responses to these prompts, and returns what there was."""
+        """Removes the responses to these prompts, and returns them."""
 
         def meant(responses):
             return [r for r in responses if r.request.prompt_id in prompt_ids]
 
         waiting, running = (
             meant(self.waiting),
-            meant([*self._admitted.values(), *self._again]),
+            meant([*self._admitted.values(), *self._preempted]),
         )
         for response in running:
-            self._let_go(response, told=False)
+            self._remove(response, device_knows=False)
         for response in waiting:
             self.waiting.remove(response)
         return running + waiting
@@ -254,35 +254,37 @@ class Scheduler:
         round_of: dict[int, int],
     ) -> bool:
         """Gives a response a slot and pages, if so many are left for others, and plans
-        what must be read or copied."""
+        what must be prefilled or copied."""
         size, known = self.pool.size, response.position
         beginning = response.sequence[:known]
         whole = known // size
-        found = self.pool.find(beginning)
+        found = self.pool.match_prefix(beginning)
         shared, source = found[:whole], found[whole:]
         for page in found:
-            self.pool.hold(page)
+            self.pool.retain(page)
         count = self._pages_soon(response) - len(shared)
         if source and len(self.pool) < count + spare:
-            self.pool.drop(source.pop())  # it may be the very page that is missing
+            self.pool.release(source.pop())  # it may be the very page that is missing
         if len(self.pool) < count + spare:
             for page in shared:
-                self.pool.drop(page)
+                self.pool.release(page)
             return False
-        response.pages = [*shared, *(self.pool.take() for _ in range(count))]
+        response.pages = [*shared, *(self.pool.allocate() for _ in range(count))]
         if source:
             made.copies.append((source[0], response.pages[whole]))
         else:
             start = len(shared) * size
             number = 1 + max((round_of.get(page, 0) for page in shared), default=-1)
             while start < known:
-                piece = beginning[start : start + self._most_read]
+                piece = beginning[start : start + self._max_prefill]
                 if number == len(made.rounds):
                     made.rounds.append([])
-                made.rounds[number].append(Piece(piece, start, tuple(response.pages)))
+                made.rounds[number].append(
+                    PrefillPiece(piece, start, tuple(response.pages))
+                )
                 start, number = start + len(piece), number + 1
             round_of.update(dict.fromkeys(response.pages[len(shared) :], number - 1))
-            self.pool.keep(beginning, response.pages)
+            self.pool.cache_prefix(beginning, response.pages)
         slot = response.slot = self._free.pop()
         self.slots[slot] = self._admitted[slot] = response
         self._lay_out(response)
@@ -290,22 +292,23 @@ class Scheduler:
         return True
 
     def _extend(self, response: Response) -> None:
-        """Pages for the next chunks, from the youngest where there are none."""
+        """Allocates pages for the next chunks; where there are none, the youngest is
+        preempted."""
         while len(response.pages) < self._pages_soon(response):
             if len(self.pool):
-                response.pages.append(self.pool.take())
+                response.pages.append(self.pool.allocate())
                 continue
             youngest = next(reversed(self._admitted.values()))
-            self._release(youngest)
-            self._again.append(youngest)
-            self.gone.append(youngest.slot)
+            self._release_pages(youngest)
+            self._preempted.append(youngest)
+            self.released.append(youngest.slot)
             if youngest is response:
                 return
         self._lay_out(response)
 
-    def _release(self, response: Response) -> None:
+    def _release_pages(self, response: Response) -> None:
         for page in response.pages:
-            self.pool.drop(page)
+            self.pool.release(page)
         response.pages = []
         del self._admitted[response.slot]
 

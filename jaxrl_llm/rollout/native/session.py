@@ -21,23 +21,23 @@ from jaxrl_llm.models import Architecture, Pages
 from jaxrl_llm.models.attention import paged
 from jaxrl_llm.rollout.engine import Request, Sampling
 from jaxrl_llm.rollout.native import programs as decode
-from jaxrl_llm.rollout.native.page_pool import Pool
+from jaxrl_llm.rollout.native.page_pool import PagePool
 from jaxrl_llm.rollout.native.sampling import Mode
 from jaxrl_llm.rollout.native.scheduler import (
     PLANNED_TOGETHER,
-    Piece,
     Plan,
+    PrefillPiece,
     Response,
     Scheduler,
 )
 
 PAGE_SIZE = 64
 SEQUENCES_PER_ROW = 16
-"""At most, of prompts that are read together."""
+"""At most, of prompts that are prefilled together."""
 FEWEST_CONTINUED = 16
-"""Rows of continuations that are read together: they are rare."""
+"""Rows of continued prefill that are computed together: they are rare."""
 _FEWEST_TOKENS = 64
-"""Length of the shortest rows that are read."""
+"""Length of the shortest rows of prefill."""
 _MODES: tuple[Mode, ...] = ("plain", "tempered", "truncated")
 
 
@@ -45,15 +45,16 @@ _MODES: tuple[Mode, ...] = ("plain", "tempered", "truncated")
 class Sizes:
     """The shapes that programs are compiled for: few, whatever lengths there are.
 
-    Their price is padding. Of the tokens that a dispatch reads, up to three quarters
-    are padding where there is little to read; of the rows that it decodes, up to a
-    third from 128 on, up to a half from 32 on, and more of fewer.
+    Their price is padding. Of the tokens that a dispatch prefills, up to three
+    quarters are padding where there is little to prefill; of the rows that it decodes,
+    up to a third from 128 on, up to a half from 32 on, and more of fewer.
     """
 
     num_rows: int
     """Sequences that a replica decodes together, at most."""
     prefill_tokens: int
-    """Read per dispatch and replica, at most, if not a single sequence has more."""
+    """Prefilled per dispatch and replica, at most, if not a single sequence has
+    more."""
     longest_prompt: int
     """Tokens of the longest prompt."""
     longest: int
@@ -78,7 +79,7 @@ class Sizes:
         ready to follow them."""
         return 2 * self.num_rows
 
-    def beginnings(self, tokens: int = 1) -> int:
+    def prefill_length(self, tokens: int = 1) -> int:
         """The length of rows that hold beginnings of sequences of up to so many tokens:
         of prompts, or of all that there can be."""
         length = row_length(min(self.longest_prompt, self.prefill_tokens))
@@ -86,7 +87,7 @@ class Sizes:
             return length
         return row_length(min(self.longest, self.prefill_tokens))
 
-    def all_continuations(self, tokens: int) -> list[int]:
+    def continued_lengths(self, tokens: int) -> list[int]:
         """The lengths of rows that hold up to so many tokens behind what is known: 64,
         and that times powers of four."""
         found = [_FEWEST_TOKENS]
@@ -94,8 +95,8 @@ class Sizes:
             found.append(4 * found[-1])
         return found
 
-    def counts(self, length: int, fewest: int = 1) -> list[int]:
-        """How many such rows are read together: as many as there may be, and that
+    def prefill_counts(self, length: int, fewest: int = 1) -> list[int]:
+        """How many such rows are prefilled together: as many as there may be, and that
         divided by powers of four.
 
         Args:
@@ -115,8 +116,8 @@ class Sizes:
         return sorted({max(1, most // 8), most})
 
 
-class Running:
-    """Responses in the making.
+class Session:
+    """Responses that are being generated.
 
     Args:
       run: what is compiled.
@@ -144,17 +145,19 @@ class Running:
         self._of_rows = NamedSharding(run.mesh, P("data"))
         self._schedulers = [
             Scheduler(
-                Pool(num_pages, PAGE_SIZE),
+                PagePool(num_pages, PAGE_SIZE),
                 num_rows=num_rows,
                 num_slots=sizes.num_slots,
                 width=width,
                 chunk=chunk,
-                most_read=sizes.prefill_tokens,
+                max_prefill=sizes.prefill_tokens,
             )
             for _ in range(self._replicas)
         ]
         eos = len(run.arch.eos_token_ids)
-        self._lines = [Lines(sizes.num_slots, eos) for _ in range(self._replicas)]
+        self._slot_tables = [
+            SlotTables(sizes.num_slots, eos) for _ in range(self._replicas)
+        ]
         self._mode: Mode = "plain"
         self._top = 0
         self._longest = 0  # of all responses asked for, at most
@@ -173,11 +176,12 @@ class Running:
 
     @property
     def outstanding(self) -> int:
-        """Responses that wait or are being made."""
+        """Responses that wait or are being generated."""
         return sum(scheduler.outstanding for scheduler in self._schedulers)
 
     def add(self, responses: Sequence[Response]) -> None:
-        """More to make. Those to one prompt come to one replica: it is read once."""
+        """Adds responses. Those to one prompt come to one replica: it is prefilled
+        once."""
         for _, group in itertools.groupby(responses, lambda r: id(r.request)):
             least = min(self._schedulers, key=lambda s: s.outstanding)
             least.waiting.extend(group)
@@ -190,7 +194,7 @@ class Running:
             self._sizes = dataclasses.replace(self._sizes, longest_prompt=longest)
 
     def advance(self) -> list[tuple[Response, int]]:
-        """Sends the device on for another chunk, then looks at what the last one gave.
+        """Dispatches another chunk, then takes the tokens of the last one.
 
         Returns:
           Responses with new tokens, and how many they had before.
@@ -199,10 +203,12 @@ class Running:
         sent = []
         for parts in itertools.zip_longest(*plans, fillvalue=Plan([[]], [], [])):
             self._lay_out(parts)
-            sent.append(self._thread.submit(self._read, parts))
+            sent.append(self._thread.submit(self._prefill, parts))
         tables = [
             lines.tables(scheduler)
-            for lines, scheduler in zip(self._lines, self._schedulers, strict=True)
+            for lines, scheduler in zip(
+                self._slot_tables, self._schedulers, strict=True
+            )
         ]
         tables = jax.device_put(
             jax.tree.map(lambda *x: np.concatenate(x), *tables), self._of_rows
@@ -220,7 +226,7 @@ class Running:
 
     def _lay_out(self, plans: Sequence[Plan]) -> None:
         for lines, made, scheduler in zip(
-            self._lines, plans, self._schedulers, strict=True
+            self._slot_tables, plans, self._schedulers, strict=True
         ):
             for slot in made.queue:
                 response = scheduler.slots[slot]
@@ -266,9 +272,9 @@ class Running:
         cut = fewer and self._replicas == 1
         return np.array([fewer[-1] if cut else 0], np.int32)
 
-    def finish(self, response: Response, *, told: bool) -> None:
+    def finish(self, response: Response, *, device_knows: bool) -> None:
         """See `Scheduler.finish`."""
-        self._of(response).finish(response, told=told)
+        self._of(response).finish(response, device_knows=device_knows)
 
     def abort(self, prompt_ids: Container[int]) -> list[Response]:
         """See `Scheduler.abort`."""
@@ -290,18 +296,18 @@ class Running:
         return [
             new
             for scheduler, part in zip(self._schedulers, parts, strict=True)
-            for new in scheduler.took(*part)
+            for new in scheduler.append(*part)
         ]
 
-    def _read(self, plans: Sequence[Plan]) -> None:
-        """Brings what was planned into the pages."""
+    def _prefill(self, plans: Sequence[Plan]) -> None:
+        """Prefills and copies what was planned."""
         most = max((len(p.tokens) for made in plans for p in made.rounds[0]), default=1)
-        length = self._sizes.beginnings(most)
+        length = self._sizes.prefill_length(most)
         first = [pack(made.rounds[0], length) for made in plans]
-        for batch in self._batches(first, self._sizes.counts(length)):
-            self._pages = decode.read(
+        for batch in self._batches(first, self._sizes.prefill_counts(length)):
+            self._pages = decode.prefill(
                 self._params,
-                *self._put([packed_rows(rows, length) for rows in batch]),
+                *self._put([prefill_rows(rows, length) for rows in batch]),
                 self._pages,
                 run=self._run,
             )
@@ -310,13 +316,13 @@ class Running:
         ):
             alone = [[[piece] for piece in pieces] for pieces in rounds]
             most = max(len(piece.tokens) for pieces in rounds for piece in pieces)
-            length = self._sizes.all_continuations(most)[-1]
-            counts = self._sizes.counts(length, FEWEST_CONTINUED)
+            length = self._sizes.continued_lengths(most)[-1]
+            counts = self._sizes.prefill_counts(length, FEWEST_CONTINUED)
             for batch in self._batches(alone, counts):
                 width = self._schedulers[0].tables.shape[1]
-                self._pages = decode.read_on(
+                self._pages = decode.extend(
                     self._params,
-                    *self._put([later_rows(rows, length, width) for rows in batch]),
+                    *self._put([extend_rows(rows, length, width) for rows in batch]),
                     self._pages,
                     run=self._run,
                 )
@@ -333,8 +339,8 @@ class Running:
             )
 
     def _batches(
-        self, rows: Sequence[list[list[Piece]]], counts: Sequence[int]
-    ) -> Iterator[list[list[list[Piece]]]]:
+        self, rows: Sequence[list[list[PrefillPiece]]], counts: Sequence[int]
+    ) -> Iterator[list[list[list[PrefillPiece]]]]:
         """Rows of every replica in batches of one of these sizes. Missing rows are
         empty."""
         for start in range(0, max(map(len, rows)), counts[-1]):
@@ -347,8 +353,8 @@ class Running:
         return jax.device_put(joined, self._of_rows)
 
 
-class Lines:
-    """What the device's tables say of sequences, besides their pages. One replica's."""
+class SlotTables:
+    """What the device's tables of one replica hold for each slot, besides its pages."""
 
     def __init__(self, num_slots: int, stop_ids: int):
         def of_slots(dtype, *shape) -> np.ndarray:
@@ -361,7 +367,8 @@ class Lines:
         self._queue, self._tail = of_slots(np.int32), 0
 
     def write(self, slot: int, response: Response, stop_ids: Sequence[int]) -> None:
-        """Lays a sequence out, behind those that wait to begin."""
+        """Fills the slot of a sequence, and queues it behind those that wait to
+        begin."""
         request, sampling = response.request, response.request.sampling
         line = {
             "first_token": response.sequence[-1],
@@ -388,14 +395,14 @@ class Lines:
 
     def tables(self, scheduler: Scheduler) -> decode.Tables:
         """A copy: the device may read it while the next is written."""
-        gone = np.zeros(len(self._queue), bool)
-        gone[scheduler.gone] = True
+        released = np.zeros(len(self._queue), bool)
+        released[scheduler.released] = True
         return jax.tree.map(
             np.array,
             decode.Tables(
                 pages=scheduler.tables,
                 room=scheduler.room,
-                gone=gone,
+                released=released,
                 seeds=self._seeds,
                 stop_ids=self._stop_ids,
                 queue=self._queue,
@@ -418,10 +425,10 @@ _INTS = (
 )
 
 
-def pack(pieces: Sequence[Piece], length: int) -> list[list[Piece]]:
+def pack(pieces: Sequence[PrefillPiece], length: int) -> list[list[PrefillPiece]]:
     """Pieces in rows of this length: first fit among the newest rows, the longest
     first."""
-    rows: list[list[Piece]] = []
+    rows: list[list[PrefillPiece]] = []
     room: list[int] = []
     for piece in sorted(pieces, key=lambda piece: -len(piece.tokens)):
         size = len(piece.tokens)
@@ -440,8 +447,10 @@ def pack(pieces: Sequence[Piece], length: int) -> list[list[Piece]]:
 _LOOK_BACK = 8
 
 
-def packed_rows(rows: Sequence[Sequence[Piece]], length: int) -> tuple[np.ndarray, ...]:
-    """Tokens, positions, sequence ids and places [R, T] of `decode.read`."""
+def prefill_rows(
+    rows: Sequence[Sequence[PrefillPiece]], length: int
+) -> tuple[np.ndarray, ...]:
+    """Tokens, positions, sequence ids and places [R, T] of `decode.prefill`."""
     tokens, positions, ids, places = np.zeros((4, len(rows), length), np.int32)
     ids += SEQUENCES_PER_ROW
     places -= 1
@@ -458,10 +467,10 @@ def packed_rows(rows: Sequence[Sequence[Piece]], length: int) -> tuple[np.ndarra
     return tokens, positions, ids, places
 
 
-def later_rows(
-    rows: Sequence[Sequence[Piece]], length: int, width: int
+def extend_rows(
+    rows: Sequence[Sequence[PrefillPiece]], length: int, width: int
 ) -> tuple[np.ndarray, ...]:
-    """Tokens and positions [R, T], and tables [R, n], of `decode.read_on`."""
+    """Tokens and positions [R, T], and tables [R, n], of `decode.extend`."""
     tokens, positions = np.zeros((2, len(rows), length), np.int32)
     positions -= 1
     tables = np.zeros((len(rows), width), np.int32)
@@ -500,14 +509,14 @@ def abstract_tables(
       num_stop_ids: tokens that end a response.
     """
     scheduler = Scheduler(
-        Pool(1, PAGE_SIZE),
+        PagePool(1, PAGE_SIZE),
         num_rows=sizes.num_rows,
         num_slots=sizes.num_slots,
         width=width,
         chunk=1,
-        most_read=1,
+        max_prefill=1,
     )
-    tables = Lines(sizes.num_slots, num_stop_ids).tables(scheduler)
+    tables = SlotTables(sizes.num_slots, num_stop_ids).tables(scheduler)
     return _laid_out(run, _of_replicas(run, tables), P("data"))
 
 
