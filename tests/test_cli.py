@@ -98,7 +98,7 @@ def test_what_cannot_work_is_one_message(capsys, arguments, message):
 
 def test_a_mistake_in_the_configuration_is_one_message(capsys, run_yaml):
     said = failure(capsys, "train", run_yaml, "--actor.optim.lrr", "1e-6")
-    assert said == f"{run_yaml}: actor.optim.lrr: unknown key; did you mean 'lr'?\n"
+    assert said == "command line: actor.optim.lrr: unknown key; did you mean 'lr'?\n"
     said = failure(capsys, "train", run_yaml, "--data.train.path", "rows.csv")
     assert said.startswith("data path 'rows.csv' is neither FILE.jsonl")
     said = failure(capsys, "train", run_yaml, "--reward.functions.0.name", "no:where")

@@ -80,10 +80,11 @@ def misfits(config) -> Iterator[str]:
         )
     meshes = {
         "actor.mesh": actor.mesh,
-        "actor.ref_mesh": actor.ref_mesh or actor.mesh,
         "critic.mesh": config.critic.mesh,
         "rollout.mesh": rollout.mesh,
     }
+    if actor.ref_mesh:
+        meshes["actor.ref_mesh"] = actor.ref_mesh
     if config.reward.model:
         meshes["reward.model.mesh"] = config.reward.model.mesh
     for name, given in meshes.items():

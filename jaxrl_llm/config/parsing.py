@@ -10,24 +10,36 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pydantic
-import yaml
 from pydantic import BaseModel
 
-from jaxrl_llm.config import bundled, renamed
+from jaxrl_llm.config import bundled, reader, renamed
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
 
+Places = Mapping[reader.Keys, str]
+"""Where values come from, such as "run.yaml:12", by the way to them."""
 
-def parse(values: Mapping[str, Any], source: str) -> Config:
-    """The config that `values` describe; `source` names them in errors.
+COMMAND_LINE = "command line"
+
+
+def parse(
+    values: Mapping[str, Any], source: str, places: Places | None = None
+) -> Config:
+    """The config that `values` describe.
+
+    Args:
+      values: nested, as in a file.
+      source: names them in errors.
+      places: of single values, which errors name instead.
 
     Raises:
-      ConfigError: one line per problem: the path of the key, what is wrong, what fits.
+      ConfigError: one line per problem: where it is, the path of the key, what is
+        wrong, what fits.
     """
     try:
         return Config.model_validate(values)
     except pydantic.ValidationError as error:
-        raise ConfigError(explain(error, source)) from None
+        raise ConfigError(explain(error, source, places or {})) from None
 
 
 def load(
@@ -42,11 +54,20 @@ def load(
         steps need not be given.
 
     Raises:
-      ConfigError: no such file, not YAML, or not a valid config.
+      ConfigError: no such file, not YAML, or not a valid config; each problem begins
+        with file:line, or says that it is on the command line.
     """
     path = bundled.find(path)
-    values = override(read(path), overrides)
-    return parse(values if trains else _answering(values, path), str(path))
+    found = reader.read(path)
+    places = {keys: f"{path}:{line}" for keys, line in found.lines.items()}
+    values = copy.deepcopy(dict(found.values))
+    for keys, value in assignments(overrides):
+        put(values, keys, value)
+        inside = [other for other in places if other[: len(keys)] == keys]
+        for other in inside:
+            del places[other]
+        places[keys] = COMMAND_LINE
+    return parse(values if trains else _answering(values, path), str(path), places)
 
 
 def _answering(values: dict[str, Any], path: str | Path) -> dict[str, Any]:
@@ -62,27 +83,53 @@ def _answering(values: dict[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def override(values: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
-    """`values` with `--section.key value` or `--section.key=value` put in.
-
-    Where a field is text, the value is that text, or null where it need not be given;
-    other values are YAML. Hyphens in keys stand for underscores; a number selects an
-    entry of a list; of a key given twice the last counts. Whether a key exists is left
-    to `parse`, so that a typing error on the command line and one in the file read the
-    same.
+    """`values` with what a command line says put in; see `assignments`. Of a key given
+    twice the last counts. Whether a key exists is left to `parse`, so that a typing
+    error on the command line and one in the file read the same.
 
     Raises:
       ConfigError: not of this form.
     """
     result = copy.deepcopy(dict(values))
+    for keys, value in assignments(arguments):
+        put(result, keys, value)
+    return result
+
+
+def assignments(arguments: Sequence[str]) -> Iterator[tuple[reader.Keys, Any]]:
+    """The way to each key that a command line names, and the value it gives.
+
+    `--section.key value` or `--section.key=value`; `--section.key` and
+    `--section.no-key` for true and false; a list also as its entries, with spaces
+    between them. Where a field is text, the value is that text, or null where it need
+    not be given; other values are YAML. Hyphens in keys stand for underscores; a number
+    selects an entry of a list.
+
+    Raises:
+      ConfigError: not of this form.
+    """
     rest = list(arguments)
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
-        missing = not equals and (not rest or rest[0].startswith("--"))
-        if missing or not flag.startswith("--"):
+        if not flag.startswith("--"):
             raise ConfigError(f"{flag}: expected --section.key VALUE")
-        keys, kinds = _field(flag.removeprefix("--").split("."))
-        put(result, keys, _value(text if equals else rest.pop(0), kinds, flag))
-    return result
+        *path, name = flag.removeprefix("--").split(".")
+        keys, kinds = _field([*path, name])
+        if not equals and not kinds and re.match("no[-_]", name):
+            positive, switched = _field([*path, name[3:]])
+            if bool in switched:
+                yield positive, False
+                continue
+        words = [text] if equals else []
+        most = len(rest) if tuple in map(get_origin, kinds) else 1
+        while not equals and len(words) < most and rest and rest[0][:2] != "--":
+            words.append(rest.pop(0))
+        if words:
+            yield keys, _values(words, kinds, flag)
+        elif bool in kinds:
+            yield keys, True
+        else:
+            raise ConfigError(f"{flag}: expected --section.key VALUE")
 
 
 def _field(keys: Sequence[str]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
@@ -122,6 +169,17 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
+def _values(words: Sequence[str], kinds: Sequence[Any], flag: str) -> Any:
+    """What the words after a flag stand for: a value, or the entries of a list."""
+    lists = {get_origin(kind) for kind in kinds if kind is not type(None)} == {tuple}
+    if len(words) == 1 and not (lists and not words[0].startswith("[")):
+        return _value(words[0], kinds, flag)
+    return [
+        _value(word, _entries(kinds, str(index)), flag)
+        for index, word in enumerate(words)
+    ]
+
+
 def _value(text: str, kinds: Sequence[Any], flag: str) -> Any:
     """What the text of a flag stands for in a field of these types."""
     may_be_none = type(None) in kinds
@@ -133,7 +191,7 @@ def _value(text: str, kinds: Sequence[Any], flag: str) -> Any:
         for kind in kinds
     ):
         return None if may_be_none and text == "null" else text
-    value = _load_yaml(text, flag)
+    value = reader.load(text, flag, is_file=False).values
     # YAML leaves out what it takes for a comment.
     cut = "#" in text and (value is None or isinstance(value, int | float))
     return text if cut else value
@@ -166,106 +224,32 @@ def _index(entries: list, key: str, path: str) -> int:
     return int(key)
 
 
-def read(path: str | Path) -> Mapping[str, Any]:
-    """The YAML mapping in a file, not yet checked.
-
-    Raises:
-      ConfigError: no such file, or not a YAML mapping.
-    """
-    path = Path(path)
-    if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.yaml"))
-        raise ConfigError(f"{path}: no such file; {path.parent} has {near}")
-    values = _load_yaml(path.read_bytes(), str(path))
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{path}: expected a mapping of sections, got {values!r}")
-    return values
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers. Unlike in YAML 1.1, 1e-6 is one and 0.5_2 is text."""
-
-
-_INT, _FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [found for found in resolvers if found[0] not in (_INT, _FLOAT)]
-    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
-}
-
-
-_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
-
-
-_Loader.add_implicit_resolver(
-    _FLOAT,
-    re.compile(
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"
-        r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
-    ),
-    list("-+.0123456789"),
-)
-
-
-def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))  # 010 is ten, and no octal number
-
-
-_Loader.add_constructor(_INT, _decimal)
-
-
-def _load_yaml(text: str | bytes, source: str) -> Any:
-    try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            for problem in _twice(node, (), ()):
-                raise ConfigError(f"{source}: {problem}")
-            return loader.construct_document(node)
-        finally:
-            loader.dispose()
-    except ConfigError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{source}: not YAML: {error}") from None
-
-
-def _twice(
-    node: yaml.Node, path: tuple[str, ...], above: tuple[int, ...]
-) -> Iterator[str]:
-    """What has no one meaning: keys given twice, and what holds itself."""
-    line = node.start_mark.line + 1
-    if id(node) in above:
-        yield f"line {line}: {'.'.join(path)} holds itself"
-        return
-    above = (*above, id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for index, entry in enumerate(node.value):
-            yield from _twice(entry, (*path, str(index)), above)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    first: dict[tuple[str, str], int] = {}
-    for key, value in node.value:
-        here = (*path, str(key.value))
-        line = key.start_mark.line + 1
-        same = key.tag, str(key.value)
-        if same in first:
-            yield (
-                f"line {line}: {'.'.join(here)} is given twice, first in line "
-                f"{first[same]}; join the two"
-            )
-        first[same] = line
-        yield from _twice(value, here, above)
-
-
-def explain(error: pydantic.ValidationError, source: str) -> str:
-    """One line per problem, each with the path of the key and what would fit."""
+def explain(
+    error: pydantic.ValidationError, source: str, places: Places | None = None
+) -> str:
+    """One line per problem, each with its place, the path of the key and what would
+    fit."""
     return "\n".join(
-        f"{source}: {line}" for item in error.errors() for line in _lines(item)
+        f"{_place(item, line, places or {}) or source}: {line}"
+        for item in error.errors()
+        for text in _lines(item)
+        for line in text.splitlines()
     )
+
+
+def _place(item: Mapping[str, Any], said: str, places: Places) -> str | None:
+    """Where the value stands that a problem is of, or what it should stand in."""
+    loc = tuple(map(str, item["loc"]))
+    if item["type"] in ("value_error", "extra_forbidden"):  # tell of keys inside
+        words = re.findall(r"[a-z_]\w*(?:\.\w+)*", said)
+        named = [tuple(word.split(".")) for word in words]
+        for keys in (keys for inside in named for keys in (inside, (*loc, *inside))):
+            within = keys[: len(loc)] == loc and len(keys) > max(1, len(loc))
+            if within and keys in places:
+                return places[keys]
+    while loc and loc not in places:
+        loc = loc[:-1]
+    return places.get(loc)
 
 
 def _lines(item: Mapping[str, Any]) -> Iterator[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.config import parsing, renamed
+from jaxrl_llm.config import parsing, reader, renamed
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.config.secrets import without_secrets
@@ -88,7 +88,7 @@ def settings_of(directory: Path) -> Config | None:
     path = directory / "config.yaml"
     if not path.exists():
         return None
-    values = renamed.translated(parsing.read(path), str(path))
+    values = renamed.translated(reader.read(path).values, str(path))
     return parsing.parse(values, str(path))
 
 

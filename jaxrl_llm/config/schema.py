@@ -393,5 +393,5 @@ class Config(Section):
     def _check(self) -> "Config":
         problems = list(misfits(self))
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self

@@ -288,6 +288,23 @@ def test_every_mistake_has_its_line():
         (["--rollout.top-k", "-1"], "rollout.top_k", -1),
         (["--rollout.stop", "['####', \"a=b\"]"], "rollout.stop", ("####", "a=b")),
         (["--rollout.stop=['x=y']"], "rollout.stop", ("x=y",)),
+        # Lists also as words, switches also without a value.
+        (["--rollout.stop", "####", "a: b"], "rollout.stop", ("####", "a: b")),
+        (["--rollout.stop=null"], "rollout.stop", ("null",)),
+        (["--rollout.stop-token-ids", "5", "7"], "rollout.stop_token_ids", (5, 7)),
+        (["--actor.optim.betas", "0.5", "0.9"], "actor.optim.betas", (0.5, 0.9)),
+        (["--trainer.loggers", "wandb"], "trainer.loggers", ("wandb",)),
+        (["--actor.rules.embed", "fsdp"], "actor.rules", {"embed": "fsdp"}),
+        (["--actor.rules.embed", "null"], "actor.rules", {"embed": None}),
+        (
+            ["--actor.rules.embed", "fsdp", "data"],
+            "actor.rules",
+            {"embed": ("fsdp", "data")},
+        ),
+        (["--actor.use-kl-loss", "--seed", "3"], "actor.use_kl_loss", True),
+        (["--actor.use-kl-loss", "false"], "actor.use_kl_loss", False),
+        (["--data.no-shuffle", "--seed", "3"], "data.shuffle", False),
+        (["--data.no_shuffle"], "data.shuffle", False),
         (["--model.tokenizer", "null"], "model.tokenizer", None),
         (["--seed", "1", "--seed", "2"], "seed", 2),
         (["--actor.optim", "{lr: 1, eps: 2}"], "actor.optim.eps", 2.0),
@@ -373,6 +390,8 @@ def test_overrides_leave_what_they_are_put_into_alone():
     "arguments, message",
     [
         (["--seed"], "--seed: expected --section.key VALUE"),
+        (["--rollout.stop"], "--rollout.stop: expected --section.key VALUE"),
+        (["--data.no-shuffle", "x"], "x: expected --section.key VALUE"),
         (["seed", "3"], "seed: expected --section.key VALUE"),
         (["--seed", "--rollout.n", "4"], "--seed: expected --section.key VALUE"),
         (["--seed.x", "1"], "seed.x: 0 is no section that could have 'x'"),
@@ -393,23 +412,64 @@ def test_a_file_and_overrides_make_a_configuration(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(MINIMAL))
     assert parsing.load(path, ["--seed", "4"]).seed == 4
-    with pytest.raises(ConfigError, match=f"^{path}: seed: Input should be a valid"):
+    with pytest.raises(ConfigError, match="^command line: seed: Input should be a val"):
         parsing.load(path, ["--seed", "four"])
+
+
+@pytest.mark.parametrize(
+    "line, overrides, said",
+    [
+        ("seed: four", [], "FILE:1: seed: Input should be a valid integer"),
+        ("sed: 4", [], "FILE:1: sed: unknown key; did you mean 'seed'?"),
+        ("actor:\n  optim: {lrr: 1}", [], "FILE:2: actor.optim.lrr: unknown key"),
+        ("rollout: {stop: [a,\n  3]}", [], "FILE:2: rollout.stop.1: Input should be"),
+        # What is merged stands where it was written.
+        (
+            "actor: {optim: &o\n {eps: -1}}\ncritic: {optim: {<<: *o}}",
+            [],
+            "FILE:2: actor.optim.eps: Input should be greater",
+        ),
+        ("seed: 0\ndata: {}", [], "FILE:2: data.train: needed but not given"),
+        # What no single key is wrong about stands at the first that the line names.
+        ("actor:\n  clip_ratio_c: 3\n  optim:\n    betas: [0.9, 1]", [], "FILE:4: a"),
+        ("rollout:\n  n: 1", [], "FILE:2: rollout.n is 1 but algorithm.adv_estimator"),
+        ("seed: 0\nreward: {functions: []}", [], "FILE:2: reward: functions is empt"),
+        ("actor: {ppo_mini_batch_size: 9}", ["--data.train_batch_size=8"], "FILE:1: "),
+        ("seed: 0", ["--actor.ppo_mini_batch_size=99"], "command line: actor.ppo_mini"),
+        ("actor:\n  optim: {lr: -1}", ["--actor.optim.lr=-2"], "command line: actor.o"),
+        ("actor: {optim: {lr: -1}}", ["--actor.optim={eps: 1}", "--seed=x"], "command"),
+    ],
+)
+def test_a_mistake_says_in_which_line_it_is(tmp_path, line, overrides, said):
+    path = tmp_path / "run.yaml"
+    rest = {key: value for key, value in MINIMAL.items() if f"\n{key}:" not in line}
+    path.write_text(f"{line}\n{yaml.safe_dump(rest)}")
+    with pytest.raises(ConfigError) as error:
+        parsing.load(path, overrides)
+    assert str(error.value).startswith(said.replace("FILE", str(path)))
+
+
+def test_every_combination_that_makes_no_run_has_its_line():
+    said = complaint("--rollout.n=1", "--actor.mesh.tensor=0")
+    assert [line.split(" is ")[0] for line in said.splitlines()] == [
+        "run.yaml: rollout.n",
+        "run.yaml: actor.mesh.tensor",
+    ]
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("a: [1", "not YAML: "),
-        ("a: \x00", "not YAML: "),
-        ("- 1\n- 2", r"expected a mapping of sections, got \[1, 2\]"),
-        ("", "expected a mapping of sections, got None"),
+        ("a:\n- [1", ":2: not YAML: while parsing a flow sequence, expected"),
+        ("a: \x00", ": not YAML: "),
+        ("- 1\n- 2", r": expected a mapping of sections, got \[1, 2\]"),
+        ("", ": expected a mapping of sections, got None"),
     ],
 )
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, text, message):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=f"^{path}: {message}"):
+    with pytest.raises(ConfigError, match=f"^{path}{message}"):
         parsing.load(path)
 
 
@@ -423,27 +483,27 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("a: {b: 1}\nc: 2\na: {d: 3}\n", "line 3: a is given twice, first in line 1"),
-        ("a:\n  b: 1\n  b: 1\n", "line 3: a.b is given twice, first in line 2"),
-        ("a: {b: 1, 'b': 2}", "line 1: a.b is given twice, first in line 1"),
-        ("a:\n- b: 1\n- b: 2\n  b: 3\n", "line 4: a.1.b is given twice"),
-        ("a: &x {b: 1}\nc: {<<: *x, d: &y {e: 1, e: 2}}", "line 2: c.d.e is given"),
-        ("a: &x {b: *x}", "line 1: a.b holds itself"),
-        ("a: 2024-13-45", "not YAML: month must be in 1..12"),
-        ("a: " + "[" * 20000, "not YAML: maximum recursion depth"),
+        ("a: {b: 1}\nc: 2\na: {d: 3}\n", ":3: a is given twice, first in line 1"),
+        ("a:\n  b: 1\n  b: 1\n", ":3: a.b is given twice, first in line 2"),
+        ("a: {b: 1, 'b': 2}", ":1: a.b is given twice, first in line 1"),
+        ("a:\n- b: 1\n- b: 2\n  b: 3\n", ":4: a.1.b is given twice"),
+        ("a: &x {b: 1}\nc: {<<: *x, d: &y {e: 1, e: 2}}", ":2: c.d.e is given"),
+        ("a: &x {b: *x}", ":1: a.b holds itself"),
+        ("a: 2024-13-45", ":1: not YAML: month must be in 1..12"),
+        ("a: " + "[" * 20000, ": not YAML: maximum recursion depth"),
     ],
 )
 def test_a_file_that_has_two_meanings_is_refused(tmp_path, text, message):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=f"^{path}: {message}"):
+    with pytest.raises(ConfigError, match=f"^{path}{message}"):
         parsing.load(path)
 
 
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("--rollout={n: 2, n: 4}", "--rollout: line 1: n is given twice, first in li"),
+        ("--rollout={n: 2, n: 4}", "--rollout: n is given twice, first in line 1"),
         ("--rollout.n=0" + "1" * 5000, "--rollout.n: not YAML: Exceeds the limit"),
     ],
 )
