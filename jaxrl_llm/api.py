@@ -1,7 +1,6 @@
 """Verbs of the Python API: `train`, `evaluate`, `generate`."""
 
 import functools
-import json
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from jaxrl_llm.config.schema import (
     RolloutConfig,
     ValConfig,
 )
+from jaxrl_llm.data import given as given_rows
 from jaxrl_llm.data import prompts as questions
 from jaxrl_llm.data.chat_template import Encoder
 from jaxrl_llm.data.messages import content_of
@@ -48,16 +48,20 @@ Reward = str | Callable[..., Any]
 Model = str | PathLike[str] | Result
 """A model's path as in a configuration file, a run's directory, or what `train`
 returned."""
+Prompts = str | PathLike[str] | Any
+"""A data set's path as in a configuration file; rows with "prompt" and whatever the
+reward needs ("answer", ...), as mappings, a pandas.DataFrame or a datasets.Dataset; or
+texts."""
 
 
 def train(
-    model: str,
-    prompts: str | Sequence[Mapping[str, Any]],
+    model: str | PathLike[str],
+    prompts: Prompts,
     reward: Reward | Sequence[Reward],
     *,
-    val_prompts: str | Sequence[Mapping[str, Any]] | None = None,
+    val_prompts: Prompts | None = None,
     steps: int = 20,
-    output_dir: str = "runs/notebook",
+    output_dir: str | PathLike[str] = "runs/notebook",
     loss: str | Callable[..., Any] | None = None,
     advantage: str | Callable[..., Any] | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -67,11 +71,13 @@ def train(
 
     Args:
       model: as `model.path` in a configuration file.
-      prompts: rows with "prompt" and whatever the reward needs ("answer", ...), or a
-        data set's path as in a configuration file.
+      prompts: rows with "prompt" and whatever the reward needs ("answer", ...), as
+        mappings, a pandas.DataFrame or a datasets.Dataset; or texts; or a data set's
+        path as in a configuration file.
       reward: name of a built-in reward, or a function with TRL's signature
-        f(prompts, completions, completion_ids, **columns) -> list of numbers; or
-        several; or [], if `settings` give a reward.model.
+        f(prompts, completions, completion_ids, **columns) -> list of numbers, or
+        with veRL's f(data_source, solution_str, ground_truth, extra_info) -> number;
+        or several; or [], if `settings` give a reward.model.
       val_prompts: held-out questions, for the validation before and after.
       loss: as `actor.policy_loss.loss_mode`, or a function that takes by name what it
         needs of `config.algorithm.LOSS_ARRAYS` and returns the loss of each token.
@@ -112,8 +118,8 @@ def train(
 
     def described(path: Callable[[Any, str], str]) -> Config:
         values = {
-            "output_dir": output_dir,
-            "model": {"path": model},
+            "output_dir": fspath(output_dir),
+            "model": {"path": fspath(model)},
             "data": {"train": {"path": path(prompts, "train")}},
             "reward": {"functions": [{"name": name} for name in names]},
             "trainer": {"total_training_steps": steps},
@@ -138,7 +144,7 @@ def train(
 
 def evaluate(
     model: Model,
-    prompts: str | Source | Sequence[Mapping[str, Any]],
+    prompts: Source | Prompts,
     reward: Reward | Sequence[Reward],
     *,
     n: int = 1,
@@ -160,8 +166,7 @@ def evaluate(
     Args:
       model: a model's path as in a configuration file, a run's directory, or what
         `train` returned.
-      prompts: rows with "prompt" and whatever the reward needs ("answer", ...), a data
-        set's path, or a `Source`.
+      prompts: as `train` takes them, or a `Source`.
       reward: as `train` takes it.
       n: sampled answers per question.
       greedy: also answer once with the most likely tokens.
@@ -408,7 +413,7 @@ def _with_terms(
 
 
 def _stored(
-    rows: str | Sequence[Mapping[str, Any]],
+    rows: Any,
     directory: str,
     name: str,
     anew: bool = False,
@@ -419,18 +424,10 @@ def _stored(
     Args:
       anew: in place of other rows, if a run of this directory had such.
     """
-    if isinstance(rows, str):
-        return rows
-    lines = []
-    for i, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{name} row {i}: expected {{'prompt': ...}}, got {row!r}")
-        try:
-            # A reward of the user's own may need no answer.
-            lines.append(json.dumps({"answer": None, **row}) + "\n")
-        except TypeError as error:
-            raise ValueError(f"{name} row {i} is not JSON: {error}") from None
-    path, text = Path(directory) / f"{name}.jsonl", "".join(lines)
+    if (path := given_rows.path_of(rows)) is not None:
+        return path
+    text = "".join(given_rows.json_lines(rows, name))
+    path = Path(directory) / f"{name}.jsonl"
     if path.exists() and path.read_text() == text:
         return str(path)
     if path.exists() and (path.parent / "config.yaml").exists() and not anew:

@@ -6,6 +6,7 @@ import scored_texts
 
 import jaxrl_llm
 from jaxrl_llm import api
+from jaxrl_llm.data.sources import Source, read_rows
 from jaxrl_llm.tracking.result import Result
 
 ROWS = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(3)]
@@ -155,3 +156,25 @@ def test_every_function_gives_jax_the_memory_first(monkeypatch, tiny_model, call
     with pytest.raises(Given) as found:
         call(tiny_model)
     assert found.value.args == (0.0,)
+
+
+def test_train_takes_paths_and_texts(monkeypatch, tmp_path):
+    jobs = []
+    monkeypatch.setattr(api, "build", lambda config, functions: config)
+    monkeypatch.setattr(api, "run", lambda job: jobs.append(job) or Result(tmp_path))
+    jaxrl_llm.train(
+        tmp_path / "model",
+        ["1 + 1?", "2 + 2?"],
+        length,
+        val_prompts=tmp_path / "val.jsonl",
+        output_dir=tmp_path / "run",
+    )
+    (config,) = jobs
+    assert config.model.path == str(tmp_path / "model")
+    assert config.data.val.path == str(tmp_path / "val.jsonl")
+    assert [
+        row["prompt"] for row in read_rows(Source(path=config.data.train.path))
+    ] == [
+        "1 + 1?",
+        "2 + 2?",
+    ]

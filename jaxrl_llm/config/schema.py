@@ -51,7 +51,8 @@ class DatasetConfig(Section):
     prompt_key: Name = "prompt"
     """The column that holds the question: text, or a list of chat messages."""
     answer_key: Name = "answer"
-    """The column that holds the reference answer; rewards get it as `answer`."""
+    """The column that holds the reference answer; rewards get it as `answer`. Without a
+    column `answer`, that of veRL's files is read: reward_model.ground_truth."""
     prompt_template: str | None = None
     """Text around the question; {name} stands for column `name`."""
     system_prompt: str | None = None
@@ -205,7 +206,8 @@ class RewardFunctionConfig(Section):
 
     name: Name
     """exact, numeric, gsm8k, math, reasoning_gym, or module:function with TRL's
-    signature f(prompts, completions, completion_ids, **columns)."""
+    signature f(prompts, completions, completion_ids, **columns), or with veRL's
+    f(data_source, solution_str, ground_truth, extra_info)."""
     weight: float = 1.0
     params: dict[str, Any] = {}
     """Keyword arguments passed to the function."""

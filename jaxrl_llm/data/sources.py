@@ -35,7 +35,8 @@ class Source:
     prompt_key: str = "prompt"
     """The column that holds the question: text, or a list of chat messages."""
     answer_key: str = "answer"
-    """The column that holds the reference answer."""
+    """The column that holds the reference answer; without a column `answer`, veRL's
+    reward_model.ground_truth."""
     prompt_template: str | None = None
     """Text around the question; {name} stands for column `name`."""
     system_prompt: str | None = None
@@ -46,7 +47,8 @@ def read_rows(source: Source) -> list[Row]:
     """The rows of a source, each with `prompt_key`, `answer_key` and a column `answer`.
 
     `answer` is the answer column under the name that reward functions know; a key such
-    as `reward_model.ground_truth` reaches into a nested column. Questions of
+    as `reward_model.ground_truth` reaches into a nested column. That one, where veRL's
+    files have the answer, is read where there is no column `answer`. Questions of
     reasoning-gym also stand under `prompt`, and the task's parameters under
     `dataset_params`, which its scorer needs.
 
@@ -75,7 +77,7 @@ def read_rows(source: Source) -> list[Row]:
     for i, row in enumerate(rows):
         try:
             column(row, source.prompt_key)
-            row["answer"] = column(row, source.answer_key)
+            row["answer"] = _answer(row, source.answer_key)
         except KeyError as error:
             raise ValueError(
                 f"{where(source, i)}: no column {error.args[0]!r}; it has "
@@ -115,6 +117,20 @@ def column(row: Mapping[str, Any], key: str) -> Any:
             raise KeyError(key)
         value = value[part]
     return value
+
+
+def _answer(row: Row, key: str) -> Any:
+    """The reference answer.
+
+    Raises:
+      KeyError: with the key.
+    """
+    if key == Source.answer_key and key not in row:
+        try:
+            return column(row, "reward_model.ground_truth")
+        except KeyError:
+            pass
+    return column(row, key)
 
 
 def _read_file(name: str, source: Source) -> Iterator[Row]:

@@ -3,7 +3,7 @@ and what those are worth."""
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -251,6 +251,9 @@ class Scores:
     """Unweighted; NaN where the function returned None: it does not judge this one."""
     errors: dict[str, int]
     """Per function, how many responses scored 0 because it failed on them."""
+    details: dict[str, Float32[np.ndarray, "P G"]] = field(default_factory=dict)
+    """Other numbers that functions return beside a score; NaN where there is none. They
+    are logged, and part of no reward."""
 
     @property
     def judged(self) -> Bool[np.ndarray, "P G"]:
@@ -260,9 +263,11 @@ class Scores:
     def take(self, prompts: Sequence[int]) -> "Scores":
         """The scores of the given prompts only. `errors` still counts all of them."""
         picked = np.asarray(prompts, np.intp)
-        by_function = {name: x[picked] for name, x in self.by_function.items()}
         return Scores(
-            total=self.total[picked], by_function=by_function, errors=self.errors
+            total=self.total[picked],
+            by_function={name: x[picked] for name, x in self.by_function.items()},
+            errors=self.errors,
+            details={name: x[picked] for name, x in self.details.items()},
         )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.names import near
 from jaxrl_llm.rewards.function import RewardFunction
+from jaxrl_llm.rewards.per_response import PerResponse
 from jaxrl_llm.workers.judge import judge
 
 Completions = Sequence[str | list]
@@ -296,6 +297,8 @@ def _bind(
 
     Bound arguments are never filled from a column that happens to have their name.
     """
+    if isinstance(function, PerResponse):
+        function = function.function  # which has the parameters
     parameters = inspect.signature(function).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in params:

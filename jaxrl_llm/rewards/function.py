@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxrl_llm.config.names import near
+from jaxrl_llm.rewards.per_response import adapted
 
 GIVEN = ("prompts", "completions", "completion_ids")
 """What every function is offered besides the columns of the data."""
@@ -21,12 +22,16 @@ class RewardFunction:
     name: str
     """In metrics and errors; no two of a run share it."""
     function: Callable[..., Any]
-    """With TRL's signature; see `scoring`."""
+    """With TRL's signature, see `scoring`; one with veRL's becomes a `PerResponse`."""
     weight: float = 1.0
     """Its scores are multiplied by it."""
     trusted: bool = False
     """It is known to end, to need little memory and to leave what it is given as it
     is: it needs no process of its own."""
+
+    def __post_init__(self) -> None:
+        """Makes one function of one that scores response by response."""
+        object.__setattr__(self, "function", adapted(self.function))
 
 
 class RewardError(ValueError):

@@ -5,13 +5,17 @@ P = prompts, G = responses per prompt. A reward function has TRL's signature
     f(prompts=..., completions=..., completion_ids=..., **columns) -> list[float | None]
 
 with one entry per response everywhere: the G responses to the first prompt, then those
-to the second. It may be `async`, and gets only the arguments its signature names,
-unless that ends in **kwargs. For a prompt that is text in the data set, be a chat
-template put around it or not, a completion is text; for chat messages it is
-`[{"role": "assistant", "content": text}]`, with a message for each turn.
+to the second; or veRL's, see `per_response`. It may be `async`, and gets only the
+arguments its signature names, unless that ends in **kwargs. For a prompt that is text
+in the data set, be a chat template put around it or not, a completion is text; for chat
+messages it is `[{"role": "assistant", "content": text}]`, with a message for each turn.
 `completion_ids` are all tokens behind the prompt. A function that names `finish_reason`
 is told why each response ended: "stop", or "length" for one that was cut off; unless
 that is a column.
+
+An entry may be a dictionary: its "score" is the score, and other numbers in it are
+`details`, which are logged. They keep their names; beside other functions that may have
+such, or if a name is a function's, it is FUNCTION.NAME.
 
 Source: TRL 1.16, `GRPOTrainer._calculate_rewards`.
 """
@@ -30,7 +34,7 @@ from jaxrl_llm.rewards.function import RewardError, RewardFunction, accepted
 from jaxrl_llm.rewards.isolation import Isolation
 from jaxrl_llm.workers.messages import Opaque, Unjudged
 from jaxrl_llm.workers.pool import call
-from jaxrl_llm.workers.process import Failed, Outcome, Process, WorkerError
+from jaxrl_llm.workers.process import Failed, Outcome, Process, Returned, WorkerError
 
 _LARGEST = 1e16
 """Deviations of rewards are computed in float32, where squares end at 3e38."""
@@ -39,6 +43,7 @@ _LARGEST = 1e16
 def join(parts: Sequence[Scores]) -> Scores:
     """Scores by the same functions of one batch of prompts after the other."""
     names = parts[0].by_function
+    details = {name: None for part in parts for name in part.details}
     return Scores(
         total=np.concatenate([part.total for part in parts]),
         by_function={
@@ -46,6 +51,15 @@ def join(parts: Sequence[Scores]) -> Scores:
             for name in names
         },
         errors={name: sum(part.errors[name] for part in parts) for name in names},
+        details={
+            name: np.concatenate(
+                [
+                    part.details.get(name, np.full_like(part.total, np.nan))
+                    for part in parts
+                ]
+            )
+            for name in details
+        },
     )
 
 
@@ -100,8 +114,14 @@ def score(
         raise RewardError(f"a reward function cannot be started: {error}") from error
 
     shape = len(prompts), len(episodes[0])
-    terms, by_function, errors = [], {}, {}
+    several = sum(not function.trusted for function in functions) > 1
+    terms, by_function, errors, details = [], {}, {}, {}
     for function, outcome in zip(functions, outcomes, strict=True):
+        outcome, more = _split(outcome)
+        for name, values_ in more.items():
+            if several or any(name == one.name for one in functions):
+                name = f"{function.name}.{name}"
+            details[name] = np.array(values_, np.float32).reshape(shape)
         values, failures, unjudged = _read(function, outcome, len(samples))
         if failures and on_error == "raise":
             index, cause = min(failures.items())
@@ -117,6 +137,7 @@ def score(
         total=np.array(total, np.float32).reshape(shape),
         by_function=by_function,
         errors=errors,
+        details=details,
     )
 
 
@@ -182,8 +203,28 @@ def _read(
     return values, failures, sum(isinstance(value, Unjudged) for value in result)
 
 
+def _split(outcome: Outcome) -> tuple[Outcome, dict[str, list[float]]]:
+    """What a function returned with the scores out of its dictionaries, and the other
+    numbers in these, NaN where one has none. A dictionary without a score stays."""
+    result = outcome.value if isinstance(outcome, Returned) else None
+    if not isinstance(result, list):
+        return outcome, {}
+    found: dict[str, list[float]] = {}
+    for index, value in enumerate(result):
+        if isinstance(value, dict) and "score" in value:
+            for name, number in value.items():
+                fits = isinstance(number, numbers.Real) and abs(number) <= _LARGEST
+                if name != "score" and fits:
+                    found.setdefault(str(name), [math.nan] * len(result))
+                    found[str(name)][index] = float(number)
+    scores = [v.get("score", v) if isinstance(v, dict) else v for v in result]
+    return Returned(scores), found
+
+
 def _misfit(value: Any, weight: float) -> str | None:
     """Why a value is no score; None for one that is."""
+    if isinstance(value, dict):
+        return f"returned {value!r:.200}, a dictionary without 'score'"
     if not isinstance(value, numbers.Real) or value != value:
         return f"returned {value!r:.200}, not a finite number"
     size = abs(value)

@@ -167,7 +167,8 @@ METRICS = (
     Metric("critic/lr", "learning rate of the critic's last update"),
     Metric(
         "reward/NAME/mean",
-        "mean score of one reward function over the responses that it judges",
+        "mean score of one reward function over the responses that it judges; or of a "
+        "number beside the score, where it returns dictionaries",
         "rises",
     ),
     Metric(

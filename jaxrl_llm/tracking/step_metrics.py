@@ -35,7 +35,8 @@ def rollout_records(
 ) -> list[dict[str, Any]]:
     """One record per episode, for `MetricsWriter.write_rollouts`.
 
-    A function that does not judge a response has null among its "scores".
+    A function that does not judge a response has null among its "scores", which hold
+    the numbers beside a score (`Scores.details`), too.
 
     Args:
       kind: "train", "sampled" or "greedy".
@@ -54,7 +55,7 @@ def rollout_records(
             "answer": _plain(prompt.columns.get("answer")),
             "reward": float(scores.total[p, g]),
             "scores": _finite(
-                {n: float(value[p, g]) for n, value in scores.by_function.items()}
+                {n: float(value[p, g]) for n, value in _numbers(scores).items()}
             ),
             **{name: value[p, g].item() for name, value in per_response.items()},
             "finish_reason": episode.finish_reason,
@@ -94,7 +95,8 @@ def batch_metrics(
     veRL does; `clip_ratio` is the share of responses cut off at their limit;
     `training/groups_all_equal` the share of prompts whose responses all got the same
     reward, so that they teach GRPO nothing; `reward/NAME/mean` the mean of one
-    function over the responses it judges; `rollout/kept_mass` the probability, before
+    function, or of a number that one returns beside its score, over the responses that
+    have it; `rollout/kept_mass` the probability, before
     top-k, top-p and min-p cut anything off, of the tokens that they left to draw from.
     """
     flat = [episode for group in episodes for episode in group]
@@ -113,7 +115,7 @@ def batch_metrics(
     if np.isfinite(masses).any():
         metrics["rollout/kept_mass_mean"] = float(np.nanmean(masses))
         metrics["rollout/kept_mass_min"] = float(np.nanmin(masses))
-    for name, value in scores.by_function.items():
+    for name, value in _numbers(scores).items():
         if not np.isnan(value).all():
             metrics[f"reward/{name}/mean"] = float(np.nanmean(value))
     for name, count in scores.errors.items():
@@ -145,6 +147,11 @@ def accuracy_name(names: Sequence[str]) -> str | None:
             if re.fullmatch(pattern, name):
                 return name
     return None
+
+
+def _numbers(scores: Scores) -> dict[str, np.ndarray]:
+    """What functions say about each response, [P, G] by name."""
+    return {**scores.by_function, **scores.details}
 
 
 def _plain(value: Any) -> Any:

@@ -110,7 +110,7 @@ def validate(
         metrics |= _share(f"{core}/acc/mean@{config.n}", correct[rows])
         for k in _powers_of_two(config.n):
             metrics[f"{core}/acc/best@{k}/mean"] = pass_at_k(correct[rows], k)
-        for name, value in scores.by_function.items():
+        for name, value in (scores.by_function | scores.details).items():
             if not np.isnan(value[rows]).all():
                 judged = float(np.nanmean(value[rows]))
                 metrics[f"{aux}/{name}/mean@{config.n}"] = judged

@@ -465,3 +465,26 @@ def test_further_training_sets_are_joined(tmp_path):
     val = write(tmp_path / "c.jsonl", [*rows, *QUESTIONS])
     with pytest.raises(ValueError, match="all 8 questions of .*a.jsonl, .*b.jsonl"):
         load(train, val, more_train=more)
+
+
+def test_verls_parquet_needs_no_options(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": [{"role": "user", "content": f"1 + {i}?"}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(i + 1)},
+            "extra_info": {"split": "train", "index": i},
+        }
+        for i in range(2)
+    ]
+    path = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    read = read_rows(Source(path=str(path)))
+    assert [row["answer"] for row in read] == ["1", "2"]
+    assert read[1]["extra_info"] == {"split": "train", "index": 1}
+    with pytest.raises(ValueError, match="no column 'gold'"):
+        read_rows(Source(path=str(path), answer_key="gold"))
