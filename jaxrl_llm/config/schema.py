@@ -325,6 +325,9 @@ class TrainerConfig(Section):
     """Besides the files, which are always written."""
     project: Name = "jaxrl_llm"
     """Project name for the loggers."""
+    tags: tuple[Name, ...] = ()
+    """What the loggers can find the run by, besides the model, the estimator, the loss
+    and the engine."""
     num_examples: int = Field(3, ge=0)
     """Completions shown in the terminal."""
 

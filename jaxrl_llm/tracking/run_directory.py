@@ -5,6 +5,7 @@
     RUN/inputs.json                    digests of the user's functions and of the data
     RUN/lock                           who runs here; see `run_lock`
     RUN/metrics.jsonl                  one line per step: {"step": n, name: number, ...}
+    RUN/tracking_id                    what loggers know the run by, if it has some
     RUN/advice.jsonl                   what to look at: {"step": n, "kind", "text"}
     RUN/rollouts/train_000012.jsonl    one line per completion of step 12
     RUN/rollouts/val_000020.jsonl      one line per validation answer after step 20
@@ -47,6 +48,7 @@ class MetricsWriter:
 
     Args:
       inputs: what inputs.json is to hold.
+      tags: what the loggers can find the run by.
 
     Raises:
       ImportError: a logger's package is not installed.
@@ -59,6 +61,7 @@ class MetricsWriter:
         project: str,
         config: Mapping[str, Any],
         inputs: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
     ):
         self._dir = Path(run_dir)
         self._loggers = [trackers.find(name) for name in loggers]
@@ -79,7 +82,7 @@ class MetricsWriter:
         self._path = self._dir / "metrics.jsonl"
         self._open(math.inf)
         for logger in self._loggers:
-            logger.start(self._dir, project, plain)
+            logger.start(self._dir, project, plain, tags)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends the line of `step`, and hands it to the loggers.
@@ -102,11 +105,14 @@ class MetricsWriter:
     def write_rollouts(
         self, step: int, split: str, records: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Writes RUN/rollouts/{split}_{step}.jsonl, whole or not at all."""
+        """Writes RUN/rollouts/{split}_{step}.jsonl, whole or not at all, and hands the
+        records to the loggers."""
         lines = [json.dumps(record) + "\n" for record in records]
         replace_text(
             self._dir / "rollouts" / f"{split}_{step:06d}.jsonl", "".join(lines)
         )
+        for logger in self._loggers:
+            logger.rollouts(step, split, records)
 
     def sync(self) -> None:
         """Returns when all lines are on disk. Rollouts are when they are written."""

@@ -53,6 +53,7 @@ class RunLog:
       num_examples: completions in the live view.
       loggers: services that get the metrics too; see `services`.
       project: the run's project there.
+      tags: what it can be found by there.
       profile: "FIRST:LAST", the steps whose trace is recorded; None for none.
       writes: False for a process that leaves writing and printing to another one.
     """
@@ -68,6 +69,7 @@ class RunLog:
         num_examples: int,
         loggers: Sequence[str],
         project: str,
+        tags: Sequence[str] = (),
         profile: str | None,
         writes: bool,
     ):
@@ -78,7 +80,7 @@ class RunLog:
         self._console = Console(quiet=not writes)
         self._exit = ExitStack()
         self._writer: MetricsWriter | None = None
-        self._written = loggers, project, config, inputs
+        self._written = loggers, project, config, inputs, tags
         self._profiler = self._exit.enter_context(ExitStack())
         self._step = 0
         self._timer = Timer()

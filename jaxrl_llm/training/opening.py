@@ -9,7 +9,7 @@ import jax
 
 from jaxrl_llm.config import resume
 from jaxrl_llm.config.names import ConfigError, device_numbers
-from jaxrl_llm.config.schema import PlacementConfig
+from jaxrl_llm.config.schema import Config, PlacementConfig
 from jaxrl_llm.config.secrets import without_secrets
 from jaxrl_llm.data.stream import PromptBatches
 from jaxrl_llm.sharding import hardware, processes
@@ -83,6 +83,7 @@ def _opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
             num_examples=trainer.num_examples,
             loggers=trainer.loggers,
             project=trainer.project,
+            tags=_tags(config),
             profile=trainer.profile,
             writes=processes.leads(),
         ) as log,
@@ -111,6 +112,14 @@ def _room_in(directory: Path) -> Iterator[None]:
             f"output_dir {directory}: {error.strerror}; make room, and the same "
             "command goes on from the newest checkpoint"
         ) from error
+
+
+def _tags(config: Config) -> list[str]:
+    """What loggers can find a run by."""
+    model = config.model.path.rstrip("/").rpartition("/")[2]
+    algorithm = config.algorithm.adv_estimator, config.actor.policy_loss.loss_mode
+    tags = [*config.trainer.tags, model, *algorithm, config.rollout.engine]
+    return list(dict.fromkeys(tags))
 
 
 def _devices(placement: PlacementConfig) -> Devices:

@@ -2,19 +2,15 @@
 
 import dataclasses
 import json
-import struct
-import sys
 import types
 
 import numpy as np
 import pytest
-import waiting
 
 from jaxrl_llm.config import parsing
 from jaxrl_llm.data.types import Completion, Episode, Prompt, Scores, Turn
 from jaxrl_llm.sharding import hardware
 from jaxrl_llm.tracking import performance, run_directory, step_metrics
-from jaxrl_llm.tracking import services as loggers
 
 
 def writer(run_dir, *names):
@@ -398,85 +394,6 @@ def test_mfu_is_left_out_where_the_peak_is_not_known():
         "perf/mfu/actor": 0.5
     }
     assert performance.mfu(1e12, 1.0, hardware.peak_flops("cpu"), 8) == {}
-
-
-def event_points(directory):
-    """(tag, step, value) in TensorBoard's record files: length, crc, event, crc."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    for path in sorted(directory.iterdir(), key=lambda p: p.stat().st_mtime_ns):
-        data = path.read_bytes()
-        while data:
-            (length,) = struct.unpack_from("<Q", data)
-            event = Event.FromString(data[12 : 12 + length])
-            for value in event.summary.value:
-                yield value.tag, event.step, value.simple_value
-            data = data[12 + length + 4 :]
-
-
-def test_tensorboard_gets_every_number(tmp_path):
-    pytest.importorskip("tensorboardX")
-    with writer(tmp_path, "tensorboard") as w:
-        w.write(1, {"val-core/all/acc/mean@8": 0.5, "loss": 2.0})
-        w.rewind(0)
-        w.write(1, {"loss": 3.0})
-    assert set(event_points(tmp_path / "tensorboard")) == {
-        ("val-core/all/acc/mean_at_8", 1, 0.5),
-        ("loss", 1, 2.0),
-        ("loss", 1, 3.0),
-    }
-
-
-@pytest.mark.filterwarnings("default")
-def test_wandb_gets_every_step_offline(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    with writer(tmp_path, "wandb") as w:
-        w.write(1, {"val-core/all/acc/mean@8": 0.5})
-    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    # wandb's own process may write the file a moment after `finish` returns.
-    waiting.until(lambda: b"val-core/all/acc/mean@8" in file.read_bytes())
-
-
-@pytest.mark.filterwarnings("default")
-def test_mlflow_gets_parameters_and_numbers(tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
-    with writer(tmp_path / "run", "mlflow") as w:
-        w.write(1, {"mean@8": 0.5})
-        w.write(2, {"mean@8": 0.75})
-    client = mlflow.MlflowClient()
-    experiment = client.get_experiment_by_name("project").experiment_id
-    (run,) = client.search_runs([experiment])
-    assert run.data.params == {"seed": "3"} and run.info.status == "FINISHED"
-    history = client.get_metric_history(run.info.run_id, "mean_at_8")
-    assert [(m.step, m.value) for m in history] == [(1, 0.5), (2, 0.75)]
-
-
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
-def test_a_missing_logger_is_an_error_before_anything_is_written(
-    tmp_path, monkeypatch, name
-):
-    package = {"tensorboard": "tensorboardX"}.get(name, name)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"{name}.*jaxrl-llm\[tracking\]"):
-        writer(tmp_path / "run", name)
-    assert not (tmp_path / "run").exists()
-
-
-def test_an_unknown_logger_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match="'print'; known: tensorboard, wandb"):
-        loggers.find("print")
-
-
-def test_nested_settings_become_dotted_names():
-    assert loggers.flat({"a": {"b": 1, "c": {}}, "d": [2]}) == {
-        "a.b": 1,
-        "a.c": {},
-        "d": [2],
-    }
 
 
 def test_a_record_of_several_turns_has_all_that_follows_the_prompt():
