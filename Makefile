@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-faults test-vllm vllm-cpu constraints clean
+.PHONY: quickstart test test-all test-faults test-vllm vllm-cpu constraints docs clean
 
 ## Train SmolLM2-135M-Instruct to add, on two CPU cores, in a few minutes.
 quickstart: .venv/quickstart
@@ -15,7 +15,13 @@ quickstart: .venv/quickstart
 test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) docs
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+## The site, into site/, in some seconds; a link to nothing is an error (with --quiet it
+## would not be).
+docs: .venv/test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 ## The slow tests too.
 test-all: .venv/test
@@ -60,7 +66,7 @@ VLLM_LEFT_OUT := torch|torchvision|torchaudio|torchcodec
 
 .venv/test: .venv/quickstart pyproject.toml
 	$(if $(TORCH),$(BIN)/python -m pip install --quiet '$(TORCH)')
-	$(BIN)/python -m pip install --quiet -e '.[tasks,notebooks,dev]' tensorboardX
+	$(BIN)/python -m pip install --quiet -e '.[tasks,notebooks,docs,dev]' tensorboardX
 	touch $@
 
 ## The versions of this environment, which the suite ran with, for `pip install -c`.
