@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jaxrl_llm.tracking.run_directory import (
     advice,
     completions,
@@ -21,7 +19,6 @@ from jaxrl_llm.tracking.run_directory import (
     rollout_files,
     table,
 )
-from jaxrl_llm.tracking.services import imported
 from jaxrl_llm.tracking.step_metrics import accuracy_name
 
 MAX_FILES = 40
@@ -44,42 +41,6 @@ def write(run_dir: str | Path) -> Path:
     path = run_dir / "report.html"
     replace_text(path, template.replace("{{DATA}}", embeddable(collect(run_dir))))
     return path
-
-
-def figure(run_dir: str | Path) -> Any:
-    """Reward, held-out accuracy and response length by step: a matplotlib figure.
-
-    What the run did not measure is left out.
-
-    Raises:
-      ImportError: matplotlib is not installed.
-      ValueError: `run_dir` holds no metrics.jsonl, or a damaged one.
-    """
-    columns = table(read(run_dir))
-    imported("matplotlib", "report.figure", "notebooks")
-    from matplotlib.figure import Figure
-
-    accuracy = accuracy_name(list(columns))
-    panels = {
-        "training reward": "critic/rewards/mean",
-        "held-out accuracy, 95 % interval": accuracy,
-        "response length, tokens": "response_length/mean",
-    }
-    panels = {title: name for title, name in panels.items() if name in columns}
-    shown = Figure(figsize=(4.2 * max(len(panels), 1), 3.2), layout="constrained")
-    for place, (title, name) in enumerate(panels.items(), 1):
-        axes = shown.add_subplot(1, len(panels), place)
-        known = ~np.isnan(columns[name])
-        steps = columns["step"][known]
-        axes.plot(steps, columns[name][known], marker="o", markersize=3)
-        if name == accuracy and f"{name}/ci95_low" in columns:
-            low, high = (
-                columns[f"{name}/ci95_{end}"][known] for end in ("low", "high")
-            )
-            axes.fill_between(steps, low, high, alpha=0.2)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-    return shown
 
 
 def collect(run_dir: Path) -> dict[str, Any]:

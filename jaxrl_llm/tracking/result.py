@@ -1,10 +1,11 @@
 """A run directory, to look at in a notebook."""
 
+import html
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.tracking import report, run_directory
+from jaxrl_llm.tracking import plot, run_directory, summary
 from jaxrl_llm.tracking.console import before_after, whereabouts
 from jaxrl_llm.tracking.step_metrics import Validation
 
@@ -40,8 +41,14 @@ class Result:
 
     def plot(self) -> Any:
         """Reward, held-out accuracy and response length over the steps, as a matplotlib
-        figure."""
-        return report.figure(self.directory)
+        figure. A notebook shows it, whatever its backend is; in a script its `show()`
+        opens a window, or writes RUN/plot.png where there is no display."""
+        return plot.figure(self.directory)
+
+    @property
+    def advice(self) -> list[str]:
+        """What the run found to look at or to change, in the order of the steps."""
+        return [line["text"] for line in run_directory.advice(self.directory)]
 
     def completions(self, step: int, split: str = "train") -> list[dict[str, Any]]:
         """The responses of one step with their rewards; split is train or val."""
@@ -58,7 +65,16 @@ class Result:
             return None
         return Validation(metrics=found, records=self.completions(step, "val"))
 
-    def show(self, *, num_examples: int) -> None:
+    def _repr_html_(self) -> str:
+        """What training changed, two curves, and links into the directory."""
+        try:
+            return summary.page(
+                self.directory, self.before, self.after, stopped=self.stopped
+            )
+        except ValueError as error:  # no run yet
+            return f"<p>{html.escape(str(error))}</p>"
+
+    def show(self, *, num_examples: int = 3) -> None:
         """Prints what training changed on the held-out questions, if it was measured,
         and where everything lies.
 

@@ -149,22 +149,6 @@ def test_a_directory_without_metrics_is_an_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_figure_shows_what_was_measured(tmp_path):
-    pytest.importorskip("matplotlib")
-    name = "val-core/all/acc/greedy"
-    lines = [
-        (0, {name: 0.25, f"{name}/ci95_low": 0.125, f"{name}/ci95_high": 0.5}),
-        (1, {"critic/rewards/mean": 0.5}),
-        (2, {"critic/rewards/mean": 0.75, name: 0.5}),
-    ]
-    reward, accuracy = report.figure(make_run(tmp_path, lines)).axes
-    (line,) = reward.lines
-    assert line.get_xydata().tolist() == [[1, 0.5], [2, 0.75]]
-    (line,) = accuracy.lines
-    assert line.get_xydata().tolist() == [[0, 0.25], [2, 0.5]]
-    assert report.figure(make_run(tmp_path / "empty", [])).axes == []
-
-
 def test_thin_keeps_both_ends_and_even_spacing():
     assert report.thin(range(9), 5) == [0, 2, 4, 6, 8]
     assert report.thin(range(3), 5) == [0, 1, 2]
