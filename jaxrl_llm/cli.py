@@ -13,19 +13,23 @@
                            | --devices 8 [--measure STEPS])
                            [--memory 141GB] [--section.key VALUE ...]
     jaxrl bench NAME ...
+    jaxrl completion bash|zsh|fish
     jaxrl --version
 
 CONFIG.yaml is a file, or a bundled name: `jaxrl train quickstart`; `jaxrl init NAME`
 writes such a file with what each key means. `jaxrl VERB --help` lists what a verb
-takes. Exit status: 0 done, 2 input that cannot
-work or that the memory does not suffice for, 75 stopped by SIGTERM or the first Ctrl-C
-(the same command goes on), 130 stopped by the second Ctrl-C, 1 a bug.
+takes. Exit status: 0 done, 2 input that cannot work or that the memory does not
+suffice for, 75 stopped by SIGTERM or the first Ctrl-C (the same command goes on), 130
+stopped by the second Ctrl-C, 141 nobody reads on, 1 a bug.
 """
 
+import dataclasses
+import functools
 import importlib.util
-import itertools
 import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -35,18 +39,9 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from jaxrl_llm.config import parsing
+from jaxrl_llm.config import flags, parsing
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
-
-# What --help shows of a configuration that is not given.
-_SHORTEST = {
-    "output_dir": "DIRECTORY",
-    "model": {"path": "MODEL"},
-    "data": {"train": {"path": "FILE.jsonl"}},
-    "reward": {"functions": [{"name": "exact"}]},
-    "trainer": {"total_training_steps": 100},
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,23 +49,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: done. 75: `train` was stopped by SIGTERM or Ctrl-C, and the same command goes on.
     130: interrupted at once, while training by the second Ctrl-C. 2: input that cannot
-    work. A bug raises, which is status 1 and a traceback.
+    work. 141: nobody reads what is printed any more. A bug raises, which is status 1
+    and a traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _run(given)
+        finally:
+            sys.stdout.flush()  # also what --help prints before it exits
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        # Python flushes once more at its end, and would say so.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose other end is closed, as head does."""
+    try:
+        watch = select.poll()
+        watch.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in watch.poll(0))
+    except (OSError, ValueError):  # it is no file
+        return False
+
+
+def _run(given: list[str]) -> int:
     verbs = {
         "train": _train,
         "evaluate": _evaluate,
-        "init": lambda rest: tyro.cli(init, prog="jaxrl init", args=rest),
-        "generate": lambda rest: tyro.cli(generate, prog="jaxrl generate", args=rest),
-        "convert": lambda rest: tyro.cli(convert, prog="jaxrl convert", args=rest),
-        "report": lambda rest: tyro.cli(report, prog="jaxrl report", args=rest),
+        **{name: functools.partial(_call, name) for name in _functions()},
         "plan": _plan,
         "bench": _bench,
     }
-    if not given or given[0] in ("-h", "--help"):
+    if not given or given[0] in ("-h", "--help", "help"):
         print(__doc__)
         return 0
-    if given == ["--version"]:
+    if given[0] in ("--version", "-V", "version"):
         print("jaxrl", sys.modules["jaxrl_llm"].__version__)
         return 0
     if given[0] not in verbs:
@@ -83,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         return _fail(str(error) or "interrupted by Ctrl-C", status=130)
     except (ValueError, ImportError, OSError) as error:
-        if "JAXRL_TRACEBACK" in os.environ:
+        gone = isinstance(error, BrokenPipeError) and _nobody_reads()
+        if gone or "JAXRL_TRACEBACK" in os.environ:
             raise
         return _fail(f"{error}\n(JAXRL_TRACEBACK=1 shows where)")
     except (RuntimeError, AssertionError) as error:
@@ -96,6 +114,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{os.environ.get('JAX_PLATFORMS') or 'not set'}; jaxrl-llm[cuda] and "
             "jaxrl-llm[tpu] install others than cpu)"
         )
+
+
+def _call(name: str, rest: list[str]) -> None:
+    tyro.cli(_functions()[name], prog=f"jaxrl {name}", args=rest)
+
+
+def _functions() -> dict[str, Callable[..., None]]:
+    """The verbs whose options are a function's arguments."""
+    return {
+        "init": init,
+        "generate": generate,
+        "convert": convert,
+        "report": report,
+        "completion": completion,
+    }
 
 
 def _backend_starts() -> bool:
@@ -159,8 +192,7 @@ def _fail(message: str, status: int = 2) -> int:
 
 
 def _train(rest: list[str]) -> int:
-    joined, rest = _processes(rest)
-    config, flags = _config("train", rest, flags=("--dry-run",))
+    own, config = _config("train", flags.Train, rest)
 
     from jaxrl_llm.planning import dry_run
     from jaxrl_llm.sharding.ahead import leave_if_compiling
@@ -170,13 +202,13 @@ def _train(rest: list[str]) -> int:
     from jaxrl_llm.training.settings import server_share
     from jaxrl_llm.training.stopping import STOPPED, Stopped, asked_to_stop
 
-    if "--dry-run" in flags:
-        with joined():
+    if own.dry_run:
+        with _joined(own):
             _prepare(server_share(config))
             dry_run.show(build(config))
         return 0
     try:
-        with asked_to_stop(), joined():
+        with asked_to_stop(), _joined(own):
             _prepare(server_share(config))
             with held(Path(config.output_dir)):
                 return STOPPED if loop.run(build(config)).stopped else 0
@@ -191,18 +223,16 @@ def _train(rest: list[str]) -> int:
 
 
 def _evaluate(rest: list[str]) -> None:
-    joined, rest = _processes(rest)
-    names, rest = _several(rest, "--models")
-    config, _ = _config("evaluate", rest, trains=False)
+    own, config = _config("evaluate", flags.Evaluate, rest, trains=False)
 
     from jaxrl_llm.sharding import processes
     from jaxrl_llm.tracking import comparison, console
     from jaxrl_llm.training.evaluation import evaluate_all
     from jaxrl_llm.training.settings import server_share
 
-    with joined():
+    with _joined(own):
         _prepare(server_share(config))
-        results, differences = evaluate_all(config, names)
+        results, differences = evaluate_all(config, list(own.models))
         if not processes.leads():
             return
         if differences:
@@ -214,45 +244,19 @@ def _evaluate(rest: list[str]) -> None:
             console.before_after(None, found, config.output_dir, num_examples=examples)
 
 
-def _several(rest: list[str], name: str) -> tuple[list[str], list[str]]:
-    """The values of `--name VALUE VALUE ...`, and all other arguments."""
-    if name not in rest:
-        return [], rest
-    begin = rest.index(name)
-    values = list(itertools.takewhile(lambda x: x[:2] != "--", rest[begin + 1 :]))
-    if not values:
-        raise ConfigError(f"{name}: expected one or more values")
-    return values, rest[:begin] + rest[begin + 1 + len(values) :]
+def _joined(own: flags.Processes) -> AbstractContextManager[None]:
+    from jaxrl_llm.sharding import processes
 
-
-def _processes(
-    rest: list[str],
-) -> tuple[Callable[[], AbstractContextManager[None]], list[str]]:
-    """`processes.joined` as the options say, and all other arguments."""
-    numbers = {"--num-processes": int, "--process-id": int, "--lost-after": float}
-    given, rest = _options(rest, ("--coordinator", *numbers))
-    for name, kind in numbers.items():
-        try:
-            given |= {name: kind(given[name])} if name in given else {}
-        except ValueError:
-            raise ConfigError(f"{name} is a number, got {given[name]!r}") from None
-
-    def joined() -> AbstractContextManager[None]:
-        from jaxrl_llm.sharding import processes
-
-        return processes.joined(
-            given.get("--coordinator"),
-            given.get("--num-processes"),
-            given.get("--process-id"),
-            lost_after_s=given.get("--lost-after", 30.0),
-        )
-
-    return joined, rest
+    return processes.joined(
+        own.coordinator,
+        own.num_processes,
+        own.process_id,
+        lost_after_s=own.lost_after,
+    )
 
 
 def _plan(rest: list[str]) -> None:
-    given, rest = _options(rest, ("--topology", "--devices", "--memory", "--measure"))
-    config, _ = _config("plan", rest)
+    own, config = _config("plan", flags.Plan, rest)
 
     import jax
 
@@ -263,24 +267,22 @@ def _plan(rest: list[str]) -> None:
 
     hardware.use_memory()
 
-    steps = given.get("--measure", "1")
-    if not steps.isdecimal() or steps == "0":
-        raise ConfigError(f"--measure is a number of steps, got {steps!r}")
-    memory = _bytes(given["--memory"]) if "--memory" in given else None
-    if "--topology" in given:
+    if own.measure is not None and own.measure < 1:
+        raise ConfigError(f"--measure is a number of steps, got {own.measure}")
+    memory = _bytes(own.memory) if own.memory is not None else None
+    if own.topology is not None:
         jax.config.update("jax_platforms", "cpu")  # nothing here is needed
-        devices, usable = planner.elsewhere(given["--topology"])
-        host = planner.host_of(given["--topology"])
+        devices, usable = planner.elsewhere(own.topology)
+        host = planner.host_of(own.topology)
     else:
-        count = given.get("--devices", "")
-        if not count.isdecimal() or count == "0":
+        if own.devices is None or own.devices < 1:
             raise ConfigError(
                 "jaxrl plan needs --topology, such as v5p:4x4x4 or h100:8, or a number "
-                f"of --devices; got {count or 'neither'}"
+                f"of --devices; got {own.devices or 'neither'}"
             )
-        host, (devices, usable) = None, planner.here(int(count))
+        host, (devices, usable) = None, planner.here(own.devices)
     memory = memory or usable
-    if "--measure" in given and list(devices) != jax.devices():
+    if own.measure and list(devices) != jax.devices():
         raise ConfigError(
             f"--measure runs steps on the {jax.device_count()} devices that are here; "
             "the plan is for others"
@@ -290,23 +292,11 @@ def _plan(rest: list[str]) -> None:
         print(line)
     found = planner.estimate(config, devices, memory, console.progress, host)
     dry_run.show_plan(config, found)
-    if "--measure" in given:
-        with console.progress(f"running {steps} steps"):
+    if own.measure:
+        with console.progress(f"running {own.measure} steps"):
             arch = workload.architecture(config.model.path, config.model.revision)
-            held, peak = step.measure(config, arch, int(steps))
+            held, peak = step.measure(config, arch, own.measure)
         dry_run.show_measured(found, held, peak)
-
-
-def _options(rest: list[str], names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The values of `--name VALUE` and `--name=VALUE`, and all other arguments."""
-    found, others, arguments = {}, [], iter(rest)
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name in names:
-            found[name] = value if equals else next(arguments, "")
-        else:
-            others.append(argument)
-    return found, others
 
 
 def _bytes(text: str) -> float:
@@ -324,30 +314,19 @@ def _bench(rest: list[str]) -> None:
 
 
 def _config(
-    verb: str, rest: list[str], flags: Sequence[str] = (), *, trains: bool = True
-) -> tuple[Config, set[str]]:
-    """The configuration that a file and overrides describe, and the flags given."""
+    verb: str, kind: type[flags.Options], rest: list[str], *, trains: bool = True
+) -> tuple[flags.Options, Config]:
+    """The verb's own options, and what a file and overrides describe."""
     paths = [argument for argument in rest[:1] if not argument.startswith("-")]
     if "--help" in rest or "-h" in rest:
-        more = [*flags, *(["--models MODEL ..."] if verb == "evaluate" else [])]
-        usage = ["jaxrl", verb, "CONFIG.yaml", *(f"[{flag}]" for flag in more)]
-        tyro.cli(
-            tyro.conf.AvoidSubcommands[Config],
-            default=parsing.load(paths[0], trains=trains)
-            if paths
-            else parsing.parse(_SHORTEST, ""),
-            prog=" ".join(usage),
-            args=["--help"],
-        )
+        values = parsing.load(paths[0], trains=trains) if paths else None
+        shown = flags.command(kind, values)
+        tyro.cli(shown, prog=f"jaxrl {verb}", args=["--help"])
+    own, rest = flags.given(kind, rest)
     if not paths:
         raise ConfigError(f"jaxrl {verb} needs a configuration file, such as configs/*")
-    found = {argument for argument in rest if argument in flags}
-    overrides = [
-        re.sub(r"^--(resume|profile)(?==|$)", r"--trainer.\1", argument)
-        for argument in rest[1:]
-        if argument not in found
-    ]
-    return parsing.load(paths[0], overrides, trains=trains), found
+    overrides = flags.long(rest[1:]) if kind is flags.Train else rest[1:]
+    return own, parsing.load(paths[0], overrides, trains=trains)
 
 
 def init(
@@ -483,3 +462,30 @@ def report(run_dir: tyro.conf.Positional[Path]) -> None:
     from jaxrl_llm.tracking import report as reports
 
     print(reports.write(run_dir.expanduser()))
+
+
+def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> None:
+    """Prints a script by which a shell completes verbs, flags and their choices.
+
+    bash: jaxrl completion bash > ~/.local/share/bash-completion/completions/jaxrl
+    zsh: jaxrl completion zsh > DIRECTORY/_jaxrl, a directory of $fpath
+    fish: jaxrl completion fish > ~/.config/fish/completions/jaxrl.fish
+
+    Args:
+      shell: which.
+    """
+    from jaxrl_llm import bench
+
+    names = tyro.conf.Positional[Literal[*bench.NAMES]]
+    measure = dataclasses.make_dataclass("Bench", [("name", names)])
+    measure.__doc__ = "Measures speed on shapes by name."
+    kinds = {"train": flags.Train, "evaluate": flags.Evaluate, "plan": flags.Plan}
+    tyro.extras.subcommand_cli_from_dict(
+        {
+            **{verb: flags.command(kind) for verb, kind in kinds.items()},
+            **_functions(),
+            "bench": measure,
+        },
+        prog="jaxrl",
+        args=["--tyro-print-completion", shell],
+    )

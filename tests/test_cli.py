@@ -1,6 +1,8 @@
 """The command line; a whole `train` is in test_train.py."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -8,6 +10,7 @@ import jax
 import pytest
 import yaml
 
+import jaxrl_llm
 from jaxrl_llm import cli as launch
 from jaxrl_llm import models
 from jaxrl_llm.sharding import hardware
@@ -153,6 +156,35 @@ def test_the_shell_gets_status_and_message():
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("error\nnone.yaml: no such file")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("spelling", ["--version", "-V", "version"])
+def test_the_version_is_told(capsys, spelling):
+    assert launch.main([spelling]) == 0
+    assert capsys.readouterr().out == f"jaxrl {jaxrl_llm.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["train", "--help"], ["report", "RUN"]]
+)
+def test_nobody_has_to_read_on(monkeypatch, capsys, tmp_path, arguments):
+    with run_directory.MetricsWriter(tmp_path, [], "project", {}) as writer:
+        writer.write(1, {"critic/rewards/mean": 0.5})
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as closed, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", closed)
+        given = [str(tmp_path) if word == "RUN" else word for word in arguments]
+        assert launch.main(given) == 128 + signal.SIGPIPE
+    assert capsys.readouterr().err == ""
+
+
+def test_a_broken_pipe_of_another_kind_is_an_error(capsys, monkeypatch):
+    def breaks(*_):
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr(launch, "_evaluate", breaks)
+    assert "of a worker" in failure(capsys, "evaluate")
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "generate", "convert", "report"])

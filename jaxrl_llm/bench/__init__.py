@@ -12,7 +12,7 @@ from typing import Any
 
 import tyro
 
-_NAMES = sorted(
+NAMES = sorted(
     path.stem
     for path in Path(__file__).parent.glob("*.py")
     if path.stem not in ("__init__", "hardware", "shapes")
@@ -26,9 +26,9 @@ def main(rest: Sequence[str]) -> None:
       ValueError: no such measurement.
       OutOfMemory: a device's memory does not suffice.
     """
-    if not rest or rest[0] not in _NAMES:
+    if not rest or rest[0] not in NAMES:
         given = repr(rest[0]) if rest else "nothing"
-        raise ValueError(f"jaxrl bench takes one of {', '.join(_NAMES)}; got {given}")
+        raise ValueError(f"jaxrl bench takes one of {', '.join(NAMES)}; got {given}")
     measurement = importlib.import_module(f"{__name__}.{rest[0]}")
     from jaxrl_llm.sharding import out_of_memory
     from jaxrl_llm.training import memory

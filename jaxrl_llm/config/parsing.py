@@ -136,19 +136,19 @@ def _field(keys: Sequence[str]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     """The keys as the schema spells them, and the types their field may have."""
     found, kinds = [], (Config,)
     for key in keys:
-        section = next((kind for kind in kinds if _is_section(kind)), None)
+        section = next((kind for kind in kinds if is_section(kind)), None)
         found.append(key if section is None and kinds else key.replace("-", "_"))
         field = section and section.model_fields.get(found[-1])
-        kinds = _members(field.annotation) if field else _entries(kinds, key)
+        kinds = members(field.annotation) if field else _entries(kinds, key)
     return tuple(found), kinds
 
 
-def _members(annotation: Any) -> tuple[Any, ...]:
+def members(annotation: Any) -> tuple[Any, ...]:
     """The types of a union, each without what is written beside it."""
     if get_origin(annotation) is Annotated:
-        return _members(get_args(annotation)[0])
+        return members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
-        return tuple(kind for a in get_args(annotation) for kind in _members(a))
+        return tuple(kind for a in get_args(annotation) for kind in members(a))
     return (annotation,)
 
 
@@ -158,14 +158,15 @@ def _entries(kinds: Sequence[Any], key: str) -> tuple[Any, ...]:
         inside = get_args(kind)
         match get_origin(kind):
             case builtins.dict:
-                return _members(inside[1])
+                return members(inside[1])
             case builtins.tuple if key.isdecimal():
                 same = inside[-1] is Ellipsis
-                return _members(inside[0 if same else min(int(key), len(inside) - 1)])
+                return members(inside[0 if same else min(int(key), len(inside) - 1)])
     return ()
 
 
-def _is_section(kind: Any) -> bool:
+def is_section(kind: Any) -> bool:
+    """Whether it is a type of sections."""
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
@@ -300,11 +301,11 @@ def keys() -> list[str]:
 def _below(section: type[BaseModel], path: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield path + name
-        for kind in filter(_is_section, _members(field.annotation)):
+        for kind in filter(is_section, members(field.annotation)):
             yield from _below(kind, f"{path}{name}.")
 
 
 def _keys(loc: Sequence[str | int]) -> list[str]:
     """The keys of the section at `loc`."""
     _, kinds = _field([str(part) for part in loc])
-    return [key for kind in kinds if _is_section(kind) for key in kind.model_fields]
+    return [key for kind in kinds if is_section(kind) for key in kind.model_fields]
