@@ -17,7 +17,11 @@ from jaxrl_llm.config import bundled, parsing
 from jaxrl_llm.tracking import metric_table
 
 ROOT = pathlib.Path(__file__).parent.parent
-MADE = {ROOT / "docs/configuration.md", ROOT / "docs/metrics.md"}
+MADE = {
+    ROOT / "docs/configuration.md",
+    ROOT / "docs/metrics.md",
+    ROOT / "docs/recipes.md",
+}
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("jaxrl_llm/**/*.md")]
 )
@@ -106,6 +110,14 @@ def test_the_made_pages_have_every_key_and_every_metric(hooks):
     page = hooks.metrics()
     assert all(f"| `{metric.name}` |" in page for metric in metric_table.METRICS)
     assert all(f"\n## {title}\n" in page for title in metric_table.GROUPS.values())
+
+
+def test_every_configuration_is_a_recipe_that_says_how_it_was_tried(hooks):
+    rows = re.findall(r"(?m)^\| `([^`]+)` \| (.*) \| (.*) \|$", hooks.recipes())
+    assert [row[0] for row in rows] == list(bundled.names())
+    tried = {name: how.partition(":")[0] for name, _, how in rows}
+    assert tried["quickstart"] == "run" and tried["gsm8k_qwen3_32b_v5p64"] == "planned"
+    assert all(len(what) > 20 for _, what, _ in rows)
 
 
 def test_pages_that_the_navigation_does_not_name_are_added(
