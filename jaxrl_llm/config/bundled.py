@@ -74,6 +74,9 @@ def write(name: str, directory: Path, section: type[BaseModel]) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with path.open("x") as file:
+            file.write(
+                f"# All keys, with what they are here: jaxrl train {path} --help\n"
+            )
             file.write(explained(source.read_text(), section))
     except (FileExistsError, NotADirectoryError):
         if directory.is_dir():

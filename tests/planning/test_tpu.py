@@ -5,6 +5,7 @@ import os
 
 import jax
 import pytest
+import recipes
 
 from jaxrl_llm import models
 from jaxrl_llm.config import parsing
@@ -100,3 +101,25 @@ def test_the_update_compiles_for_eight_chips_with_splash_attention(chips, remat)
     compiled = learner.compile_update(learner.largest_rows())
     assert "splash" in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipes.PLANNED)
+def test_a_recipe_is_planned(name, monkeypatch):
+    """With the first two layers of its model: the others are compiled likewise."""
+    topology, model = recipes.plan_of(name)
+    whole = shapes.find(model)
+    cut = dataclasses.replace(
+        whole,
+        num_layers=2,
+        rope_of_layer=whole.rope_of_layer[:2],
+        window_of_layer=whole.window_of_layer[:2],
+    )
+    monkeypatch.setattr(planner.workload, "architecture", lambda *_: cut)
+    config = parsing.load(recipes.FILES[name])
+    chips, memory = planner.elsewhere(topology)
+    host = planner.host_of(topology)
+    [found] = planner.estimate(config, chips, memory, host=host)
+    assert found.num_devices == len(chips) and found.num_processes == len(chips) // 4
+    assert {"update", "prefill", "decode", "reshard"} <= set(found.programs)
+    assert found.peak_bytes < found.capacity
