@@ -28,6 +28,7 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 from jaxrl_llm.config import parsing
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config, TrainerConfig
+from jaxrl_llm.config.section import MayChange
 
 Options = TypeVar("Options")
 Field = tuple[str, Any, Any]
@@ -179,6 +180,13 @@ def command(kind: type, values: Config | None = None) -> type:
     )
 
 
+_MARKS = {
+    "nothing": " May change when a run goes on.",
+    "rounding": " May change when a run goes on, but for rounding.",
+    "course": " May change when a run goes on, which then takes another course.",
+}
+
+
 def _fields(section: type[BaseModel], values: BaseModel | None) -> Iterator[Field]:
     for name, field in section.model_fields.items():
         value = field.get_default(call_default_factory=True)
@@ -186,6 +194,11 @@ def _fields(section: type[BaseModel], values: BaseModel | None) -> Iterator[Fiel
             value = getattr(values, name)
         kinds = parsing.members(field.annotation)
         text = " ".join((field.description or "").split())
+        text += "".join(
+            _MARKS[mark.alters]
+            for mark in field.metadata
+            if isinstance(mark, MayChange)
+        )
         if inside := [kind for kind in kinds if parsing.is_section(kind)]:
             held = value if isinstance(value, BaseModel) else None
             yield _group(name, _flag(name), inside[0], held, text)

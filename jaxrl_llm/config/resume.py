@@ -9,73 +9,69 @@ from jaxrl_llm.config import parsing, reader, renamed
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.config.secrets import without_secrets
+from jaxrl_llm.config.section import MayChange
 
-# Settings a run may go on with changed: they do not change what it has done so far.
-_MAY_CHANGE = (
-    "output_dir",
-    "trainer.",
-    "val.",
-    "placement.",
-    "actor.mesh.",
-    "actor.ref_mesh",
-    "actor.rules",
-    "actor.micro_batch_size",
-    "actor.pack_length",
-    "actor.share_prompts",
-    "actor.remat",
-    "actor.attention",
-    "actor.offload",
-    "actor.unroll",
-    "critic.mesh.",
-    "critic.rules",
-    "critic.micro_batch_size",
-    "critic.remat",
-    "critic.attention",
-    "critic.unroll",
-    "reward.isolation",
-    "reward.memory_gib",
-    "reward.model.mesh.",
-    "reward.model.rules",
-    "reward.model.micro_batch_size",
-    "reward.model.offload",
-    "reward.model.attention",
-    "reward.model.unroll",
-    "rollout.mesh.",
-    "rollout.max_num_seqs",
-    "rollout.decode_chunk",
-    "rollout.prefill_tokens",
-    "rollout.cache_gib",
-    "rollout.checksum_freq",
-    "rollout.max_mismatch",
-    "rollout.vllm.",
-)
+_FROM_HERE = {
+    "nothing": "",
+    "rounding": "; sums are rounded otherwise from here on, and tokens may differ",
+    "course": "; the run takes another course from here on",
+}
 
 
-def check(directory: Path, config: Config) -> None:
-    """Raises ConfigError if `directory` holds a run that this one cannot go on.
+def may_change(key: str) -> MayChange | None:
+    """What a run may go on with changed says so at its field, or at the section that
+    the field is in; None for what must be as it was.
+
+    Args:
+      key: dotted, such as actor.mesh.fsdp.
+    """
+    kinds, found = (Config,), None
+    for name in key.split("."):
+        section = next(filter(parsing.is_section, kinds), None)
+        field = section and section.model_fields.get(name)
+        if field is None:
+            break
+        marks = [mark for mark in field.metadata if isinstance(mark, MayChange)]
+        found = marks[0] if marks else found
+        kinds = parsing.members(field.annotation)
+    return found
+
+
+def check(directory: Path, config: Config) -> list[str]:
+    """What is set otherwise than when the run in `directory` began, and may be, in a
+    line each; nothing if there is none.
 
     The settings may have been stored by an earlier version: a key that it did not have
     counts as its default, and one that has another name now as that (`renamed.FORMER`).
+
+    Raises:
+      ConfigError: `directory` holds a run that this one cannot go on.
     """
     stored = settings_of(directory)
     if stored is None:
-        return
+        return []
     if config.trainer.resume == "never":
         raise ConfigError(
             f"trainer.resume is never, but output_dir {directory} holds a run; choose "
             "another output_dir"
         )
     before, now = facts(stored), facts(config)
-    changed = [
-        f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
+    changed = {
+        key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(_MAY_CHANGE)
-    ]
-    if changed:
+        if before.get(key) != now.get(key)
+    }
+    marks = {key: may_change(key) for key in changed}
+    if wrong := [text for key, text in changed.items() if marks[key] is None]:
         raise ConfigError(
             f"output_dir {directory} holds a run with other settings; choose another "
-            f"output_dir, or go on with the same: {'; '.join(changed)}"
+            f"output_dir, or go on with the same: {'; '.join(wrong)}"
         )
+    return [
+        text + _FROM_HERE[mark.alters]
+        for text, mark in zip(changed.values(), marks.values(), strict=True)
+        if mark.alters != "nothing"
+    ]
 
 
 def settings_of(directory: Path) -> Config | None:

@@ -14,11 +14,17 @@ from jaxrl_llm.config.names import Overlong, device_numbers
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.config.schema_training import (
     ActorConfig,
+    ComputeConfig,
     CriticConfig,
-    TrainMeshConfig,
-    TrainRules,
 )
-from jaxrl_llm.config.section import Name, PathText, Section
+from jaxrl_llm.config.section import (
+    Course,
+    Free,
+    Name,
+    PathText,
+    Rounding,
+    Section,
+)
 
 
 class ModelConfig(Section):
@@ -145,7 +151,7 @@ class VllmConfig(Section):
     hangs, and is started again."""
     max_restarts: int = Field(3, ge=0)
     """How often servers may be lost between two transfers of weights."""
-    reproducible: bool = False
+    reproducible: Course[bool] = False
     """Draw every group of responses from a seed of its own: the same weights then give
     the same responses, whatever else a server does meanwhile. vLLM draws row by row for
     it, which makes a step of hundreds of rows some times slower."""
@@ -159,7 +165,7 @@ class RolloutConfig(SamplingConfig):
 
     engine: Literal["jax", "vllm"] = "jax"
     """jax: the compiled decode loop of this package. vllm: servers, see `vllm`."""
-    vllm: VllmConfig = VllmConfig()
+    vllm: Rounding[VllmConfig] = VllmConfig()
     n: int = Field(8, gt=0)
     """Responses per prompt (the group)."""
     max_response_length: int = Field(512, gt=0)
@@ -171,15 +177,15 @@ class RolloutConfig(SamplingConfig):
     skip_special_tokens: bool = True
     """Leave special tokens out of the text that rewards get and stop strings are looked
     for in. The token that ends a response is in no text."""
-    max_num_seqs: int = Field(256, gt=0)
+    max_num_seqs: Rounding[int] = Field(256, gt=0)
     """Sequences decoded together; more wait."""
-    decode_chunk: int = Field(64, gt=0)
+    decode_chunk: Rounding[int] = Field(64, gt=0)
     """Tokens per dispatch of the jax engine. Between dispatches stop strings are looked
     for and memory is shared out."""
-    prefill_tokens: int = Field(8192, gt=0)
+    prefill_tokens: Rounding[int] = Field(8192, gt=0)
     """Tokens of prompts that the jax engine reads per dispatch on each replica; longer
     prompts are read in pieces."""
-    cache_gib: float | None = Field(None, gt=0)
+    cache_gib: Rounding[float | None] = Field(None, gt=0)
     """Memory of the jax engine for keys and values on each device. Not given: what
     max_num_seqs of the longest sequences need, or what is free if that is less;
     sequences wait for room, or are preempted and go on later."""
@@ -192,13 +198,13 @@ class RolloutConfig(SamplingConfig):
     kv_cache_dtype: Literal["int8", "fp8"] | None = None
     """Of the jax engine's KV cache, a scale per head and token; `dtype` if not
     given."""
-    checksum_freq: int = Field(100, ge=0)
+    checksum_freq: Free[int] = Field(100, ge=0)
     """Compare checksums of the engine's weights with the trainer's at the first load
     and every so many steps; 0: never."""
-    max_mismatch: float = Field(0.05, gt=0)
+    max_mismatch: Free[float] = Field(0.05, gt=0)
     """Mean difference in nats between log-probabilities of sampler and trainer, over
     which a correction is recommended."""
-    mesh: RolloutMeshConfig = RolloutMeshConfig()
+    mesh: Rounding[RolloutMeshConfig] = RolloutMeshConfig()
 
 
 class RewardFunctionConfig(Section):
@@ -213,7 +219,7 @@ class RewardFunctionConfig(Section):
     """Keyword arguments passed to the function."""
 
 
-class RewardModelConfig(Section):
+class RewardModelConfig(ComputeConfig):
     """A model that scores prompt and response, one more term of the reward by the name
     reward_model."""
 
@@ -224,20 +230,8 @@ class RewardModelConfig(Section):
     """Branch, tag or commit on the hub."""
     weight: float = 1.0
     """Its scores are multiplied by it."""
-    micro_batch_size: int | None = Field(None, gt=0)
-    """Rows per forward pass; as actor.micro_batch_size if not given. Changes memory and
-    speed, never the result."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of weights and activations; the score is float32."""
-    offload: bool = False
+    offload: Free[bool] = False
     """Weights wait in the host's memory while nothing is scored."""
-    attention: Literal["auto", "xla"] = "auto"
-    """As actor.attention."""
-    unroll: Literal["auto", "never", "always"] = "auto"
-    """As actor.unroll."""
-    mesh: TrainMeshConfig = TrainMeshConfig()
-    rules: TrainRules = {}
-    """As actor.rules."""
 
 
 class OverlongBufferConfig(Section):
@@ -260,13 +254,13 @@ class RewardConfig(Section):
     long; off if not given."""
     timeout_s: float = Field(60.0, gt=0)
     """Longest time one function may take for one step."""
-    isolation: Literal["auto", "process", "thread"] = "auto"
+    isolation: Free[Literal["auto", "process", "thread"]] = "auto"
     """Where functions run that are not built in. process: each in a process of its own,
     which lasts, sees no accelerator, and is killed when a call takes too long; an error
     for one that cannot be sent there. auto: that one in a thread of this process, which
     a line says. thread: all of them; needed for what they leave in this process, and
     for accelerators that they use."""
-    memory_gib: float | None = Field(8.0, gt=0)
+    memory_gib: Free[float | None] = Field(8.0, gt=0)
     """Address space of each such process; null for all there is."""
     on_error: Literal["raise", "zero"] = "raise"
     """A function that raises, hangs or returns NaN stops the run, or scores 0 and is
@@ -293,8 +287,10 @@ class ValConfig(SamplingConfig):
 class TrainerConfig(Section):
     """How long, how often, and what is written."""
 
-    total_training_steps: int = Field(gt=0)
-    critic_warmup: int = Field(0, ge=0)
+    total_training_steps: Course[int] = Field(gt=0)
+    """A run that is done goes on with more. A learning rate that decays then does so
+    over all of them."""
+    critic_warmup: Course[int] = Field(0, ge=0)
     """The first so many steps update only the critic; they count as steps."""
     test_freq: int = Field(0, ge=0)
     """Validate every so many steps; 0: only before and after."""
@@ -376,7 +372,7 @@ class PlacementConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    output_dir: PathText
+    output_dir: Free[PathText]
     """Everything the run writes is in here."""
     seed: int = Field(0, ge=0)
     """Of data order, sampling and everything else that is random."""
@@ -387,9 +383,9 @@ class Config(Section):
     critic: CriticConfig = CriticConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     reward: RewardConfig
-    val: ValConfig = ValConfig()
-    placement: PlacementConfig = PlacementConfig()
-    trainer: TrainerConfig
+    val: Free[ValConfig] = ValConfig()
+    placement: Rounding[PlacementConfig] = PlacementConfig()
+    trainer: Free[TrainerConfig]
     function_sources: dict[str, str] = {}
     """A hash of the source of every module:function above that learning calls; filled
     in by the run, which goes on only with the same."""

@@ -12,7 +12,7 @@ from jaxrl_llm.config.algorithm import (
 )
 from jaxrl_llm.config.names import Aggregation, KlEstimator, TrainRules
 from jaxrl_llm.config.schema_algorithm import PolicyLossConfig
-from jaxrl_llm.config.section import Name, PathText, Section
+from jaxrl_llm.config.section import Free, Name, PathText, Rounding, Section
 
 
 class TrainMeshConfig(Section):
@@ -29,6 +29,43 @@ class TrainMeshConfig(Section):
     tensor: int = Field(1, ge=-1)
     """Heads, feed-forward and vocabulary are split over it, and between them the tokens
     of a row (Megatron)."""
+
+
+class ComputeConfig(Section):
+    """How a model is computed, of whatever role."""
+
+    micro_batch_size: Rounding[int | None] = Field(None, gt=0)
+    """Rows per forward and backward pass. Changes memory and speed, and the result by
+    rounding only. If not given, the critic and the reward model have the actor's; that
+    is, on GPUs and TPUs, as many as fit, up to 16,384 tokens a device (twice that with
+    FSDP), found when the run begins and kept when it goes on; on CPUs the whole
+    mini-batch."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of activations and of the weights inside a matrix product; what is not trained is
+    also kept in it. Master weights, the optimizer's moments, a value head, softmax,
+    scores and losses are float32."""
+    attention: Rounding[Literal["auto", "xla"]] = "auto"
+    """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
+    which holds the scores of a whole row. On GPUs flash attention over packed rows, or
+    rows of more than 2,048 tokens, may sum gradients in another order each time: two
+    runs, or one that goes on, then may differ from the last bit on. xla never does."""
+    unroll: Rounding[Literal["auto", "never", "always"]] = "auto"
+    """Compile every layer by itself rather than one for all in a loop: a compile time
+    that grows with depth, but one layer's weights travel while another is computed.
+    auto: on several GPUs, and on one unless it is trained and remat is dots or full."""
+    mesh: Rounding[TrainMeshConfig] = TrainMeshConfig()
+    rules: Rounding[TrainRules] = {}
+    """Axes of the mesh that a dimension is split over, other than usual: see
+    sharding/rules.py. `residual: context` turns sequence parallelism off."""
+
+
+class TrainedConfig(ComputeConfig):
+    """How a model is computed that is trained."""
+
+    remat: Rounding[Literal["none", "dots", "full", "offload"]] = "full"
+    """What the backward pass of a layer computes again. none: nothing. dots: all but
+    matrix products and attention. full: everything. offload: as dots, with the
+    products kept in the host's memory meanwhile."""
 
 
 class OptimConfig(Section):
@@ -69,7 +106,7 @@ class OptimConfig(Section):
         return self
 
 
-class ActorConfig(Section):
+class ActorConfig(TrainedConfig):
     """The policy's update."""
 
     optim: OptimConfig = OptimConfig()
@@ -77,15 +114,10 @@ class ActorConfig(Section):
     """Prompts per optimizer step; the whole batch if not given."""
     ppo_epochs: int = Field(1, gt=0)
     """Passes over each batch."""
-    micro_batch_size: int | None = Field(None, gt=0)
-    """Rows per forward and backward pass. Changes memory and speed, never the result.
-    If not given: on GPUs and TPUs as many as fit, up to 16,384 tokens a device (twice
-    that with FSDP), found when the run begins and kept when it goes on; on CPUs the
-    whole mini-batch."""
-    pack_length: int | None = Field(None, gt=0)
+    pack_length: Rounding[int | None] = Field(None, gt=0)
     """Pack sequences into rows of this many tokens; one sequence per row if not
     given."""
-    share_prompts: bool = False
+    share_prompts: Rounding[bool] = False
     """Packed rows hold a prompt once for several responses to it: less to compute where
     prompts are long beside responses. Attention is then the reference's, so rows of a
     few thousand tokens at most."""
@@ -117,35 +149,15 @@ class ActorConfig(Section):
     kl_loss_type: KlEstimator = "k3"
     """Estimator of the KL; k3 = low_var_kl, k2 = mse, k1 = kl. NAME+ has the value of
     NAME and the gradient of k2."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of activations and of the weights inside a matrix product. The master weights,
-    the optimizer's moments, softmax and losses are float32."""
-    remat: Literal["none", "dots", "full", "offload"] = "full"
-    """What the backward pass of a layer computes again. none: nothing. dots: all but
-    matrix products and attention. full: everything. offload: as dots, with the
-    products kept in the host's memory meanwhile."""
     keep_probabilities: bool = False
     """Keep softmax(logits) of a micro-batch's tokens, in `dtype`, for the backward pass
     rather than compute the logits again: 2 % of a 1.5B model's update for tokens x
     vocabulary x 2 bytes."""
-    offload: tuple[Literal["optimizer", "reference"], ...] = ()
+    offload: Free[tuple[Literal["optimizer", "reference"], ...]] = ()
     """What waits in the host's memory while it is not in use: the optimizer's moments
     during generation, the reference's weights outside of its own pass."""
-    attention: Literal["auto", "xla"] = "auto"
-    """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
-    which holds the scores of a whole row. On GPUs flash attention over packed rows, or
-    rows of more than 2,048 tokens, may sum gradients in another order each time: two
-    runs, or one that goes on, then may differ from the last bit on. xla never does."""
-    unroll: Literal["auto", "never", "always"] = "auto"
-    """Compile every layer by itself rather than one for all in a loop: a compile time
-    that grows with depth, but one layer's weights travel while another is computed.
-    auto: on several GPUs, and on one unless remat is dots or full."""
-    mesh: TrainMeshConfig = TrainMeshConfig()
-    ref_mesh: TrainMeshConfig | None = None
+    ref_mesh: Rounding[TrainMeshConfig | None] = None
     """Of the reference policy; `mesh` if not given."""
-    rules: TrainRules = {}
-    """Axes of the mesh that a dimension is split over, other than usual: see
-    sharding/rules.py. `residual: context` turns sequence parallelism off."""
 
 
 class CriticOptimConfig(OptimConfig):
@@ -164,7 +176,7 @@ class CriticModelConfig(Section):
     """Branch, tag or commit on the hub."""
 
 
-class CriticConfig(Section):
+class CriticConfig(TrainedConfig):
     """The value model's update; only with algorithm.adv_estimator=gae."""
 
     model: CriticModelConfig = CriticModelConfig()
@@ -173,26 +185,7 @@ class CriticConfig(Section):
     """Prompts per optimizer step; as actor.ppo_mini_batch_size if not given."""
     ppo_epochs: int | None = Field(None, gt=0)
     """Passes over each batch; as actor.ppo_epochs if not given."""
-    micro_batch_size: int | None = Field(None, gt=0)
-    """Rows per forward and backward pass; as actor.micro_batch_size if not given, and
-    found likewise if neither is. Changes memory and speed, never the result."""
     cliprange_value: float = Field(0.5, gt=0)
     """An update moves a value at most so far from what it was, in units of reward."""
     loss_agg_mode: Aggregation = "token-mean"
     """How per-token losses become one number."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of activations and of the weights inside a matrix product. The master weights,
-    the optimizer's moments, the value head and losses are float32."""
-    remat: Literal["none", "dots", "full", "offload"] = "full"
-    """What the backward pass of a layer computes again. none: nothing. dots: all but
-    matrix products and attention. full: everything. offload: as dots, with the
-    products kept in the host's memory meanwhile."""
-    attention: Literal["auto", "xla"] = "auto"
-    """As actor.attention."""
-    unroll: Literal["auto", "never", "always"] = "auto"
-    """Compile every layer by itself rather than one for all in a loop: a compile time
-    that grows with depth, but one layer's weights travel while another is computed.
-    auto: on several GPUs, and on one unless remat is dots or full."""
-    mesh: TrainMeshConfig = TrainMeshConfig()
-    rules: TrainRules = {}
-    """As actor.rules."""

@@ -2,9 +2,10 @@
 
 import math
 import re
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +19,24 @@ _LARGEST, _MOST = 3.4e38, 2**32 - 1
 
 # What a path may begin with: a kind of data set in a folder, or of what has a name.
 _SAVED, _NAMED = ("disk:",), ("hub:", "package:", "reasoning_gym:")
+
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class MayChange:
+    """Marks a field that may be another when a run goes on. Of a section, all of it."""
+
+    alters: Literal["nothing", "rounding", "course"]
+    """nothing: what the run learns is the same bit for bit. rounding: sums are taken in
+    another order or by other programs, so last bits differ, and tokens that hang on
+    them. course: what comes after is what the new value asks for."""
+
+
+Free = Annotated[Value, MayChange("nothing")]
+Rounding = Annotated[Value, MayChange("rounding")]
+Course = Annotated[Value, MayChange("course")]
 
 
 class Section(BaseModel):

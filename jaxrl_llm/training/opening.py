@@ -63,8 +63,8 @@ def held(directory: Path) -> Iterator[None]:
 def _opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
     config, trainer = job.config, job.config.trainer
     directory = Path(config.output_dir)
-    resume.check(directory, config)
-    changed = resume.check_inputs(directory, config, job.inputs)
+    changed = resume.check(directory, config)
+    changed += resume.check_inputs(directory, config, job.inputs)
     stream = PromptBatches(
         job.data.train,
         config.data.train_batch_size,

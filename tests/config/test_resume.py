@@ -51,6 +51,49 @@ def test_the_same_settings_go_on_and_so_do_those_that_change_no_number(tmp_path)
     resume.check(tmp_path, settings(tmp_path, actor__micro_batch_size=4))
 
 
+def test_what_may_change_but_alters_numbers_is_said(tmp_path):
+    store(tmp_path, settings(tmp_path))
+    changed = {
+        "trainer__save_freq": 5,
+        "rollout__cache_gib": 2.0,
+        "actor__mesh__tensor": 2,
+        "trainer__total_training_steps": 9,
+    }
+    assert resume.check(tmp_path, settings(tmp_path, **changed)) == [
+        "actor.mesh.tensor was 1, is 2; sums are rounded otherwise from here on, and "
+        "tokens may differ",
+        "rollout.cache_gib was None, is 2.0; sums are rounded otherwise from here on, "
+        "and tokens may differ",
+        "trainer.total_training_steps was 3, is 9; the run takes another course from "
+        "here on",
+    ]
+
+
+@pytest.mark.parametrize(
+    "keys, alters",
+    [
+        ("output_dir trainer.save_freq trainer.resume val.n val.top_p", "nothing"),
+        ("actor.offload reward.model.offload reward.isolation", "nothing"),
+        ("reward.memory_gib rollout.checksum_freq rollout.max_mismatch", "nothing"),
+        ("rollout.cache_gib rollout.prefill_tokens rollout.max_num_seqs", "rounding"),
+        ("rollout.decode_chunk rollout.mesh.tensor rollout.vllm.args", "rounding"),
+        ("actor.mesh.fsdp actor.ref_mesh actor.ref_mesh.data actor.remat", "rounding"),
+        ("actor.rules.embed actor.pack_length actor.share_prompts", "rounding"),
+        ("critic.attention critic.remat reward.model.unroll", "rounding"),
+        ("reward.model.micro_batch_size placement.groups.train", "rounding"),
+        ("trainer.total_training_steps trainer.critic_warmup", "course"),
+        ("rollout.vllm.reproducible", "course"),
+        ("seed actor.dtype actor.optim.lr actor.keep_probabilities rollout.n", None),
+        ("rollout.dtype reward.model reward.model.path data.train.path", None),
+        ("reward.functions rollout.top_p from.the.future", None),
+    ],
+)
+def test_a_field_says_whether_it_may_change(keys, alters):
+    for key in keys.split():
+        mark = resume.may_change(key)
+        assert (mark and mark.alters) == alters, key
+
+
 def test_a_key_that_was_not_there_yet_counts_as_its_default(tmp_path):
     config = settings(tmp_path)
     store(tmp_path, config, without=["actor__clip_ratio_low", "placement"])
