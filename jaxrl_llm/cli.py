@@ -8,6 +8,7 @@
     jaxrl init NAME [DIRECTORY]
     jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE] [--out FILE.jsonl]
     jaxrl convert SOURCE DIRECTORY
+    jaxrl convert-config VERL.yaml|TRL.yaml|RUN.sh [CONFIG.yaml]
     jaxrl report RUN_DIR
     jaxrl plan CONFIG.yaml (--topology v5p:4x4x4 | --topology h100:2x8
                            | --devices 8 [--measure STEPS])
@@ -126,6 +127,7 @@ def _functions() -> dict[str, Callable[..., None]]:
         "init": init,
         "generate": generate,
         "convert": convert,
+        "convert-config": convert_config,
         "report": report,
         "completion": completion,
     }
@@ -451,6 +453,29 @@ def convert(
         directory, found.arch, params, found.tokenizer, dtype=dtype, card=card
     )  # fmt: skip
     print(f"{source} -> {directory}, {dtype}")
+
+
+def convert_config(
+    source: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path | None] = None
+) -> None:
+    """Writes a configuration from another trainer's settings, which are not executed.
+
+    Each value stands with the key that it comes from; comments name what has no
+    counterpart, and what is left to decide.
+
+    Args:
+      source: YAML of veRL or TRL, or a shell script with words such as
+        algorithm.adv_estimator=grpo.
+      target: SOURCE.jaxrl.yaml if not given; a file that is there is not overwritten.
+    """
+    from jaxrl_llm.bridges.convert import convert as written
+
+    source = source.expanduser()
+    path = target.expanduser() if target else source.with_suffix(".jaxrl.yaml")
+    todo = written(source, path)
+    for line in todo:
+        print(f"to do: {line}")
+    print(f"{path}\nnext: jaxrl train {path} --dry-run")
 
 
 def report(run_dir: tyro.conf.Positional[Path]) -> None:

@@ -187,7 +187,9 @@ def test_a_broken_pipe_of_another_kind_is_an_error(capsys, monkeypatch):
     assert "of a worker" in failure(capsys, "evaluate")
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "generate", "convert", "report"])
+@pytest.mark.parametrize(
+    "verb", ["train", "evaluate", "generate", "convert", "convert-config", "report"]
+)
 def test_every_verb_has_help(capsys, verb):
     with pytest.raises(SystemExit) as ended:
         launch.main([verb, "--help"])

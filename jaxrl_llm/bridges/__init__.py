@@ -1,0 +1,1 @@
+"""From other trainers' configurations to ours: `jaxrl convert-config`."""
