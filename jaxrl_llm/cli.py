@@ -9,7 +9,7 @@
     jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE] [--out FILE.jsonl]
     jaxrl convert SOURCE DIRECTORY
     jaxrl convert-config VERL.yaml|TRL.yaml|RUN.sh [CONFIG.yaml]
-    jaxrl report RUN_DIR
+    jaxrl report RUN_DIR [RUN_DIR ...] [--out FILE.html] [--completions N]
     jaxrl plan CONFIG.yaml (--topology v5p:4x4x4 | --topology h100:2x8
                            | --devices 8 [--measure STEPS])
                            [--memory 141GB] [--section.key VALUE ...]
@@ -478,15 +478,34 @@ def convert_config(
     print(f"{path}\nnext: jaxrl train {path} --dry-run")
 
 
-def report(run_dir: tyro.conf.Positional[Path]) -> None:
-    """Writes RUN_DIR/report.html from what the run has written so far.
+def report(
+    run_dirs: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path | None = None,
+    completions: int = 24,
+) -> None:
+    """Writes a page about a run, from what it has written so far, or about several.
+
+    Of one run it is RUN_DIR/report.html, which a run also writes itself. Of several it
+    has their curves over one another and their answers to held-out questions in pairs.
 
     Args:
-      run_dir: output_dir of the run.
+      run_dirs: output_dir of each run.
+      out: the page; RUN_DIR/report.html of one run and comparison.html of several if
+        not given.
+      completions: of each kind and step that the page holds, at most.
     """
     from jaxrl_llm.tracking import report as reports
 
-    print(reports.write(run_dir.expanduser()))
+    if not run_dirs:
+        raise ConfigError("no run: name the output_dir of one run, or of several")
+    if completions < 0:
+        raise ConfigError(f"--completions must be 0 or more, got {completions}")
+    found = [run_dir.expanduser() for run_dir in run_dirs]
+    if len(found) == 1 and out is None:
+        print(reports.write(found[0], per_step=completions))
+    else:
+        path = (out or Path("comparison.html")).expanduser()
+        print(reports.compare(found, path, per_step=completions))
 
 
 def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> None:

@@ -286,6 +286,27 @@ def test_report_writes_the_page(capsys, tmp_path):
     assert "critic/rewards/mean" in page.read_text()
 
 
+def test_report_compares_runs(capsys, tmp_path, monkeypatch):
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run in runs:
+        with run_directory.MetricsWriter(run, [], "project", {}) as writer:
+            writer.write(1, {"critic/rewards/mean": 0.5})
+    monkeypatch.chdir(tmp_path)
+    assert launch.main(["report", *map(str, runs)]) == 0
+    assert capsys.readouterr().out.strip() == "comparison.html"
+    page = (tmp_path / "comparison.html").read_text()
+    assert '"name":"one"' in page and '"name":"two"' in page
+    assert launch.main(["report", str(runs[0]), "--out", "new/page.html"]) == 0
+    assert (tmp_path / "new" / "page.html").exists()
+    assert not (runs[0] / "report.html").exists()
+    assert capsys.readouterr().out.strip() == "new/page.html"
+    assert "name the output_dir" in failure(capsys, "report")
+    said = failure(capsys, "report", str(runs[0]), "--completions", "-1")
+    assert "--completions must be 0 or more, got -1" in said
+    assert "given twice" in failure(capsys, "report", "one", "one")
+    assert "metrics.jsonl: no such file" in failure(capsys, "report", "one", "three")
+
+
 def test_a_backend_that_does_not_start_is_one_line(capsys, monkeypatch):
     def fails(*_):
         raise RuntimeError("Unable to initialize backend 'cuda': no GPU\n(set it)")

@@ -1,4 +1,4 @@
-"""One HTML page about a run, for a browser without a network: RUN/report.html.
+"""One HTML page about a run, or about several, for a browser without a network.
 
 Everything is inside the page. What the model wrote is hostile text: it is embedded as
 JSON that cannot end its script element, and shown as text only.
@@ -6,57 +6,107 @@ JSON that cannot end its script element, and shown as text only.
 
 import json
 import math
-import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from jaxrl_llm.tracking import paired_answers, rollout_digest, run_lock
+from jaxrl_llm.tracking.rollout_digest import MAX_PER_STEP, Digest, Digests
 from jaxrl_llm.tracking.run_directory import (
     advice,
-    completions,
     read,
     replace_text,
-    rollout_files,
     table,
 )
+from jaxrl_llm.tracking.services import flat
 from jaxrl_llm.tracking.step_metrics import accuracy_name
 
-MAX_FILES = 40
-"""Steps per split whose completions are embedded: evenly spaced, first and last
-included."""
-MAX_PER_STEP = 24
-"""Completions per step and kind that are embedded, evenly spaced."""
-MAX_CHARACTERS = 4000
-"""Of one prompt or completion; the middle of a longer one is left out, visibly."""
+SCRIPTS = ("data.js", "charts.js", "training.js", "answers.js", "page.js")
+"""The page's programs, in their order; they share one scope."""
 
 
-def write(run_dir: str | Path) -> Path:
+def write(
+    run_dir: str | Path,
+    *,
+    per_step: int = MAX_PER_STEP,
+    digests: Digests | None = None,
+    running: bool | None = None,
+) -> Path:
     """Writes RUN/report.html from what else lies in RUN. Returns its path.
+
+    Args:
+      per_step: completions of each step and kind in it, at most.
+      digests: of the run's rollouts, if they are known from the last time.
+      running: whether the run goes on, so that the page looks for what is new by
+        itself; None to look whether a process holds RUN.
 
     Raises:
       ValueError: `run_dir` holds no metrics.jsonl, or a damaged one.
     """
     run_dir = Path(run_dir)
-    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    digests = digests or Digests(run_dir, per_step)
     path = run_dir / "report.html"
-    replace_text(path, template.replace("{{DATA}}", embeddable(collect(run_dir))))
+    replace_text(path, page(collect([digests], running=running)))
     return path
 
 
-def collect(run_dir: Path) -> dict[str, Any]:
-    """Everything the page shows."""
-    columns = table(read(run_dir))
-    completions, counts, changes = _completions(run_dir)
+def compare(
+    run_dirs: Sequence[str | Path], path: str | Path, *, per_step: int = MAX_PER_STEP
+) -> Path:
+    """Writes one page about several runs: their curves over one another, and their
+    greedy answers to the same held-out questions side by side. Returns its path.
+
+    Args:
+      path: of the page; a folder that does not exist is made.
+      per_step: completions of each step and kind in it, at most.
+
+    Raises:
+      ValueError: one of `run_dirs` is given twice, or holds no metrics.jsonl or a
+        damaged one.
+    """
+    if len({Path(run_dir).resolve() for run_dir in run_dirs}) < len(run_dirs):
+        given = ", ".join(map(str, run_dirs))
+        raise ValueError(f"a run is given twice: {given}; name each once")
+    data = collect([Digests(Path(run_dir), per_step) for run_dir in run_dirs])
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, page(data))
+    return path
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """The page that shows what `collect` found."""
+    folder = Path(__file__).with_name("page")
+    filled = (folder / "report.html").read_text(encoding="utf-8")
+    script = "\n".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    style = (folder / "style.css").read_text(encoding="utf-8")
+    for name, text in ("STYLE", style), ("SCRIPT", script), ("DATA", embeddable(data)):
+        filled = filled.replace(f"{{{{{name}}}}}", text)
+    return filled
+
+
+def collect(runs: Sequence[Digests], *, running: bool | None = None) -> dict[str, Any]:
+    """Everything the page shows of one run, or of several."""
+    found = [digests.refresh() for digests in runs]
+    questions, answers = paired_answers.paired(found)
+    names = _names([digests.directory for digests in runs])
     return {
-        "name": run_dir.resolve().name,
-        "config": _text(run_dir / "config.yaml"),
-        "versions": json.loads(_text(run_dir / "versions.json") or "{}"),
-        "columns": {name: column.tolist() for name, column in columns.items()},
-        "accuracy": accuracy_name(list(columns)),
-        "advice": advice(run_dir),
-        "completions": completions,
-        "counts": counts,
-        "changes": changes,
+        "written": time.time(),
+        "questions": questions,
+        "runs": [
+            _run(one, digests, kept, running) | {"name": name, "validations": of_run}
+            for one, digests, kept, name, of_run in zip(
+                [digests.directory for digests in runs],
+                runs,
+                found,
+                names,
+                answers,
+                strict=True,
+            )
+        ],
     }
 
 
@@ -71,80 +121,47 @@ def embeddable(data: Any) -> str:
     return text
 
 
-def thin(items: Sequence, count: int) -> list:
-    """At most `count` of the items, evenly spaced, the first and the last included."""
-    if len(items) <= count:
-        return list(items)
-    if count == 1:
-        return [items[0]]
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
-def _completions(
-    run_dir: Path,
-) -> tuple[list[dict[str, Any]], dict[str, int], dict[str, Any] | None]:
-    """Records to show, how many there were, and what validation changed."""
-    files = rollout_files(run_dir)
-    shown: list[dict[str, Any]] = []
-    counts = {"files": len(files), "files_read": 0, "read": 0}
-    validations: list[list[dict[str, Any]]] = []
-    for split in sorted({split for _, split, _ in files}):
-        paths = [path for _, of, path in files if of == split]
-        for path in thin(paths, MAX_FILES):
-            records = completions(path)
-            counts["files_read"] += 1
-            counts["read"] += len(records)
-            for kind in dict.fromkeys(record["kind"] for record in records):
-                same = [record for record in records if record["kind"] == kind]
-                shown += [_short(record) for record in thin(same, MAX_PER_STEP)]
-                if kind == "greedy":
-                    validations.append(same)
-    changes = _changes(validations[0], validations[-1]) if validations[1:] else None
-    return shown, counts, changes
-
-
-def _changes(
-    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
+def _run(
+    run_dir: Path, digests: Digests, found: Sequence[Digest], running: bool | None
 ) -> dict[str, Any]:
-    """How many questions were answered rightly before and after training."""
-    was = {record["prompt_id"]: record["correct"] for record in before}
-    pairs = [
-        (was[record["prompt_id"]], record["correct"])
-        for record in after
-        if record["prompt_id"] in was
-    ]
+    """What the page shows of one run but its answers to held-out questions."""
+    columns = table(read(run_dir))
+    text = _text(run_dir / "config.yaml")
+    settings = flat(yaml.safe_load(text) or {})
+    trained = [one for one in found if one.distributions]
     return {
-        "from": before[0]["step"],
-        "to": after[0]["step"],
-        "fixed": pairs.count((False, True)),
-        "broken": pairs.count((True, False)),
-        "right": pairs.count((True, True)),
-        "wrong": pairs.count((False, False)),
+        "config": text,
+        "settings": {name: json.dumps(value) for name, value in settings.items()},
+        "versions": json.loads(_text(run_dir / "versions.json") or "{}"),
+        "columns": {name: column.tolist() for name, column in columns.items()},
+        "accuracy": accuracy_name(list(columns)),
+        "advice": advice(run_dir),
+        "running": run_lock.in_use(run_dir) if running is None else running,
+        "total_steps": settings.get("trainer.total_training_steps"),
+        "completions": [record for one in found for record in one.records],
+        "counts": {
+            "files": digests.num_files,
+            "files_read": len(found),
+            "read": sum(one.read for one in found),
+        },
+        "distributions": {
+            name: {
+                "steps": [one.step for one in trained],
+                "values": [one.distributions.get(name, []) for one in trained],
+            }
+            for name in rollout_digest.DISTRIBUTIONS
+        },
     }
 
 
-def _short(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields the page shows, long texts cut."""
-    kept = ("step", "split", "kind", "prompt_id", "sample", "reward", "scores")
-    more = ("advantage", "correct", "finish_reason", "num_tokens")
-    return {
-        **{name: record[name] for name in (*kept, *more) if name in record},
-        "prompt": _cut(record["prompt"]),
-        "completion": _cut(record["completion"]),
-        "answer": None if record["answer"] is None else _cut(str(record["answer"])),
-    }
-
-
-def _cut(text: str) -> str:
-    """The text without its middle, and with "�" for what would show another text than
-    is there: halves of surrogate pairs, overrides of the writing direction."""
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    text = re.sub("[\u202a-\u202e\u2066-\u2069]", "�", text)
-    left_out = len(text) - MAX_CHARACTERS
-    if left_out <= 0:
-        return text
-    half = MAX_CHARACTERS // 2
-    return f"{text[:half]}\n[... {left_out} characters left out ...]\n{text[-half:]}"
+def _names(directories: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    parts = [path.resolve().parts for path in directories]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(path[-length:]) for path in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def _text(path: Path) -> str:

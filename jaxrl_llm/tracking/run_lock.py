@@ -62,6 +62,21 @@ def locked(directory: Path, say: Callable[[str], None] = print) -> Iterator[None
                 path.rmdir()
 
 
+def in_use(directory: Path) -> bool:
+    """Whether a process of this host that is alive, this one or another, runs in
+    `directory`, as far as its lock says."""
+    if os.path.realpath(directory) in _held:
+        return True
+    try:
+        file = os.open(directory / "lock", os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        return _runs_here(_owner(file))
+    finally:
+        os.close(file)
+
+
 def _lock(directory: Path, say: Callable[[str], None]) -> int:
     """The descriptor of the file that is locked now."""
     path = directory / "lock"

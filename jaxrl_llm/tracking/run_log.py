@@ -15,7 +15,9 @@ from jaxrl_llm.data.types import Episode, Generated, Prompt, Scores
 from jaxrl_llm.tracking import device_trace as profile
 from jaxrl_llm.tracking import performance, report, step_metrics
 from jaxrl_llm.tracking.console import LiveView, progress
+from jaxrl_llm.tracking.live_report import LiveReport
 from jaxrl_llm.tracking.performance import Devices, Timer
+from jaxrl_llm.tracking.rollout_digest import Digests
 from jaxrl_llm.tracking.run_directory import MetricsWriter
 from jaxrl_llm.tracking.step_metrics import Validation
 
@@ -87,6 +89,8 @@ class RunLog:
         self._shown: list[dict[str, Any]] = []
         self._batch: dict[str, float] = {}
         self._advised: set[str] = set()
+        self._report: LiveReport | None = None
+        self._digests = Digests(directory)
         self.during = ""
         """The phase under way, or the one that an error has ended; "" between them."""
         if devices.description:
@@ -105,7 +109,7 @@ class RunLog:
         if self._writer and isinstance(error, Exception):
             with suppress(ValueError, OSError):  # the error itself says more
                 self._writer.write_advice(self._step, "stopped", f"stopped: {error}")
-                report.write(self.directory)
+                self._write_report(running=False)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -126,6 +130,8 @@ class RunLog:
             writer = MetricsWriter(self.directory, *self._written)
             self._writer = self._exit.enter_context(writer)
             self._advised = set(writer.rewind(step or -1))
+            live = LiveReport(lambda: self._write_report(running=True), self.say)
+            self._report = self._exit.enter_context(live)
         self._step = step
         self._view = self._exit.enter_context(
             LiveView(
@@ -188,6 +194,7 @@ class RunLog:
         *,
         epoch: float,
         update_flops: float,
+        token_details: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> None:
         """Writes every response that a step trains on with its reward.
 
@@ -198,10 +205,14 @@ class RunLog:
           epoch: passes over the training data so far.
           update_flops: operations of all passes of the policy's update, on the tokens
             of these responses and their prompts.
+          token_details: what is known of each token of some responses, by the place of
+            the response among all; see `token_details.of_step`.
         """
         self._shown = step_metrics.rollout_records(
             step, "train", "train", asked, rollouts, scores, advantage=advantage
         )
+        for place, details in (token_details or {}).items():
+            self._shown[place]["token_details"] = details
         self._batch = step_metrics.batch_metrics(
             generated.asked, generated.rollouts, generated.scores, advantage
         )
@@ -239,6 +250,8 @@ class RunLog:
                 self._writer.write_rollouts(step, "val", validation.records)
             self._writer.write(step, line)
         self._step = step
+        if self._report:
+            self._report.ask() if validation else self._report.ask_if_old()
         self._view.update(step, line, self._shown)
         self._timer, self._batch = Timer(), {}
 
@@ -264,13 +277,16 @@ class RunLog:
         """The run is over, at its end or before: writes the report."""
         self._exit.close()
         if self._writes:
-            report.write(self.directory)
+            self._write_report(running=False)
         if self._step < self._total_steps:
             self._console.print(
                 f"stopped after step {self._step} of {self._total_steps}; the same "
                 "command goes on from there",
                 markup=False,
             )
+
+    def _write_report(self, *, running: bool) -> None:
+        report.write(self.directory, digests=self._digests, running=running)
 
     def _speed(self, timing: Mapping[str, float]) -> dict[str, float]:
         devices = self._devices

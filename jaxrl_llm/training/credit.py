@@ -18,6 +18,7 @@ from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.data.types import Episode
 from jaxrl_llm.sharding import processes
+from jaxrl_llm.tracking import token_details
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.experience import Groups, Observe
 from jaxrl_llm.training.randomness import Purpose, seed
@@ -188,6 +189,9 @@ class Credited:
     advantages: Float[np.ndarray, "P G"]
     """The mean advantage of the tokens of every response that was generated."""
     metrics: dict[str, float]
+    token_details: dict[int, dict[str, Any]]
+    """What is known of each token of a few responses, by p * G + g; of many processes,
+    the one that writes has them."""
 
 
 def assign_credit(
@@ -226,6 +230,13 @@ def assign_credit(
         if algorithm.mask_truncated_completions:
             rows, masked_out = without_truncated(rows, groups.rollouts)
             found["training/truncated_completions_masked"] = masked_out
+        details = {}
+        if processes.leads():
+            lengths = [len(one.tokens) for group in groups.rollouts for one in group]
+            decode = functools.partial(
+                job.source.tokenizer.decode, clean_up_tokenization_spaces=False
+            )
+            details = token_details.of_step(rows, lengths, decode)
         if algorithm.pf_ppo:
             rows = draw_again(job, rows, scores.total, step)
     if state.kl_coef is not None:
@@ -249,7 +260,9 @@ def assign_credit(
             "critic/rewards_kept/max": float(kept.max()),
             "critic/rewards_kept/min": float(kept.min()),
         }
-    return state, Credited(rows=rows, advantages=means, metrics=metrics)
+    return state, Credited(
+        rows=rows, advantages=means, metrics=metrics, token_details=details
+    )
 
 
 def draw_again(

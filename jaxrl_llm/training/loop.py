@@ -89,6 +89,7 @@ def run(
                 groups.generated,
                 epoch=groups.epoch,
                 update_flops=update_flops(job, groups),
+                token_details=credited.token_details,
             )
             state, learned = update(job, state, credited.rows, step, log.phase)
             with log.phase("update_weights"):

@@ -47,7 +47,12 @@ def test_the_wheel_has_every_module_once_and_what_is_read_beside_them(wheel):
     code = {n.removesuffix(".py").replace("/", ".") for n in names if n.endswith(".py")}
     code = {name.removesuffix(".__init__") for name in code}
     assert code == {"jaxrl_llm", *modules()}
-    beside = {"py.typed", "algorithms/ALGORITHMS.md", "tracking/report.html"}
+    beside = {
+        "py.typed",
+        "algorithms/ALGORITHMS.md",
+        "tracking/page/report.html",
+        "tracking/page/charts.js",
+    }
     beside |= {str(path.relative_to(ROOT)) for path in ROOT.glob("configs/*.yaml")}
     assert {f"jaxrl_llm/{name}" for name in beside} <= set(names)
 

@@ -1,12 +1,10 @@
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
 
-from jaxrl_llm.tracking import report, run_directory
+from jaxrl_llm.tracking import report, rollout_digest, run_directory, run_lock
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><!-- <script> "
@@ -91,25 +89,19 @@ FULL_ROLLOUTS = [
 def test_the_page_holds_the_run(tmp_path):
     path = report.write(make_run(tmp_path / "my run", FULL, FULL_ROLLOUTS))
     assert path == tmp_path / "my run" / "report.html"
-    data, _ = embedded(path)
+    found, _ = embedded(path)
+    (data,) = found["runs"]
     assert data["name"] == "my run"
     assert data["columns"]["step"] == [0, 1, 2]
     assert data["columns"]["val-core/all/acc/greedy"] == [0.25, None, 0.5]
     assert data["accuracy"] == "val-core/all/acc/greedy"
     assert data["versions"]["num_devices"] == 8
     assert "path: x/y" in data["config"]
+    assert data["settings"] == {"model.path": '"x/y"'}
     assert [r["completion"] for r in data["completions"] if r["kind"] == "train"] == [
         HOSTILE.replace("\ud800", "�").replace("\u202e", "�")
     ]
-    # Question 0 was right and is wrong now, 1 and 2 the other way round, 3 never.
-    assert data["changes"] == {
-        "from": 0,
-        "to": 2,
-        "fixed": 2,
-        "broken": 1,
-        "right": 0,
-        "wrong": 1,
-    }
+    assert data["distributions"]["advantage"] == {"steps": [1], "values": [[1.0]]}
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path):
@@ -138,9 +130,10 @@ def test_embedded_json_can_neither_end_the_script_nor_break_it():
     ids=["no steps", "one step", "validation only", "no rollouts"],
 )
 def test_a_run_that_lacks_something_has_a_report(tmp_path, lines, rollouts):
-    data, _ = embedded(report.write(make_run(tmp_path, lines, rollouts)))
+    found, _ = embedded(report.write(make_run(tmp_path, lines, rollouts)))
+    (data,) = found["runs"]
     assert data["columns"]["step"] == [step for step, _ in lines]
-    assert data["changes"] is None
+    assert len(data["validations"]) == (1 if rollouts else 0)
 
 
 def test_a_directory_without_metrics_is_an_error(tmp_path):
@@ -150,52 +143,123 @@ def test_a_directory_without_metrics_is_an_error(tmp_path):
 
 
 def test_thin_keeps_both_ends_and_even_spacing():
-    assert report.thin(range(9), 5) == [0, 2, 4, 6, 8]
-    assert report.thin(range(3), 5) == [0, 1, 2]
-    assert report.thin(range(9), 1) == [0]
+    assert rollout_digest.thin(range(9), 5) == [0, 2, 4, 6, 8]
+    assert rollout_digest.thin(range(3), 5) == [0, 1, 2]
+    assert rollout_digest.thin(range(9), 1) == [0]
+    assert rollout_digest.thin(range(9), 0) == []
+
+
+def test_steps_that_are_left_out_stay_left_out_as_a_run_goes_on():
+    gone = set()
+    for count in range(1, 200):
+        kept = rollout_digest.every(range(count), 8)
+        assert len(kept) <= 8 and kept[0] == 0 and kept[-1] == count - 1
+        assert len(kept) >= min(count, 4)
+        assert not gone & set(kept)
+        gone |= set(range(count - 1)) - set(kept)
 
 
 def test_embedded_completions_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "MAX_FILES", 2)
-    monkeypatch.setattr(report, "MAX_PER_STEP", 3)
-    monkeypatch.setattr(report, "MAX_CHARACTERS", 10)
+    monkeypatch.setattr(rollout_digest, "MAX_FILES", 2)
+    monkeypatch.setattr(rollout_digest, "MAX_CHARACTERS", 10)
+    details = {"text": ["a"], "advantage": [1.0], "logprob": [-0.5]}
     rollouts = [
         (
             step,
             "train",
-            [record(step, "train", i, completion="a" * 25) for i in [*"ab"] * 4],
+            [record(step, "train", i, completion="a" * 25) for i in [*"ab"] * 4]
+            + [record(step, "train", "c", token_details=details)],
         )
         for step in (1, 2, 3)
     ]
-    data, _ = embedded(report.write(make_run(tmp_path, [], rollouts)))
+    path = report.write(make_run(tmp_path, [], rollouts), per_step=3)
+    (data,) = embedded(path)[0]["runs"]
     assert [r["step"] for r in data["completions"]] == [1, 1, 1, 3, 3, 3]
-    assert data["counts"] == {"files": 3, "files_read": 2, "read": 16}
-    assert data["completions"][0]["completion"] == (
-        "aaaaa\n[... 15 characters left out ...]\naaaaa"
-    )
-    assert "tokens" not in data["completions"][0]
+    assert data["counts"] == {"files": 3, "files_read": 2, "read": 18}
+    known, cut, _ = data["completions"][:3]
+    assert cut["completion"] == "aaaaa\n[... 15 characters left out ...]\naaaaa"
+    # One whose tokens are known is always there; other tokens are not.
+    assert known["prompt_id"] == "c" and known["tokens"] == details
+    assert "tokens" not in cut
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
-@pytest.mark.parametrize("rollouts", [FULL_ROLLOUTS, []], ids=["full", "no rollouts"])
-def test_a_browser_draws_it_and_does_not_obey_the_model(tmp_path, rollouts):
-    path = report.write(make_run(tmp_path / "run", FULL, rollouts))
-    page = subprocess.run(
+def test_greedy_answers_are_paired_by_question_and_not_by_place(tmp_path):
+    def answers(step, correct):
+        return [
+            record(step, "greedy", i, correct=c, prompt=p, completion=f"{p} at {step}")
+            for i, (p, c) in enumerate(correct)
+        ]
+
+    one = make_run(
+        tmp_path / "one" / "run",
+        [(0, {}), (4, {})],
         [
-            *("chromium", "--headless", "--no-sandbox", "--disable-gpu"),
-            *("--no-first-run", "--disable-background-networking", "--disable-sync"),
-            *("--disable-component-update", "--virtual-time-budget=2000"),
-            *(f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()),
+            (0, "val", answers(0, [("a", True), ("b", False), ("c", False)])),
+            (4, "val", answers(4, [("a", False), ("b", False), ("c", True)])),
         ],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=True,
-    ).stdout
-    assert "<title>run · run report</title>" in page
-    assert "Training reward. mean of the batch: 0.5 at step 1, 0.75 at step 2" in page
-    # The script ran to its end: this is the last thing that it fills in.
-    assert '"num_devices": 8' in page
-    if rollouts:
-        assert "&lt;img src=x onerror=" in page and "2 fixed" in page
-        assert "<img" not in page
+    )
+    two = make_run(
+        tmp_path / "two" / "run",
+        [(0, {}), (9, {})],
+        [
+            (0, "val", answers(0, [("d", True), ("c", False), ("a", True)])),
+            (9, "val", answers(9, [("d", True), ("c", True), ("a", True)])),
+        ],
+    )
+    path = report.compare([one, two], tmp_path / "new" / "both.html")
+    assert path == tmp_path / "new" / "both.html"
+    data, _ = embedded(path)
+    assert [run["name"] for run in data["runs"]] == ["one/run", "two/run"]
+    # Those that are answered differently somewhere come first.
+    assert [q["prompt"] for q in data["questions"]] == ["a", "c", "b", "d"]
+    first, second = (run["validations"] for run in data["runs"])
+    assert [(v["step"], v["correct"]) for v in first] == [(0, "100 "), (4, "010 ")]
+    assert [(v["step"], v["correct"]) for v in second] == [(0, "10 1"), (9, "11 1")]
+    assert second[1]["texts"] == ["a at 9", "c at 9", None, "d at 9"]
+
+
+def test_a_question_that_is_asked_twice_is_two_questions(tmp_path):
+    def twice(step, *correct):
+        return [record(step, "greedy", i, correct=c) for i, c in enumerate(correct)]
+
+    rollouts = [(0, "val", twice(0, True, False)), (1, "val", twice(1, True, True))]
+    data, _ = embedded(report.write(make_run(tmp_path, [], rollouts)))
+    before, after = (v["correct"] for v in data["runs"][0]["validations"])
+    assert sorted(before) == ["0", "1"] and after == "11"
+
+
+def test_one_run_given_twice_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="given twice"):
+        report.compare([tmp_path, tmp_path / "."], tmp_path / "page.html")
+
+
+def test_rollouts_that_were_read_are_not_read_again(tmp_path, monkeypatch):
+    digests = rollout_digest.Digests(make_run(tmp_path, FULL, FULL_ROLLOUTS[:2]))
+    assert len(digests.refresh()) == 2
+    read = []
+    real = rollout_digest.completions
+    monkeypatch.setattr(
+        rollout_digest, "completions", lambda path: read.append(path.name) or real(path)
+    )
+    with run_directory.MetricsWriter(tmp_path, [], "p", {}) as writer:
+        writer.write_rollouts(2, "val", FULL_ROLLOUTS[2][2])
+    assert [one.step for one in digests.refresh()] == [1, 0, 2]
+    assert read == ["val_000002.jsonl"]
+
+
+def test_a_page_says_whether_its_run_goes_on(tmp_path):
+    def running(path):
+        return embedded(path)[0]["runs"][0]["running"]
+
+    make_run(tmp_path, FULL)
+    assert not running(report.write(tmp_path))
+    with run_lock.locked(tmp_path):
+        assert running(report.write(tmp_path))
+    assert running(report.write(tmp_path, running=True))
+
+
+def test_text_shows_what_is_there():
+    # A NUL, an escape sequence, an override of the writing direction, half a character.
+    assert rollout_digest.visible("a\0\x1b[31m\n\tb\u202ec\ud800") == (
+        "a\u2400\u241b[31m\n\tb\ufffdc\ufffd"
+    )

@@ -1,13 +1,15 @@
 """What a run log leaves behind of what it is told."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
+from waiting import until
 
 from jaxrl_llm.data.types import Completion, Generated, Prompt, Scores, single_turn
 from jaxrl_llm.rewards.scoring import join
-from jaxrl_llm.tracking import run_directory
+from jaxrl_llm.tracking import report, run_directory
 from jaxrl_llm.tracking.performance import Devices
 from jaxrl_llm.tracking.run_log import RunLog
 from jaxrl_llm.tracking.step_metrics import Validation
@@ -53,7 +55,7 @@ def log(directory, writes=True, devices=DEVICES):
     )
 
 
-def tell(log, step, generated=None):
+def tell(log, step, generated=None, **more):
     log.begin(step)
     with log.phase("gen"):
         pass
@@ -66,6 +68,7 @@ def tell(log, step, generated=None):
         generated or GENERATED,
         epoch=0.25 * step,
         update_flops=1.0,
+        **more,
     )
     log.step(step, {"actor/pg_loss": 0.5})
 
@@ -209,3 +212,34 @@ def test_a_run_that_fails_is_not_shown_as_done(tmp_path, monkeypatch):
         monkeypatch.setattr(told._view, "phase", shown.append)
         raise RuntimeError
     assert shown == ["stopped"]
+
+
+def test_the_report_is_there_from_the_first_validation_and_says_that_it_goes_on(
+    tmp_path, monkeypatch
+):
+    written = []
+    real = report.write
+
+    def write(directory, **how):
+        written.append((threading.current_thread().name, how["running"]))
+        return real(directory, **how)
+
+    monkeypatch.setattr(report, "write", write)
+    with log(tmp_path) as told:
+        told.start(0)
+        told.step(0, {}, Validation(metrics={}, records=[]))
+        until(lambda: (tmp_path / "report.html").exists())
+        assert '"running":true' in (tmp_path / "report.html").read_text()
+        tell(told, 1)
+        told.end()
+    assert '"running":false' in (tmp_path / "report.html").read_text()
+    assert written == [("live report", True), ("MainThread", False)]
+
+
+def test_what_is_known_of_tokens_is_written_with_their_response(tmp_path):
+    details = {"text": ["4"], "advantage": [0.5], "logprob": [-1.0]}
+    with log(tmp_path) as told:
+        told.start(0)
+        tell(told, 1, token_details={1: details})
+    records = run_directory.completions(tmp_path / "rollouts" / "train_000001.jsonl")
+    assert [record.get("token_details") for record in records] == [None, details]
