@@ -1,11 +1,15 @@
 """The notebooks, from first cell to last, with a tiny model in place of a real one."""
 
+import ast
 import json
 import pathlib
+import re
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from jaxrl_llm.config import parsing
 
 NOTEBOOKS = pathlib.Path(__file__).parent.parent / "notebooks"
 
@@ -32,78 +36,146 @@ def test_a_notebook_is_stored_without_outputs(path):
     assert all(not c.outputs and c.execution_count is None for c in code)
 
 
-def test_the_quickstart_trains_a_model(tiny_model, tmp_path):
-    notebook = nbformat.read(NOTEBOOKS / "01_quickstart.ipynb", as_version=4)
-    settings = {
-        "data.train_batch_size": 2,
-        "data.max_prompt_length": 96,
-        "rollout.n": 4,
-        "rollout.max_response_length": 12,
-        "rollout.dtype": "float32",
-        "actor.dtype": "float32",
-    }
-    cell = parameters(notebook)
-    names = [line.split(" = ")[0] for line in cell.source.splitlines() if " = " in line]
-    values = {
-        "MODEL": tiny_model,
-        "STEPS": 2,
-        "OUTPUT_DIR": str(tmp_path / "run"),
-        "SETTINGS": settings,
-    }
-    assert names == list(values), "other parameters than this test knows"
-    cell.source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+def run(name, folder, **values):
+    """A notebook, executed with other parameters."""
+    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+    if values:
+        cell = parameters(notebook)
+        lines = cell.source.splitlines()
+        names = [line.split(" = ")[0] for line in lines if re.match("[A-Z_]+ = ", line)]
+        assert names == list(values), "other parameters than this test knows"
+        cell.source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
     NotebookClient(
         notebook,
         timeout=900,
         kernel_name="python3",
-        resources={"metadata": {"path": str(tmp_path)}},
+        resources={"metadata": {"path": str(folder)}},
     ).execute()
+    found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in found if output.get("name") == "stderr"]
+    return notebook, "".join(output.get("text", "") for output in found)
 
-    for cell in notebook.cells:
-        for output in cell.get("outputs", []):
-            assert output.get("name") != "stderr", output["text"]
-    shown = "".join(
-        output.get("text", "")
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sorted(NOTEBOOKS.glob("*.ipynb")) if "SETTINGS" in p.read_text()],
+    ids=lambda p: p.name,
+)
+def test_the_settings_of_a_notebook_are_those_of_a_configuration(path):
+    values = {
+        "output_dir": "runs",
+        "model": {"path": "model"},
+        "data": {"train": {"path": "hub:a"}, "val": {"path": "hub:a"}},
+        "reward": {"functions": [{"name": "exact"}]},
+        "trainer": {"total_training_steps": 10},
+    }
+    for line in ast.parse(parameters(nbformat.read(path, as_version=4)).source).body:
+        if line.targets[0].id in ("SETTINGS", "SOURCES"):
+            for key, value in ast.literal_eval(line.value).items():
+                parsing.put(values, key.split("."), value)
+    parsed = parsing.parse(values, path.name)
+    assert parsed.rollout.n == values["rollout"]["n"]
+
+
+SETTINGS = {
+    "data.train_batch_size": 2,
+    "data.max_prompt_length": 96,
+    "rollout.n": 4,
+    "rollout.max_response_length": 12,
+    "rollout.dtype": "float32",
+    "actor.dtype": "float32",
+}
+
+
+def test_the_quickstart_trains_a_model(tiny_model, tmp_path):
+    notebook, shown = run(
+        "01_quickstart.ipynb",
+        tmp_path,
+        MODEL=tiny_model,
+        STEPS=2,
+        OUTPUT_DIR=str(tmp_path / "run"),
+        SETTINGS=SETTINGS,
     )
     assert "Warning" not in shown
     assert "done" in "".join(outputs(notebook, "text/plain")), "the live view"
-    assert any("critic/rewards/mean" in html for html in outputs(notebook, "text/html"))
+    pages = outputs(notebook, "text/html")
+    assert any("critic/rewards/mean" in html for html in pages), "the table"
+    assert any('href="run/report.html"' in html for html in pages), "the result"
     assert outputs(notebook, "image/png"), "the plot"
-    run = tmp_path / "run"
-    assert (run / "report.html").exists() and (run / "huggingface").is_dir()
-    lines = (run / "metrics.jsonl").read_text().splitlines()
+    made = tmp_path / "run"
+    assert (made / "report.html").exists() and (made / "huggingface").is_dir()
+    lines = (made / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_reward_of_ones_own_is_tried_and_paid_for(tiny_model, tmp_path):
+    notebook, shown = run(
+        "04_own_reward.ipynb",
+        tmp_path,
+        MODEL=tiny_model,
+        STEPS=2,
+        OUTPUT_DIR="run",
+        SETTINGS=SETTINGS,
+    )
+    assert "([1.0, 0.5, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0])" in "".join(
+        outputs(notebook, "text/plain")
+    )
+    assert shown.count("'has_words':") == 5 and outputs(notebook, "image/png")
+
+
+@pytest.mark.slow
+def test_gsm8k_is_measured_before_and_after(tiny_model, tmp_path):
+    rows = [
+        {
+            "question": f"What is {i} and {i}?",
+            "answer": f"{i}+{i}={2 * i}\n#### {2 * i}",
+        }
+        for i in range(12)
+    ]
+    for name, part in (("train", rows[:8]), ("test", rows[8:])):
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    notebook, shown = run(
+        "05_gsm8k.ipynb",
+        tmp_path,
+        MODEL=tiny_model,
+        TRAIN="train.jsonl",
+        TEST="test.jsonl",
+        STEPS=2,
+        OUTPUT_DIR="run",
+        SOURCES={},
+        SETTINGS={**SETTINGS, "data.max_prompt_length": 192},
+    )
+    assert "val-core/all/acc/greedy: +0.000 [" in shown and "0 worse of 4" in shown
+    assert "fixed: 0" in shown and outputs(notebook, "image/png")
+
+
+@pytest.mark.slow
+def test_what_learns_nothing_is_diagnosed(tiny_model, tmp_path):
+    notebook, shown = run(
+        "06_diagnose.ipynb",
+        tmp_path,
+        MODEL=tiny_model,
+        STEPS=2,
+        OUTPUT_DIR="runs",
+        SETTINGS=SETTINGS,
+    )
+    said = "".join(outputs(notebook, "text/plain"))
+    assert "every response gets the same reward" in said
+    assert "rollout.max_response_length" in shown and "if not:" in shown
 
 
 def test_the_losses_by_hand_are_as_they_say(tmp_path):
     # What they claim, they assert.
-    notebook = nbformat.read(NOTEBOOKS / "02_losses_by_hand.ipynb", as_version=4)
-    NotebookClient(
-        notebook,
-        timeout=900,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(tmp_path)}},
-    ).execute()
+    notebook, _ = run("02_losses_by_hand.ipynb", tmp_path)
     assert len(outputs(notebook, "image/png")) == 3
-    found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert not [output for output in found if output.get("name") == "stderr"]
 
 
 def test_two_meshes_shows_who_holds_what_and_what_moved(tmp_path):
     # What moved, and that no less would do, it asserts.
-    notebook = nbformat.read(NOTEBOOKS / "03_two_meshes.ipynb", as_version=4)
-    NotebookClient(
-        notebook,
-        timeout=900,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(tmp_path)}},
-    ).execute()
+    notebook, shown = run("03_two_meshes.ipynb", tmp_path)
     assert len(outputs(notebook, "image/png")) == 1
-    found = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert not [output for output in found if output.get("name") == "stderr"]
-    shown = "".join(output.get("text", "") for output in found)
     assert "most received" in shown, "the table"
     # 4,608 elements of two bytes, of which a device wants a quarter and lacks 7/8.
     assert f"{8 * 2 * (512 + 4096) // 4 * 7 // 8} bytes moved" in shown
