@@ -1,8 +1,7 @@
 """What mkdocs does besides: pages made from the code, equations, and the navigation.
 
-`configuration.md` is made from the fields of the configuration, `metrics.md` from the
-table of metrics and `recipes.md` from what the files of configs/ say of themselves,
-each time the site is built, so that none is out of date.
+`configuration.md` is made from the fields of the configuration and `metrics.md` from
+the table of metrics, each time the site is built, so that neither is out of date.
 """
 
 import html
@@ -13,7 +12,6 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from jaxrl_llm.config import bundled
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.tracking import metric_table
 
@@ -42,7 +40,6 @@ def on_files(files, config):
     for name, text in (
         ("configuration.md", configuration()),
         ("metrics.md", metrics()),
-        ("recipes.md", recipes()),
     ):
         files.append(File.generated(config, name, content=text))
     return files
@@ -111,33 +108,6 @@ def metrics() -> str:
                 rest = " | ".join(_cell(text) for text in metric[1:])
                 lines.append(f"| `{metric.name}` | {rest} |")
         lines.append("")
-    return "\n".join(lines)
-
-
-def recipes() -> str:
-    """The page of the configurations that come along, and how each is known to work."""
-    lines = [
-        "# Recipes",
-        "",
-        "The configurations that come with the package. `jaxrl train NAME` runs one, "
-        "`jaxrl init NAME` writes it to start from, with every key explained. All are "
-        "read and checked by `tests/config/test_config.py`.",
-        "",
-        "| name | what it is | besides |",
-        "|---|---|---|",
-    ]
-    measured = (DOCS / "performance.md").read_text()
-    for name, path in bundled.names().items():
-        said = []
-        for line in path.read_text().splitlines():
-            if not line.startswith("# "):
-                break
-            said.append(line[2:])
-        text = re.sub(r"(?:Planned, not run:| With local files:).*", "", " ".join(said))
-        known = path.name in measured
-        how = "planned" if "Planned, not run" in " ".join(said) else "run"
-        besides = f"{how}: [Performance](performance.md)" if known else ""
-        lines.append(f"| `{name}` | {_cell(text)} | {besides} |")
     return "\n".join(lines)
 
 

@@ -112,14 +112,6 @@ def test_the_made_pages_have_every_key_and_every_metric(hooks):
     assert all(f"\n## {title}\n" in page for title in metric_table.GROUPS.values())
 
 
-def test_every_configuration_is_a_recipe_that_says_how_it_was_tried(hooks):
-    rows = re.findall(r"(?m)^\| `([^`]+)` \| (.*) \| (.*) \|$", hooks.recipes())
-    assert [row[0] for row in rows] == list(bundled.names())
-    tried = {name: how.partition(":")[0] for name, _, how in rows}
-    assert tried["quickstart"] == "run" and tried["gsm8k_qwen3_32b_v5p64"] == "planned"
-    assert all(len(what) > 20 for _, what, _ in rows)
-
-
 def test_pages_that_the_navigation_does_not_name_are_added(
     hooks, tmp_path, monkeypatch
 ):
