@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from jaxrl_llm.config.resume import may_change
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.tracking import metric_table
 
@@ -67,17 +68,22 @@ def configuration() -> str:
         "as `--actor.optim.lr 1e-6`; an unknown key is an error. The page is made from "
         "the fields of `jaxrl_llm/config/schema*.py`.",
         "",
+        "*resume* says whether a key may change when a run goes on: **yes**; with "
+        "another **rounding** from there on; or with another **course** of the run. "
+        "Other keys must be as they were.",
+        "",
     ]
     sections = [("", Config)]
     for prefix, section in sections:  # grows while it is gone through
         lines += [f"## `{prefix or 'top level'}`", "", *_paragraph(section.__doc__)]
-        lines += ["| key | type | default | |", "|---|---|---|---|"]
+        lines += ["| key | type | default | resume | |", "|---|---|---|---|---|"]
         for name, field in section.model_fields.items():
             key = f"{prefix}.{name}".lstrip(".")
             inner = [x for x in _types(field.annotation) if _is_section(x)]
             sections += [(_place(key, field.annotation), x) for x in inner]
             lines.append(
                 f"| `{key}` | {_cell(_type(field.annotation))} | {_default(field)} "
+                f"| {_resumes(key)} "
                 f"| {_cell(field.description or _first(inner))} |"
             )
         lines.append("")
@@ -161,6 +167,11 @@ def _default(field) -> str:
         return "see its section"
     text = json.dumps(value) if not isinstance(value, str) else value
     return f"`{text}`"
+
+
+def _resumes(key: str) -> str:
+    mark = may_change(key)
+    return {"nothing": "yes"}.get(mark.alters, mark.alters) if mark else ""
 
 
 def _first(inner: list) -> str:
