@@ -302,7 +302,7 @@ def _plan(rest: list[str]) -> None:
 
 
 def _bytes(text: str) -> float:
-    """Of 141GB or 131GiB."""
+    """Bytes of 141GB or 131GiB."""
     match = re.fullmatch(r"([\d.]+) ?(GB|GiB)", text)
     if not match:
         raise ConfigError(f"--memory is a size such as 141GB or 80GiB, got {text!r}")

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import itertools
 import pathlib
 import re
 import shlex
@@ -176,3 +177,16 @@ def test_the_readme_is_one_screen_with_a_small_picture():
     assert (ROOT / picture).read_bytes()[:4] == b"\x89PNG"
     targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
     assert set(re.findall(r"\bmake ([a-z-]+)", text)) <= targets
+
+
+def test_no_docstring_begins_in_the_middle_of_a_sentence():
+    """Its reader would have to find what it is of, or what it is the same as."""
+    folders = [ROOT / "jaxrl_llm", ROOT / "sharding"]
+    for path in itertools.chain(*(folder.rglob("*.py") for folder in folders)):
+        for node in ast.walk(ast.parse(path.read_text())):
+            body = getattr(node, "body", None)
+            for one in body if isinstance(body, list) else ():
+                match one:
+                    case ast.Expr(value=ast.Constant(value=str(text))):
+                        found = re.match(r"(Of|As|The same)\b", text.strip())
+                        assert not found, f"{path}:{one.lineno}: {text[:60]}"

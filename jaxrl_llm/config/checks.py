@@ -276,8 +276,8 @@ def check_functions(config: Any) -> dict[str, str]:
 
 
 def fingerprints(config: Any) -> dict[str, str]:
-    """Of every function of the user's own that learning calls, by its module:function,
-    a hash that changes with its source."""
+    """A hash of the source of every function of the user's own that learning calls, by
+    its module:function."""
     return {
         name: plugins.fingerprint(plugins.find(key, name))
         for key, name in own_functions(config).items()

@@ -83,7 +83,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers. Unlike in YAML 1.1, 1e-6 is one and 0.5_2 is text."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """As PyYAML has it, but that what is no value, such as month 13, has a line."""
+        """PyYAML's constructor, but what is no value, such as month 13, has a line."""
         try:
             return super().construct_object(node, deep)
         except ValueError as error:

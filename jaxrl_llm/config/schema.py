@@ -140,7 +140,7 @@ class VllmConfig(Section):
     """One server of ours per entry, which becomes its CUDA_VISIBLE_DEVICES. Without
     entries one server, which sees the devices that the trainer sees."""
     port: int | None = Field(None, gt=0, lt=65536)
-    """Of the first server of ours, the others follow; free ports if not given."""
+    """Port of the first server of ours; the others follow; free ports if not given."""
     weights_dir: PathText | None = None
     """Folder that weights are sent through; trainer and servers must see it. Memory
     (/dev/shm) for servers of ours where there is such, else output_dir."""
@@ -190,14 +190,14 @@ class RolloutConfig(SamplingConfig):
     max_num_seqs of the longest sequences need, or what is free if that is less;
     sequences wait for room, or are preempted and go on later."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of weights, activations and KV cache."""
+    """Dtype of weights, activations and KV cache."""
     quantization: Literal["int8", "fp8"] | None = None
-    """Of the matrices in the jax engine's layers, a scale per output; fp8 also of what
-    they multiply, a scale per token. mismatch/ tells what it costs in precision;
-    algorithm.rollout_correction corrects for it."""
+    """Dtype of the matrices in the jax engine's layers, with a scale per output; fp8
+    also of what they multiply, a scale per token. mismatch/ tells what it costs in
+    precision; algorithm.rollout_correction corrects for it."""
     kv_cache_dtype: Literal["int8", "fp8"] | None = None
-    """Of the jax engine's KV cache, a scale per head and token; `dtype` if not
-    given."""
+    """Dtype of the jax engine's KV cache, with a scale per head and token; `dtype` if
+    not given."""
     checksum_freq: Free[int] = Field(100, ge=0)
     """Compare checksums of the engine's weights with the trainer's at the first load
     and every so many steps; 0: never."""
@@ -238,7 +238,7 @@ class OverlongBufferConfig(Section):
     """A penalty that grows over the last tokens a response may have (DAPO)."""
 
     len: int = Field(gt=0)
-    """Of the rollout.max_response_length tokens, the last so many cost."""
+    """So many of the last of the rollout.max_response_length tokens cost."""
     penalty_factor: float = Field(1.0, gt=0)
     """What the longest response costs."""
 
@@ -340,11 +340,11 @@ class PlacementConfig(Section):
     critic: str | None = None
     """Its group; the actor's if not given."""
     reference: str | None = None
-    """Of the KL term's reference policy; the actor's if not given."""
+    """Group of the KL term's reference policy; the actor's if not given."""
     reward: str | None = None
-    """Of the reward model; the actor's if not given."""
+    """Group of the reward model; the actor's if not given."""
     rollout: str | None = None
-    """Of the jax engine; the actor's if not given."""
+    """Group of the jax engine; the actor's if not given."""
 
     @model_validator(mode="after")
     def _check(self) -> "PlacementConfig":
@@ -375,7 +375,7 @@ class Config(Section):
     output_dir: Free[PathText]
     """Everything the run writes is in here."""
     seed: int = Field(0, ge=0)
-    """Of data order, sampling and everything else that is random."""
+    """Seed of data order, sampling and everything else that is random."""
     model: ModelConfig
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()

@@ -41,9 +41,9 @@ class ComputeConfig(Section):
     FSDP), found when the run begins and kept when it goes on; on CPUs the whole
     mini-batch."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of activations and of the weights inside a matrix product; what is not trained is
-    also kept in it. Master weights, the optimizer's moments, a value head, softmax,
-    scores and losses are float32."""
+    """Dtype of activations and of the weights inside a matrix product; what is not
+    trained is also kept in it. Master weights, the optimizer's moments, a value head,
+    softmax, scores and losses are float32."""
     attention: Rounding[Literal["auto", "xla"]] = "auto"
     """auto: flash attention on GPU (bfloat16) and TPU. xla: the reference everywhere,
     which holds the scores of a whole row. On GPUs flash attention over packed rows, or
@@ -86,7 +86,8 @@ class OptimConfig(Section):
     clip_grad: float = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm."""
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the first moment. The second needs float32: it changes by a thousandth."""
+    """Dtype of the first moment. The second needs float32: it changes by a
+    thousandth."""
     lr_scheduler_type: Literal["constant", "cosine", "linear"] = "constant"
     """After warm-up."""
     lr_warmup_steps: int = Field(0, ge=0)
@@ -157,11 +158,11 @@ class ActorConfig(TrainedConfig):
     """What waits in the host's memory while it is not in use: the optimizer's moments
     during generation, the reference's weights outside of its own pass."""
     ref_mesh: Rounding[TrainMeshConfig | None] = None
-    """Of the reference policy; `mesh` if not given."""
+    """Mesh of the reference policy; `mesh` if not given."""
 
 
 class CriticOptimConfig(OptimConfig):
-    """The same, faster: a value head starts from nothing."""
+    """AdamW, faster than the actor's: a value head starts from nothing."""
 
     lr: float = Field(1e-5, ge=0)
 
@@ -170,8 +171,8 @@ class CriticModelConfig(Section):
     """Which weights the critic starts from; its value head starts at 0."""
 
     path: PathText | None = None
-    """As `model.path`, with the same vocabulary; the policy's initial weights if not
-    given."""
+    """A folder, file or name like `model.path`, with its vocabulary; the policy's
+    initial weights if not given."""
     revision: Name | None = None
     """Branch, tag or commit on the hub."""
 

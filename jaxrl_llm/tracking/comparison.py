@@ -28,7 +28,7 @@ class Difference:
     """What lies between two models in one share of correct answers."""
 
     change: float
-    """Of the share."""
+    """Share of the second model less that of the first."""
     ci95_low: float
     ci95_high: float
     """95 % interval of the change, over questions like these."""

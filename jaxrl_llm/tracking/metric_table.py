@@ -12,7 +12,7 @@ class Metric(NamedTuple):
     """One row of the table."""
 
     name: str
-    """As it stands in metrics.jsonl. A word in capitals stands for a name or number,
+    """The name in metrics.jsonl. A word in capitals stands for a name or number,
     and {a,b} for either of them."""
     formula: str
     """How it is computed, with its unit."""

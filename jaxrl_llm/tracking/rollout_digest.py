@@ -42,9 +42,10 @@ class Digest:
     read: int
     """Completions in the file."""
     records: list[dict[str, Any]]
-    """As the page shows them, texts cut."""
+    """What the page shows of them, texts cut."""
     distributions: dict[str, list[float]]
-    """Of all responses that were trained on: `MAX_VALUES` order statistics each."""
+    """Numbers of all responses that were trained on: `MAX_VALUES` order statistics
+    each."""
     greedy: dict[str, bool]
     """Whether the greedy answer to each held-out question is correct, by the question's
     `key`."""

@@ -22,7 +22,7 @@ Records = Sequence[Mapping[str, Any]]
 """The lines of a rollout file; see `step_metrics.rollout_records`."""
 
 MAX_CHARACTERS = 4000
-"""Of one prompt or completion in a table; RUN/rollouts has all of it."""
+"""Characters of one prompt or completion in a table; RUN/rollouts has all of it."""
 TABLE_ROWS = 32
 """Completions of a step that a service gets as a table, evenly spaced: those of every
 validation, and of training in the first step and every tenth."""
