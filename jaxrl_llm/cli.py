@@ -207,8 +207,8 @@ def _train(rest: list[str]) -> int:
     if own.dry_run:
         with _joined(own):
             _prepare(server_share(config))
-            dry_run.show(build(config))
-        return 0
+            dry_run.check_devices(config, rest[0])
+            return 0 if dry_run.show(build(config)) else 2
     try:
         with asked_to_stop(), _joined(own):
             _prepare(server_share(config))

@@ -4,7 +4,9 @@
 """
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,21 +16,56 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxrl_llm import models
+from jaxrl_llm.config import bundled
+from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data.types import Episode, Turn
 from jaxrl_llm.planning.planner import Estimate
 from jaxrl_llm.rewards import score
-from jaxrl_llm.sharding import processes
+from jaxrl_llm.sharding import hardware, processes
+from jaxrl_llm.sharding.out_of_memory import Shortage
 from jaxrl_llm.tracking.console import progress
 from jaxrl_llm.training import fitting, memory
-from jaxrl_llm.training.build import Job
+from jaxrl_llm.training.build import Job, make_meshes
+from jaxrl_llm.training.rehearsal import rehearse
 from jaxrl_llm.training.settings import placed
 
 _GIB = 2**30
 
 
-def show(job: Job) -> None:
-    """Prints the resolved configuration, sizes, and memory per device."""
+def check_devices(config: Config, path: str | Path) -> None:
+    """Whether the meshes fit the devices that are here. Prints the command that plans
+    the run for others, if the file has it in its comments.
+
+    Raises:
+      ConfigError: they do not; the message has that command.
+    """
+    text = bundled.find(path).read_text(encoding="utf-8")
+    found = re.search(r"^#.*?(jaxrl plan .*--topology.*)$", text, re.MULTILINE)
+    planned = found and f"for the devices that it was written for:\n  {found[1]}"
+    try:
+        make_meshes(config)
+    except ConfigError as error:
+        other = (
+            "for devices that are not here, such as v5p:2x4x4 or h100:2x8:\n"
+            f"  jaxrl plan {path} --topology KIND:SIZE"
+        )
+        raise ConfigError(f"{error}; {planned or other}") from None
+    if planned and processes.leads():
+        print(planned)
+
+
+def show(job: Job) -> bool:
+    """Prints the resolved configuration, sizes, and memory per device.
+
+    Returns:
+      False if that memory does not suffice.
+
+    Raises:
+      RewardError: a reward function fails.
+      ValueError, OSError: the run would not begin; see `rehearse`.
+    """
+    begins = rehearse(job)
     config, arch, learner = job.config, job.source.arch, job.actor
     console = Console(quiet=not processes.leads())
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
@@ -53,14 +90,72 @@ def show(job: Job) -> None:
     }
     _print(console, "The run", facts)
     _print(console, "Scores of a made-up response", tried_out(job))
-    for warning in job.warnings:
-        console.print(warning, markup=False, highlight=False)
+    for line in (*begins, *job.warnings):
+        console.print(line, markup=False, highlight=False)
     with progress("compiling the largest update", console=console):
         found = memory_per_device(job)
+    limit, suffices = hardware.memory_limit(), True
     for group, held in found.items():
+        needed = at_once(config, held)
         sizes = {name: f"{size / _GIB:.3f} GiB" for name, size in held.items()}
-        total = {"total": f"{sum(held.values()) / _GIB:.3f} GiB"}
-        _print(console, f"Memory per device, {group}", sizes | total)
+        sizes["at once, at most"] = f"{max(needed.values()) / _GIB:.3f} GiB"
+        sizes["there is"] = f"{limit / _GIB:.3f} GiB" if limit else "not counted here"
+        _print(console, f"Memory per device, {group}", sizes)
+        if limit:
+            lines = too_much(job, found, group, limit)
+            suffices &= not lines
+            for line in lines or ["it fits"]:
+                console.print(line, markup=False, highlight=False)
+    return suffices
+
+
+def at_once(config: Config, held: Mapping[str, int]) -> dict[str, int]:
+    """Bytes on a device while it learns, and while it generates."""
+    away = set(config.actor.offload)
+    learning = (away - {"optimizer"}) | {fitting.CACHE}
+    generating = away | {_PEAK}
+    if config.rollout.cache_gib is None:  # it is what there is room for
+        generating.add(fitting.CACHE)
+    return {
+        "learning": sum(n for name, n in held.items() if name not in learning),
+        "generating": sum(n for name, n in held.items() if name not in generating),
+    }
+
+
+def too_much(
+    job: Job, sizes: Mapping[str, Mapping[str, int]], group: str, limit: int
+) -> list[str]:
+    """What does not fit the devices of a group, and what to change; nothing if all
+    does.
+
+    Args:
+      sizes: as of `memory_per_device`.
+      limit: bytes of a device.
+    """
+    held = sizes[group]
+    needed = at_once(job.config, held)
+    if max(needed.values()) <= limit:
+        return []
+    group_of = placed(job.config.placement)
+    phases = {"actor": "update_actor", "critic": "update_critic", "reward": "reward"}
+    phase = next((p for role, p in phases.items() if group_of[role] == group), "gen")
+    if needed["learning"] <= limit:
+        phase = "gen"
+    peak = held.get(_PEAK, 0)
+    found = Shortage(
+        program="",
+        wanted=peak,
+        device=0,
+        device_kind=jax.devices()[0].device_kind,
+        in_use=max(needed.values()) - peak,
+        limit=limit,
+    )
+    over = (max(needed.values()) - limit) / _GIB
+    said = memory.remedies(job, sizes, found, phase)
+    return [
+        f"{group}: does not fit, by {over:.3f} GiB; change one or more of",
+        *(f"  {line}" for line in said),
+    ]
 
 
 def tried_out(job: Job) -> dict[str, str]:

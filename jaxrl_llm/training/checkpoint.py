@@ -64,6 +64,36 @@ def due(trainer: TrainerConfig, step: int, stopping: bool) -> bool:
     return trainer.save_freq > 0 and step % trainer.save_freq == 0
 
 
+def steps_in(directory: Path) -> list[int]:
+    """Steps that have a checkpoint in `directory`, be it a damaged one, oldest
+    first."""
+    names = [path.name for path in directory.glob("*") if path.is_dir()]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def check_room(directory: Path, state: Any) -> None:
+    """Raises OSError if the disk has no room for a checkpoint of `state`, a tree of
+    arrays or their shapes. All processes call it."""
+    leaves = jax.tree.leaves(state)
+    needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    free = min(processes.gather(shutil.disk_usage(directory).free))
+    if free < needed:
+        raise OSError(
+            f"{directory}: a checkpoint takes {needed / 1e9:.2f} GB, but only "
+            f"{free / 1e9:.2f} GB are free; make room, or use another output_dir"
+        )
+
+
+def none_up_to(step: int | None, directory: Path, there: Sequence[int]) -> str:
+    """What to do where a run is not whole up to any checkpoint."""
+    return (
+        f"what the run wrote is whole up to step {step}, but {directory} has "
+        f"checkpoints of steps {list(there)} only. Nothing was changed: put back what "
+        "is missing, choose another output_dir, or set trainer.resume=force to go on "
+        "from the newest without it"
+    )
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -92,8 +122,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, be it a damaged one, oldest first."""
-        names = [path.name for path in self.directory.glob("*") if path.is_dir()]
-        return sorted(int(name) for name in names if name.isdecimal())
+        return steps_in(self.directory)
 
     def save(
         self,
@@ -156,12 +185,7 @@ class Checkpoints:
         if not there:
             return None
         if not causes:
-            raise CheckpointError(
-                f"what the run wrote is whole up to step {up_to}, but "
-                f"{self.directory} has checkpoints of steps {there} only. Nothing was "
-                "changed: put back what is missing, choose another output_dir, or set "
-                "trainer.resume=force to go on from the newest without it"
-            )
+            raise CheckpointError(none_up_to(up_to, self.directory, there))
         raise CheckpointError(
             f"no checkpoint can be gone on from: {'; '.join(causes)}. Nothing was "
             "changed: put a sound copy back, or choose another output_dir"
@@ -170,14 +194,7 @@ class Checkpoints:
     def check_room(self, state: Any) -> None:
         """Raises OSError if the disk has no room for a checkpoint of `state`, a tree of
         arrays or their shapes. All processes call it."""
-        leaves = jax.tree.leaves(state)
-        needed = sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-        free = min(processes.gather(shutil.disk_usage(self.directory).free))
-        if free < needed:
-            raise OSError(
-                f"{self.directory}: a checkpoint takes {needed / 1e9:.2f} GB, but only "
-                f"{free / 1e9:.2f} GB are free; make room, or use another output_dir"
-            )
+        check_room(self.directory, state)
 
     def _restore(self, step: int, like: Any, say: Say) -> Checkpoint | str:
         """The checkpoint of a step, or how it is damaged; the same in all processes."""

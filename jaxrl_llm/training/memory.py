@@ -86,7 +86,7 @@ def explained(
     with out_of_memory.explained(
         doing,
         lambda found: _there(job, sizes(), found, phase()),
-        lambda found: _remedies(job, sizes(), found, phase()),
+        lambda found: remedies(job, sizes(), found, phase()),
         after,
     ):
         yield
@@ -112,7 +112,7 @@ def _there(job: Job, sizes: Sizes, found: Shortage, phase: str) -> dict[str, int
     return there
 
 
-def _remedies(job: Job, sizes: Sizes, found: Shortage, phase: str) -> list[str]:
+def remedies(job: Job, sizes: Sizes, found: Shortage, phase: str) -> list[str]:
     """The likeliest settings, at most three, that a run may go on with; a line each."""
     config, arch = job.config, job.source.arch
     actor, critic, model = config.actor, config.critic, config.reward.model

@@ -1,6 +1,9 @@
 import dataclasses
+import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -8,9 +11,14 @@ import tiny
 
 from jaxrl_llm import models
 from jaxrl_llm.config import parsing
+from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.planning import dry_run
 from jaxrl_llm.rewards import RewardError, RewardFunction
+from jaxrl_llm.tracking import run_lock
+from jaxrl_llm.training import checkpoint
 from jaxrl_llm.training.build import build
+from jaxrl_llm.training.checkpoint import CheckpointError
+from jaxrl_llm.training.rehearsal import rehearse
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +64,8 @@ def test_memory_is_that_of_the_arrays(job):
 
 
 def test_it_prints_the_run_and_writes_nothing(job, capsys):
-    dry_run.show(job)
+    assert dry_run.show(job)
+    assert not Path(job.config.output_dir).exists()
     shown = capsys.readouterr().out
     assert "total_training_steps: 1" in shown
     assert f"{models.num_params(job.source.arch):,}" in shown
@@ -73,3 +82,117 @@ def test_it_calls_every_reward_function(job):
     with pytest.raises(RewardError, match="'mine' raised ValueError: .*made up"):
         dry_run.tried_out(dataclasses.replace(job, rewards=rewards))
     assert not Path(job.config.output_dir).exists()
+
+
+def with_config(job, **changed):
+    """The job with other settings, by dotted keys with __."""
+    values = job.config.model_dump(mode="json")
+    for key, value in changed.items():
+        parsing.put(values, key.split("__"), value)
+    return dataclasses.replace(job, config=parsing.parse(values, "test"))
+
+
+@pytest.fixture
+def begun(job, tmp_path):
+    """The job in the directory of a run that has two steps and checkpoints of them."""
+    made = with_config(job, output_dir=str(tmp_path), trainer__total_training_steps=3)
+    values = made.config.model_dump(mode="json")
+    (tmp_path / "config.yaml").write_text(json.dumps(values))
+    (tmp_path / "inputs.json").write_text(json.dumps(made.inputs))
+    lines = [json.dumps({"step": step}) + "\n" for step in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    (tmp_path / "rollouts").mkdir()
+    for step in (1, 2):
+        (tmp_path / f"rollouts/train_{step:06d}.jsonl").write_text("{}\n")
+        (tmp_path / f"checkpoints/{step}").mkdir(parents=True)
+    return made
+
+
+def left(begun):
+    folder = Path(begun.config.output_dir)
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_run_that_would_go_on_says_from_where(begun):
+    before = left(begun)
+    assert rehearse(begun) == ["the run goes on from step 2"]
+    done = with_config(begun, trainer__total_training_steps=2)
+    changed, complete = rehearse(done)
+    assert changed.startswith("trainer.total_training_steps was 3, is 2; the run take")
+    assert complete.endswith("is complete after 2 steps")
+    assert left(begun) == before
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"seed": 9}, "holds a run with other settings; .* seed was 0, is 9"),
+        ({"trainer__resume": "never"}, "trainer.resume is never, but output_dir"),
+    ],
+)
+def test_what_train_would_refuse_is_refused(begun, changed, message):
+    with pytest.raises(ConfigError, match=message):
+        dry_run.show(with_config(begun, **changed))
+
+
+def test_other_inputs_missing_steps_and_a_run_under_way_are_refused(begun):
+    folder = Path(begun.config.output_dir)
+    with pytest.raises(ConfigError, match="is in use"):
+        with ThreadPoolExecutor() as pool, run_lock.locked(folder):
+            pool.submit(rehearse, begun).result()
+    changed = {**begun.inputs, "functions": {"reward function 'mine'": "f"}}
+    with pytest.raises(ConfigError, match="source of reward function 'mine'"):
+        rehearse(dataclasses.replace(begun, inputs=changed))
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(CheckpointError, match="whole up to step 0, but .* steps .1, 2."):
+        rehearse(begun)
+
+
+def test_fewer_prompts_than_a_batch_and_a_full_disk_are_refused(job, monkeypatch):
+    with pytest.raises(ValueError, match="data.train_batch_size is 64 but there are 2"):
+        rehearse(with_config(job, data__train_batch_size=64))
+    full = lambda _: SimpleNamespace(free=0)  # noqa: E731
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", full)
+    with pytest.raises(OSError, match="but only 0.00 GB are free"):
+        rehearse(job)
+    assert not Path(job.config.output_dir).exists()
+
+
+def test_it_says_whether_the_run_fits_and_what_to_change(job, capsys, monkeypatch):
+    (held,) = dry_run.memory_per_device(job).values()
+    cache = held.pop("generation cache")
+    learning = sum(held.values())
+    given = with_config(job, rollout__cache_gib=1.0)
+    generating = learning - held["gradients, activations"]
+    held["generation cache"] = cache
+    assert dry_run.at_once(job.config, held) == {
+        "learning": learning,
+        "generating": generating,
+    }
+    assert dry_run.at_once(given.config, held)["generating"] == generating + cache
+    kept = learning - held["reference"]
+    away = with_config(job, actor__offload=["optimizer", "reference"])
+    assert dry_run.at_once(away.config, held) == {
+        "learning": kept,
+        "generating": generating - held["reference"] - held["optimizer"],
+    }
+    for limit, fits in ((learning, True), (learning - 1, False)):
+        monkeypatch.setattr(dry_run.hardware, "memory_limit", lambda limit=limit: limit)
+        assert dry_run.show(job) == fits
+        shown = capsys.readouterr().out
+        assert ("it fits" in shown) == fits
+        assert ("does not fit, by 0.000 GiB; change one" in shown) != fits
+        assert ("actor.remat: full" in shown or "actor.offload" in shown) != fits
+
+
+def test_what_needs_other_devices_names_the_plan(tmp_path, capsys, job):
+    path = tmp_path / "big.yaml"
+    path.write_text("# Planned: jaxrl plan big.yaml --topology v5p:2x4x4\nseed: 0\n")
+    large = with_config(job, actor__mesh__fsdp=7)
+    with pytest.raises(ConfigError, match="written for:\n  jaxrl plan big.yaml --top"):
+        dry_run.check_devices(large.config, path)
+    dry_run.check_devices(job.config, path)
+    assert "  jaxrl plan big.yaml --topology v5p:2x4x4\n" in capsys.readouterr().out
+    path.write_text("seed: 0\n")
+    with pytest.raises(ConfigError, match=f"jaxrl plan {path} --topology KIND:SIZE"):
+        dry_run.check_devices(large.config, path)
