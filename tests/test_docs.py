@@ -9,8 +9,10 @@ import itertools
 import pathlib
 import re
 import shlex
+import tomllib
 
 import pytest
+import yaml
 
 import jaxrl_llm
 from jaxrl_llm import cli, sharding
@@ -190,3 +192,18 @@ def test_no_docstring_begins_in_the_middle_of_a_sentence():
                     case ast.Expr(value=ast.Constant(value=str(text))):
                         found = re.match(r"(Of|As|The same)\b", text.strip())
                         assert not found, f"{path}:{one.lineno}: {text[:60]}"
+
+
+def test_what_others_read_of_the_repository_is_true():
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == project["version"]
+    assert citation["license"] == project["license"]
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+    steps = workflow["jobs"]["test"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == ["make test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(r"(?m)^test:.*\n(\t.*\n)*\t\$\(MAKE\) docs\n", makefile)
+    # With --quiet mkdocs counts no warnings, so that nothing is strict.
+    assert re.search(r"(?m)^docs:.*\n\t.*mkdocs build --strict$", makefile)
