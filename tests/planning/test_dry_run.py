@@ -144,7 +144,7 @@ def test_other_inputs_missing_steps_and_a_run_under_way_are_refused(begun):
     with pytest.raises(ConfigError, match="source of reward function 'mine'"):
         rehearse(dataclasses.replace(begun, inputs=changed))
     (folder / "metrics.jsonl").write_text('{"step": 0}\n')
-    with pytest.raises(CheckpointError, match="whole up to step 0, but .* steps .1, 2."):
+    with pytest.raises(CheckpointError, match="whole up to step 0, but .* steps .1, 2"):
         rehearse(begun)
 
 
