@@ -31,7 +31,8 @@ function advice() {
 function tile(title, from, to, delta, good, ...notes) {
   const big = el("div", {class: "big"});
   if (known(from)) big.append(el("span", {class: "from"}, from + " → "));
-  big.append(to);
+  const [, value, unit] = to.match(/^(.*?)( tok.*)?$/);
+  big.append(value, unit ? el("small", {}, unit) : "");
   const mark = known(delta) ? el("span", {class: "delta " + (good > 0 ? "good" : good < 0 ? "bad" : "")}, delta) : null;
   byId("tiles").append(el("div", {class: "card tile"}, el("h3", {}, title), big, mark, ...notes.filter(known).map(n => el("p", {}, n))));
 }
@@ -70,7 +71,7 @@ function tiles() {
     else tile("Training reward", number(a), number(b), signed(b - a, number), b - a, k > 1 ? "mean of the first and last " + k + " steps" : "first and last step"); }
   const length = edges(run, "response_length/mean");
   if (length) { const [a, b, , n] = length, cut = values(run, "response_length/clip_ratio");
-    tile("Response length", n > 1 ? number(a) : null, number(b) + " tok", n > 1 ? signed(100 * (b / a - 1), v => v.toFixed(0).replace("-", "−") + "%") : null, 0,
+    tile("Response length", n > 1 ? number(a) : null, number(b) + " tokens", n > 1 ? signed(100 * (b / a - 1), v => v.toFixed(0).replace("-", "−") + "%") : null, 0,
       cut.length ? percent(last(cut)) + " cut off at the limit" : null); }
   const speed = values(run, "perf/throughput"), mfu = values(run, "perf/mfu/actor");
   if (speed.length) tile("Speed, median step", null, number(median(speed)) + " tok/s", null, 0, "per device, prompts and replies", mfu.length ? "model FLOPs use of updates " + percent(median(mfu)) : null);
