@@ -54,6 +54,33 @@ class Draft:
         self.todo.append(f"{name} is {value!r}, which is no number")
         return default
 
+    def count(self, name: str, default: int) -> int:
+        """A number over 0 there; `default` as for `number`."""
+        value = self.number(name, default)
+        if value >= 1:
+            return int(value)
+        self.todo.append(f"{name} is {value}, which is no number over 0")
+        return default
+
+    def word(self, name: str, default: str) -> str:
+        """One word there, `default` if it is null, not given or no word."""
+        value = self.get(name, default)
+        if isinstance(value, str | bool):
+            return str(value)
+        self.leave(name, "it is no word")
+        self.todo.append(f"{name} is {value!r}, which is no word")
+        return default
+
+    def words(self, name: str) -> list[str]:
+        """Words there: none, one or a list of them."""
+        value = self.get(name, [])
+        found = value if isinstance(value, list) else [value]
+        if all(isinstance(word, str) for word in found):
+            return found
+        self.leave(name, "it is no list of words")
+        self.todo.append(f"{name} is {value!r}, which is no list of words")
+        return []
+
     def section(self, name: str) -> dict[str, Any]:
         """The keys and values below a name there, which are done."""
         below = [key for key in self.given if key.startswith(f"{name}.")]

@@ -118,12 +118,12 @@ def _batches(draft: Draft) -> None:
     completions, and updates on per_device_train_batch_size x processes x
     gradient_accumulation_steps of them at a time.
     """
-    n = draft.number("num_generations", 8)
+    n = draft.count("num_generations", 8)
     draft.put("rollout.n", n, "num_generations")
-    per_device = draft.number("per_device_train_batch_size", 8)
-    accumulated = draft.number("gradient_accumulation_steps", 1)
-    steps = draft.number("steps_per_generation", accumulated)
-    completions = draft.number("generation_batch_size", per_device * steps)
+    per_device = draft.count("per_device_train_batch_size", 8)
+    accumulated = draft.count("gradient_accumulation_steps", 1)
+    steps = draft.count("steps_per_generation", accumulated)
+    completions = draft.count("generation_batch_size", per_device * steps)
     update = per_device * accumulated
     whole = "generation_batch_size" in draft.given
     note = (
@@ -149,7 +149,7 @@ def _batches(draft: Draft) -> None:
         "data.train_batch_size and actor.ppo_mini_batch_size are those of one process; "
         "multiply them by the number of processes that TRL had"
     )
-    epochs = draft.number("num_iterations", 1)
+    epochs = draft.count("num_iterations", 1)
     if epochs != 1:
         draft.put("actor.ppo_epochs", epochs, "num_iterations")
     updates = max(1, completions // update) * epochs
@@ -178,7 +178,7 @@ def _loss(draft: Draft) -> None:
         draft.put("actor.kl_loss_coef", beta, "beta")
     low = draft.number("epsilon", 0.2)
     high = draft.number("epsilon_high", low)
-    kind, mode = draft.get("loss_type", "dapo"), "vanilla"
+    kind, mode = draft.word("loss_type", "dapo"), "vanilla"
     if draft.get("importance_sampling_level", "token") == "sequence":
         mode = "gspo"
     if kind in ("cispo", "sapo"):
@@ -244,11 +244,14 @@ def _optimizer(draft: Draft) -> None:
 
 
 def _rewards(draft: Draft) -> None:
-    names = draft.get("reward_funcs", [])
-    names = [names] if isinstance(names, str) else names
+    names = draft.words("reward_funcs")
     weights = draft.get("reward_weights", [1.0] * len(names))
+    if not isinstance(weights, list) or len(weights) != len(names):
+        draft.leave("reward_weights", "one number for each of reward_funcs")
+        draft.todo.append(f"reward_weights is {weights!r}, for {len(names)} functions")
+        weights = [1.0] * len(names)
     functions = []
-    for name, weight in zip(names, weights, strict=False):
+    for name, weight in zip(names, weights, strict=True):
         if name == "get_soft_overlong_punishment":
             draft.put("reward.overlong_buffer.len", 256, name)
             continue
@@ -275,8 +278,7 @@ def _rewards(draft: Draft) -> None:
 
 def _run(draft: Draft) -> None:
     draft.put("output_dir", draft.get("output_dir", "trainer_output"), "output_dir")
-    loggers = draft.get("report_to", [])
-    loggers = [loggers] if isinstance(loggers, str) else loggers
+    loggers = draft.words("report_to")
     if kept := [name for name in loggers if name in _LOGGERS]:
         draft.put("trainer.loggers", kept, "report_to")
     if dropped := sorted({*loggers} - {*_LOGGERS, "none"}):

@@ -123,20 +123,20 @@ def _data(draft: Draft) -> None:
 def _taken(draft: Draft, name: str, key: str | None = None) -> Any:
     """A value that means the same here; veRL's default if it is not given."""
     value = draft.get(name)
-    if value is None and name not in draft.left:
-        value = DEFAULTS[name]
-    if value is not None:
-        draft.put(key or name, value, name)
+    value = DEFAULTS[name] if value is None else value
+    draft.put(key or name, value, name)
     return value
 
 
 def _rollout(draft: Draft) -> None:
     _taken(draft, f"{_ROLLOUT}n", "rollout.n")
-    for name in ("data.max_response_length", f"{_ROLLOUT}response_length"):
+    for name, key in (
+        (f"{_ROLLOUT}prompt_length", "data.max_prompt_length"),
+        (f"{_ROLLOUT}response_length", "rollout.max_response_length"),
+        ("data.max_response_length", "rollout.max_response_length"),
+    ):
         if length := draft.get(name):
-            draft.put("rollout.max_response_length", length, name)
-            break
-    draft.get(f"{_ROLLOUT}response_length"), draft.get(f"{_ROLLOUT}prompt_length")
+            draft.put(key, length, name)
     _dtype(draft, f"{_ROLLOUT}dtype", "rollout.dtype")
     for name, axis in (("tensor_model_parallel", "tensor"), ("data_parallel", "data")):
         name = f"{_ROLLOUT}{name}_size"
@@ -213,7 +213,7 @@ def _actor(draft: Draft) -> None:
         if draft.get(f"{model}enable_activation_offload"):
             note = f"{model}enable_activation_offload"
             draft.put(f"{section}.remat", "offload", note)
-    mode = draft.get(f"{_ACTOR}policy_loss.loss_mode", "vanilla")
+    mode = draft.word(f"{_ACTOR}policy_loss.loss_mode", "vanilla")
     if mode not in LOSSES:
         draft.leave(f"{_ACTOR}policy_loss.loss_mode", "no such loss here")
         draft.todo.append(
@@ -431,8 +431,7 @@ def _length(draft: Draft) -> None:
         draft.put("trainer.max_ckpt_to_keep", keep, name)
     if draft.get("trainer.resume_mode") == "disable":
         draft.put("trainer.resume", "never", "trainer.resume_mode")
-    loggers = draft.get("trainer.logger", [])
-    loggers = [loggers] if isinstance(loggers, str) else loggers
+    loggers = draft.words("trainer.logger")
     kept = [name for name in loggers if name in _LOGGERS]
     if kept:
         draft.put("trainer.loggers", kept, "trainer.logger")

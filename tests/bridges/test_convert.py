@@ -261,6 +261,16 @@ def test_what_trl_says_in_another_way_is_said_in_ours(more, key, value):
     parsing.parse(draft.tree(), "")
 
 
+@pytest.mark.parametrize("value", ["text", 0, ["a"], [{"b": 1}], None, "${x}"])
+@pytest.mark.parametrize("trainer", [from_verl, from_trl])
+def test_a_value_of_another_kind_is_a_point_or_a_problem(trainer, value):
+    base = TRL if trainer is from_trl else {"algorithm.adv_estimator": "grpo"}
+    for key in trainer.converted({}).peer.keys:
+        draft = trainer.converted({**base, key: value})
+        assert key in draft.seen or value is None
+        assert draft.tree()
+
+
 def test_what_is_read_again_is_what_was_meant(folder):
     (folder / "trl.yaml").write_text(
         "model_name_or_path: 'yes'\noutput_dir: '1e3 # \"no\"'\nnum_generations: 2\n"
