@@ -32,8 +32,8 @@ import re
 import select
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -194,7 +194,7 @@ def _fail(message: str, status: int = 2) -> int:
 
 
 def _train(rest: list[str]) -> int:
-    own, config = _config("train", flags.Train, rest)
+    own, config, places = _config("train", flags.Train, rest)
 
     from jaxrl_llm.planning import dry_run
     from jaxrl_llm.sharding.ahead import leave_if_compiling
@@ -205,12 +205,12 @@ def _train(rest: list[str]) -> int:
     from jaxrl_llm.training.stopping import STOPPED, Stopped, asked_to_stop
 
     if own.dry_run:
-        with _joined(own):
+        with _joined(own, places):
             _prepare(server_share(config))
             dry_run.check_devices(config, rest[0])
             return 0 if dry_run.show(build(config)) else 2
     try:
-        with asked_to_stop(), _joined(own):
+        with asked_to_stop(), _joined(own, places):
             _prepare(server_share(config))
             with held(Path(config.output_dir)):
                 return STOPPED if loop.run(build(config)).stopped else 0
@@ -225,14 +225,14 @@ def _train(rest: list[str]) -> int:
 
 
 def _evaluate(rest: list[str]) -> None:
-    own, config = _config("evaluate", flags.Evaluate, rest, trains=False)
+    own, config, places = _config("evaluate", flags.Evaluate, rest, trains=False)
 
     from jaxrl_llm.sharding import processes
     from jaxrl_llm.tracking import comparison, console
     from jaxrl_llm.training.evaluation import evaluate_all
     from jaxrl_llm.training.settings import server_share
 
-    with _joined(own):
+    with _joined(own, places):
         _prepare(server_share(config))
         results, differences = evaluate_all(config, list(own.models))
         if not processes.leads():
@@ -246,20 +246,29 @@ def _evaluate(rest: list[str]) -> None:
             console.before_after(None, found, config.output_dir, num_examples=examples)
 
 
-def _joined(own: flags.Processes) -> AbstractContextManager[None]:
+@contextmanager
+def _joined(own: flags.Processes, places: parsing.Places) -> Iterator[None]:
     from jaxrl_llm.sharding import processes
 
-    return processes.joined(
-        own.coordinator,
-        own.num_processes,
-        own.process_id,
-        lost_after_s=own.lost_after,
-    )
+    with (
+        parsing.placed(places),
+        processes.joined(
+            own.coordinator,
+            own.num_processes,
+            own.process_id,
+            lost_after_s=own.lost_after,
+        ),
+    ):
+        yield
 
 
 def _plan(rest: list[str]) -> None:
-    own, config = _config("plan", flags.Plan, rest)
+    own, config, places = _config("plan", flags.Plan, rest)
+    with parsing.placed(places):
+        _show_plan(own, config)
 
+
+def _show_plan(own: flags.Plan, config: Config) -> None:
     import jax
 
     from jaxrl_llm.bench import step
@@ -317,8 +326,9 @@ def _bench(rest: list[str]) -> None:
 
 def _config(
     verb: str, kind: type[flags.Options], rest: list[str], *, trains: bool = True
-) -> tuple[flags.Options, Config]:
-    """The verb's own options, and what a file and overrides describe."""
+) -> tuple[flags.Options, Config, parsing.Places]:
+    """The verb's own options, what a file and overrides describe, and where each value
+    of that comes from."""
     paths = [argument for argument in rest[:1] if not argument.startswith("-")]
     if "--help" in rest or "-h" in rest:
         values = parsing.load(paths[0], trains=trains) if paths else None
@@ -328,7 +338,7 @@ def _config(
     if not paths:
         raise ConfigError(f"jaxrl {verb} needs a configuration file, such as configs/*")
     overrides = flags.long(rest[1:]) if kind is flags.Train else rest[1:]
-    return own, parsing.load(paths[0], overrides, trains=trains)
+    return own, *parsing.located(paths[0], overrides, trains=trains)
 
 
 def init(

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -106,6 +107,18 @@ def test_a_mistake_in_the_configuration_is_one_message(capsys, run_yaml):
     assert said.startswith("data path 'rows.csv' is neither FILE.jsonl")
     said = failure(capsys, "train", run_yaml, "--reward.functions.0.name", "no:where")
     assert "No module named 'no'" in said
+
+
+def test_what_does_not_fit_the_devices_says_where_it_is_set(capsys, run_yaml):
+    text = Path(run_yaml).read_text()
+    Path(run_yaml).write_text(f"actor:\n  mesh: {{fsdp: 3}}\n{text}")
+    mesh = "actor.mesh: mesh {'data': 1, 'fsdp': "
+    said = failure(capsys, "train", run_yaml)
+    assert said.startswith(f"{run_yaml}:2: {mesh}3")
+    said = failure(capsys, "evaluate", run_yaml, "--actor.mesh={fsdp: 5}")
+    assert said.startswith(f"command line: {mesh}5")
+    said = failure(capsys, "plan", run_yaml, "--devices=8")
+    assert said.startswith(f"{run_yaml}:2: {mesh}3")
 
 
 def test_a_logger_that_is_not_installed_is_one_message(capsys, run_yaml, monkeypatch):

@@ -5,6 +5,7 @@ import copy
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -49,7 +50,7 @@ def load(
 
     Args:
       path: of the file, or a bundled name such as "quickstart"; see `bundled`.
-      overrides: `--section.key value` pairs; see `override`.
+      overrides: `--section.key value` pairs; see `assignments`.
       trains: False if `data.val` is only answered: the training data and the number of
         steps need not be given.
 
@@ -57,6 +58,13 @@ def load(
       ConfigError: no such file, not YAML, or not a valid config; each problem begins
         with file:line, or says that it is on the command line.
     """
+    return located(path, overrides, trains=trains)[0]
+
+
+def located(
+    path: str | Path, overrides: Sequence[str] = (), *, trains: bool = True
+) -> tuple[Config, Places]:
+    """What `load` gives, and where each value comes from."""
     path = bundled.find(path)
     found = reader.read(path)
     places = {keys: f"{path}:{line}" for keys, line in found.lines.items()}
@@ -67,7 +75,22 @@ def load(
         for other in inside:
             del places[other]
         places[keys] = COMMAND_LINE
-    return parse(values if trains else _answering(values, path), str(path), places)
+    values = values if trains else _answering(values, path)
+    return parse(values, str(path), places), places
+
+
+@contextmanager
+def placed(places: Places) -> Iterator[None]:
+    """Adds where a value comes from to errors that begin with its key, which are found
+    when data, models and devices are looked at."""
+    try:
+        yield
+    except ValueError as error:
+        key = re.match(r"[a-z_]\w*(?:\.\w+)+", str(error))
+        place = key and places.get(tuple(key[0].split(".")))
+        if not place:
+            raise
+        raise ConfigError(f"{place}: {error}") from error
 
 
 def _answering(values: dict[str, Any], path: str | Path) -> dict[str, Any]:

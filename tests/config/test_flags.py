@@ -127,6 +127,11 @@ def test_every_option_of_a_verb_that_is_shown_works(verbs, verb, kind):
                 assert flags.given(kind, ["=".join(arguments)])[0] == found
 
 
+def test_every_verb_is_listed_and_completed(verbs):
+    listed = re.findall(r"^    jaxrl ([a-z-]+)", cli.__doc__, re.M)
+    assert {*listed} - {"--version"} == {*verbs}
+
+
 def test_the_keys_of_a_configuration_are_the_same_for_all_verbs(verbs):
     keys = [
         {flag for flag in verbs[verb] if "." in flag}
@@ -147,17 +152,20 @@ def test_every_key_of_the_shipped_configurations_is_shown(verbs):
             assert number or inside or params or {flag, entry} & shown, (path, keys)
 
 
-@pytest.mark.parametrize(
-    "verb, needed",
-    [
-        ("init", ["quickstart"]),
-        ("generate", ["--model", "m"]),
-        ("convert", ["a", "b"]),
-        ("report", ["run"]),
-    ],
-)
-def test_every_flag_of_the_other_verbs_works(verbs, verb, needed):
-    function = cli._functions()[verb]
+NEEDED = {
+    "init": ["quickstart"],
+    "generate": ["--model", "m"],
+    "convert": ["a", "b"],
+    "convert-config": ["verl.yaml"],
+    "report": ["run"],
+    "completion": ["bash"],
+}
+
+
+@pytest.mark.parametrize("verb", cli._functions())
+def test_every_flag_of_the_other_verbs_works(verbs, verb):
+    function, needed = cli._functions()[verb], NEEDED[verb]
+    assert tyro.cli(functools.wraps(function)(lambda **options: options), args=needed)
     given = functools.wraps(function)(lambda **options: options)
     for flag, option in verbs[verb].items():
         shown, _, _ = option["description"].partition(" • ")
