@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.bridges.draft import Draft
+from jaxrl_llm.config.algorithm import DEFAULT_LOSS
 from jaxrl_llm.config.peers.trl import TRL
 
 _LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
@@ -17,6 +18,12 @@ _AGGREGATIONS = {
     "cispo": "token-mean",
     "sapo": "seq-mean-token-mean",
 }
+_LOSSES = {"cispo": "cispo", "sapo": "sapo"}
+"""Losses by `loss_type`, where that says more than how they are aggregated."""
+_BOUNDED_ABOVE = ("cispo",)
+"""Where `epsilon_high` bounds the ratio itself, and nothing does so from below."""
+_OF_LEVEL = {"token": DEFAULT_LOSS, "sequence": "gspo"}
+"""Losses by `importance_sampling_level`."""
 _REWARDS = {"accuracy_reward": "math", "reasoning_accuracy_reward": "math"}
 
 
@@ -178,19 +185,21 @@ def _loss(draft: Draft) -> None:
         draft.put("actor.kl_loss_coef", beta, "beta")
     low = draft.number("epsilon", 0.2)
     high = draft.number("epsilon_high", low)
-    kind, mode = draft.word("loss_type", "dapo"), "vanilla"
-    if draft.get("importance_sampling_level", "token") == "sequence":
-        mode = "gspo"
-    if kind in ("cispo", "sapo"):
-        mode = kind
-    if kind == "cispo":  # it bounds the ratio from above, by epsilon_high itself
+    kind, level = (
+        draft.word("loss_type", "dapo"),
+        draft.word("importance_sampling_level", "token"),
+    )
+    mode = _LOSSES.get(kind) or _OF_LEVEL.get(level)
+    if mode is None:
+        draft.todo.append(f"importance_sampling_level is {level}: token or sequence")
+    if kind in _BOUNDED_ABOVE:
         low, high = 1.0, max(0.0, high - 1.0)
     if kind not in _AGGREGATIONS:
         draft.leave("loss_type", "a loss of your own is module:function")
         draft.todo.append(f"loss_type is {kind}, which is no loss here")
     else:
         draft.put("actor.loss_agg_mode", _AGGREGATIONS[kind], f"loss_type {kind}")
-    if mode != "vanilla":
+    if mode and mode != DEFAULT_LOSS:
         draft.put("actor.policy_loss.loss_mode", mode, "loss_type and its level")
     draft.put("actor.clip_ratio_low", low, "epsilon")
     draft.put("actor.clip_ratio_high", high, "epsilon_high, or epsilon")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_llm.bridges.draft import Draft
-from jaxrl_llm.config.algorithm import ESTIMATORS, LOSSES
+from jaxrl_llm.config.algorithm import DEFAULT_LOSS, ESTIMATORS, LOSSES
 from jaxrl_llm.config.peers.verl import OVERLONG, VERL
 from jaxrl_llm.data.sources import Source, first_row
 
@@ -213,7 +213,7 @@ def _actor(draft: Draft) -> None:
         if draft.get(f"{model}enable_activation_offload"):
             note = f"{model}enable_activation_offload"
             draft.put(f"{section}.remat", "offload", note)
-    mode = draft.word(f"{_ACTOR}policy_loss.loss_mode", "vanilla")
+    mode = draft.word(f"{_ACTOR}policy_loss.loss_mode", DEFAULT_LOSS)
     if mode not in LOSSES:
         draft.leave(f"{_ACTOR}policy_loss.loss_mode", "no such loss here")
         draft.todo.append(
@@ -221,7 +221,7 @@ def _actor(draft: Draft) -> None:
             f"{', '.join(LOSSES)}, and module:function for one of your own"
         )
         return
-    if mode != "vanilla":
+    if mode != DEFAULT_LOSS:
         name = f"{_ACTOR}policy_loss.loss_mode"
         draft.put("actor.policy_loss.loss_mode", mode, name)
     if fixed := LOSSES[mode].aggregation:
