@@ -276,7 +276,7 @@ def test_a_run_needs_the_memory_that_was_planned(planned):
     stays = {
         "update": ("jit_update", ["weights", "optimizer"]),
         "reference's log-probabilities": ("jit_whole", ["reference"]),
-        "prefill": ("jit_read", ["engine's weights"]),
+        "prefill": ("jit_prefill", ["engine's weights"]),
         "decode": ("jit_decode", ["engine's weights"]),
     }
     for name, (module, kept) in stays.items():

@@ -8,8 +8,9 @@ import tarfile
 import jax
 import numpy as np
 import pytest
+import short_run
 
-from jaxrl_llm.config import parsing
+from jaxrl_llm.config import parsing, resume
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop
 from jaxrl_llm.training import state as states
@@ -63,3 +64,36 @@ def test_a_run_from_before_the_house_goes_on_to_the_numbers_it_would_have_had(th
             np.testing.assert_allclose(
                 got[name], value, rtol=1e-3, atol=1e-4, err_msg=name
             )
+
+
+FREE = {
+    "actor.offload": ["optimizer", "reference"],
+    "rollout.checksum_freq": 1,
+    "rollout.max_mismatch": 1.0,
+    "reward.isolation": "process",
+    "reward.memory_gib": 4.0,
+    "val.temperature": 0.5,
+    "trainer.test_freq": 1,
+}
+
+
+@pytest.mark.slow
+def test_what_may_change_without_altering_anything_alters_nothing(tiny_model, tmp_path):
+    assert {resume.may_change(key).alters for key in FREE} == {"nothing"}
+    lines = []
+    for name, changed in (("before", {}), ("after", FREE)):
+        given = short_run.GRPO | {
+            "actor.use_kl_loss": True,
+            "reward.functions": [{"name": "short_run:mean_id"}],
+            "trainer.total_training_steps": 2,
+            **changed,
+        }
+        config = short_run.make_config(tiny_model, tmp_path / name, **given)
+        loop.run(build(config))
+        lines.append(run_directory.read(config.output_dir))
+    names = ("actor/", "critic/", "mismatch/", "response_length/")
+    before, after = (
+        [{k: v for k, v in line.items() if k.startswith(names)} for line in found]
+        for found in lines
+    )
+    assert before == after and "actor/grad_norm" in before[-1]
