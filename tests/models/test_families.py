@@ -193,7 +193,7 @@ def test_an_architecture_without_its_file_is_written_the_same(family, load):
 
 
 @every_family
-def test_reading_and_going_on_give_the_hidden_states_of_forward(family, load):
+def test_prefill_and_extension_give_the_hidden_states_of_forward(family, load):
     # Both sequences are read packed in one row, then go on in pieces of three tokens.
     # Pages hold four positions; the tables give them in an order of their own.
     arch, params, _ = load(family)
@@ -215,13 +215,13 @@ def test_reading_and_going_on_give_the_hidden_states_of_forward(family, load):
     @functools.partial(jax.jit, compiler_options=QUICK)
     def read(params, row):
         pages = paged.empty(arch, 1 + tables.size, size, jnp.float32)
-        return paged.read(
+        return paged.prefill(
             arch, params, *row, pages, dtype=jnp.float32, attention=packed
         )
 
     @functools.partial(jax.jit, compiler_options=QUICK)
-    def go_on(params, more, at, tables, pages):
-        return paged.go_on(
+    def extend(params, more, at, tables, pages):
+        return paged.extend(
             arch,
             params,
             more,
@@ -239,7 +239,7 @@ def test_reading_and_going_on_give_the_hidden_states_of_forward(family, load):
     for i in range(0, T, 3):
         at = np.array(lengths, np.int32)[:, None] + i + np.arange(3, dtype=np.int32)
         more = np.take_along_axis(tokens(), np.minimum(at, T - 1), axis=1)
-        hidden, pages = go_on(params, more, np.where(at < T, at, -1), tables, pages)
+        hidden, pages = extend(params, more, np.where(at < T, at, -1), tables, pages)
         rest.append(hidden)
     rest = np.concatenate(rest, axis=1)
     start = 0

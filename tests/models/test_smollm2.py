@@ -94,7 +94,7 @@ def greedy(arch, params, tokens, lengths):
     run = {"dtype": jnp.float32, "attention": paged.attend}
     at = jnp.broadcast_to(jnp.arange(longest)[None], tokens.shape)
     at = jnp.where(at < lengths[:, None], at, -1)
-    hidden, pages = paged.go_on(arch, params, tokens, at, tables, pages, **run)
+    hidden, pages = paged.extend(arch, params, tokens, at, tables, pages, **run)
     hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
 
     def likeliest(hidden):
@@ -103,7 +103,7 @@ def greedy(arch, params, tokens, lengths):
 
     def step(carry, i):
         token, pages = carry
-        hidden, pages = paged.go_on(
+        hidden, pages = paged.extend(
             arch, params, token, (lengths + i)[:, None], tables, pages, **run
         )
         return (likeliest(hidden), pages), token[:, 0]

@@ -126,8 +126,8 @@ def test_every_program_compiles_for_a_tpu(capsys, tmp_path):
     "arguments, message",
     [
         ([], "needs --topology, such as v5p:4x4x4 or h100:8, or a number of --dev"),
-        (["--devices", "many"], "got many"),
-        (["--devices", "8", "--measure", "few"], "a number of steps, got 'few'"),
+        (["--devices", "many"], "--devices is a number, got 'many'"),
+        (["--devices", "8", "--measure", "few"], "--measure is a number, got 'few'"),
         (["--devices", "8", "--memory", "lots"], "such as 141GB or 80GiB, got 'lots'"),
     ],
 )
