@@ -60,8 +60,8 @@ def train(
     reward: Reward | Sequence[Reward],
     *,
     val_prompts: Prompts | None = None,
-    steps: int = 20,
-    output_dir: str | PathLike[str] = "runs/notebook",
+    steps: int | None = None,
+    output_dir: str | PathLike[str] | None = None,
     loss: str | Callable[..., Any] | None = None,
     advantage: str | Callable[..., Any] | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -79,13 +79,16 @@ def train(
         with veRL's f(data_source, solution_str, ground_truth, extra_info) -> number;
         or several; or [], if `settings` give a reward.model.
       val_prompts: held-out questions, for the validation before and after.
+      steps: of training; 20, unless `settings` say otherwise.
+      output_dir: of the run; "runs/notebook", unless `settings` say otherwise.
       loss: as `actor.policy_loss.loss_mode`, or a function that takes by name what it
         needs of `config.algorithm.LOSS_ARRAYS` and returns the loss of each token.
       advantage: as `algorithm.adv_estimator`, or a function that takes by name what it
         needs of `config.algorithm.ESTIMATOR_ARRAYS` and returns advantages, [P, G] or
         [R, T].
       settings: anything else a configuration file can say, by dotted key:
-        {"actor.optim.lr": 1e-5, "rollout.n": 16}.
+        {"actor.optim.lr": 1e-5, "rollout.n": 16}; or in sections, as in the file:
+        {"actor": {"optim": {"lr": 1e-5}}, "rollout": {"n": 16}}.
 
     The same call again goes on from the newest checkpoint in `output_dir`; if nothing
     was left to do, it says so and trains nothing. Ctrl-C or SIGTERM ends the run after
@@ -93,8 +96,9 @@ def train(
     ends it at once.
 
     Raises:
-      ValueError: something is missing or does not fit; the message names it. So too if
-        `output_dir` is in use, or holds a run with other settings, rows or functions.
+      ValueError: something is missing or does not fit, or is given twice and not the
+        same; the message names it. So too if `output_dir` is in use, or holds a run
+        with other settings, rows or functions.
       TypeError: an argument that is none of these; the message says which of `settings`
         it may be.
       jaxrl_llm.training.stopping.Stopped: the step under way was not over within
@@ -109,30 +113,41 @@ def train(
     rewards = _listed(reward)
     given = [_function(one) for one in rewards if callable(one)]
     names = [one if isinstance(one, str) else _function(one).name for one in rewards]
-    own = {"actor.policy_loss.loss_mode": loss, "algorithm.adv_estimator": advantage}
-    named = {
-        key: given if isinstance(given, str) else plugins.offer(given)
-        for key, given in own.items()
-        if given is not None
-    }
 
     def described(path: Callable[[Any, str], str]) -> Config:
-        values = {
-            "output_dir": fspath(output_dir),
-            "model": {"path": fspath(model)},
-            "data": {"train": {"path": path(prompts, "train")}},
-            "reward": {"functions": [{"name": name} for name in names]},
-            "trainer": {"total_training_steps": steps},
+        values: dict[str, Any] = {}
+        for key, value in (settings or {}).items():
+            parsing.merge(values, key.split("."), value)
+        _complete(values, names)
+        own = {
+            "model": ("model.path", fspath(model)),
+            "prompts": ("data.train.path", path(prompts, "train")),
+            "val_prompts": (
+                "data.val.path",
+                None if val_prompts is None else path(val_prompts, "val"),
+            ),
+            "steps": ("trainer.total_training_steps", steps),
+            "output_dir": ("output_dir", output_dir and fspath(output_dir)),
+            "loss": ("actor.policy_loss.loss_mode", _offered(loss)),
+            "advantage": ("algorithm.adv_estimator", _offered(advantage)),
         }
-        if val_prompts is not None:
-            values["data"]["val"] = {"path": path(val_prompts, "val")}
-        for key, value in {**named, **(settings or {})}.items():
+        for argument, (key, value) in own.items():
+            if value is None:
+                continue
+            there = parsing.find(values, key.split("."), value)
+            if there != value:
+                raise ConfigError(
+                    f"train(): {key} is {there!r} in settings, but {argument} makes it "
+                    f"{value!r}; leave one of them out"
+                )
             parsing.put(values, key.split("."), value)
-        _complete(values["reward"], names)
+        values.setdefault("output_dir", "runs/notebook")
+        total = ("trainer", "total_training_steps")
+        parsing.put(values, total, parsing.find(values, total, 20))
         return parsing.parse(values, "train()")
 
     # All that can be wrong without the rows is said before they are written down.
-    checked = described(lambda rows, name: f"{name}.jsonl")
+    checked = described(lambda rows, name: given_rows.path_of(rows) or f"{name}.jsonl")
     hardware.use_memory(server_share(checked))
     checks.check_functions(checked)
     functions = _with_terms(given, names, checked.reward.functions)
@@ -376,13 +391,23 @@ def _function(reward: Reward) -> RewardFunction:
     return resolve([Term(name=reward)])[0]
 
 
-def _complete(section: Any, names: Sequence[str]) -> None:
-    """Adds those of `names` that a section `reward` does not list."""
-    terms = section.get("functions") if isinstance(section, dict) else None
-    if isinstance(terms, Sequence) and not isinstance(terms, str):
-        listed = [term.get("name") for term in terms if isinstance(term, Mapping)]
-        missing = [{"name": name} for name in names if name not in listed]
-        section["functions"] = [*terms, *missing]
+def _offered(function: str | Callable[..., Any] | None) -> str | None:
+    """What a configuration calls a loss or an estimator."""
+    return plugins.offer(function) if callable(function) else function
+
+
+def _complete(values: dict[str, Any], names: Sequence[str]) -> None:
+    """Adds those of `names` that `reward.functions` does not list. Settings of entries
+    by their number, such as {"0": {"weight": 2}}, are of the functions passed."""
+    section, terms = values.setdefault("reward", {}), [{"name": n} for n in names]
+    listed = section.get("functions", {}) if isinstance(section, dict) else None
+    if isinstance(listed, Mapping):
+        section["functions"] = terms
+        parsing.merge(values, ("reward", "functions"), listed)
+    elif isinstance(listed, Sequence) and not isinstance(listed, str):
+        known = [term.get("name") for term in listed if isinstance(term, Mapping)]
+        missing = [term for term in terms if term["name"] not in known]
+        section["functions"] = [*listed, *missing]
 
 
 def _with_terms(

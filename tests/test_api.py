@@ -1,5 +1,7 @@
 """`evaluate` and `generate`; `train` is in test_notebooks.py and tests/training."""
 
+import pathlib
+
 import numpy as np
 import pytest
 import scored_texts
@@ -111,6 +113,69 @@ def test_weights_and_params_in_settings_are_those_of_the_functions(
     scores = scored_texts.run(*functions).by_function
     np.testing.assert_array_equal(scores["brevity"], [[1, 1], [0, 1]])
     np.testing.assert_array_equal(scores["length"], [[1, 2], [3, 0]])
+
+
+def configured(monkeypatch, **given):
+    """The configuration that `train` makes of its arguments."""
+    made = []
+    monkeypatch.setattr(api, "build", lambda config, functions: made.append(config))
+    monkeypatch.setattr(api, "run", lambda job: Result(pathlib.Path()))
+    api.train("/nowhere", "rows.jsonl", "exact", **given)
+    return made[0]
+
+
+def test_settings_in_sections_are_merged_as_dotted_ones_are(monkeypatch, tmp_path):
+    nested = {
+        "output_dir": str(tmp_path),
+        "data": {"train": {"prompt_key": "q"}, "train_batch_size": 3},
+        "actor": {"optim": {"lr": 1e-5}},
+        "actor.optim.weight_decay": 0.5,
+        "algorithm": {"filter_groups": {}},
+        "reward": {"functions": {"0": {"weight": 2.0}}},
+        "trainer": {"save_freq": 7},
+    }
+    dotted = {
+        "data.train.prompt_key": "q",
+        "data.train_batch_size": 3,
+        "actor.optim.lr": 1e-5,
+        "actor.optim.weight_decay": 0.5,
+        "algorithm.filter_groups": {},
+        "reward.functions.0.weight": 2.0,
+        "trainer.save_freq": 7,
+        "trainer.total_training_steps": 20,
+    }
+    found = configured(monkeypatch, settings=nested)
+    assert found == configured(monkeypatch, settings=dotted, output_dir=tmp_path)
+    assert found.data.train.path == "rows.jsonl" and found.actor.optim.lr == 1e-5
+    assert [(f.name, f.weight) for f in found.reward.functions] == [("exact", 2.0)]
+    assert nested["data"] == {"train": {"prompt_key": "q"}, "train_batch_size": 3}
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (
+            {"settings": {"actor": {"optim": {"lr": 1e-5}}, "actor.optim.lr": 1e-6}},
+            "actor.optim.lr is given twice, as 1e-05 and as 1e-06",
+        ),
+        (
+            {"settings": {"trainer": {"total_training_steps": 9}}, "steps": 5},
+            "trainer.total_training_steps is 9 in settings, but steps makes it 5",
+        ),
+        (
+            {"settings": {"data.train": {"path": "other.jsonl"}}},
+            "data.train.path is 'other.jsonl' in settings, but prompts makes it",
+        ),
+        ({"settings": {"data": 5}}, "data.train.path: 5 is no section that could have"),
+        ({"settings": {"actor": {"optim": {"l": 1}}}}, "actor.optim.l: unknown key"),
+    ],
+)
+def test_settings_that_say_something_else_are_refused(
+    given, message, monkeypatch, tmp_path
+):
+    with pytest.raises(ValueError, match=message):
+        configured(monkeypatch, output_dir=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,39 @@ def put(tree: Any, keys: Sequence[str], value: Any) -> None:
         raise ConfigError(f"{path}: {tree!r} is no section that could have {last!r}")
 
 
+def find(tree: Any, keys: Sequence[str], default: Any) -> Any:
+    """tree[keys[0]][keys[1]]..., or `default` if that is not there."""
+    for key in keys:
+        if isinstance(tree, Mapping) and key in tree:
+            tree = tree[key]
+        elif isinstance(tree, list) and key.isdecimal() and int(key) < len(tree):
+            tree = tree[int(key)]
+        else:
+            return default
+    return tree
+
+
+_NOTHING = object()
+
+
+def merge(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Sets what `put` does, but what is there stays, and sections go in key by key.
+
+    Raises:
+      ConfigError: the key is there, with another value; or as for `put`.
+    """
+    there = find(tree, keys, _NOTHING)
+    nested = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    if there is _NOTHING:
+        put(tree, keys, {} if nested else copy.deepcopy(value))
+    elif not (nested and isinstance(there, dict | list)) and there != value:
+        path = ".".join(keys)
+        raise ConfigError(f"{path} is given twice, as {there!r} and as {value!r}")
+    if nested:
+        for key, inside in value.items():
+            merge(tree, (*keys, key), inside)
+
+
 def _index(entries: list, key: str, path: str) -> int:
     if not key.isdecimal() or int(key) >= len(entries):
         raise ConfigError(f"{path}: {key} is not an entry of a list of {len(entries)}")
