@@ -9,6 +9,7 @@ import itertools
 import pathlib
 import re
 import shlex
+import subprocess
 import tomllib
 
 import pytest
@@ -207,3 +208,17 @@ def test_what_others_read_of_the_repository_is_true():
     assert re.search(r"(?m)^test:.*\n(\t.*\n)*\t\$\(MAKE\) docs\n", makefile)
     # With --quiet mkdocs counts no warnings, so that nothing is strict.
     assert re.search(r"(?m)^docs:.*\n\t.*mkdocs build --strict$", makefile)
+
+
+def test_every_figure_of_the_performance_page_names_its_commit():
+    text = (ROOT / "docs/performance.md").read_text()
+    figures, _, since = text.partition("## What has changed since")
+    rows = re.findall(r"(?m)^\|(?!--)(.*)\|$\n(?!\|--)", figures)  # no heads of tables
+    commits = [row.split("|")[-1].strip() for row in rows]
+    assert len(rows) > 20 and all(re.fullmatch("[0-9a-f]{7}", c) for c in commits)
+    commits += re.findall(r"\b[0-9a-f]{7}\b", since)
+    git = ["git", "-C", str(ROOT), "rev-list", "HEAD"]
+    known = subprocess.run(git, capture_output=True, text=True).stdout.splitlines()
+    if len(known) < 300:
+        pytest.skip("the history is not here")
+    assert set(commits) <= {commit[:7] for commit in known}
