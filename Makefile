@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-faults test-vllm vllm-cpu constraints docs clean
+.PHONY: quickstart test test-all test-faults test-vllm vllm-cpu constraints docs notebooks site clean
 
 ## Train SmolLM2-135M-Instruct to add, on two CPU cores, in a few minutes.
 quickstart: .venv/quickstart
@@ -22,6 +22,17 @@ test: .venv/test
 ## would not be).
 docs: .venv/test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+## The notebooks with their outputs, into build/notebooks/; half an hour on two cores.
+## GSM8K names a folder with its train.jsonl and test.jsonl; without, the hub is asked.
+notebooks: $(patsubst notebooks/%,build/notebooks/%,$(wildcard notebooks/*.ipynb))
+
+build/notebooks/%.ipynb: notebooks/%.ipynb docs/run_notebook.py .venv/test
+	$(BIN)/python docs/run_notebook.py $< $@
+
+## The site as it is published: with what the notebooks print.
+site: notebooks
+	$(MAKE) docs
 
 ## The slow tests too.
 test-all: .venv/test

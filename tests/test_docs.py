@@ -25,6 +25,7 @@ MADE = {
     ROOT / "docs/configuration.md",
     ROOT / "docs/metrics.md",
     ROOT / "docs/recipes.md",
+    *(ROOT / f"docs/notebooks/{p.stem}.md" for p in ROOT.glob("notebooks/*.ipynb")),
 }
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("jaxrl_llm/**/*.md")]
@@ -206,6 +207,12 @@ def test_what_others_read_of_the_repository_is_true():
     assert [step["run"] for step in steps if "run" in step] == ["make test"]
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(r"(?m)^test:.*\n(\t.*\n)*\t\$\(MAKE\) docs\n", makefile)
+    # The published site is built with the notebooks' outputs, the tested one without.
+    site = yaml.safe_load((ROOT / ".github/workflows/site.yml").read_text())
+    steps = site["jobs"]["build"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == ["make site"]
+    assert re.search(r"(?m)^site: notebooks\n\t\$\(MAKE\) docs\n", makefile)
+    assert re.search(r"(?m)^docs: .venv/test\n", makefile)
     # With --quiet mkdocs counts no warnings, so that nothing is strict.
     assert re.search(r"(?m)^docs:.*\n\t.*mkdocs build --strict$", makefile)
 

@@ -1,6 +1,7 @@
 """The notebooks, from first cell to last, with a tiny model in place of a real one."""
 
 import ast
+import importlib.util
 import json
 import pathlib
 import re
@@ -34,6 +35,54 @@ def test_a_notebook_is_stored_without_outputs(path):
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(not c.outputs and c.execution_count is None for c in code)
+
+
+def of_the_site(name):
+    """A module beside the pages, which is in no package."""
+    place = NOTEBOOKS.parent / "docs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_site_shows_what_a_notebook_printed_while_it_is_the_same(tmp_path):
+    new, output = nbformat.v4, nbformat.v4.new_output
+    head = "# A title\n\n[text](../docs/metrics.md)"
+    cells = [new.new_markdown_cell(head), new.new_code_cell("x = 1")]
+    cells[1].metadata["tags"] = ["parameters"]
+    source, run = tmp_path / "a.ipynb", tmp_path / "run.ipynb"
+    nbformat.write(new.new_notebook(cells=cells), source)
+    pages, runner = of_the_site("notebook_pages"), of_the_site("run_notebook")
+    shown = pages.page(source, run)
+    assert shown.startswith("# A title\n\n*This is `notebooks/a.ipynb`, which was not")
+    assert "[text](../metrics.md)" in shown
+    assert "```python\nx = 1\n```" in shown and "put in their place" not in shown
+    made = nbformat.read(source, as_version=4)
+    runner.with_values(made, {"x": 2})
+    link = '<b>b</b> <a href="runs/report.html" target="_blank">report</a>'
+    made.cells[-1].outputs = [
+        output("stream", text="1 %\r\x1b[1m2 < 3 %\x1b[0m\n"),
+        output("display_data", data={"image/png": "AA\nBB", "text/plain": "<Figure>"}),
+        output("execute_result", data={"text/html": link, "text/plain": "Result"}),
+        output("execute_result", data={"text/plain": "\x1b[31m'</pre>'"}),
+    ]
+    made.metadata["ran"] = {"seconds": 90, "on": "two CPU cores"}
+    nbformat.write(made, run)
+    shown = pages.page(source, run)
+    assert "as it ran in 1 min 30 s on two CPU cores" in shown
+    assert "put in their place:\n\n```python\nx = 2\n```" in shown
+    assert "<pre>2 &lt; 3 %</pre>" in shown and "base64,AABB" in shown
+    assert "<b>b</b> report" in shown and "<pre>&#x27;&lt;/pre&gt;&#x27;</pre>" in shown
+    cells[1].source = "x = 3"
+    nbformat.write(new.new_notebook(cells=cells), source)
+    assert "which was not run" in pages.page(source, run)
+
+
+def test_what_the_site_changes_in_a_notebook_are_parameters_of_it():
+    for name, values in of_the_site("run_notebook").VALUES.items():
+        source = parameters(nbformat.read(NOTEBOOKS / name, as_version=4)).source
+        assert values and all(f"\n{key} = " in f"\n{source}" for key in values)
 
 
 def run(name, folder, **values):
