@@ -29,7 +29,7 @@ from jaxrl_llm.models.apply import Params
 from jaxrl_llm.roles.policy import Policy
 from jaxrl_llm.roles.reference import Reference
 from jaxrl_llm.roles.sharded_model import named, to_devices, to_host
-from jaxrl_llm.roles.trained_model import MiniBatches, TrainedModel
+from jaxrl_llm.roles.trained_model import Meanwhile, MiniBatches, TrainedModel, nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,13 +215,18 @@ class Actor:
         return dataclasses.replace(batch, **found)
 
     def update(
-        self, state: grpo.TrainState, batch: TrainBatch, seed: int
+        self,
+        state: grpo.TrainState,
+        batch: TrainBatch,
+        seed: int,
+        meanwhile: Meanwhile = nothing,
     ) -> tuple[grpo.TrainState, dict[str, float]]:
         """All optimizer steps of one training step. Donates `state`.
 
         Args:
           batch: of `make_rows`, or of `with_logprobs`, which is called if needed.
           seed: of the order of the prompts in each pass.
+          meanwhile: called when all is dispatched, before it is waited for.
 
         Returns:
           The next state, and metrics of all optimizer steps (`statistics.join`).
@@ -232,7 +237,12 @@ class Actor:
             opt_state = to_devices(state.opt_state)
             state = dataclasses.replace(state, opt_state=opt_state)
         state, means = self._trained.update(
-            state, batch, seed, frozen=self.frozen, measure=self._measure
+            state,
+            batch,
+            seed,
+            frozen=self.frozen,
+            measure=self._measure,
+            meanwhile=meanwhile,
         )
         means["actor/lr"] = float(self.schedule(int(state.step) - 1))
         if self.settings.offload:

@@ -25,7 +25,7 @@ from jaxrl_llm.data.rows import TrainBatch, bare, previous_tokens
 from jaxrl_llm.models import Architecture, WeightSource
 from jaxrl_llm.models.apply import Params
 from jaxrl_llm.roles.sharded_model import ShardedModel, named
-from jaxrl_llm.roles.trained_model import MiniBatches, TrainedModel
+from jaxrl_llm.roles.trained_model import Meanwhile, MiniBatches, TrainedModel, nothing
 from jaxrl_llm.sharding import processes
 
 
@@ -120,20 +120,25 @@ class Critic:
         return self.model.fetch(self._judge(params, rows), batch)
 
     def update(
-        self, state: grpo.TrainState, batch: TrainBatch, seed: int
+        self,
+        state: grpo.TrainState,
+        batch: TrainBatch,
+        seed: int,
+        meanwhile: Meanwhile = nothing,
     ) -> tuple[grpo.TrainState, dict[str, float]]:
         """All optimizer steps of one training step. Donates `state`.
 
         Args:
           batch: with values and returns, such as of `ppo.credit`; on the host.
           seed: of the order of the prompts in each pass.
+          meanwhile: called when all is dispatched, before it is waited for.
 
         Returns:
           The next state, and metrics of all optimizer steps (`statistics.join`).
         """
         known = {"values": batch.values, "returns": batch.returns}
         batch = dataclasses.replace(bare(batch), **known)
-        state, means = self._trained.update(state, batch, seed)
+        state, means = self._trained.update(state, batch, seed, meanwhile=meanwhile)
         means["critic/lr"] = float(self.schedule(int(state.step) - 1))
         return jax.block_until_ready(state), means
 

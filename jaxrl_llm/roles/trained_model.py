@@ -24,6 +24,14 @@ from jaxrl_llm.models.apply import Params
 from jaxrl_llm.roles.sharded_model import ShardedModel
 from jaxrl_llm.sharding import processes
 
+Meanwhile = Callable[[], object]
+"""What the host has to do while devices compute."""
+
+
+def nothing() -> None:
+    """Leaves the host idle."""
+
+
 Step = Callable[[TrainState, TrainBatch, Params], tuple[TrainState, Any]]
 """(state, rows, frozen parameters) -> (state, `Statistics`), one optimizer step."""
 
@@ -161,6 +169,7 @@ class TrainedModel:
         *,
         frozen: Params = None,
         measure: Callable[[TrainBatch], Mapping[str, Statistic]] = lambda rows: {},
+        meanwhile: Meanwhile = nothing,
     ) -> tuple[TrainState, dict[str, float]]:
         """All optimizer steps of one training step. Donates `state`.
 
@@ -169,6 +178,7 @@ class TrainedModel:
           seed: of the order of the prompts in each pass.
           frozen: the parameters that are not trained.
           measure: metrics of a mini-batch on the host, as it is computed.
+          meanwhile: called when all is dispatched, before it is waited for.
 
         Returns:
           The next state, and metrics of all optimizer steps (`statistics.join`).
@@ -180,4 +190,5 @@ class TrainedModel:
                 measured = dict(measure(rows))
                 state, metrics = self._step(state, self.model.place(rows), frozen)
                 collected.append(metrics | measured)
+        meanwhile()
         return state, statistics.join(jax.device_get(collected))

@@ -21,6 +21,7 @@ from jaxrl_llm.tracking.rollout_digest import Digests
 from jaxrl_llm.tracking.run_directory import MetricsWriter
 from jaxrl_llm.tracking.step_metrics import Validation
 
+TokenDetails = Callable[[], Mapping[int, Mapping[str, Any]]]
 _PHASES = {
     "gen": "generating",
     "reward": "scoring",
@@ -43,6 +44,7 @@ class RunLog:
             log.begin(1)
             with log.phase("gen"): ...
             log.rollouts(1, ...)
+            log.write_rollouts()
             log.step(1, metrics)
             log.end()
 
@@ -87,6 +89,7 @@ class RunLog:
         self._step = 0
         self._timer = Timer()
         self._shown: list[dict[str, Any]] = []
+        self._not_written: Callable[[], None] | None = None
         self._batch: dict[str, float] = {}
         self._advised: set[str] = set()
         self._report: LiveReport | None = None
@@ -105,9 +108,11 @@ class RunLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        with suppress(*[Exception] * bool(error)):  # the error itself says more
+            self.write_rollouts()
         self._exit.__exit__(kind, error, trace)
         if self._writer and isinstance(error, Exception):
-            with suppress(ValueError, OSError):  # the error itself says more
+            with suppress(ValueError, OSError):
                 self._writer.write_advice(self._step, "stopped", f"stopped: {error}")
                 self._write_report(running=False)
 
@@ -194,9 +199,10 @@ class RunLog:
         *,
         epoch: float,
         update_flops: float,
-        token_details: Mapping[int, Mapping[str, Any]] | None = None,
+        token_details: TokenDetails = dict,
     ) -> None:
-        """Writes every response that a step trains on with its reward.
+        """Takes every response that a step trains on with its reward, to be written by
+        `write_rollouts`, or else at the end of the step.
 
         Args:
           advantage: [P, G], the mean of the tokens' of each response.
@@ -205,14 +211,20 @@ class RunLog:
           epoch: passes over the training data so far.
           update_flops: operations of all passes of the policy's update, on the tokens
             of these responses and their prompts.
-          token_details: what is known of each token of some responses, by the place of
-            the response among all; see `token_details.of_step`.
+          token_details: finds what is known of each token of some responses, by the
+            place of the response among all; see `token_details.of_step`.
         """
-        self._shown = step_metrics.rollout_records(
-            step, "train", "train", asked, rollouts, scores, advantage=advantage
-        )
-        for place, details in (token_details or {}).items():
-            self._shown[place]["token_details"] = details
+
+        def write() -> None:
+            self._shown = step_metrics.rollout_records(
+                step, "train", "train", asked, rollouts, scores, advantage=advantage
+            )
+            if self._writer:
+                for place, details in token_details().items():
+                    self._shown[place]["token_details"] = details
+                self._writer.write_rollouts(step, "train", self._shown)
+
+        self._not_written = write
         self._batch = step_metrics.batch_metrics(
             generated.asked, generated.rollouts, generated.scores, advantage
         )
@@ -223,8 +235,13 @@ class RunLog:
         self._tokens, self._new_tokens = read + new, new
         self._trained_tokens = sum(step_metrics.num_tokens(asked, rollouts))
         self._epoch, self._update_flops = epoch, update_flops
-        if self._writer:
-            self._writer.write_rollouts(step, "train", self._shown)
+
+    def write_rollouts(self) -> None:
+        """Writes what `rollouts` took, once: best while devices compute, as the host
+        has a while to do."""
+        write, self._not_written = self._not_written, None
+        if write:
+            write()
 
     def step(
         self,
@@ -238,6 +255,7 @@ class RunLog:
           step: 0 is before training, without rollouts.
           validation: made after this step, if there was one.
         """
+        self.write_rollouts()
         timing = self._timer.metrics()
         line = {**metrics, **self._batch, **timing}
         if self._batch:

@@ -189,9 +189,10 @@ class Credited:
     advantages: Float[np.ndarray, "P G"]
     """The mean advantage of the tokens of every response that was generated."""
     metrics: dict[str, float]
-    token_details: dict[int, dict[str, Any]]
-    """What is known of each token of a few responses, by p * G + g; of many processes,
-    the one that writes has them."""
+    token_details: Callable[[], dict[int, dict[str, Any]]]
+    """Finds what is known of each token of a few responses, by p * G + g. Takes long:
+    the text of each token is told by decoding the tokens before it with and without
+    it."""
 
 
 def assign_credit(
@@ -230,13 +231,14 @@ def assign_credit(
         if algorithm.mask_truncated_completions:
             rows, masked_out = without_truncated(rows, groups.rollouts)
             found["training/truncated_completions_masked"] = masked_out
-        details = {}
-        if processes.leads():
-            lengths = [len(one.tokens) for group in groups.rollouts for one in group]
-            decode = functools.partial(
+        details = functools.partial(
+            token_details.of_step,
+            rows,
+            [len(one.tokens) for group in groups.rollouts for one in group],
+            functools.partial(
                 job.source.tokenizer.decode, clean_up_tokenization_spaces=False
-            )
-            details = token_details.of_step(rows, lengths, decode)
+            ),
+        )
         if algorithm.pf_ppo:
             rows = draw_again(job, rows, scores.total, step)
     if state.kl_coef is not None:

@@ -91,7 +91,9 @@ def run(
                 update_flops=update_flops(job, groups),
                 token_details=credited.token_details,
             )
-            state, learned = update(job, state, credited.rows, step, log.phase)
+            state, learned = update(
+                job, state, credited.rows, step, log.phase, log.write_rollouts
+            )
             with log.phase("update_weights"):
                 sent = schedule.publish(state.actor.params, step)
             validation = evaluate.if_due(job, step, log.phase)

@@ -11,6 +11,7 @@ from jaxrl_llm.algorithms.ppo import TrainState
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.critic import Critic
+from jaxrl_llm.roles.trained_model import Meanwhile, nothing
 from jaxrl_llm.tracking import performance
 from jaxrl_llm.training.advice import CannotLearn
 from jaxrl_llm.training.build import Job
@@ -19,9 +20,17 @@ from jaxrl_llm.training.randomness import Purpose, seed
 
 
 def update(
-    job: Job, state: TrainState, rows: TrainBatch, step: int, observe: Observe
+    job: Job,
+    state: TrainState,
+    rows: TrainBatch,
+    step: int,
+    observe: Observe,
+    meanwhile: Meanwhile = nothing,
 ) -> tuple[TrainState, dict[str, float]]:
     """The critic learns, then, once that has warmed up, the policy. Donates `state`.
+
+    Args:
+      meanwhile: called when the update of each is dispatched, before it is waited for.
 
     Returns:
       The next state, and metrics.
@@ -33,12 +42,12 @@ def update(
     order = seed(config.seed, Purpose.ORDER, step)
     if job.critic:
         with observe("update_critic"):
-            critic, learned = job.critic.update(state.critic, rows, order)
+            critic, learned = job.critic.update(state.critic, rows, order, meanwhile)
         state = dataclasses.replace(state, critic=critic)
         _check(job.critic, state.critic, "critic", learned, step)
     if step > config.trainer.critic_warmup:
         with observe("update_actor"):
-            actor, of_actor = job.actor.update(state.actor, rows, order)
+            actor, of_actor = job.actor.update(state.actor, rows, order, meanwhile)
         state, learned = dataclasses.replace(state, actor=actor), learned | of_actor
         _check(job.actor, state.actor, "actor", learned, step)
     refresh = config.actor.ref_refresh_steps

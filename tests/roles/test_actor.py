@@ -253,6 +253,19 @@ def test_steps_of_any_lengths_are_one_compiled_update(tiny_model, monkeypatch):
         state, _ = made.update(state, rows, seed=3)
 
 
+def test_the_host_has_its_time_between_dispatch_and_wait(tiny_model, monkeypatch):
+    made, events = learner(tiny_model), []
+
+    def noted(event, real):
+        return lambda *given: events.append(event) or real(*given)
+
+    monkeypatch.setattr(made._trained, "_step", noted("sent", made._trained._step))
+    monkeypatch.setattr(statistics, "join", noted("waited", statistics.join))
+    rows = made.make_rows(*make_rollouts(), ADVANTAGES)
+    made.update(made.start(), rows, 3, lambda: events.append("meanwhile"))
+    assert events == ["sent", "meanwhile", "waited"]
+
+
 def test_the_policy_is_scored_anew_only_if_the_update_cannot_do_it(
     tiny_model, monkeypatch
 ):

@@ -240,6 +240,52 @@ def test_what_is_known_of_tokens_is_written_with_their_response(tmp_path):
     details = {"text": ["4"], "advantage": [0.5], "logprob": [-1.0]}
     with log(tmp_path) as told:
         told.start(0)
-        tell(told, 1, token_details={1: details})
+        tell(told, 1, token_details=lambda: {1: details})
     records = run_directory.completions(tmp_path / "rollouts" / "train_000001.jsonl")
     assert [record.get("token_details") for record in records] == [None, details]
+
+
+def test_rollouts_are_written_when_there_is_time_or_at_the_end_of_the_step_or_run(
+    tmp_path,
+):
+    asked = []
+
+    def details():
+        asked.append(len(asked))
+        return {}
+
+    def take(log, step):
+        log.rollouts(
+            step,
+            [PROMPT],
+            ROLLOUTS,
+            SCORES,
+            np.array([[0.5, -0.5]], np.float32),
+            GENERATED,
+            epoch=0.5,
+            update_flops=1.0,
+            token_details=details,
+        )
+
+    def steps():
+        return [step for step, _, _ in run_directory.rollout_files(tmp_path)]
+
+    with pytest.raises(RuntimeError, match="the update fails"):
+        with log(tmp_path) as told:
+            told.start(0)
+            take(told, 1)
+            assert (steps(), asked) == ([], [])
+            told.write_rollouts()
+            assert (steps(), asked) == ([1], [0])
+            told.step(1, {})
+            take(told, 2)
+            told.step(2, {})
+            assert (steps(), asked) == ([1, 2], [0, 1])
+            take(told, 3)
+            raise RuntimeError("the update fails")
+    assert (steps(), asked) == ([1, 2, 3], [0, 1, 2])
+    with log(tmp_path / "other", writes=False) as told:
+        told.start(0)
+        take(told, 1)
+        told.step(1, {})
+    assert asked == [0, 1, 2]  # who writes nothing looks for nothing
