@@ -32,12 +32,15 @@ Loop = Callable[[Layer, Array, Weights], Array]
 
 COMPILER_OPTIONS = {
     "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_autotune_level": 0,
     "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
 }
-"""What `in_place` asks of XLA. Only products by cuBLAS read and write slices of larger
-arrays; and the places are written before they are read, so their zeros need not be.
-Without Triton's products, layers compile in two thirds of the time and are as fast.
-Other platforms take no notice."""
+"""What is asked of XLA wherever a model is computed. cuBLAS multiplies, by the
+algorithm that it chooses itself: XLA would time several of them, and Triton's, which
+takes more than half of the time to compile, gains nothing, and ends differently from
+one cold cache to the next, and so do the numbers. Only products by cuBLAS read and
+write slices of larger arrays, as `in_place` does; and it writes places before it reads
+them, so their zeros need not be. Other platforms take no notice."""
 
 
 def choose(

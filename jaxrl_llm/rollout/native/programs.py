@@ -28,8 +28,6 @@ from jaxrl_llm.models.attention import paged
 from jaxrl_llm.models.attention.packed import PackedAttention
 from jaxrl_llm.rollout.native.sampling import Mode, Sampled, row_keys, sample
 
-_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
-"""cuBLAS multiplies a few hundred rows faster. Other platforms take no notice."""
 _UNWATCHED = 8
 """Steps between two looks at whether any row still runs: a GPU's host waits for the
 answer."""
@@ -133,7 +131,7 @@ def no_rows(count: int, replicas: int = 1) -> Rows:
     jax.jit,
     static_argnames=("run", "chunk", "mode", "top"),
     donate_argnames=("rows", "pages"),
-    compiler_options=_OPTIONS,
+    compiler_options=models.COMPILER_OPTIONS,
 )
 def decode(
     params: Any,
@@ -198,7 +196,12 @@ def decode(
     )(params, tables, rows, pages, enough)
 
 
-@functools.partial(jax.jit, static_argnames="run", donate_argnames="pages")
+@functools.partial(
+    jax.jit,
+    static_argnames="run",
+    donate_argnames="pages",
+    compiler_options=models.COMPILER_OPTIONS,
+)
 def prefill(
     params: Any,
     tokens: Int[Array, "R T"],
@@ -229,7 +232,12 @@ def prefill(
     )(params, tokens, positions, sequence_ids, places, pages)
 
 
-@functools.partial(jax.jit, static_argnames="run", donate_argnames="pages")
+@functools.partial(
+    jax.jit,
+    static_argnames="run",
+    donate_argnames="pages",
+    compiler_options=models.COMPILER_OPTIONS,
+)
 def extend(
     params: Any,
     tokens: Int[Array, "R T"],
@@ -258,7 +266,9 @@ def extend(
     )(params, tokens, positions, tables, pages)
 
 
-@functools.partial(jax.jit, static_argnames="run")
+@functools.partial(
+    jax.jit, static_argnames="run", compiler_options=models.COMPILER_OPTIONS
+)
 def score(
     params: Any, tokens: Int[Array, "R T"], length: Int[Array, " R"], *, run: Run
 ) -> Float[Array, "R T"]:

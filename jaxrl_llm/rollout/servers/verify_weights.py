@@ -35,7 +35,11 @@ def rows(sequences: Sequence[Sequence[int]]) -> Probes:
     return Probes(tokens, (place > 0) & (place < lengths))
 
 
-@functools.partial(jax.jit, static_argnames=("arch", "dtype"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("arch", "dtype"),
+    compiler_options=models.COMPILER_OPTIONS,
+)
 def score(
     params: Any,
     tokens: Int[Array, "N T"],
