@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ from jax.stages import Lowered
 
 from jaxrl_llm.config import plugins
 from jaxrl_llm.rollout.engine import Use
-from jaxrl_llm.training import checkpoint
+from jaxrl_llm.training import checkpoint, fitting, memory
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.experience import sampling
 from jaxrl_llm.training.state import abstract_state
@@ -37,7 +36,11 @@ def programs(job: Job, done: Sequence[int] = ()) -> dict[str, Callable[[], Lower
         found["copy of the policy"] = actor.reference.lower_copy
     questions = itertools.chain(job.data.train, job.data.val)
     tokens = (prompt.tokens for prompt in questions)
-    found |= job.engine.programs(uses(job), tokens, functools.partial(resident, job))
+
+    def resident(_: jax.Device) -> int:
+        return fitting.beside(job.config, memory.held(job), "rollout")
+
+    found |= job.engine.programs(uses(job), tokens, resident)
     return found | checkpoint.programs(abstract_state(job))
 
 
@@ -58,20 +61,3 @@ def uses(job: Job) -> list[Use]:
             likeliest = replace(drawn, temperature=0.0, top_k=-1, top_p=1.0, min_p=0.0)
             found.append(Use(num_prompts=share, num_samples=1, sampling=likeliest))
     return found
-
-
-def resident(job: Job, device: jax.Device) -> int:
-    """Bytes that a device holds while responses are made, but for what the engine
-    does."""
-    state, actor = abstract_state(job), job.actor
-    trained = state.actor.params if actor.settings.offload else state.actor
-    held = [trained, state.critic, state.reference]
-    if actor.reference and state.reference is None and not actor.reference.offload:
-        held.append(actor.reference.abstract_params())
-    if job.reward_model and not job.reward_model.offload:
-        held.append(job.reward_model.abstract_params())
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-        for x in jax.tree.leaves(held)
-        if device in x.sharding.device_set
-    )

@@ -30,8 +30,8 @@ from jaxrl_llm.training.settings import placed
 
 Sizes = dict[str, dict[str, int]]
 """Bytes on one device by purpose, for each group of devices."""
-CACHE = "generation cache"
-"""What engines call it."""
+CACHE, WEIGHTS = "generation cache", "generation weights"
+"""What engines call what they have."""
 MOST_TOKENS = 16_384
 """Tokens of a micro-batch on each device, or twice as many where each micro-batch
 gathers the weights. With more, a device is no faster: on an H100, of Qwen2.5-0.5B, 4 %
@@ -72,15 +72,17 @@ def kept(
 
 def beside(config: Config, sizes: Sizes, role: str) -> int:
     """Bytes of what stays on the devices of the actor or the critic while it is
-    updated, but for its own state."""
+    updated, or of rollout while responses are made, but for what it has itself."""
     there = dict(sizes[placed(config.placement)[role]])
-    away = {"actor": ("weights", "optimizer"), "critic": ("critic's weights",)}[role]
+    own = {
+        "actor": ("weights", "optimizer"),
+        "critic": ("critic's weights", "critic's optimizer"),
+        "rollout": (WEIGHTS,),
+    }[role]
     offloaded = [*config.actor.offload]
-    if role == "critic":
-        away += ("critic's optimizer",)
     if config.reward.model and config.reward.model.offload:
         offloaded.append("reward model")
-    for name in (*away, *offloaded, CACHE):  # the cache is given back
+    for name in (*own, *offloaded, CACHE):  # the cache is given back
         there.pop(name, None)
     return sum(there.values())
 

@@ -19,7 +19,7 @@ from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.roles.actor import StepSize
 from jaxrl_llm.roles.policy import PolicySettings
 from jaxrl_llm.sharding import hardware, mesh
-from jaxrl_llm.training import build, fitting, loop
+from jaxrl_llm.training import build, compiling, fitting, loop
 
 # 32 rows of 16 tokens on eight devices: 8, 16 or 32 at a time.
 ROWS = GRPO | {"rollout.n": 4, "trainer.val_before_train": False}
@@ -144,6 +144,19 @@ def test_devices_that_do_not_count_keep_the_whole_mini_batch(plain):
     assert plain.config.actor.micro_batch_size is None
     assert plain.actor.policy.layout.micro_batch_size is None
     assert not any("micro_batch_size" in text for text in plain.warnings)
+
+
+def test_generation_is_told_what_others_hold_on_its_devices(plain, monkeypatch):
+    told = []
+
+    def programs(uses, prompts, resident):
+        told.append(resident(jax.devices()[0]))
+        return {}
+
+    monkeypatch.setattr(plain.engine, "programs", programs)
+    compiling.programs(plain)
+    state = plain.actor.abstract_state()
+    assert told == [sum(map(fitting.bytes_of, (state.params, state.opt_state)))]
 
 
 def test_a_run_takes_as_many_rows_as_fit_and_keeps_them(
