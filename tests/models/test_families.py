@@ -95,6 +95,15 @@ FAMILIES = {
 # Small programs run once: compiling them is what takes time.
 QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
 every_family = pytest.mark.parametrize("family", FAMILIES)
+# Ways to turn positions are one table each, which its logits show to be right; how it
+# is read does not depend on what is in it.
+every_decoder = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=pytest.mark.slow if "-rope" in family else ())
+        for family in FAMILIES
+    ],
+)
 
 
 @functools.cache
@@ -165,7 +174,7 @@ def test_loaded_logits_are_those_of_transformers(family, load):
     )
 
 
-@every_family
+@every_decoder
 def test_transformers_computes_the_logits_of_saved_weights(family, load, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -192,7 +201,7 @@ def test_an_architecture_without_its_file_is_written_the_same(family, load):
     assert dataclasses.replace(again, eos_token_ids=(2,)) == arch
 
 
-@every_family
+@every_decoder
 def test_prefill_and_extension_give_the_hidden_states_of_forward(family, load):
     # Both sequences are read packed in one row, then go on in pieces of three tokens.
     # Pages hold four positions; the tables give them in an order of their own.
@@ -249,7 +258,7 @@ def test_prefill_and_extension_give_the_hidden_states_of_forward(family, load):
         start += n
 
 
-@every_family
+@every_decoder
 def test_sequences_packed_in_one_row_do_not_see_each_other(family, load):
     arch, params, _ = load(family)
     # Row 0: ten tokens of the first, thirteen of the second, padding. Row 1: reversed.

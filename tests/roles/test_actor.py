@@ -124,7 +124,8 @@ def test_weights_and_moments_stay_split(tiny_model):
 @pytest.mark.parametrize(
     "actor",
     [
-        {"micro_batch_size": 3, "remat": "full"},
+        # Micro-batches of three are in test_grpo.
+        pytest.param({"micro_batch_size": 3, "remat": "full"}, marks=pytest.mark.slow),
         {"pack_length": 32, "remat": "dots", "unroll": "always"},
         {
             "pack_length": 32,
@@ -163,9 +164,9 @@ def test_kept_probabilities_are_not_for_capped_logits(tiny_model):
 @pytest.mark.parametrize(
     "over, sizes",
     [
-        # The gradient of this loop is in test_layer_loop.
+        # The gradients of both loops are in test_layer_loop.
         pytest.param(loop.in_place, ONE, marks=pytest.mark.slow),
-        (loop.in_place, EIGHT),
+        pytest.param(loop.in_place, EIGHT, marks=pytest.mark.slow),
         (loop.unrolled, EIGHT),
     ],
 )

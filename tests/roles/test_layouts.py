@@ -67,8 +67,8 @@ def gradient_alone(path, **actor):
     return gradient(learner(path, {}, **actor))
 
 
-# FSDP beside the others is in test_actor.
-QUICK = {("all", True), ("context, tensor", False)}
+# FSDP beside the others is in test_actor, and so is a whole update.
+QUICK = {("all", True), ("context, tensor", True)}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_loss_and_gradients_are_those_of_one_device(layout, packed, model):
 
 
 @pytest.mark.parametrize(
-    "layout", ["all", pytest.param("HSDP, tensor", marks=pytest.mark.slow)]
+    "layout", [pytest.param(x, marks=pytest.mark.slow) for x in ("all", "HSDP, tensor")]
 )
 def test_an_update_is_that_of_one_device(layout, model):
     def updated(axes):

@@ -55,6 +55,9 @@ FAMILIES = {
     "Gemma3Text": GEMMA | GEMMA3,
     "SmolLM3": {"no_rope_layers": [1, 0]},
 }
+# A plain decoder, one with biases and one whose layers differ; the hidden states of
+# every family are in test_families.
+QUICK = {"Llama", "Qwen2", "Gemma3Text"}
 
 
 @functools.cache
@@ -163,7 +166,13 @@ def scorer(config, model, **axes):
     return reward_model_of(config, source, mesh.make(sizes, devices))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family in QUICK else pytest.mark.slow)
+        for family in FAMILIES
+    ],
+)
 def test_scores_are_those_of_transformers(family, tiny_model, saved, tmp_path):
     config = settings(tmp_path, tiny_model, saved(family))
     found = scorer(config, tiny_model).score(*answered())
@@ -174,12 +183,20 @@ def test_scores_are_those_of_transformers(family, tiny_model, saved, tmp_path):
 @pytest.mark.parametrize(
     "axes, changed",
     [
-        ({"fsdp": 8}, {}),
+        pytest.param({"fsdp": 8}, {}, marks=pytest.mark.slow),
         ({"data": 2, "fsdp": 2, "tensor": 2}, {"reward.model.micro_batch_size": 4}),
         ({"context": 2, "tensor": 2}, {"actor.pack_length": 32}),
-        ({"tensor": 4}, {"reward.model.rules": {"residual": "context"}}),
+        pytest.param(
+            {"tensor": 4},
+            {"reward.model.rules": {"residual": "context"}},
+            marks=pytest.mark.slow,
+        ),
         ({}, {"reward.model.micro_batch_size": 3, "actor.micro_batch_size": 1}),
-        ({}, {"actor.pack_length": 40, "reward.model.micro_batch_size": 2}),
+        pytest.param(
+            {},
+            {"actor.pack_length": 40, "reward.model.micro_batch_size": 2},
+            marks=pytest.mark.slow,
+        ),
         ({}, {"actor.pack_length": 32, "actor.share_prompts": True}),
         ({}, {"reward.model.unroll": "always", "reward.model.offload": True}),
     ],
@@ -395,6 +412,7 @@ def test_functions_and_model_add_up_in_training_and_validation(
     assert "val-aux/all/reward_model/mean@1" in line
 
 
+@pytest.mark.slow
 def test_grpo_raises_the_score(tiny_model, saved, tmp_path):
     changed = {
         "rollout.n": 8,

@@ -12,6 +12,10 @@ LOGITS = np.full(300, -np.inf, np.float32)
 LOGITS[TOKENS] = np.log(PROBS) + 3.0  # a constant changes nothing
 
 
+# One program for all the numbers that a row may ask for.
+SAMPLE = jax.jit(sampling.sample, static_argnames=("mode", "top"))
+
+
 def draw_many(
     n=20_000, *, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, mode=None, top=0
 ):
@@ -22,7 +26,7 @@ def draw_many(
         mode = "truncated" if top_k != -1 or top_p < 1 or min_p > 0 else "tempered"
     rows = np.broadcast_to(LOGITS, (n, 300))
     options = [np.full(n, x, np.float32) for x in (temperature, top_p, min_p)]
-    return jax.jit(sampling.sample, static_argnames=("mode", "top"))(
+    return SAMPLE(
         jnp.asarray(rows),
         keys,
         jnp.zeros(n, jnp.int32),
@@ -40,12 +44,13 @@ def draw_many(
     [
         ({}, [0.5, 0.25, 0.15, 0.1]),
         ({"mode": "plain"}, [0.5, 0.25, 0.15, 0.1]),
-        ({"mode": "truncated"}, [0.5, 0.25, 0.15, 0.1]),
+        pytest.param({"mode": "truncated"}, PROBS, marks=pytest.mark.slow),
         # p^2, renormalised: .25 .0625 .0225 .01 over .345
         ({"temperature": 0.5}, np.array([0.25, 0.0625, 0.0225, 0.01]) / 0.345),
-        ({"top_k": 2}, [2 / 3, 1 / 3, 0, 0]),
+        # Sorting all these rows takes seconds; each cut is made in a case below too.
+        pytest.param({"top_k": 2}, [2 / 3, 1 / 3, 0, 0], marks=pytest.mark.slow),
         # .5 < .7, .5 + .25 >= .7: two tokens reach it
-        ({"top_p": 0.7}, [2 / 3, 1 / 3, 0, 0]),
+        pytest.param({"top_p": 0.7}, [2 / 3, 1 / 3, 0, 0], marks=pytest.mark.slow),
         # at least 0.3 * 0.5 = 0.15 (up to rounding: 0.29): three tokens
         ({"min_p": 0.29}, np.array([0.5, 0.25, 0.15, 0]) / 0.9),
         # top_k 3 leaves .5/.9 = .556, .278, .167; .556 + .278 = .83 >= .6
@@ -122,7 +127,7 @@ def test_draw_inverts_the_distribution_function():
         (0.99999994, 0.99999994, 299),
     ]
     for first, second, token in cases:
-        drawn, logprob = sampling.draw(
+        drawn, logprob = jax.jit(sampling.draw)(
             jnp.asarray(LOGITS)[None], jnp.array([[first, second]], jnp.float32)
         )
         assert drawn[0] == token, (first, second)
@@ -132,9 +137,10 @@ def test_draw_inverts_the_distribution_function():
 
 def test_truncate_keeps_ties_and_never_everything_away():
     logits = jnp.log(jnp.array([[0.4, 0.3, 0.3]]))
-    kept = sampling.truncate(logits, *map(jnp.atleast_1d, (2, 1.0, 0.0)))
+    truncate = jax.jit(sampling.truncate)
+    kept = truncate(logits, *map(jnp.atleast_1d, (2, 1.0, 0.0)))
     assert np.isfinite(kept).all()  # both 0.3 stand in second place
-    kept = sampling.truncate(logits, *map(jnp.atleast_1d, (-1, 1e-9, 0.0)))
+    kept = truncate(logits, *map(jnp.atleast_1d, (-1, 1e-9, 0.0)))
     np.testing.assert_array_equal(np.isfinite(kept), [[True, False, False]])
 
 

@@ -17,6 +17,12 @@ from jaxrl_llm.sharding.transfer_collectives import AllGather, AllToAll, Sends, 
 
 BITS = np.random.default_rng(0).integers(0, 2**32, SHAPE, np.uint32)
 SAME, OTHER = layouts.same_devices(), layouts.other_devices()
+# Every layout is a target of each of these; as a source these stand for the others.
+QUICK = {
+    *("fsdp8", "fsdp4 tensor2", "data2 fsdp2 tensor2", "tensor8", "replicas"),
+    *("two axes on one dimension", "reversed devices"),
+    *("first four", "middle three", "last six", "one"),
+}
 
 
 def abstract(tree, shardings):
@@ -31,7 +37,11 @@ def bits(x):
 
 @pytest.mark.parametrize(
     "of, name",
-    [*((SAME, name) for name in SAME), *((OTHER, name) for name in OTHER)],
+    [
+        pytest.param(of, name, marks=() if name in QUICK else pytest.mark.slow)
+        for of in (SAME, OTHER)
+        for name in of
+    ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_every_bit_arrives_by_the_fewest_bytes(of, name):
