@@ -112,7 +112,7 @@ class Scheduler:
         """Positions that the pages of a slot's sequence hold."""
         self.released: list[int] = []
         """Slots of preempted or aborted sequences, which the device is to leave."""
-        self._to_release: list[int] = []  # the next plan's `gone`
+        self._to_release: list[int] = []  # the next plan's `released`
         self._free = list(range(num_slots))[::-1]
         self._admitted: dict[int, Response] = {}  # by slot, oldest first
         self._preempted: list[Response] = []  # may get tokens of the chunk that runs
