@@ -283,9 +283,12 @@ def _algorithm(draft: Draft) -> None:
     on, metric = draft.get(f"{filters}enable"), draft.get(f"{filters}metric", "reward")
     most = draft.number(f"{filters}max_num_gen_batches", 0)
     if on:
+        own = any([draft.get(f"{where}path") for where in _OWN_REWARD])
         if metric != "reward":
-            note = f"{filters}metric, {metric} there"
-            draft.put(f"{filters}metric", "reward", note)
+            note, counted = f"{filters}metric", metric
+            if not own or metric in ("score", "seq_reward", "seq_final_reward"):
+                note, counted = f"{note}, {metric} there", "reward"
+            draft.put(f"{filters}metric", counted, note)
         draft.put(
             f"{filters}max_num_gen_batches", most, f"{filters}max_num_gen_batches"
         )
@@ -337,9 +340,12 @@ def _critic(draft: Draft) -> None:
         draft.put("critic.mesh.context", size, note)
 
 
+_OWN_REWARD = ("custom_reward_function.", "reward.custom_reward_function.")
+
+
 def _rewards(draft: Draft) -> None:
     functions, note = [], ""
-    for section in ("custom_reward_function.", "reward.custom_reward_function."):
+    for section in _OWN_REWARD:
         file, name = draft.get(f"{section}path"), draft.get(f"{section}name")
         params = draft.section(f"{section}reward_kwargs")
         if not file:

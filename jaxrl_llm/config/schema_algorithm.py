@@ -146,8 +146,8 @@ class FilterGroupsConfig(Section):
     """DAPO's dynamic sampling: train only on groups whose responses differ in worth."""
 
     metric: str = "reward"
-    """What must differ: the reward, or the score of the reward function of that
-    name."""
+    """What must differ: the reward, the score of the reward function of that name, or
+    another number that a function returns in its dictionary, such as acc."""
     max_num_gen_batches: int = Field(10, ge=0)
     """Batches to generate for one step before giving up; 0: no limit."""
 

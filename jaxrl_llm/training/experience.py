@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from jaxrl_llm.config import plugins
+from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config, SamplingConfig
 from jaxrl_llm.data.stream import PromptBatches
 from jaxrl_llm.data.types import Episode, Generated, Prompt, Scores, single_turn
@@ -58,6 +59,7 @@ def collect(
     trained on.
 
     Raises:
+      ConfigError: what must differ is nothing that reward functions return.
       ValueError: `max_num_gen_batches` were not enough.
 
     Source: Yu et al. 2025, section 3.2 (arXiv:2503.14476).
@@ -165,13 +167,23 @@ def differing(scores: Scores, metric: str) -> list[int]:
     judged.
 
     Args:
-      metric: "reward", or the name of a reward function.
+      metric: "reward", or the name of a reward function or of one of `details`, which
+        may be missing where a function failed.
+
+    Raises:
+      ConfigError: no response has such a number.
     """
+    known = scores.by_function | scores.details
     if metric == "reward":
         values, judged = scores.total, scores.judged
-    else:
-        values = scores.by_function[metric]
+    elif metric in known or any(scores.errors.values()):
+        values = known.get(metric, np.full_like(scores.total, np.nan))
         judged = ~np.isnan(values)
+    else:
+        raise ConfigError(
+            f"algorithm.filter_groups.metric is {metric}, which no response has; use "
+            f"one of {', '.join(['reward', *known])}"
+        )
     most = np.max(values, axis=1, where=judged, initial=-np.inf)
     least = np.min(values, axis=1, where=judged, initial=np.inf)
     return np.flatnonzero(most > least).tolist()

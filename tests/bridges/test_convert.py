@@ -146,6 +146,24 @@ def test_the_reward_is_what_verl_takes_for_the_data(folder, source, reward):
 
 
 @pytest.mark.parametrize(
+    "own, metric, wanted",
+    [
+        ("mine.py", "acc", "acc"),
+        ("mine.py", "seq_reward", "reward"),
+        ("", "acc", "reward"),
+    ],
+)
+def test_groups_differ_in_what_the_users_function_returns(folder, own, metric, wanted):
+    filters = f"{{enable: true, metric: {metric}}}"
+    draft = verl(
+        folder,
+        f"custom_reward_function: {{path: {own or 'null'}}}\n"
+        f"algorithm: {{adv_estimator: grpo, filter_groups: {filters}}}",
+    )
+    assert draft.tree()["algorithm"]["filter_groups"]["metric"] == wanted
+
+
+@pytest.mark.parametrize(
     "line, said",
     [
         ("algorithm: {adv_estimator: mine}", "algorithm.adv_estimator is mine; here"),

@@ -1,12 +1,14 @@
 """Which responses a step trains on, and what it takes off their reward."""
 
 import contextlib
+import dataclasses
 import shutil
 from pathlib import Path
 
 import chex
 import numpy as np
 import pytest
+import scored_texts
 import tiny
 from short_run import GRPO, make_config, mean_id, newest
 
@@ -89,11 +91,27 @@ def test_a_task_without_differences_gives_up_after_the_bound(weights, tmp_path):
         run(config, lambda completion_ids: [1.0] * len(completion_ids))
 
 
-def test_what_must_differ_is_a_reward_function_of_the_run(weights, tmp_path):
+def test_what_must_differ_is_something_that_rewards_return(weights, tmp_path):
     changed = GRPO | {"algorithm.filter_groups": {"metric": "acc"}}
     config = make_config(weights, tmp_path, **changed)
+    term = RewardFunction(name="given", function=mean_id, trusted=True)
     with pytest.raises(ConfigError, match="acc; use reward or one of .*given"):
-        run(config, mean_id)
+        build(config, [term])
+
+
+def test_groups_may_have_to_differ_in_a_number_beside_the_score():
+    def judge(completions):  # of "a" and "bb", and of "ccc" and ""
+        return [{"score": 1.0, "acc": float(c == "ccc")} for c in completions]
+
+    term = RewardFunction(name="mine", function=judge, trusted=True)
+    scores = scored_texts.run(term)
+    assert collect.differing(scores, "acc") == [1]
+    assert collect.differing(scores, "mine") == []
+    with pytest.raises(ConfigError, match="acc2, which no .* one of reward, mine, acc"):
+        collect.differing(scores, "acc2")
+    # Where all calls failed, nobody knows what would have been returned.
+    failed = dataclasses.replace(scores, details={}, errors={"mine": 4})
+    assert collect.differing(failed, "acc") == []
 
 
 def test_what_no_function_judges_does_not_make_a_group_differ():
