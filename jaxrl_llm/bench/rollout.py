@@ -65,9 +65,11 @@ def main(
       dtype: of weights, activations and cache.
       trained_dtype: of the weights that the engines are given, which lie on the devices
         too, split over all of them.
-      quantization, kv_cache_dtype: of the JAX engine.
+      quantization: of the JAX engine's matrices; see `rollout.quantization`.
+      kv_cache_dtype: of the JAX engine; see `rollout.kv_cache_dtype`.
       max_num_seqs: sequences decoded together.
-      decode_chunk, prefill_tokens: of the JAX engine, per dispatch.
+      decode_chunk: steps per dispatch of the JAX engine.
+      prefill_tokens: of prompts, per dispatch of the JAX engine.
       tensor: devices of the JAX engine that share a copy of the weights.
       vllm_command: starts vLLM's API server, as a shell would split it.
       vllm_args: more arguments of it, likewise. This process leaves the server what

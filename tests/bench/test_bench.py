@@ -1,8 +1,11 @@
+import functools
+import importlib
 import json
 import math
 
 import jax
 import pytest
+import shown_flags
 
 from jaxrl_llm import bench, cli
 from jaxrl_llm.bench import reshard, rollout, step, train
@@ -20,6 +23,22 @@ def measured(capsys):
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     return run
+
+
+@pytest.mark.parametrize("name", bench.NAMES)
+def test_every_flag_of_a_measurement_that_is_shown_works(name, monkeypatch, capsys):
+    measurement = importlib.import_module(f"jaxrl_llm.bench.{name}")
+    given = {}
+    told = functools.wraps(measurement.main)(lambda **options: given.update(options))
+    monkeypatch.setattr(measurement, "main", told)
+    with pytest.raises(SystemExit):
+        cli.main(["bench", name, "--tyro-print-completion", "bash"])
+    options = shown_flags.by_flag(shown_flags.spec(capsys.readouterr().out))
+    assert all(" • (" not in option["description"] for option in options.values())
+    for arguments in shown_flags.all_used(options):
+        assert cli.main(["bench", name, *arguments]) == 0
+        assert {f"--{key}".replace("_", "-") for key in given} <= set(options)
+        shown_flags.check_given(given, arguments)
 
 
 @pytest.mark.slow

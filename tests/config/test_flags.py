@@ -1,6 +1,5 @@
 """What `--help` shows and a shell completes is what the command line takes."""
 
-import ast
 import functools
 import json
 import pathlib
@@ -10,6 +9,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 
 import pytest
+import shown_flags
 import tyro
 
 from jaxrl_llm import cli
@@ -24,16 +24,6 @@ VALUES = {
     "reward": {"functions": [{"name": "exact"}]},
     "trainer": {"total_training_steps": 3},
 }
-EXAMPLES = {
-    "INT": "2",
-    "FLOAT": "0.5",
-    "SECONDS": "0.5",
-    "STEPS": "2",
-    "DATE": "2025-01-31",
-    "VALUE": "1",
-    "[VALUE, ...]": "[data]",
-    "{KEY: VALUE}": "{}",
-}
 
 
 def exits(capsys, *arguments):
@@ -42,20 +32,6 @@ def exits(capsys, *arguments):
         cli.main(arguments)
     assert not ended.value.code
     return capsys.readouterr().out
-
-
-def completed(script):
-    """What a completion script knows: the flags of every verb."""
-    text = re.search(r"^COMPLETION_SPEC = (.*)$", script, re.M)[1]
-    return {
-        verb: {
-            flag: option
-            for option in found["options"]
-            for flag in option["flags"]
-            if flag not in ("-h", "--help")
-        }
-        for verb, found in ast.literal_eval(text)["subcommands"].items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +45,13 @@ def script():
 @pytest.fixture(scope="module")
 def verbs(script):
     """Every flag of every verb, by name."""
-    return completed(script)
+    found = shown_flags.spec(script)["subcommands"]
+    return {verb: shown_flags.by_flag(options) for verb, options in found.items()}
 
 
 def uses(flag, option):
     """Argument lists that use a flag as it is shown: one for each kind of value."""
-    if option["type"] in ("flag", "boolean"):
+    if shown_flags.is_switch(option):
         return [[flag]]
     shown, _, _ = option["description"].partition(" • ")
     one, *more = shown.split(" [")
@@ -82,7 +59,7 @@ def uses(flag, option):
     words = [shown] if not many else [one]
     found = []
     for word in words[0].split("|"):
-        value = EXAMPLES.get(word, word)
+        value = shown_flags.EXAMPLES.get(word, word)
         found.append([flag, value])
         if many:
             found += [[flag, value, value]]
@@ -167,14 +144,9 @@ def test_every_flag_of_the_other_verbs_works(verbs, verb):
     function, needed = cli._functions()[verb], NEEDED[verb]
     assert tyro.cli(functools.wraps(function)(lambda **options: options), args=needed)
     given = functools.wraps(function)(lambda **options: options)
-    for flag, option in verbs[verb].items():
-        shown, _, _ = option["description"].partition(" • ")
-        word = re.split(r"[|\s]", shown.strip("[]").replace("{None}|", ""))[0]
-        choices = option.get("choices") or [EXAMPLES.get(word, "x")]
-        switch = option["type"] in ("flag", "boolean")
-        for choice in choices:
-            arguments = [*needed, *([flag] if switch else [flag, choice])]
-            assert tyro.cli(given, args=arguments)
+    for arguments in shown_flags.all_used(verbs[verb]):
+        found = tyro.cli(given, args=[*needed, *arguments])
+        shown_flags.check_given(found, arguments)
 
 
 @pytest.mark.parametrize("verb", ["train", "plan"])
@@ -203,11 +175,11 @@ def test_a_shell_gets_a_script(capsys, shell):
     assert "jaxrl" in script and "actor.optim.lr" in script
 
 
-def test_bash_completes_verbs_flags_and_choices(script, tmp_path):
+def test_bash_completes_flags_and_choices(script, tmp_path):
     path = tmp_path / "jaxrl.bash"
     path.write_text(script)
     ask = "COMP_CWORD=$((${#COMP_WORDS[@]}-1)); _tyro_jaxrl; echo ${COMPREPLY[@]}"
-    lines = ["jaxrl ev", "jaxrl train --actor.optim.l", "jaxrl plan --rollout.engine j"]
+    lines = ["jaxrl train --actor.optim.l", "jaxrl plan --rollout.engine j"]
     asked = [f"COMP_WORDS=({line}); {ask}" for line in lines]
     done = subprocess.run(
         ["bash", "-c", "; ".join([f"source {path}", *asked])],
@@ -215,8 +187,8 @@ def test_bash_completes_verbs_flags_and_choices(script, tmp_path):
         text=True,
         check=True,
     )
-    verb, names, choice = done.stdout.splitlines()
-    assert (verb, choice) == ("evaluate", "jax")
+    names, choice = done.stdout.splitlines()
+    assert choice == "jax"
     assert {"--actor.optim.lr", "--actor.optim.lr-warmup-steps"} <= set(names.split())
 
 
