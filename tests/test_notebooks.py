@@ -215,6 +215,7 @@ def test_what_learns_nothing_is_diagnosed(tiny_model, tmp_path):
     assert "rollout.max_response_length" in shown and "if not:" in shown
 
 
+@pytest.mark.slow
 def test_the_losses_by_hand_are_as_they_say(tmp_path):
     # What they claim, they assert.
     notebook, _ = run("02_losses_by_hand.ipynb", tmp_path)

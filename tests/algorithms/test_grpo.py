@@ -51,10 +51,10 @@ def reference(mode):
     "mode, micro_batch_size, how",
     [
         ("token-mean", 1, {}),
-        ("token-mean", 4, {}),  # of 6 rows
-        ("seq-mean-token-mean", 2, {}),
+        pytest.param("token-mean", 4, {}, marks=pytest.mark.slow),  # of 6 rows
+        pytest.param("seq-mean-token-mean", 2, {}, marks=pytest.mark.slow),
         ("seq-mean-token-mean", 5, {}),
-        ("token-mean", None, {"pack_length": 14}),
+        pytest.param("token-mean", None, {"pack_length": 14}, marks=pytest.mark.slow),
         ("seq-mean-token-mean", None, {"order": (2, 0, 1)}),
         ("seq-mean-token-mean", 3, {"order": (1, 2, 0), "pack_length": 15}),
         ("token-mean", 3, {"pack_length": 16, "rows_multiple": 8}),
@@ -74,7 +74,11 @@ def test_micro_batches_packing_order_and_padding_change_nothing(
 
 
 @pytest.mark.parametrize(
-    "mode, micro_batch_size", [("token-mean", None), ("seq-mean-token-mean", 8)]
+    "mode, micro_batch_size",
+    [
+        pytest.param("token-mean", None, marks=pytest.mark.slow),
+        ("seq-mean-token-mean", 8),
+    ],
 )
 def test_eight_devices_change_nothing(mode, micro_batch_size):
     rows = NamedSharding(mesh.make({"data": 8}), P("data"))

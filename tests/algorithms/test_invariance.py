@@ -170,6 +170,7 @@ def test_some_of_everything_is_the_same_in_any_layout(layout):
     assert_same(found, reference(SOME, True), SOME)
 
 
+@pytest.mark.slow
 def test_without_old_logprobs_too():
     """The correction then needs the log-probabilities of all rows first."""
     cases = tuple(case for case in SOME if case.correction is not None)[::3]

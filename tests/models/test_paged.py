@@ -68,28 +68,34 @@ def loop(q, k, v, rotary, keys, values, tables, positions, *, window, scale, sof
 SHAPES = {"B": 4, "T": 1, "N": 6, "K": 2, "S": 16, "n": 9}
 
 
-@pytest.mark.parametrize("window, softcap", [(None, None), (20, None), (1, 5.0)])
+KERNEL = functools.partial(kernels.split_keys, interpret=True)
+SEEN = [(None, None), (20, None), (1, 5.0)]  # window and softcap
+PAGED = [
+    (paged.attend, SHAPES),
+    (paged.attend, SHAPES | {"T": 7}),
+    (paged.attend, SHAPES | {"turns": False}),
+    (paged.attend, SHAPES | {"N": 2, "S": 4, "n": 40}),
+    (KERNEL, SHAPES),
+    (KERNEL, SHAPES | {"turns": False}),
+    (KERNEL, SHAPES | {"N": 32, "n": 40}),  # 16 queries to a key, in three parts
+    (KERNEL, SHAPES | {"N": 2, "S": 64, "n": 3}),
+]
+# The first shape of each is tried with all windows, the others with one in turn.
+CASES = [
+    pytest.param(
+        attend,
+        shape,
+        *seen,
+        marks=() if shape is SHAPES or (i + j) % 3 == 0 else pytest.mark.slow,
+    )
+    for i, (attend, shape) in enumerate(PAGED)
+    for j, seen in enumerate(SEEN)
+]
+
+
 @pytest.mark.parametrize(
-    "attend, shape",
-    [
-        (paged.attend, SHAPES),
-        (paged.attend, SHAPES | {"T": 7}),
-        (paged.attend, SHAPES | {"turns": False}),
-        (paged.attend, SHAPES | {"N": 2, "S": 4, "n": 40}),
-        (functools.partial(kernels.split_keys, interpret=True), SHAPES),
-        (
-            functools.partial(kernels.split_keys, interpret=True),
-            SHAPES | {"turns": False},
-        ),
-        (
-            functools.partial(kernels.split_keys, interpret=True),
-            SHAPES | {"N": 32, "n": 40},  # 16 queries to a key, in three parts
-        ),
-        (
-            functools.partial(kernels.split_keys, interpret=True),
-            SHAPES | {"N": 2, "S": 64, "n": 3},
-        ),
-    ],
+    "attend, shape, window, softcap",
+    CASES,
     ids=lambda x: getattr(x, "__name__", None) or "kernel" if callable(x) else str(x),
 )
 def test_attention_over_pages_is_that_of_a_plain_loop(attend, shape, window, softcap):

@@ -160,6 +160,7 @@ def test_greedy_answers_are_those_of_transformers(model, saved, prompts):
     print(f"near ties: {near_ties} of {len(QUESTIONS)}")
 
 
+@pytest.mark.slow  # transformers takes ten seconds to read it
 def test_the_tokenizer_is_that_of_transformers_reading_the_same_file(model, saved):
     """transformers converts GGUF metadata on its own. It leaves digits to the merges,
     which differs from the published tokenizer in exotic ones such as one half only."""

@@ -65,6 +65,7 @@ def test_every_installed_module_imports_beside_a_users_own(python, users_folder)
     assert set(names) == modules()
 
 
+@pytest.mark.slow
 def test_every_module_of_the_checkout_imports_beside_a_users_own(users_folder):
     env = {"PYTHONPATH": str(ROOT)}
     said = installed.run(sys.executable, "-c", IMPORT_ALL, cwd=users_folder, env=env)

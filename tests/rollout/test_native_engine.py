@@ -373,7 +373,10 @@ def test_aborted_responses_do_not_come():
     assert_same(generate(made, REQUESTS[:2]), generate(plain(), REQUESTS[:2]))
 
 
-@pytest.mark.parametrize("kept, name, size", [(None, "f32", 4), ("int8", "s8", 1)])
+@pytest.mark.parametrize(
+    "kept, name, size",
+    [(None, "f32", 4), pytest.param("int8", "s8", 1, marks=pytest.mark.slow)],
+)
 def test_the_cache_is_written_in_place(kept, name, size):
     made = engine(decode_chunk=4, kv_cache_dtype=kept, max_num_seqs=64)
     with jax.debug_nans(False):  # which keeps what is donated

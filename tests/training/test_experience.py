@@ -55,6 +55,7 @@ def test_only_groups_that_differ_are_trained_on(weights, tmp_path):
         "data.train_batch_size": 4,
         "algorithm.filter_groups": {},
         "trainer.save_freq": 1,
+        "trainer.total_training_steps": 2,
     }
     config = make_config(weights, tmp_path, **changed)
     job, lines = run(config, of_odd_prompts)
@@ -72,8 +73,7 @@ def test_only_groups_that_differ_are_trained_on(weights, tmp_path):
     # Where the data stands after a step with several batches is part of the run.
     parts = tmp_path / "resumed"
     shutil.copytree(config.output_dir, parts)
-    for step in ("2", "3"):
-        shutil.rmtree(parts / "checkpoints" / step, ignore_errors=True)
+    shutil.rmtree(parts / "checkpoints" / "2")
     again = config.model_copy(update={"output_dir": str(parts)})
     run(again, of_odd_prompts)
     like = states.abstract_state(job)

@@ -428,6 +428,7 @@ def test_a_reward_that_fails_stops_a_run_that_can_go_on(
     np.testing.assert_array_equal(result.table()[name][1:], finished.table()[name][1:4])
 
 
+@pytest.mark.slow  # what counts is in test_rewards
 def test_a_reward_that_fails_may_count_as_zero(tiny_model, values, tmp_path):
     result = api.train(
         tiny_model,
