@@ -1,4 +1,4 @@
-"""The device's part of generation: steps of decoding, and reading what comes before.
+"""The programs of generation: prefill, decode steps, and copies of pages.
 
 The host sends tables of sequences and the order in which they begin; the device decodes
 a chunk of steps by itself. Where a sequence ends, the next one takes its row at once.
