@@ -76,6 +76,18 @@ def verify(moved: Any, made: Plan, before: Mapping[str, Array]) -> None:
         raise TransferError(f"checksums differ after the transfer: {sorted(differ)}")
 
 
+def lower_largest(made: Plan) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """The programs of `expected` and of `verify` that take the most memory, which they
+    do one after the other, from shapes alone."""
+    arrays, targets = named(made.source), named(made.target)
+    move = max(made.moves, key=lambda move: arrays[move.parts[0].name].size)
+    x = arrays[move.parts[0].name]
+    sent = _of_source(move.stacked, move.dtype, x.sharding).lower(x)
+    move = max(made.moves, key=lambda move: targets[move.targets[0]].size)
+    x = targets[move.targets[0]]
+    return sent, _of_target(move, x.sharding).lower(x)
+
+
 def of(
     x: Array, *, batch_dims: int = 0, seeds: Sequence[int] = _SEEDS
 ) -> UInt32[Array, "*batch sums"]:

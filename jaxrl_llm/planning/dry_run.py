@@ -20,12 +20,13 @@ from jaxrl_llm.config import bundled
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.data.types import Episode, Turn
+from jaxrl_llm.planning import workload
 from jaxrl_llm.planning.planner import Estimate
 from jaxrl_llm.rewards import score
-from jaxrl_llm.sharding import hardware, processes
+from jaxrl_llm.sharding import checksum, hardware, processes
 from jaxrl_llm.sharding.out_of_memory import Shortage
 from jaxrl_llm.tracking.console import progress
-from jaxrl_llm.training import fitting, memory
+from jaxrl_llm.training import compiling, fitting, memory
 from jaxrl_llm.training.build import Job, make_meshes
 from jaxrl_llm.training.rehearsal import rehearse
 from jaxrl_llm.training.settings import placed
@@ -92,7 +93,7 @@ def show(job: Job) -> bool:
     _print(console, "Scores of a made-up response", tried_out(job))
     for line in (*begins, *job.warnings):
         console.print(line, markup=False, highlight=False)
-    with progress("compiling the largest update", console=console):
+    with progress("compiling the largest programs", console=console):
         found = memory_per_device(job)
     limit, suffices = hardware.memory_limit(), True
     for group, held in found.items():
@@ -110,16 +111,22 @@ def show(job: Job) -> bool:
 
 
 def at_once(config: Config, held: Mapping[str, int]) -> dict[str, int]:
-    """Bytes on a device while it learns, and while it generates."""
-    away = set(config.actor.offload)
-    learning = (away - {"optimizer"}) | {fitting.CACHE}
-    generating = away | {_PEAK}
-    if config.rollout.cache_gib is None:  # it is what there is room for
-        generating.add(fitting.CACHE)
-    return {
-        "learning": sum(n for name, n in held.items() if name not in learning),
-        "generating": sum(n for name, n in held.items() if name not in generating),
+    """Bytes on a device, by the phase of a step, while it learns, while it generates
+    and while it gets new weights."""
+    away, stays = set(config.actor.offload), set(held) - {fitting.CACHE, *_WORKS_IN}
+    found = {
+        "update_actor": stays - (away - {"optimizer"}) | {_PEAK},
+        "gen": stays - away | {_LEAST},
+        "update_weights": stays - away | {_MOVING},
     }
+    if config.rollout.cache_gib is not None:  # else it is what there is room for
+        found["gen"] ^= {_LEAST, fitting.CACHE}
+    sizes = {
+        phase: sum(held.get(name, 0) for name in names)
+        for phase, names in found.items()
+    }
+    sizes["gen"] += max(held.get(name, 0) for name in _GENERATING)
+    return sizes
 
 
 def too_much(
@@ -134,23 +141,29 @@ def too_much(
     """
     held = sizes[group]
     needed = at_once(job.config, held)
-    if max(needed.values()) <= limit:
+    phase, most = max(needed.items(), key=lambda item: item[1])
+    if most <= limit:
         return []
-    group_of = placed(job.config.placement)
-    phases = {"actor": "update_actor", "critic": "update_critic", "reward": "reward"}
-    phase = next((p for role, p in phases.items() if group_of[role] == group), "gen")
-    if needed["learning"] <= limit:
-        phase = "gen"
-    peak = held.get(_PEAK, 0)
+    program = max(_GENERATING, key=lambda name: held.get(name, 0))
+    wanted = {"update_actor": _PEAK, "gen": program, "update_weights": _MOVING}[phase]
+    if phase == "update_actor":
+        group_of = placed(job.config.placement)
+        phases = {
+            "actor": phase,
+            "critic": "update_critic",
+            "reward": "reward",
+            "reference": "old_log_prob",
+        }
+        phase = next(p for role, p in phases.items() if group_of[role] == group)
     found = Shortage(
-        program="",
-        wanted=peak,
+        program=program if phase == "gen" else "",
+        wanted=held.get(wanted, 0),
         device=0,
         device_kind=jax.devices()[0].device_kind,
-        in_use=max(needed.values()) - peak,
+        in_use=most - held.get(wanted, 0),
         limit=limit,
     )
-    over = (max(needed.values()) - limit) / _GIB
+    over = (most - limit) / _GIB
     said = memory.remedies(job, sizes, found, phase)
     return [
         f"{group}: does not fit, by {over:.3f} GiB; change one or more of",
@@ -210,10 +223,47 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
         if job.config.reward.model.offload:
             kept = fitting.bytes_of(job.reward_model.abstract_params())
         add_peak("reward", job.reward_model.lower_scoring(learner.largest_rows()), kept)
+    # On the actor's devices, an update needs more than the reference.
+    if learner.reference and group_of["reference"] != group_of["actor"]:
+        judge, kept = learner.reference.policy, 0
+        if "reference" in job.config.actor.offload:
+            kept = found[group_of["reference"]]["reference"]
+        rows = learner.largest_rows()
+        add_peak("reference", judge.lower_scoring(rows, judge.settings.dtype), kept)
+    # A checkpoint has checksums, one array after the other.
+    arrays = jax.tree.leaves(learner.abstract_state())
+    add_peak("actor", checksum.lower_of_placed(max(arrays, key=fitting.bytes_of)))
+    if job.config.rollout.engine == "jax":
+        found[group_of["rollout"]] |= _generating(job)
+        moving = workload.moving(
+            learner,
+            job.engine,
+            {"engine's weights": found[group_of["rollout"]][fitting.WEIGHTS]},
+            verified=job.config.rollout.checksum_freq > 0,
+        )
+        for role, program in moving.items():
+            found[group_of[role]][_MOVING] = max(program.extra_bytes, 0)
     return found
 
 
-_PEAK = "gradients, activations"
+_PEAK, _MOVING = "gradients, activations", "new weights on their way"
+_GENERATING, _LEAST = ("prefill", "decode"), "generation cache, at least"
+_WORKS_IN = {_PEAK, _MOVING, *_GENERATING, _LEAST}
+
+
+def _generating(job: Job) -> dict[str, int]:
+    """Bytes that programs of the JAX engine work in, and the fewest of its cache."""
+    asked = compiling.uses(job)
+    responses = max(use.num_responses for use in asked)
+    longest = max(len(prompt.tokens) for prompt in (*job.data.train, *job.data.val))
+    programs = job.engine.lower(
+        responses, max(use.num_prompts for use in asked), longest
+    )
+    least = job.engine.memory(responses, longest, free=0)[fitting.CACHE]
+    return {
+        **{name: _temporary(programs[name]) for name in _GENERATING},
+        _LEAST: least,
+    }
 
 
 def show_plan(config: Config, estimates: Sequence[Estimate]) -> None:

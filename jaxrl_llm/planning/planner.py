@@ -274,7 +274,9 @@ def estimate(
             with watch(f"compiling {name}{where}"):
                 compiled[group][name] = program.compile()
     with watch("compiling reshard"):
-        for role, program in workload.moving(learner, engine, rollout).items():
+        verified = config.rollout.checksum_freq > 0
+        moving = workload.moving(learner, engine, rollout, verified=verified)
+        for role, program in moving.items():
             compiled[group_of[role]]["reshard"] = program
     counts = {group_of[role]: on.size for role, on in meshes.items()}
     generates = {group_of["rollout"]: (cache, wanted["generation cache"])}

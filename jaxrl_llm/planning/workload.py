@@ -20,8 +20,8 @@ from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.critic import Critic
 from jaxrl_llm.rollout.native.engine import JaxEngine
+from jaxrl_llm.sharding import checksum, processes, reshard
 from jaxrl_llm.sharding import compiled_traffic as collectives
-from jaxrl_llm.sharding import processes, reshard
 from jaxrl_llm.sharding import transfer_plan as plan
 from jaxrl_llm.tracking import performance
 from jaxrl_llm.training import build, settings
@@ -240,12 +240,13 @@ def generating(
 
 
 def moving(
-    learner: Actor, engine: JaxEngine, held: Mapping[str, int]
+    learner: Actor, engine: JaxEngine, held: Mapping[str, int], *, verified: bool
 ) -> dict[str, Program]:
     """The weights' way to the engine, by the role whose devices have a part in it.
 
     Args:
       held: by the engine's devices.
+      verified: whether checksums of some transfers are compared.
     """
     params, target = learner.abstract_state().params, engine.abstract_params()
     weights, before = held["engine's weights"], bytes_of(target)
@@ -264,6 +265,12 @@ def moving(
         peaks["actor"] = max(peaks["actor"], size)
         peaks["rollout"] = max(peaks["rollout"], made + size - weights)
         made += sum(move.wanted_bytes for move in chunk)
+    if verified and len(way.devices) > 1:
+        checks = [lowered.compile() for lowered in checksum.lower_largest(way)]
+        sent, arrived = [x.memory_analysis().temp_size_in_bytes for x in checks]
+        peaks["actor"] = max(peaks["actor"], sent)
+        both = max(sent, arrived) if together else arrived
+        peaks["rollout"] = max(peaks["rollout"], made + both - weights)
     received = max(way.received.values())
     if together:
         return {

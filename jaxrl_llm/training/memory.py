@@ -184,8 +184,10 @@ def _less_generation(job: Job, found: Shortage) -> list[str]:
 
 
 def _cache_bytes(job: Job) -> int:
-    """Bytes of keys and values on each device, as generation chose last."""
-    return getattr(job.engine, "cache_bytes", 0)
+    """Bytes of keys and values on each device, as generation chose last, or is told to
+    take at most."""
+    told = int((job.config.rollout.cache_gib or 0) * _GIB)
+    return getattr(job.engine, "cache_bytes", 0) or told
 
 
 def _put_away(job: Job, what: str) -> list[str]:

@@ -160,21 +160,27 @@ def test_fewer_prompts_than_a_batch_and_a_full_disk_are_refused(job, monkeypatch
 
 def test_it_says_whether_the_run_fits_and_what_to_change(job, capsys, monkeypatch):
     (held,) = dry_run.memory_per_device(job).values()
-    cache = held.pop("generation cache")
-    learning = sum(held.values())
-    given = with_config(job, rollout__cache_gib=1.0)
-    generating = learning - held["gradients, activations"]
-    held["generation cache"] = cache
+    stays = ("weights", "optimizer", "reference", "generation weights")
+    kept = sum(held[name] for name in stays)
+    works = max(held["prefill"], held["decode"])
+    least, cache = held["generation cache, at least"], held["generation cache"]
+    learning = kept + held["gradients, activations"]
+    # One sequence of 64 tokens, and page 0: a page has 64.
+    assert least == cache * 2 // 13 and min(held.values()) > 0
+    assert held["new weights on their way"] < held["generation weights"]
     assert dry_run.at_once(job.config, held) == {
-        "learning": learning,
-        "generating": generating,
+        "update_actor": learning,
+        "gen": kept + works + least,
+        "update_weights": kept + held["new weights on their way"],
     }
-    assert dry_run.at_once(given.config, held)["generating"] == generating + cache
-    kept = learning - held["reference"]
+    given = with_config(job, rollout__cache_gib=1.0)
+    assert dry_run.at_once(given.config, held)["gen"] == kept + works + cache
     away = with_config(job, actor__offload=["optimizer", "reference"])
+    rest = kept - held["optimizer"] - held["reference"]
     assert dry_run.at_once(away.config, held) == {
-        "learning": kept,
-        "generating": generating - held["reference"] - held["optimizer"],
+        "update_actor": learning - held["reference"],
+        "gen": rest + works + least,
+        "update_weights": rest + held["new weights on their way"],
     }
     for limit, fits in ((learning, True), (learning - 1, False)):
         monkeypatch.setattr(dry_run.hardware, "memory_limit", lambda limit=limit: limit)
@@ -183,6 +189,10 @@ def test_it_says_whether_the_run_fits_and_what_to_change(job, capsys, monkeypatc
         assert ("it fits" in shown) == fits
         assert ("does not fit, by 0.000 GiB; change one" in shown) != fits
         assert ("actor.remat: full" in shown or "actor.offload" in shown) != fits
+    sizes = {"all devices": held | {"prefill": 2**30}}
+    said = "\n".join(dry_run.too_much(given, sizes, "all devices", 2**30 + kept))
+    assert "does not fit" in said and "rollout.prefill_tokens: 4096" in said
+    assert re.search(r"rollout.cache_gib: 0.9 \(now 1.0\)", said)
 
 
 def test_what_needs_other_devices_names_the_plan(tmp_path, capsys, job):
