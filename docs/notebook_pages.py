@@ -1,7 +1,8 @@
 """The notebooks as pages of the site: their text, their code and what it printed.
 
 Nothing is run here. `make notebooks` runs them into build/notebooks; where that has not
-been done, or where a notebook has changed since, its page has no outputs and says so.
+been done, or where a notebook's code has changed since, its page says so and has no
+outputs.
 """
 
 import html
@@ -29,35 +30,50 @@ def on_files(files, config):
 def page(path: Path, run: Path) -> str:
     """The Markdown of a notebook, with the outputs of `run` if that is the same one."""
     notebook = nbformat.read(path, as_version=4)
-    shown = nbformat.read(run, as_version=4) if run.exists() else notebook
-    if (ran := shown.metadata.get("ran")) and _sources(shown) == _sources(notebook):
-        about = f"This is `notebooks/{path.name}` as it ran in "
-        about += f"{_duration(ran['seconds'])} on {ran['on']}."
+    about, ran = f"This is `notebooks/{path.name}`", notebook
+    if run.exists() and _code(found := nbformat.read(run, as_version=4)) == _code(ran):
+        ran = found
+        seconds, on = ran.metadata["ran"]["seconds"], ran.metadata["ran"]["on"]
+        about += f" as it ran in {_duration(seconds)} on {on}."
     else:
-        shown = notebook
-        about = f"This is `notebooks/{path.name}`, which was not run for this page: "
-        about += "`make site` runs it and shows what it prints."
-    title, *rest = shown.cells
+        about += ", which was not run for this page: `make site` runs it and shows "
+        about += "what it prints."
+    title, *rest = notebook.cells
     head, _, text = title.source.partition("\n")
     parts = [head, f"*{about}*", _linked(text.strip())]
+    code = iter([cell for cell in ran.cells if cell.cell_type == "code"])
     for cell in rest:
         if cell.cell_type == "markdown":
             parts.append(_linked(cell.source))
             continue
-        if "injected-parameters" in cell.metadata.get("tags", []):
+        parts += _shown(next(code))
+        if "parameters" in _tags(cell) and ran is not notebook and _given(ran):
             parts.append("For this page these values were put in their place:")
-        parts.append(_fenced(cell.source, "python"))
-        parts += [_output(output) for output in cell.outputs]
+            parts += _shown(next(code))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _sources(notebook) -> list[str]:
-    """Every cell but those that a run has put in."""
+def _tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def _given(notebook) -> bool:
+    """Whether a run has put in values of its own."""
+    return any("injected-parameters" in _tags(cell) for cell in notebook.cells)
+
+
+def _code(notebook) -> list[str]:
+    """The code of a notebook, without what a run has put in."""
     return [
         cell.source
         for cell in notebook.cells
-        if "injected-parameters" not in cell.metadata.get("tags", [])
+        if cell.cell_type == "code" and "injected-parameters" not in _tags(cell)
     ]
+
+
+def _shown(cell) -> list[str]:
+    """A cell of code and its outputs."""
+    return [_fenced(cell.source, "python"), *map(_output, cell.outputs)]
 
 
 def _linked(text: str) -> str:

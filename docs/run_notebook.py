@@ -1,12 +1,14 @@
 """Runs a notebook from its first cell to its last: `run_notebook.py SOURCE TARGET`.
 
 The target is the notebook with its outputs, which `docs/notebook_pages.py` shows on the
-site. It is run in an empty folder that is removed afterwards.
+site. It is run in an empty folder that is removed afterwards. STEPS in the environment
+takes the place of the parameter STEPS, where a notebook has it, for a quick trial.
 """
 
 import os
 import pathlib
 import platform
+import pprint
 import sys
 import tempfile
 import time
@@ -51,8 +53,8 @@ def with_values(notebook, values: dict):
     """Puts a cell with these values behind the one that is tagged "parameters"."""
     for place, cell in enumerate(notebook.cells):
         if "parameters" in cell.metadata.get("tags", []):
-            text = "".join(f"{name} = {value!r}\n" for name, value in values.items())
-            added = nbformat.v4.new_code_cell(text.rstrip())
+            lines = [f"{k} = {pprint.pformat(v, width=66)}" for k, v in values.items()]
+            added = nbformat.v4.new_code_cell("\n".join(lines))
             added.metadata["tags"] = ["injected-parameters"]
             notebook.cells.insert(place + 1, added)
             return
@@ -62,7 +64,10 @@ def with_values(notebook, values: dict):
 def main(source: str, target: str) -> None:
     """Writes the notebook with its outputs; an error of a cell ends it."""
     notebook = nbformat.read(source, as_version=4)
-    values = VALUES.get(pathlib.Path(source).name)
+    values = dict(VALUES.get(pathlib.Path(source).name, {}))
+    steps = os.environ.get("STEPS")
+    if steps and any(c.source.count("\nSTEPS = ") for c in notebook.cells):
+        values["STEPS"] = int(steps)
     if values:
         with_values(notebook, values)
     begun = time.monotonic()
