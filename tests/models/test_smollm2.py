@@ -53,6 +53,12 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
+def opened():
+    """All but its weights."""
+    return models.open(f"package:{PACKAGE}/{FILE}")
+
+
+@pytest.fixture(scope="module")
 def model():
     return models.load(f"package:{PACKAGE}/{FILE}")
 
@@ -113,8 +119,8 @@ def greedy(arch, params, tokens, lengths):
     return out.T
 
 
-def test_it_is_the_published_model(model):
-    arch = model.arch
+def test_it_is_the_published_model(opened):
+    arch = opened.arch
     assert models.num_params(arch) == 134_515_008
     assert arch.tie_embeddings and arch.eos_token_ids == (2,)
     assert (arch.num_layers, arch.num_heads, arch.num_kv_heads) == (30, 9, 3)
@@ -180,13 +186,13 @@ def test_the_tokenizer_is_that_of_transformers_reading_the_same_file(model, save
     assert again.apply_chat_template(chat, tokenize=False) == expected
 
 
-def test_special_tokens_are_one_token_and_digits_one_each(model):
-    tokenize = model.tokenizer.tokenize
+def test_special_tokens_are_one_token_and_digits_one_each(opened):
+    tokenize = opened.tokenizer.tokenize
     assert tokenize("<|im_start|>1234<|im_end|>") == [
         "<|im_start|>",
         *"1234",
         "<|im_end|>",
     ]
     assert tokenize(" ½") == ["Ġ", "Â½"], "cut from the space: a digit, too"
-    named = model.tokenizer
+    named = opened.tokenizer
     assert (named.bos_token_id, named.eos_token_id, named.pad_token_id) == (1, 2, 2)

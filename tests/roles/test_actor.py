@@ -83,6 +83,7 @@ def of_whole_responses(
     return -advantages * jnp.maximum(mean + 6.0, clip_ratio_high) ** power
 
 
+@pytest.mark.slow  # test_grpo has one in micro-batches, test_examples on eight devices
 def test_a_loss_of_ones_own_has_one_gradient_on_any_devices(tiny_model):
     """By SGD of rate 1, which is a function of a user's choice too, so that weights
     change by the gradient."""
@@ -161,12 +162,12 @@ def test_kept_probabilities_are_not_for_capped_logits(tiny_model):
         Policy(capped, one, settings.policy(config), keys=settings.keys("actor.mesh"))
 
 
+@pytest.mark.slow  # the gradients of both loops are in test_layer_loop
 @pytest.mark.parametrize(
     "over, sizes",
     [
-        # The gradients of both loops are in test_layer_loop.
-        pytest.param(loop.in_place, ONE, marks=pytest.mark.slow),
-        pytest.param(loop.in_place, EIGHT, marks=pytest.mark.slow),
+        (loop.in_place, ONE),
+        (loop.in_place, EIGHT),
         (loop.unrolled, EIGHT),
     ],
 )

@@ -108,9 +108,13 @@ def test_an_update_is_that_of_one_device(layout, model):
         np.testing.assert_allclose(found[name], wanted[name], 1e-5, 1e-6, err_msg=name)
 
 
+@functools.cache
+def program_of_eight(path, **actor):
+    return learner(path, {"tensor": 8}, **actor).compile_largest_update().as_text()
+
+
 def test_no_device_holds_all_logits_or_the_whole_output_matrix(model):
-    made = learner(model, {"tensor": 8})
-    text = made.compile_largest_update().as_text()
+    text = program_of_eight(model)
     # 264 tokens of vocabulary over eight devices: 33 each, and a width of 32.
     assert re.search(r"f32\[[\d,]*33\]", text)
     assert not re.search(r"f32\[[\d,]*\b264\b[\d,]*\]", text)
@@ -118,8 +122,7 @@ def test_no_device_holds_all_logits_or_the_whole_output_matrix(model):
 
 def test_between_blocks_tokens_are_split_too(model):
     # Sequence parallelism: rows of 16 tokens, 2 on each device, all of the width of 32.
-    made = learner(model, {"tensor": 8})
-    assert re.search(r"f32\[\d+,2,32\]", made.compile_largest_update().as_text())
+    assert re.search(r"f32\[\d+,2,32\]", program_of_eight(model))
     made = learner(model, {"tensor": 8}, rules={"residual": "context"})
     assert not re.search(r"f32\[\d+,2,32\]", made.compile_largest_update().as_text())
 
@@ -127,9 +130,9 @@ def test_between_blocks_tokens_are_split_too(model):
 @pytest.mark.parametrize(
     "axes",
     [
-        {"data": 2, "tensor": 2},
-        pytest.param({"fsdp": 4}, marks=pytest.mark.slow),
-        pytest.param({}, marks=pytest.mark.slow),
+        # That states come back on another mesh is in test_checkpoint.
+        pytest.param(axes, marks=pytest.mark.slow)
+        for axes in ({"data": 2, "tensor": 2}, {"fsdp": 4}, {})
     ],
     ids=str,
 )

@@ -227,6 +227,7 @@ def work(victim, how):
     return found
 
 
+@pytest.mark.slow  # before one is killed, as below, all gather the same
 def test_values_of_any_size_are_gathered_by_all():
     for said, status in work("none", "well"):
         assert (status, said.splitlines()[-1]) == (0, "done"), said
