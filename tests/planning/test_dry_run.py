@@ -43,8 +43,47 @@ def job(tmp_path_factory):
     return build(parsing.parse(values, "test"))
 
 
-def test_memory_is_that_of_the_arrays(job):
-    (memory,) = dry_run.memory_per_device(job).values()
+WORKS_IN = {"prefill": 70_000, "decode": 50_000}
+
+
+@pytest.fixture(scope="module")
+def sizes(job):
+    """What a device holds; the programs of generation take long to compile."""
+    asked = []
+
+    def lower(*largest):
+        asked.append(largest)
+        return dict(WORKS_IN)
+
+    real = dry_run._temporary
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job.engine, "lower", lower)
+        known = lambda x: x if isinstance(x, int) else real(x)  # noqa: E731
+        patch.setattr(dry_run, "_temporary", known)
+        found = dry_run.memory_per_device(job)
+    # 2 prompts x 2 responses; the longest prompt has "cc" and the template around it.
+    longest = max(len(prompt.tokens) for prompt in job.data.train)
+    assert asked == [(4, 2, longest)]
+    return found
+
+
+@pytest.mark.slow
+def test_generation_is_counted_as_it_compiles(job):
+    (held,) = dry_run.memory_per_device(job).values()
+    asked = job.engine.lower(4, 2, max(len(p.tokens) for p in job.data.train))
+    for name, program in asked.items():
+        found = program.compile().memory_analysis().temp_size_in_bytes
+        assert held[name] == found > 0
+
+
+@pytest.fixture
+def sized(sizes, monkeypatch):
+    """What a dry run shows, without compiling it again."""
+    monkeypatch.setattr(dry_run, "memory_per_device", lambda job: sizes)
+
+
+def test_memory_is_that_of_the_arrays(job, sizes):
+    (memory,) = sizes.values()
     state = job.actor.start()
 
     def on_one_device(tree):
@@ -63,7 +102,7 @@ def test_memory_is_that_of_the_arrays(job):
     assert memory["gradients, activations"] > memory["weights"]
 
 
-def test_it_prints_the_run_and_writes_nothing(job, capsys):
+def test_it_prints_the_run_and_writes_nothing(job, capsys, sized):
     assert dry_run.show(job)
     assert not Path(job.config.output_dir).exists()
     shown = capsys.readouterr().out
@@ -158,11 +197,13 @@ def test_fewer_prompts_than_a_batch_and_a_full_disk_are_refused(job, monkeypatch
     assert not Path(job.config.output_dir).exists()
 
 
-def test_it_says_whether_the_run_fits_and_what_to_change(job, capsys, monkeypatch):
-    (held,) = dry_run.memory_per_device(job).values()
+def test_it_says_whether_the_run_fits_and_what_to_change(
+    job, sizes, sized, capsys, monkeypatch
+):
+    (held,) = sizes.values()
     stays = ("weights", "optimizer", "reference", "generation weights")
     kept = sum(held[name] for name in stays)
-    works = max(held["prefill"], held["decode"])
+    works = max(WORKS_IN.values())
     least, cache = held["generation cache, at least"], held["generation cache"]
     learning = kept + held["gradients, activations"]
     # One sequence of 64 tokens, and page 0: a page has 64.
@@ -189,8 +230,8 @@ def test_it_says_whether_the_run_fits_and_what_to_change(job, capsys, monkeypatc
         assert ("it fits" in shown) == fits
         assert ("does not fit, by 0.000 GiB; change one" in shown) != fits
         assert ("actor.remat: full" in shown or "actor.offload" in shown) != fits
-    sizes = {"all devices": held | {"prefill": 2**30}}
-    said = "\n".join(dry_run.too_much(given, sizes, "all devices", 2**30 + kept))
+    more = {"all devices": held | {"prefill": 2**30}}
+    said = "\n".join(dry_run.too_much(given, more, "all devices", 2**30 + kept))
     assert "does not fit" in said and "rollout.prefill_tokens: 4096" in said
     assert re.search(r"rollout.cache_gib: 0.9 \(now 1.0\)", said)
 
