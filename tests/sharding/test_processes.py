@@ -325,16 +325,24 @@ def cache(tmp_path_factory):
 
 
 def training(
-    count, values, directory, cache, changes=(), lost_after_s=NEVER_S, gate=""
+    count,
+    values,
+    directory,
+    cache,
+    changes=(),
+    lost_after_s=NEVER_S,
+    gate="",
+    verb="train",
 ):
-    """`jaxrl train` in so many processes; for `gate` see `waiting.at_the_gate`."""
+    """`jaxrl train` in so many processes, or another verb; for `gate` see
+    `waiting.at_the_gate`."""
     path = directory.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({"output_dir": str(directory), **values}))
 
     def command(address, index):
         options = f"--coordinator {address} --num-processes {count} --process-id"
         options = [*options.split(), str(index), f"--lost-after={lost_after_s}"]
-        start = ["-m", "jaxrl_llm", "train", str(path), *changes]
+        start = ["-m", "jaxrl_llm", verb, str(path), *changes]
         return start + (options if count > 1 else [])
 
     return Group(
@@ -347,8 +355,8 @@ def training(
     )
 
 
-def trained(count, values, directory, cache, changes=()):
-    with training(count, values, directory, cache, changes) as group:
+def trained(count, values, directory, cache, changes=(), verb="train"):
+    with training(count, values, directory, cache, changes, verb=verb) as group:
         for said, status in group.wait():
             assert status == 0, said
     return directory
@@ -448,6 +456,24 @@ def test_four_processes_ask_a_reward_model_together(values, cache, tmp_path):
     assert_same_run(*runs)
     line = run_directory.read(runs[0])[1]
     assert line["reward/reward_model/mean"] != 0 != line["reward/small_ids/mean"]
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_to_the_numbers_of_one(alone, values, cache, tmp_path):
+    models = ["--models", values["model"]["path"], str(alone / "checkpoints" / "2")]
+    found = []
+    for count in (2, 1):
+        to = tmp_path / str(count)
+        trained(count, values, to, cache, models, verb="evaluate")
+        assert {path.name for path in to.iterdir()} == {"eval.json", "eval.jsonl"}
+        answers = (to / "eval.jsonl").read_text().splitlines()
+        said = json.loads((to / "eval.json").read_text())["models"]
+        found.append(([json.loads(line)["tokens"] for line in answers], said))
+    (many, (first, second)), (one, wanted) = found
+    # Two samples and one greedy answer of each of two models to three questions.
+    assert many == one and len(one) == 2 * 3 * (2 + 1)
+    assert [first, second] == wanted
+    assert first["metrics"] != second["metrics"]
 
 
 @pytest.mark.slow
