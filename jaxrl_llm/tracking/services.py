@@ -216,8 +216,7 @@ class MLflow:
         """One request for all metrics."""
         now, metric = int(time.time() * 1000), self._package.entities.Metric
         found = [
-            # MLflow allows no "@", as in "mean@8".
-            metric(name.replace("@", "_at_"), value, now, step)
+            metric(mlflow_name(name), value, now, step)
             for name, value in metrics.items()
         ]
         for some in _parts(found, 1000):  # as many as MLflow takes
@@ -242,6 +241,12 @@ class MLflow:
     def close(self) -> None:
         """Marks the run as finished."""
         self._client.set_terminated(self._id)
+
+
+def mlflow_name(name: str) -> str:
+    """A metric's name as MLflow takes it: without "@", as in "mean@8", and not below
+    another metric, for which a store of files has no place."""
+    return name.replace("@", "_at_").replace("/ci95_", "_ci95_")
 
 
 _TABLES = "mlflow.loggedArtifacts"

@@ -2,15 +2,15 @@
 skipped; what they are told is looked at in a recorder, too."""
 
 import importlib
-import struct
 import sys
 import types
 
 import numpy as np
 import pytest
+import tensorboard_events
 import waiting
 
-from jaxrl_llm.tracking import run_directory
+from jaxrl_llm.tracking import metric_table, run_directory
 from jaxrl_llm.tracking import services as loggers
 
 HOSTILE = "a|b\n<script>`x`</script> **# \ud800"
@@ -35,19 +35,6 @@ def writer(run_dir, *names, **config):
     )
 
 
-def events(directory):
-    """The values in TensorBoard's record files: length, crc, event, crc."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    for path in sorted(directory.iterdir(), key=lambda p: p.stat().st_mtime_ns):
-        data = path.read_bytes()
-        while data:
-            (length,) = struct.unpack_from("<Q", data)
-            event = Event.FromString(data[12 : 12 + length])
-            yield from ((event.step, value) for value in event.summary.value)
-            data = data[12 + length + 4 :]
-
-
 def test_tensorboard_gets_numbers_distributions_and_completions(tmp_path):
     pytest.importorskip("tensorboardX")
     with writer(tmp_path, "tensorboard") as w:
@@ -56,7 +43,8 @@ def test_tensorboard_gets_numbers_distributions_and_completions(tmp_path):
         w.rewind(0)
         w.write(1, {"loss": 3.0})
     found = [
-        (value.tag, step, value) for step, value in events(tmp_path / "tensorboard")
+        (value.tag, step, value)
+        for step, value in tensorboard_events.read(tmp_path / "tensorboard")
     ]
     numbers = {
         (tag, step, value.simple_value)
@@ -107,7 +95,8 @@ def test_mlflow_gets_parameters_numbers_and_tables_in_one_run(tmp_path, monkeypa
     for step in (1, 2):
         with writer(tmp_path / "run", "mlflow", steps=step, **many) as w:
             w.write_rollouts(step, "train", RECORDS)
-            w.write(step, {"mean@8": 0.25 + 0.25 * step})
+            # With its interval: a store of files cannot have one name below another.
+            w.write(step, {"mean@8": 0.25 + 0.25 * step, "mean@8/ci95_low": 0.1})
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("project").experiment_id
     (run,) = client.search_runs([experiment])
@@ -232,6 +221,12 @@ def test_a_missing_logger_is_an_error_before_anything_is_written(
 def test_an_unknown_logger_is_an_error_that_lists_the_known_ones():
     with pytest.raises(ValueError, match="'print'; known: tensorboard, wandb"):
         loggers.find("print")
+
+
+def test_no_metric_of_mlflow_lies_below_another():
+    names = {loggers.mlflow_name(metric.name) for metric in metric_table.METRICS}
+    assert not [n for n in names for at in names if n.startswith(f"{at}/")]
+    assert loggers.mlflow_name("a/mean@8/ci95_low") == "a/mean_at_8_ci95_low"
 
 
 def test_nested_settings_become_dotted_names():
