@@ -57,7 +57,12 @@ def reference(mode):
         pytest.param("token-mean", None, {"pack_length": 14}, marks=pytest.mark.slow),
         ("seq-mean-token-mean", None, {"order": (2, 0, 1)}),
         ("seq-mean-token-mean", 3, {"order": (1, 2, 0), "pack_length": 15}),
-        ("token-mean", 3, {"pack_length": 16, "rows_multiple": 8}),
+        pytest.param(
+            "token-mean",
+            3,
+            {"pack_length": 16, "rows_multiple": 8},
+            marks=pytest.mark.slow,
+        ),
         ("token-mean", 2, {"pack_length": 20, "share_prompts": True}),
     ],
 )

@@ -155,9 +155,9 @@ def reference(mode):
 @pytest.mark.parametrize(
     "micro_batch_size, how",
     [
-        (1, {}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
         (4, {}),  # of 6 rows
-        (None, {"pack_length": 14}),
+        pytest.param(None, {"pack_length": 14}, marks=pytest.mark.slow),
         (None, {"order": (2, 0, 1)}),
         (3, {"order": (1, 2, 0), "pack_length": 15, "rows_multiple": 8}),
         (1, {"pack_length": 20, "share_prompts": True}),

@@ -100,7 +100,11 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 every_decoder = pytest.mark.parametrize(
     "family",
     [
-        pytest.param(family, marks=pytest.mark.slow if "-rope" in family else ())
+        pytest.param(
+            family,
+            # The windows of Mistral stay.
+            marks=pytest.mark.slow if "-rope" in family or "-window" in family else (),
+        )
         for family in FAMILIES
     ],
 )

@@ -47,9 +47,9 @@ def loss_and_gradients(over, remat, mixed):
 @pytest.mark.parametrize(
     "over, remat, mixed",
     [
-        (loop.in_place, "none", True),
+        pytest.param(loop.in_place, "none", True, marks=pytest.mark.slow),
         (loop.in_place, "dots", True),
-        (loop.in_place, "full", True),
+        pytest.param(loop.in_place, "full", True, marks=pytest.mark.slow),
         (loop.in_place, "dots", False),
         (loop.unrolled, "dots", True),
     ],

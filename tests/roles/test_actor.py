@@ -142,6 +142,7 @@ def test_micro_batches_packing_and_remat_change_nothing(tiny_model, actor):
     assert_same(got, step(tiny_model, **ALL_TERMS))
 
 
+@pytest.mark.slow  # their gradient is in test_logprobs
 def test_kept_probabilities_change_nothing(tiny_model):
     got = step(tiny_model, EIGHT, micro_batch_size=4, keep_probabilities=True)
     assert_same(got, step(tiny_model))

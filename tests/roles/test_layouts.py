@@ -68,7 +68,7 @@ def gradient_alone(path, **actor):
 
 
 # FSDP beside the others is in test_actor, and so is a whole update.
-QUICK = {("all", True), ("context, tensor", True)}
+QUICK = {("all", True)}
 
 
 @pytest.mark.parametrize(
