@@ -104,6 +104,26 @@ def test_from_an_empty_folder_to_a_better_model(python, folder):
     assert "val-core/all/acc/mean@2" in shown
     shown = said("generate", "--model", weights, "--prompts", "1+2=", "--n", "2")
     assert "1.1 " in shown and "1.2 " in shown
+    answers = "generate", "--model", "runs/mine", "--file", "val.jsonl"
+    said(*answers, "--out", "answers.jsonl", "--n", "2")
+    lines = (folder / "answers.jsonl").read_text().splitlines()
+    told = [(line["answer"], line["sample"]) for line in map(json.loads, lines)]
+    assert told == [(row["answer"], i) for row in SUMS[10:] for i in range(2)]
+
+    # A shorter run, beside the first: in a page, and in a table.
+    other = "--output_dir=runs/short", "--trainer.total_training_steps=1"
+    said("train", "run.yaml", *other)
+    page = said("report", "runs/mine", "runs/short", "--out", "both.html").strip()
+    assert all(name in (folder / page).read_text() for name in ("mine", "short"))
+    models = "model", "runs/mine", "runs/short/checkpoints/1"
+    shown = said("evaluate", "run.yaml", "--models", *models)
+    assert all(name in shown for name in models)
+    found = json.loads((folder / "runs/mine/eval.json").read_text())["models"]
+    assert [one["model"] for one in found] == [*models]
+    # The runs' own validations asked the same questions with the same seed.
+    numbers = [one["metrics"][key] for one in found[:2]]
+    assert numbers == pytest.approx([after[0][key], after[8][key]], abs=1e-5)
+
     # A run that is done stays as it is.
     said("train", "run.yaml")
     assert steps(folder) == after
