@@ -140,7 +140,7 @@ def test_roles_are_where_they_are_placed(folder):
     assert devices(made.engine.abstract_params()) == {5, 6}
     held = dry_run.memory_per_device(made)
     assert list(held) == ["actor", "rollout", "critic", "ref"]
-    assert list(held["ref"]) == ["reference"]
+    assert list(held["ref"]) == ["reference", "gradients, activations"]
     # Rows of one reference on two devices, as those of the actor on two: half of each.
     assert held["ref"]["reference"] == held["actor"]["weights"]
 
