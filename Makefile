@@ -23,7 +23,7 @@ test: .venv/test
 docs: .venv/test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-## The notebooks with their outputs, into build/notebooks/; half an hour on two cores.
+## The notebooks with their outputs, into build/notebooks/; tens of minutes on two cores.
 ## GSM8K names a folder with its train.jsonl and test.jsonl; without, the hub is asked.
 notebooks: $(patsubst notebooks/%,build/notebooks/%,$(wildcard notebooks/*.ipynb))
 
