@@ -104,7 +104,6 @@ OTHERS = {
         "algorithm.rollout_correction": "{rollout_is: token, rollout_rs: token_k1,"
         " rollout_rs_threshold: 3.0}",
         "rollout.quantization": "int8", "rollout.kv_cache_dtype": "int8",
-        "rollout.top_k": "50",
     }, {}),
 }  # fmt: skip
 
