@@ -271,6 +271,7 @@ def test_evaluate_says_how_good_the_model_is(capsys, run_yaml, tmp_path, monkeyp
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # so in test_dry_run
 def test_a_dry_run_leaves_nothing_behind(capsys, run_yaml, tmp_path):
     assert launch.main(["train", run_yaml, "--dry-run", "--rollout.n", "2"]) == 0
     assert "Memory per device" in capsys.readouterr().out

@@ -105,6 +105,7 @@ def test_a_step_takes_as_long_as_what_is_slowest():
     assert found.seconds(program) == pytest.approx(3)
 
 
+@pytest.mark.slow  # test_tpu compiles decode steps
 def test_every_program_compiles_for_a_tpu(capsys, tmp_path):
     pytest.importorskip("libtpu", reason="the TPU compiler is the package libtpu")
     path = tmp_path / "config.yaml"
@@ -266,6 +267,7 @@ def programs():
     return found
 
 
+@pytest.mark.slow
 def test_a_run_needs_the_memory_that_was_planned(planned):
     """Measured: arrays that live after a step, and the programs that the step ran."""
     jax.clear_caches()

@@ -83,7 +83,6 @@ def of_whole_responses(
     return -advantages * jnp.maximum(mean + 6.0, clip_ratio_high) ** power
 
 
-@pytest.mark.slow  # test_grpo has one in micro-batches, test_examples on eight devices
 def test_a_loss_of_ones_own_has_one_gradient_on_any_devices(tiny_model):
     """By SGD of rate 1, which is a function of a user's choice too, so that weights
     change by the gradient."""
@@ -282,6 +281,7 @@ def test_the_policy_is_scored_anew_only_if_the_update_cannot_do_it(
     assert scored() == 0 and scored(ppo_epochs=2) == 1
 
 
+@pytest.mark.slow
 def test_each_rematerialisation_keeps_less(tiny_model):
     def temporary_bytes(remat):
         made = learner(tiny_model, remat=remat)

@@ -180,6 +180,7 @@ def one_device():
     return mesh.make({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_a_critic_learns_to_predict_returns(weights, tmp_path):
     config = make_config(weights, tmp_path, **{"data.train_batch_size": 16})
     critic = critic_of(config, models.open(weights), one_device())

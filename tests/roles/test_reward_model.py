@@ -372,6 +372,7 @@ def run(config, rewards=()):
     return job, train.run(job)
 
 
+@pytest.mark.slow
 def test_functions_and_model_add_up_in_training_and_validation(
     tiny_model, saved, tmp_path
 ):
@@ -480,6 +481,7 @@ def test_a_group_of_its_own_gives_the_same_numbers(tiny_model, saved, tmp_path):
     assert found[0][1]["reward/reward_model/mean"] != 0
 
 
+@pytest.mark.slow
 def test_it_lies_where_it_is_placed_and_is_counted_there(tiny_model, saved, tmp_path):
     changed = {
         "placement": APART,

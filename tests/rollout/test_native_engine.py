@@ -505,6 +505,7 @@ def test_a_device_receives_the_logits_of_its_own_rows_only():
     )
 
 
+@pytest.mark.slow
 def test_collectives_of_a_chunk_are_those_of_its_steps():
     def received(chunk):
         made = engine(axes={"data": 1, "tensor": 2}, decode_chunk=chunk)

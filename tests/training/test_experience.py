@@ -50,6 +50,7 @@ def responses(config, step, split="train"):
     return Result(Path(config.output_dir)).completions(step, split)
 
 
+@pytest.mark.slow
 def test_only_groups_that_differ_are_trained_on(weights, tmp_path):
     changed = GRPO | {
         "data.train_batch_size": 4,
@@ -152,6 +153,7 @@ def test_a_prompt_that_comes_back_gets_other_responses(weights, tmp_path):
     assert first.tolist() == again.tolist() != other.tolist()
 
 
+@pytest.mark.slow
 def test_remax_compares_with_the_greedy_response(weights, tmp_path):
     changed = GRPO | {
         "algorithm.adv_estimator": "remax",
@@ -227,6 +229,7 @@ def test_the_overlong_penalty_by_hand():
     np.testing.assert_allclose(found, [0, 0, -0.5, -1.0, -2.0])
 
 
+@pytest.mark.slow
 def test_long_responses_cost_in_training_only(weights, tmp_path):
     changed = GRPO | {
         "reward.overlong_buffer": {"len": 4, "penalty_factor": 0.5},
