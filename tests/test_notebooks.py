@@ -136,6 +136,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_the_quickstart_trains_a_model(tiny_model, tmp_path):
     notebook, shown = run(
         "01_quickstart.ipynb",

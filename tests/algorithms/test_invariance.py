@@ -164,10 +164,13 @@ def reference(cases, off_policy):
         pytest.param("eight devices", marks=pytest.mark.slow),
     ],
 )
-def test_some_of_everything_is_the_same_in_any_layout(layout):
+@pytest.mark.parametrize(
+    "cases", [SOME[::2], pytest.param(SOME[1::2], marks=pytest.mark.slow)], ids=len
+)
+def test_some_of_everything_is_the_same_in_any_layout(layout, cases):
     arrange, micro_batch_size = LAYOUTS[layout]
-    found = gradients(arrange(make_batch), SOME, micro_batch_size)
-    assert_same(found, reference(SOME, True), SOME)
+    found = gradients(arrange(make_batch), cases, micro_batch_size)
+    assert_same(found, reference(cases, True), cases)
 
 
 @pytest.mark.slow

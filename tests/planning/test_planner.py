@@ -46,6 +46,7 @@ def planned(donation):
     return found
 
 
+@pytest.mark.slow
 def test_what_stays_is_the_size_of_its_arrays(planned):
     count = models.num_params(shapes.find("tiny"))
     # Split over eight devices, but for norms: AdamW has two moments, the reference is
@@ -64,6 +65,7 @@ def test_what_stays_is_the_size_of_its_arrays(planned):
     assert planned.programs["decode"].extra_bytes > planned.cache_bytes
 
 
+@pytest.mark.slow
 def test_every_program_of_a_step_is_there(planned):
     runs = {name: program.runs for name, program in planned.programs.items()}
     chunk = settings().rollout.decode_chunk
@@ -80,6 +82,7 @@ def test_every_program_of_a_step_is_there(planned):
     assert planned.peak_bytes == sum(planned.held.values()) + most
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_gets_advice_and_what_fits_none(planned):
     def advised(memory):
         return dry_run.advice(settings(), planned.__class__(
@@ -289,6 +292,7 @@ def test_a_run_needs_the_memory_that_was_planned(planned):
         assert wanted == pytest.approx(sizes[module], rel=0.01), name
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_printed_beside_the_plan(planned, capsys):
     held, peak = sum(planned.held.values()), planned.peak_bytes
     dry_run.show_measured([planned], held, round(1.05 * peak))

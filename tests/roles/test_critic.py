@@ -190,6 +190,7 @@ def test_a_critic_learns_to_predict_returns(weights, tmp_path):
     assert found["critic/vf_explained_var"] > 0.5
 
 
+@pytest.mark.slow
 def test_the_mesh_and_the_micro_batches_of_a_critic_change_nothing(weights, tmp_path):
     rows, scores = toy_rows()
     base = {"data.train_batch_size": 16, "critic.optim.lr": 1e-4}

@@ -106,6 +106,7 @@ def ran(folder):
     return lines
 
 
+@pytest.mark.slow
 def test_the_roles_of_a_run_get_their_weights_wherever_they_are(ran):
     _, *lines = ran("disjoint")
     assert len(lines) == 3

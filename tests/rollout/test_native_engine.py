@@ -145,6 +145,7 @@ def test_the_most_likely_tokens_are_told_to_those_who_ask():
             np.testing.assert_allclose(completion.top_logprobs, wanted, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_chunk_ends_when_fewer_rows_would_do(monkeypatch):
     # The first chunk would have taken 16 rows to its end.
     asked = [request(i, n=1, max_tokens=40 if i == 3 else 2) for i in range(16)]

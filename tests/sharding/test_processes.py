@@ -286,6 +286,7 @@ with processes.joined(address, int(count), int(index), lost_after_s=120):
 FROM = ["data2 fsdp4", "middle three"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "count, some",
     [(2, FROM[1:]), pytest.param(2, [], marks=pytest.mark.slow),

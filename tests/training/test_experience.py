@@ -272,6 +272,7 @@ def test_a_refreshed_reference_is_the_policy_and_survives_a_restart(weights, tmp
     chex.assert_trees_all_equal(newest(tmp_path / "run", like), newest(parts, like))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "estimator",
     [

@@ -406,6 +406,7 @@ def brittle(luck):
     return judge
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_stops_a_run_that_can_go_on(
     tiny_model, values, tmp_path, finished
 ):

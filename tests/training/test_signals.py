@@ -25,6 +25,7 @@ def run(config, reward=mean_id):
     return run_directory.read(config.output_dir)
 
 
+@pytest.mark.slow
 def test_what_is_cut_off_is_no_mismatch(weights, tmp_path):
     """The first update, by the engine's weights: whatever was not drawn from, the ratio
     to the sampler's probability is 1."""
