@@ -185,10 +185,8 @@ def _loss(draft: Draft) -> None:
         draft.put("actor.kl_loss_coef", beta, "beta")
     low = draft.number("epsilon", 0.2)
     high = draft.number("epsilon_high", low)
-    kind, level = (
-        draft.word("loss_type", "dapo"),
-        draft.word("importance_sampling_level", "token"),
-    )
+    kind = draft.word("loss_type", "dapo")
+    level = draft.word("importance_sampling_level", "token")
     mode = _LOSSES.get(kind) or _OF_LEVEL.get(level)
     if mode is None:
         draft.todo.append(f"importance_sampling_level is {level}: token or sequence")
