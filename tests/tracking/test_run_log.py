@@ -55,10 +55,7 @@ def log(directory, writes=True, devices=DEVICES):
     )
 
 
-def tell(log, step, generated=None, **more):
-    log.begin(step)
-    with log.phase("gen"):
-        pass
+def take(log, step, generated=None, **more):
     log.rollouts(
         step,
         [PROMPT],
@@ -70,6 +67,13 @@ def tell(log, step, generated=None, **more):
         update_flops=1.0,
         **more,
     )
+
+
+def tell(log, step, generated=None, **more):
+    log.begin(step)
+    with log.phase("gen"):
+        pass
+    take(log, step, generated, **more)
     log.step(step, {"actor/pg_loss": 0.5})
 
 
@@ -254,38 +258,25 @@ def test_rollouts_are_written_when_there_is_time_or_at_the_end_of_the_step_or_ru
         asked.append(len(asked))
         return {}
 
-    def take(log, step):
-        log.rollouts(
-            step,
-            [PROMPT],
-            ROLLOUTS,
-            SCORES,
-            np.array([[0.5, -0.5]], np.float32),
-            GENERATED,
-            epoch=0.5,
-            update_flops=1.0,
-            token_details=details,
-        )
-
     def steps():
         return [step for step, _, _ in run_directory.rollout_files(tmp_path)]
 
     with pytest.raises(RuntimeError, match="the update fails"):
         with log(tmp_path) as told:
             told.start(0)
-            take(told, 1)
+            take(told, 1, token_details=details)
             assert (steps(), asked) == ([], [])
             told.write_rollouts()
             assert (steps(), asked) == ([1], [0])
             told.step(1, {})
-            take(told, 2)
+            take(told, 2, token_details=details)
             told.step(2, {})
             assert (steps(), asked) == ([1, 2], [0, 1])
-            take(told, 3)
+            take(told, 3, token_details=details)
             raise RuntimeError("the update fails")
     assert (steps(), asked) == ([1, 2, 3], [0, 1, 2])
     with log(tmp_path / "other", writes=False) as told:
         told.start(0)
-        take(told, 1)
+        take(told, 1, token_details=details)
         told.step(1, {})
     assert asked == [0, 1, 2]  # who writes nothing looks for nothing
