@@ -23,14 +23,7 @@ def test_every_example_is_run_here_and_short():
         assert len((EXAMPLES / name).read_text().splitlines()) < 25
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "custom_loss.py",
-        # Estimators of one's own are in test_credit and test_plugins too.
-        pytest.param("custom_advantage.py", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", OWN)
 def test_an_example_trains_and_its_run_says_with_what(
     name, tiny_model, tmp_path, monkeypatch
 ):
