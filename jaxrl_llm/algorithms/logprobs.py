@@ -7,7 +7,8 @@ Shapes: R = rows, T = tokens in a row, D = model, V = vocabulary, d = D or a par
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,54 @@ def of_tokens(
     how = _How(temperature, logit_softcap, entropy_gradient, size, split, keep)
     with jax.named_scope("logprobs"):
         return Logprobs(*_score(hidden, output_matrix, tokens, mask, previous, how))
+
+
+def of_logits(
+    function: Callable[[Array, Array | None, Any], Any],
+    hidden: Float[Array, "R T D"],
+    output_matrix: Float[Array, "V d"],
+    beside: Any,
+    positions: Int[Array, "R T"],
+    mask: Bool[Array, "R T"],
+    *,
+    other: tuple[Array, Array] | None = None,
+    previous: Int[Array, "R T"] | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    other_softcap: float | None = None,
+    chunk: int = 4096,
+    split: tuple[str, ...] = (),
+    other_split: tuple[str, ...] = (),
+) -> Any:
+    """Anything that is found token by token from the logits it was drawn from.
+
+        found[r, t] = function(logits[r, t], other_logits[r, t], beside[r, t])
+
+    with logits as in `of_tokens`. They exist for `chunk` tokens at a time, forward and
+    backward; only tokens that `mask` asks for cost anything, and others get 0.
+
+    Args:
+      function: `(logits [R, t, V], other logits or None, beside [R, t, ...]) -> found`,
+        a tree of [R, t, ...]. It is differentiated in `logits`, from which `hidden` and
+        `output_matrix` get their gradients, if all that it returns are floats.
+      beside: a tree of [R, T, ...] that talks about token t.
+      other: hidden states and output matrix of another model that reads the same rows,
+        with as many tokens, such as a teacher. Not differentiated.
+      other_softcap, other_split: as `logit_softcap` and `split`, of the other model.
+      chunk: logits exist for about so many tokens at a time, those of both models
+        together.
+
+    The remaining arguments are those of `of_tokens`.
+    """
+    chunk = chunk if other is None else chunk // 2
+    size = min(max(1, chunk // mask.shape[0]), mask.shape[1])
+    mask = mask & (positions > 0)
+    how = _How(temperature, logit_softcap, True, size, split)
+    others = _How(temperature, other_softcap, True, size, other_split)
+    with jax.named_scope("logits"):
+        return _apply(
+            hidden, output_matrix, other, beside, mask, previous, function, how, others
+        )
 
 
 def before(
@@ -181,6 +230,12 @@ def _back(x: Float[Array, "R n"], chosen: _Chosen, mask) -> Float[Array, "R T"]:
     return jnp.where(mask, found, 0.0)
 
 
+def _taken(x: Array, columns: Int[Array, "R n"]) -> Array:
+    """The columns of [R, T, ...]."""
+    columns = columns.reshape(*columns.shape, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, columns, axis=1)
+
+
 def _whole(matrix, dtype, how: _How) -> Float[Array, "V D"]:
     matrix = matrix.astype(dtype)
     if not how.split:
@@ -197,12 +252,40 @@ def _put(into: Array, x: Array, i, size: int) -> Array:
 
 
 def _logits(hidden, matrix, how: _How) -> Float[Array, "R t V"]:
-    logits = jnp.einsum(
-        "rtd,vd->rtv", hidden, matrix, preferred_element_type=jnp.float32
-    )
+    return _scaled(_products(hidden, matrix), how)
+
+
+def _products(hidden, matrix) -> Float[Array, "R t V"]:
+    return jnp.einsum("rtd,vd->rtv", hidden, matrix, preferred_element_type=jnp.float32)
+
+
+def _scaled(logits: Float[Array, "R t V"], how: _How) -> Float[Array, "R t V"]:
     if how.logit_softcap is not None:
         logits = how.logit_softcap * jnp.tanh(logits / how.logit_softcap)
     return logits / how.temperature
+
+
+def _met(
+    d_known, d_matrix, hidden, output_matrix, chosen, there, mask, previous, how
+) -> tuple[Array, Array]:
+    """Gradients of hidden states and output matrix, from those of what was known before
+    each chosen token and of the whole matrix."""
+    if how.split:
+        d_matrix = jax.lax.psum_scatter(
+            d_matrix, how.split, scatter_dimension=1, tiled=True
+        )
+    if previous is None:  # what was known before a token serves only that token
+        rank = jnp.roll(jnp.maximum(chosen.rank, 0), -1, axis=1)
+        d_hidden = jnp.take_along_axis(d_known, rank[..., None], axis=1)
+        asked = jnp.roll(mask, -1, axis=1)[..., None]  # position 0 never is
+        d_hidden = jnp.where(asked, d_hidden, jnp.zeros((), hidden.dtype))
+    else:
+        rows = jnp.arange(hidden.shape[0])[:, None]
+        d_known = jnp.where(there[..., None], d_known, 0.0)
+        d_hidden = jnp.zeros(hidden.shape, jnp.float32)
+        d_hidden = d_hidden.at[rows, chosen.previous].add(d_known.astype(jnp.float32))
+        d_hidden = d_hidden.astype(hidden.dtype)
+    return d_hidden, d_matrix.astype(output_matrix.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -285,22 +368,104 @@ def _score_backward(how: _How, kept, cotangents):
 
     zeros = jnp.zeros_like(chosen.hidden), jnp.zeros(matrix.shape, jnp.float32)
     d_known, d_matrix = jax.lax.fori_loop(0, chosen.chunks, of_chunk, zeros)
-    if how.split:
-        d_matrix = jax.lax.psum_scatter(
-            d_matrix, how.split, scatter_dimension=1, tiled=True
-        )
-    if previous is None:  # what was known before a token serves only that token
-        rank = jnp.roll(jnp.maximum(chosen.rank, 0), -1, axis=1)
-        d_hidden = jnp.take_along_axis(d_known, rank[..., None], axis=1)
-        asked = jnp.roll(mask, -1, axis=1)[..., None]  # position 0 never is
-        d_hidden = jnp.where(asked, d_hidden, jnp.zeros((), hidden.dtype))
-    else:
-        rows = jnp.arange(hidden.shape[0])[:, None]
-        d_known = jnp.where(there[..., None], d_known, 0.0)
-        d_hidden = jnp.zeros(hidden.shape, jnp.float32)
-        d_hidden = d_hidden.at[rows, chosen.previous].add(d_known.astype(jnp.float32))
-        d_hidden = d_hidden.astype(hidden.dtype)
-    return d_hidden, d_matrix.astype(output_matrix.dtype), None, None, None
+    d_hidden, d_matrix = _met(
+        d_known, d_matrix, hidden, output_matrix, chosen, there, mask, previous, how
+    )
+    return d_hidden, d_matrix, None, None, None
 
 
 _score.defvjp(_score_forward, _score_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _apply(hidden, output_matrix, other, beside, mask, previous, function, how, others):
+    given = hidden, output_matrix, other, beside, mask, previous
+    return _apply_forward(*given, function, how, others)[0]
+
+
+def _chunks(given, how: _How, others: _How):
+    """The chosen tokens, the whole output matrix, and what gives the inputs of chunk i
+    but for its logits: known before, logits of the other model, beside."""
+    hidden, output_matrix, other, beside, mask, previous = given
+    matrix = _whole(output_matrix, hidden.dtype, how)
+    chosen = _choose(hidden, mask, previous, how.size)
+    beside = jax.tree.map(lambda x: _taken(x, chosen.order), beside)
+    if other is not None:
+        other_known = _taken(other[0], chosen.previous)
+        other_matrix = _whole(other[1], other[0].dtype, others)
+
+    def part(i):
+        known, here = jax.tree.map(
+            lambda x: _columns(x, i, how.size), (chosen.hidden, beside)
+        )
+        if other is None:
+            return known, None, here
+        said = _logits(_columns(other_known, i, how.size), other_matrix, others)
+        return known, said, here
+
+    return chosen, matrix, part
+
+
+def _apply_forward(
+    hidden, output_matrix, other, beside, mask, previous, function, how, others
+):
+    given = hidden, output_matrix, other, beside, mask, previous
+    chosen, matrix, part = _chunks(given, how, others)
+
+    def of_chunk(i):
+        known, said, here = part(i)
+        return function(_logits(known, matrix, how), said, here)
+
+    rows, columns = chosen.order.shape
+    found = jax.tree.map(
+        lambda x: jnp.zeros((rows, columns, *x.shape[2:]), x.dtype),
+        jax.eval_shape(of_chunk, jnp.int32(0)),
+    )
+    found = jax.lax.fori_loop(
+        0,
+        chosen.chunks,
+        lambda i, found: jax.tree.map(
+            lambda into, x: _put(into, x, i, how.size), found, of_chunk(i)
+        ),
+        found,
+    )
+
+    def back(x):
+        asked = mask.reshape(*mask.shape, *(1,) * (x.ndim - 2))
+        return jnp.where(asked, _taken(x, jnp.maximum(chosen.rank, 0)), 0)
+
+    return jax.tree.map(back, found), given
+
+
+def _apply_backward(function, how: _How, others: _How, given, cotangents):
+    hidden, output_matrix, _, _, mask, previous = given
+    chosen, matrix, part = _chunks(given, how, others)
+    there = jnp.arange(chosen.order.shape[1])[None] <= chosen.rank[:, -1:]
+    cotangents = jax.tree.map(
+        lambda x: jnp.where(there, jnp.take_along_axis(x, chosen.order, axis=1), 0.0),
+        cotangents,
+    )
+
+    def of_chunk(i, grads):
+        known, said, here = part(i)
+        _, pull = jax.vjp(
+            lambda products: function(_scaled(products, how), said, here),
+            _products(known, matrix),
+        )
+        (d_logits,) = pull(jax.tree.map(lambda x: _columns(x, i, how.size), cotangents))
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = jnp.einsum("rtv,vd->rtd", d_logits, matrix)
+        d_matrix = jnp.einsum(
+            "rtv,rtd->vd", d_logits, known, preferred_element_type=jnp.float32
+        )
+        return _put(grads[0], d_hidden, i, how.size), grads[1] + d_matrix
+
+    zeros = jnp.zeros_like(chosen.hidden), jnp.zeros(matrix.shape, jnp.float32)
+    d_known, d_matrix = jax.lax.fori_loop(0, chosen.chunks, of_chunk, zeros)
+    gradients = _met(
+        d_known, d_matrix, hidden, output_matrix, chosen, there, mask, previous, how
+    )
+    return (*gradients, None, None, None, None)
+
+
+_apply.defvjp(_apply_forward, _apply_backward)
