@@ -4,9 +4,9 @@
     result = jaxrl_llm.train("Qwen/Qwen2.5-0.5B-Instruct", rows, reward=f, steps=50)
 
 `train`, `evaluate`, `generate` and `load_config` run things; `losses`, `kl`,
-`advantages`, `masked`, `logprobs`, `grpo` and `ppo` are pure functions; `sharding` is
-meshes and the movement of weights between them. Names are imported when they are first
-used, so `import jaxrl_llm` loads nothing, JAX included.
+`advantages`, `masked`, `logprobs`, `grpo`, `ppo` and `preference` are pure functions;
+`sharding` is meshes and the movement of weights between them. Names are imported when
+they are first used, so `import jaxrl_llm` loads nothing, JAX included.
 """
 
 import importlib
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         losses,
         masked,
         ppo,
+        preference,
     )
     from jaxrl_llm.api import evaluate, generate, train
     from jaxrl_llm.config.parsing import load as load_config
@@ -40,13 +41,17 @@ __all__ = [
     "losses",
     "masked",
     "ppo",
+    "preference",
     "sharding",
     "train",
 ]
 
 _MODULES = {
     name: f"jaxrl_llm.algorithms.{name}"
-    for name in ("advantages", "grpo", "kl", "logprobs", "losses", "masked", "ppo")
+    for name in (
+        *("advantages", "grpo", "kl", "logprobs", "losses", "masked", "ppo"),
+        "preference",
+    )
 } | {"sharding": "jaxrl_llm.sharding"}
 _FUNCTIONS = {
     "evaluate": ("jaxrl_llm.api", "evaluate"),

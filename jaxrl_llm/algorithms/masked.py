@@ -120,6 +120,12 @@ def sequence_sum(
     )
 
 
+def is_last(sequence_ids: Int[Array, "R T"]) -> Bool[Array, "R T"]:
+    """Whether a token is the last of its sequence, none of which is split over rows."""
+    after = jnp.pad(sequence_ids[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    return (sequence_ids >= 0) & (sequence_ids != after)
+
+
 def sequence_means(
     x: Float[Array, "R T"],
     mask: Bool[Array, "R T"],

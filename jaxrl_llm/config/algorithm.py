@@ -85,6 +85,18 @@ ESTIMATOR_NUMBERS = ("gamma", "lam", "normalize_by_std")
 """Numbers of `algorithm` that an estimator may take; the last one is
 norm_adv_by_std_in_grpo."""
 
+PREFERENCE_ARRAYS = (
+    "chosen_ratios",
+    "rejected_ratios",
+    "chosen_lengths",
+    "rejected_lengths",
+)
+"""What a loss of DPO may take, one number per pair: log(policy / reference) of the two
+responses, and their tokens."""
+
+PREFERENCE_NUMBERS = ("beta", "label_smoothing")
+"""Settings of `dpo` that such a loss may take."""
+
 OPTIMIZER_NUMBERS = (
     "learning_rate",
     "b1",
@@ -350,6 +362,12 @@ ESTIMATORS = {
         ),
     )
 }
+
+PREFERENCE_LOSSES = {
+    name: f"jaxrl_llm.algorithms.preference:{name}"
+    for name in ("sigmoid", "hinge", "ipo", "robust")
+}
+"""Functions from `PREFERENCE_ARRAYS` to one number per pair."""
 
 OPTIMIZERS = {"adamw": "optax:adamw"}
 """Functions that return an optax.GradientTransformation."""

@@ -26,6 +26,9 @@ from jaxrl_llm.config.algorithm import (
     LOSSES,
     OPTIMIZER_NUMBERS,
     OPTIMIZERS,
+    PREFERENCE_ARRAYS,
+    PREFERENCE_LOSSES,
+    PREFERENCE_NUMBERS,
     Estimator,
     Loss,
     choice,
@@ -140,6 +143,24 @@ def estimator(mode: str | Function, params: Mapping[str, Any] = _NOTHING) -> Est
 def estimator_of(algorithm: Any) -> Estimator:
     """The record of the estimator that a configuration's section `algorithm` names."""
     return estimator(algorithm.adv_estimator, algorithm.adv_params)
+
+
+def preference_loss(name: str | Function) -> tuple[str, Function]:
+    """Name and function of a loss of DPO.
+
+    Args:
+      name: one of `PREFERENCE_LOSSES`, module:function, or a function.
+
+    Raises:
+      ConfigError: there is no such loss, or it asks for what it cannot get.
+    """
+    key = "dpo.loss_type"
+    if name in PREFERENCE_LOSSES:
+        return name, find(key, PREFERENCE_LOSSES[name])
+    name, function = _named(key, name, PREFERENCE_LOSSES)
+    where = key, "dpo.params"
+    _check(name, function, PREFERENCE_ARRAYS, PREFERENCE_NUMBERS, {}, where)
+    return name, function
 
 
 def optimizer(

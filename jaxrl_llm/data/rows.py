@@ -58,6 +58,9 @@ class TrainBatch:
     without one."""
     returns: Float[Array, "R T"] | None = None
     """What `values` should have been; None without a critic."""
+    margins: Float[Array, "R T"] | None = None
+    """By how much the chosen score of a pair should be above the rejected one, on all
+    tokens of the pair; None without any. See `preference.BradleyTerry`."""
     prompt_ids: Int[Array, "R T"] | None = None
     """Which copy of a prompt a token belongs to or goes on from; -1 on padding. None:
     every sequence has its own prompt."""

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.stages import Lowered
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from jaxrl_llm.algorithms import masked
 from jaxrl_llm.algorithms import update as updates
@@ -137,7 +137,7 @@ class RewardModel:
 
         def part(params, rows, _):
             ids = rows.sequence_ids
-            where = is_last(ids), ids, rows.num_sequences
+            where = masked.is_last(ids), ids, rows.num_sequences
             return masked.sequence_sum(self.model.values(params, rows), *where), ()
 
         found, _ = updates.accumulate(
@@ -153,9 +153,3 @@ class RewardModel:
             shardings=self.model.param_shardings(),
         )
         return to_host(params) if self.offload else params
-
-
-def is_last(sequence_ids: Int[Array, "R T"]) -> Bool[Array, "R T"]:
-    """Whether a token is the last of its sequence, none of which is split over rows."""
-    after = jnp.pad(sequence_ids[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
-    return (sequence_ids >= 0) & (sequence_ids != after)

@@ -12,11 +12,12 @@ from safetensors.numpy import load_file, save_file
 from short_run import make_config
 
 from jaxrl_llm import api, models
+from jaxrl_llm.algorithms import masked
 from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.data.types import Completion, Episode, Prompt, Turn, single_turn
 from jaxrl_llm.planning import dry_run, planner
 from jaxrl_llm.rewards import RewardError, RewardFunction
-from jaxrl_llm.roles.reward_model import RewardModel, is_last
+from jaxrl_llm.roles.reward_model import RewardModel
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop as train
@@ -246,7 +247,7 @@ def test_scores_in_bfloat16_are_near(tiny_model, saved, tmp_path):
 def test_the_last_tokens_of_sequences_by_hand():
     ids = jnp.array([[0, 0, 0, 2, 1, 1], [3, 3, -1, -1, -1, -1]])
     expected = [[0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 0]]
-    np.testing.assert_array_equal(is_last(ids), np.array(expected, bool))
+    np.testing.assert_array_equal(masked.is_last(ids), np.array(expected, bool))
 
 
 def test_a_language_model_is_refused_by_the_tensor_it_lacks(
