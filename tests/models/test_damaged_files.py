@@ -554,6 +554,23 @@ def test_a_count_beyond_the_gguf_file_ends_at_once(tmp_path, kind):
         GGUFFile(path)
 
 
+def test_the_lists_of_a_gguf_file_are_those_that_its_library_reads(tmp_path):
+    def lists(writer):
+        writer.add_token_list(["a", "", "né", "\n" * 300])
+        writer.add_token_types([1, 3, 1, -1])
+        writer.add_token_scores([0.5, -1.0, 0.0, 2.0])
+        writer.add_array("flags", [True, False])
+        writer.add_array("nested", [[1, 2], [3]])
+
+    path = gguf_file(tmp_path, lists)
+    read, expected = GGUFFile(path)._reader, gguf.GGUFReader(path)
+    assert list(read.fields) == list(expected.fields)
+    for name, field in expected.fields.items():
+        assert read.fields[name].contents() == field.contents(), name
+        assert read.fields[name].types == field.types, name
+    assert read.tensors[0].data_offset == expected.tensors[0].data_offset
+
+
 def test_other_gguf_files_say_what_they_are(tmp_path):
     (tmp_path / "x.gguf").write_text(POINTER)
     assert "git lfs pull" in refusal(tmp_path / "x.gguf")

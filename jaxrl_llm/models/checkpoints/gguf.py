@@ -4,6 +4,7 @@ Source: the GGUF specification, and llama.cpp's convert_hf_to_gguf.py, whose cha
 the weights are undone here.
 """
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -319,15 +320,53 @@ class _Reader(gguf.GGUFReader):
     def _get(self, offset, dtype, count=1, *rest, **more):
         """A part of the file, which has to have it: past the end there would be empty
         values for as long as a damaged count says."""
-        self._values += 1
+        self._count(1)
+        self._check_end(int(offset) + int(count) * np.dtype(dtype).itemsize)
+        return super()._get(offset, dtype, count, *rest, **more)
+
+    def _count(self, values: int) -> None:
+        self._values += values
         if self._values > _VALUES:
             raise ValueError(f"its metadata has more than {_VALUES} values")
-        end = int(offset) + int(count) * np.dtype(dtype).itemsize
+
+    def _check_end(self, end: int) -> None:
         if end > self._data.size:
             raise ValueError(
                 f"it ends after {self._data.size} bytes, but what it lists needs {end}"
             )
-        return super()._get(offset, dtype, count, *rest, **more)
+
+    def _get_field_parts(self, orig_offs, raw_type):
+        """A value of the metadata: lists, of which a vocabulary has some of hundreds of
+        thousands, without a slice by NumPy for every length and number."""
+        if raw_type != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind = self._get(orig_offs, np.uint32)
+        count = self._get(orig_offs + 4, np.uint64)
+        start, of = int(orig_offs) + 12, gguf.GGUFValueType(kind[0])
+        if of is gguf.GGUFValueType.STRING:
+            values = self._texts(start, int(count[0]))
+            size = 8 * len(values) + sum(value.size for value in values)
+        elif (dtype := self.gguf_scalar_to_np.get(of)) is not None:
+            values = [self._get(start, dtype, count[0])]
+            size = values[0].nbytes
+        else:
+            return super()._get_field_parts(orig_offs, raw_type)
+        where = [*range(2, 2 + len(values))]
+        types = [gguf.GGUFValueType.ARRAY, of]
+        return 12 + size, [kind, count, *values], where, types
+
+    def _texts(self, start: int, count: int) -> list[np.ndarray]:
+        """So many texts, each after its length, as bytes of the file."""
+        self._check_end(start + 8 * count)
+        self._count(count)
+        found, length, data = [], struct.Struct("<Q"), self._data
+        for _ in range(count):
+            self._check_end(start + 8)
+            end = start + 8 + length.unpack_from(data, start)[0]
+            self._check_end(end)
+            found.append(data[start + 8 : end])
+            start = end
+        return found
 
 
 def _unpermute(x: np.ndarray, head_dim: int) -> np.ndarray:
