@@ -74,20 +74,63 @@ class Encoder:
           ValueError: messages but no chat template, one that rejects them or leaves
             something out, no tokens, or one that the model has no embedding of.
         """
-        check_text([content, tools])
-        if isinstance(content, str):
+        found = self.encode_all([(content, tools)])[0]
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    def encode_all(
+        self, questions: Sequence[tuple[Content, Sequence[Any] | None]]
+    ) -> list[tuple[int, ...] | ValueError]:
+        """What `encode` returns or raises for each, on all cores at once.
+
+        Args:
+          questions: content and tools of each.
+        """
+        found: list[Any] = [self._text(*question) for question in questions]
+        texts = [i for i, text in enumerate(found) if isinstance(text, str)]
+        plain = [i for i in texts if isinstance(questions[i][0], str)]
+        alone = self._tokens([found[i] for i in texts], add_special_tokens=False)
+        # Text gets what the tokenizer puts before it; a chat template says its own.
+        given = self._tokens([found[i] for i in plain])
+        around = dict(zip(plain, given, strict=True))
+        for i, tokens in zip(texts, alone, strict=True):
+            found[i] = self._checked(
+                _begun(tokens, around[i]) if i in around else tokens
+            )
+        return found
+
+    def _text(self, content: Content, tools: Sequence[Any] | None) -> str | ValueError:
+        try:
+            check_text([content, tools])
+            if not isinstance(content, str):
+                return self.render(content, tools)
             if tools:
                 raise ValueError("column 'tools' needs a chat template to stand in")
-            tokens = self._encode_text(content)
-        else:
-            text = self.render(content, tools)
-            tokens = self.tokenizer(text, add_special_tokens=False).input_ids
+            return content
+        except ValueError as error:
+            return error
+
+    def _tokens(self, texts: Sequence[str], **how: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        return self.tokenizer(list(texts), return_attention_mask=False, **how).input_ids
+
+    def _checked(self, tokens: Sequence[int]) -> tuple[int, ...] | ValueError:
+        """One BOS at most, something, and nothing that the model does not know."""
         bos = self.tokenizer.bos_token_id
         while bos is not None and list(tokens[:2]) == [bos, bos]:
             tokens = tokens[1:]
         if not tokens:
-            raise ValueError("the prompt has no tokens")
-        self._check_vocabulary(tokens)
+            return ValueError("the prompt has no tokens")
+        last = max(tokens)
+        if self.vocab_size is not None and last >= self.vocab_size:
+            return ValueError(
+                f"token {last} ({self.tokenizer.convert_ids_to_tokens(last)!r}) is not "
+                f"in the model's vocabulary of {self.vocab_size}; the tokenizer has "
+                f"{len(self.tokenizer)}; take the model's own, or a model with an "
+                "embedding of all of them"
+            )
         return tuple(tokens)
 
     def render(
@@ -178,26 +221,20 @@ class Encoder:
             raise ValueError(f"the chat template rejects it: {error}") from None
         return text
 
-    def _encode_text(self, text: str) -> list[int]:
-        """Text with what the tokenizer puts before it, and nothing behind it."""
-        alone = list(self.tokenizer(text, add_special_tokens=False).input_ids)
-        given = list(self.tokenizer(text).input_ids)
-        count = len(alone)
-        for start in range(len(given) - count + 1):
-            if given[start : start + count] == alone:
-                before = given[:start]
-                return alone if alone[:start] == before else before + alone
-        return given
 
-    def _check_vocabulary(self, tokens: Sequence[int]) -> None:
-        last = max(tokens)
-        if self.vocab_size is not None and last >= self.vocab_size:
-            raise ValueError(
-                f"token {last} ({self.tokenizer.convert_ids_to_tokens(last)!r}) is not "
-                f"in the model's vocabulary of {self.vocab_size}; the tokenizer has "
-                f"{len(self.tokenizer)}; take the model's own, or a model with an "
-                "embedding of all of them"
-            )
+def _begun(alone: list[int], given: list[int]) -> list[int]:
+    """Text with what the tokenizer puts before it, and nothing behind it.
+
+    Args:
+      alone: tokens of the text.
+      given: with what the tokenizer puts around it.
+    """
+    count = len(alone)
+    for start in range(len(given) - count + 1):
+        if given[start : start + count] == alone:
+            before = given[:start]
+            return alone if alone[:start] == before else before + alone
+    return given
 
 
 def _says(text: str, message: str) -> bool:

@@ -189,11 +189,16 @@ def _tokenize_all(
 ) -> tuple[list[Prompt], int]:
     """The prompts that are kept, and how many were longer than `limit` tokens."""
     prompts, overlong = [], 0
+    questions = []
     for i, (content, row) in rendered.items():
         try:
-            tokens = encoder.encode(content, tools_of(row))
+            questions.append((content, tools_of(row)))
         except ValueError as error:
             raise ValueError(f"{where(source, i)}: {error}") from None
+    encoded = encoder.encode_all(questions)
+    for (i, (content, row)), tokens in zip(rendered.items(), encoded, strict=True):
+        if isinstance(tokens, ValueError):
+            raise ValueError(f"{where(source, i)}: {tokens}") from None
         if len(tokens) > limit:
             overlong += 1
             match overlong_prompts:

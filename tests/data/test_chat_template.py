@@ -165,6 +165,21 @@ def test_a_token_that_the_model_has_no_embedding_of_is_named():
     assert "the tokenizer has 259" in said
 
 
+def test_many_at_once_are_as_one_by_one():
+    made = with_ends("<|bos|> $A <|im_end|>")
+    questions = [("hi", None), (HI, None), ("", None), ("<|bos|>hello", None)]
+    questions += [("a\ud83d", None), (HI, [{"name": "f"}]), ([*HI, *HI], None)]
+    found = made.encode_all(questions)
+    for question, tokens in zip(questions, found, strict=True):
+        if isinstance(tokens, ValueError):
+            with pytest.raises(ValueError) as error:
+                made.encode(*question)
+            assert str(error.value) == str(tokens)
+        else:
+            assert made.encode(*question) == tokens
+    assert [isinstance(one, ValueError) for one in found] == [0, 0, 1, 0, 1, 1, 0]
+
+
 THINKS = "{% if not think %}<think></think>{% endif %}" + tiny.CHAT_TEMPLATE
 
 
