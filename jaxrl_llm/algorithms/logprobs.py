@@ -35,6 +35,7 @@ def of_tokens(
     temperature: float = 1.0,
     logit_softcap: float | None = None,
     entropy_gradient: bool = True,
+    matrix_gradient: bool = True,
     keep: bool = False,
     chunk: int = 4096,
     split: tuple[str, ...] = (),
@@ -58,6 +59,7 @@ def of_tokens(
       previous: where in its row the token before each stands; to its left if not given.
       logit_softcap: softcap(x) = cap * tanh(x / cap); None for the identity.
       entropy_gradient: if False, the entropy is a constant to differentiation.
+      matrix_gradient: if False, `output_matrix` is one.
       keep: softmax(logits), [R, T, V] in the dtype of `hidden`, for the backward pass,
         rather than computing the logits again. Only without a gradient of the entropy
         and a score cap, which need the logits themselves.
@@ -73,7 +75,15 @@ def of_tokens(
             "keep needs entropy_gradient=False and logit_softcap=None, got "
             f"{entropy_gradient} and {logit_softcap}"
         )
-    how = _How(temperature, logit_softcap, entropy_gradient, size, split, keep)
+    how = _How(
+        temperature,
+        logit_softcap,
+        entropy_gradient,
+        size,
+        split,
+        keep=keep,
+        matrix_gradient=matrix_gradient,
+    )
     with jax.named_scope("logprobs"):
         return Logprobs(*_score(hidden, output_matrix, tokens, mask, previous, how))
 
@@ -190,6 +200,7 @@ class _How(NamedTuple):
     size: int
     split: tuple[str, ...]
     keep: bool = False
+    matrix_gradient: bool = True
 
 
 class _Chosen(NamedTuple):
@@ -267,10 +278,10 @@ def _scaled(logits: Float[Array, "R t V"], how: _How) -> Float[Array, "R t V"]:
 
 def _met(
     d_known, d_matrix, hidden, output_matrix, chosen, there, mask, previous, how
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array | None]:
     """Gradients of hidden states and output matrix, from those of what was known before
-    each chosen token and of the whole matrix."""
-    if how.split:
+    each chosen token and of the whole matrix, if that has one."""
+    if how.split and d_matrix is not None:
         d_matrix = jax.lax.psum_scatter(
             d_matrix, how.split, scatter_dimension=1, tiled=True
         )
@@ -285,7 +296,9 @@ def _met(
         d_hidden = jnp.zeros(hidden.shape, jnp.float32)
         d_hidden = d_hidden.at[rows, chosen.previous].add(d_known.astype(jnp.float32))
         d_hidden = d_hidden.astype(hidden.dtype)
-    return d_hidden, d_matrix.astype(output_matrix.dtype)
+    if d_matrix is not None:
+        d_matrix = d_matrix.astype(output_matrix.dtype)
+    return d_hidden, d_matrix
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -361,12 +374,16 @@ def _score_backward(how: _How, kept, cotangents):
             d_logits = d_logits * (1.0 - capped**2)
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("rtv,vd->rtd", d_logits, matrix)
+        if not how.matrix_gradient:
+            return _put(grads[0], d_hidden, i, how.size), None
         d_matrix = jnp.einsum(
             "rtv,rtd->vd", d_logits, known, preferred_element_type=jnp.float32
         )
         return _put(grads[0], d_hidden, i, how.size), grads[1] + d_matrix
 
-    zeros = jnp.zeros_like(chosen.hidden), jnp.zeros(matrix.shape, jnp.float32)
+    zeros = jnp.zeros_like(chosen.hidden), None
+    if how.matrix_gradient:
+        zeros = zeros[0], jnp.zeros(matrix.shape, jnp.float32)
     d_known, d_matrix = jax.lax.fori_loop(0, chosen.chunks, of_chunk, zeros)
     d_hidden, d_matrix = _met(
         d_known, d_matrix, hidden, output_matrix, chosen, there, mask, previous, how

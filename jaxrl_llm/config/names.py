@@ -32,8 +32,8 @@ Bounds = tuple[float | None, float]
 
 
 Dimension = Literal[
-    "layers", "vocab", "embed", "mlp", "heads", "kv_heads", "head", "norm", "looked_up",
-    "rows", "tokens", "residual",
+    "layers", "vocab", "embed", "mlp", "heads", "kv_heads", "head", "norm", "rank",
+    "looked_up", "rows", "tokens", "residual",
 ]  # fmt: skip
 
 

@@ -46,6 +46,14 @@ from jaxrl_llm.models.checkpoints.tensor_map import RandomWeights, WeightSource
 from jaxrl_llm.models.embedding import choose as choose_lookup
 from jaxrl_llm.models.layer_loop import COMPILER_OPTIONS
 from jaxrl_llm.models.layer_loop import choose as choose_loop
+from jaxrl_llm.models.lora import (
+    Lora,
+    abstract_adapters,
+    adapter_axes,
+    init_adapters,
+    is_adapter,
+    merged,
+)
 from jaxrl_llm.models.partitioning import kv_copies, partition
 from jaxrl_llm.models.quantised import DTYPES, Bits
 from jaxrl_llm.models.value_head import (
@@ -62,13 +70,16 @@ __all__ = [
     "Bits",
     "Checkpoint",
     "Classifier",
+    "Lora",
     "Model",
     "Pages",
     "RandomWeights",
     "Rope",
     "WeightSource",
+    "abstract_adapters",
     "abstract_critic",
     "abstract_params",
+    "adapter_axes",
     "architecture",
     "attention_counts_sequences",
     "choose_attention",
@@ -81,11 +92,14 @@ __all__ = [
     "fuse",
     "kv_copies",
     "init",
+    "init_adapters",
     "init_critic",
+    "is_adapter",
     "load",
     "logical_axes",
     "logits",
     "merge",
+    "merged",
     "model_card",
     "need_tokenizer",
     "num_matmul_params",

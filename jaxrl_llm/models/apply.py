@@ -31,6 +31,7 @@ from jaxrl_llm.models.decoder import (
     take,
 )
 from jaxrl_llm.models.layer_loop import Loop, scan, unrolled
+from jaxrl_llm.models.lora import Lora, adapter_axes, of_layers, scaled
 from jaxrl_llm.models.quantised import DTYPES, Bits, quantise
 
 Params = Any
@@ -82,22 +83,26 @@ def logical_axes(
 def split_params(
     params: Params, is_trained: Callable[[str], bool]
 ) -> tuple[Params, Params]:
-    """Trained and frozen parameters: two trees of the structure of `params`, each with
-    None, which JAX takes for a tree without leaves, where the other has an array.
+    """Trained and frozen parameters: two trees like `params`, each without what the
+    other has.
 
     Args:
       is_trained: whether a parameter is trained, by its name, such as "layers.q" or
         "norm.scale".
     """
 
-    def part(wanted: bool) -> Params:
-        def keep(path, leaf):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            return leaf if is_trained(name) == wanted else None
+    def part(tree: Params, within: str, wanted: bool) -> Params:
+        found = {}
+        for key, value in tree.items():
+            name = f"{within}{key}"
+            if isinstance(value, dict):
+                if inner := part(value, f"{name}.", wanted):
+                    found[key] = inner
+            elif is_trained(name) == wanted:
+                found[key] = value
+        return found
 
-        return jax.tree.map_with_path(keep, params)
-
-    return part(True), part(False)
+    return part(params, "", True), part(params, "", False)
 
 
 def merge(trained: Params, frozen: Params) -> Params:
@@ -133,17 +138,20 @@ def num_matmul_params(arch: Architecture) -> int:
 def for_products(arch: Architecture, params: Params, dtype) -> Params:
     """Stacked weights as matrix products take them: cast once rather than at each use.
 
-    Norms, and the embedding, whose gradient is a sum over all tokens, stay as they are.
+    Norms, and the embedding, whose gradient is a sum over all tokens, stay as they are,
+    and so do adapters, which `forward` casts.
 
     Args:
-      params: all of them, or either tree of `split_params`.
+      params: all of them, either tree of `split_params`, or adapters.
     """
 
-    def cast(x, axes):
-        kept = x is None or "norm" in axes or "vocab" in axes
-        return x if kept else x.astype(dtype)
+    def cast(params, axes):
+        if isinstance(params, dict):
+            return {name: cast(x, axes.get(name, {})) for name, x in params.items()}
+        kept = not axes or "norm" in axes or "vocab" in axes
+        return params if kept else params.astype(dtype)
 
-    return jax.tree.map(cast, params, logical_axes(arch), is_leaf=lambda x: x is None)
+    return cast(params, logical_axes(arch))
 
 
 def unstack(params: Params, dtype) -> Params:
@@ -217,11 +225,12 @@ def forward(
     loop: Loop = scan,
     lookup: Lookup = take,
     shard: Shard = anywhere,
+    lora: Lora | None = None,
 ) -> Float[Array, "R T D"]:
     """Final hidden states (after the last norm) of packed rows.
 
     Args:
-      params: stacked.
+      params: stacked; with adapters, see `lora`, if that is given.
       positions: of each token within its sequence, from 0.
       sequence_ids: tokens see only their own sequence; padding has an id of its own.
       dtype: of activations, and of weights inside matrix products.
@@ -231,12 +240,14 @@ def forward(
       lookup: of token embeddings, see `embedding.choose`.
       shard: lays out activations by the names of their axes, such as
         `sharding.rules.Partition.constrain`.
+      lora: what adapters `params` has.
     """
+    params, adapters, beside = _taken_apart(params, lora, dtype)
     decoder = model(arch, params, stacked=True)
     tables = decoder.rotary_tables(positions)
     graphdef, stacked = nnx.split(decoder.layers)
     names = jax.tree.leaves(
-        logical_axes(arch)["layers"], is_leaf=lambda x: isinstance(x, tuple)
+        [logical_axes(arch)["layers"], beside], is_leaf=lambda x: isinstance(x, tuple)
     )
     windows = sorted(set(arch.window_of_layer), key=str)
 
@@ -258,7 +269,7 @@ def forward(
     ropes = jnp.array(arch.rope_of_layer, jnp.int32)
     kinds = jnp.array([windows.index(w) for w in arch.window_of_layer], jnp.int32)
 
-    def layer(x, state, i):
+    def layer(x, weights, i):
         @jax.named_scope("attention")
         def attend_rows(q, k, v):
             attends = [looking_back(window) for window in windows]
@@ -269,23 +280,41 @@ def forward(
         with jax.named_scope("layer"):
             # Weights come together here, layer by layer, where they are split only to
             # need less memory ("embed").
-            leaves, form = jax.tree.flatten(state)
+            leaves, form = jax.tree.flatten(weights)
             leaves = [
                 shard(w, *(None if name == "embed" else name for name in axes[1:]))
                 for w, axes in zip(leaves, names, strict=True)
             ]
-            state = jax.tree.unflatten(form, leaves)
+            state, adapters = jax.tree.unflatten(form, leaves)
             table = _pick(tables, ropes, i)
-            x, _ = nnx.merge(graphdef, state)(x, table, attend_rows, shard)
+            x, _ = nnx.merge(graphdef, state)(x, table, attend_rows, shard, adapters)
         return x
 
     if remat != "none":
         # Only without a loop could XLA find what is computed again in what was before.
-        layer = jax.checkpoint(
-            layer, policy=_POLICIES[remat], prevent_cse=loop is unrolled
-        )
+        policy = _POLICIES[remat]
+        if policy and lora:
+            policy = functools.partial(_but_wide, policy, lora.rank)
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=loop is unrolled)
     x = shard(decoder.embed(tokens, dtype, shard, lookup), "rows", "residual", None)
-    return shard(decoder.norm(loop(layer, x, stacked)), "rows", "tokens", None)
+    x = loop(layer, x, (stacked, adapters))
+    return shard(decoder.norm(x), "rows", "tokens", None)
+
+
+def _taken_apart(
+    params: Params, lora: Lora | None, dtype
+) -> tuple[Params, Params | None, Params | None]:
+    """The base, and the adapters of its layers with the names of their axes."""
+    layers = dict(params["layers"])
+    if (layers.pop("lora", None) is None) != (lora is None):
+        raise ValueError("weights have adapters if and only if lora is given")
+    if lora is None:
+        return params, None, None
+    return (
+        params | {"layers": layers},
+        scaled(of_layers(params), lora, dtype),
+        of_layers(adapter_axes(lora)),
+    )
 
 
 def _is_dot(primitive, *_, **params) -> bool:
@@ -294,6 +323,16 @@ def _is_dot(primitive, *_, **params) -> bool:
         _, (batch, _) = params["dimension_numbers"]
         return not batch
     return "attention" in f"{primitive.name} {params.get('name')}"
+
+
+def _but_wide(policy: Callable, rank: int, primitive, *inputs, **params):
+    """`policy`, but for what an adapter adds to a product: as large as that, and a sum
+    over `rank` numbers only, it is computed again."""
+    if primitive.name == "dot_general":
+        ((summed, _), _) = params["dimension_numbers"]
+        if [inputs[0].shape[axis] for axis in summed] == [rank]:
+            return False
+    return policy(primitive, *inputs, **params)
 
 
 def _to_host(primitive, *inputs, **params):

@@ -6,7 +6,7 @@ them; generation keeps one array per layer (`stacked=False`), with the matrices 
 multiply the same input joined (`fused=True`): fewer and larger products.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -24,6 +24,8 @@ Shard = Callable[..., Array]
 # (table [V, D], tokens [R, T], dtype) -> [R, T, D] of that dtype
 Lookup = Callable[[Array, Array, Any], Array]
 RotaryTable = tuple[Float[Array, "B T h"], Float[Array, "B T h"]] | None
+# {"q": {"a": ..., "b": ...}, ...} of one layer, see `lora.scaled`
+Adapters = Mapping[str, Mapping[str, Array]]
 
 
 def anywhere(x: Array, *axes: str | None) -> Array:
@@ -160,54 +162,73 @@ class Layer(nnx.Module):
         rotary: RotaryTable,
         attend: Attend,
         shard: Shard = anywhere,
+        adapters: Adapters | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """The layer's output, and what `attend` keeps."""
+        """The layer's output, and what `attend` keeps.
+
+        Args:
+          adapters: of some matrices; not for a fused layer.
+        """
+        adapters = adapters or {}
         inner, outer = ("rows", "tokens", None), ("rows", "residual", None)
         normed = shard(self.attention_norm(x), *inner)
-        attended, kept = self._attention(normed, rotary, attend, shard)
+        attended, kept = self._attention(normed, rotary, attend, shard, adapters)
         x = x + shard(_maybe(self.post_attention_norm, attended), *outer)
         normed = shard(self.mlp_norm(x), *inner)
-        x = x + shard(_maybe(self.post_mlp_norm, self._mlp(normed, shard)), *outer)
+        computed = self._mlp(normed, shard, adapters)
+        x = x + shard(_maybe(self.post_mlp_norm, computed), *outer)
         return x, kept
 
-    def _attention(self, x, rotary, attend, shard):
+    def _attention(self, x, rotary, attend, shard, adapters):
         heads, kv_heads = (
             ("rows", "tokens", name, "head") for name in ("heads", "kv_heads")
         )
-        q, k, v = self._heads(x)
+        q, k, v = self._heads(x, adapters)
         q, k, v = shard(q, *heads), shard(k, *kv_heads), shard(v, *kv_heads)
         q, k = _maybe(self.q_norm, q), _maybe(self.k_norm, k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         out, kept = attend(q, k, v)
         out = shard(out, *heads)
-        return _linear("btnh,dnh->btd", out, self.o, self.o_bias, self.o_scale), kept
+        weights = self.o, self.o_bias, self.o_scale, adapters.get("o")
+        return _linear("btnh,dnh->btd", out, *weights), kept
 
-    def _heads(self, x):
+    def _heads(self, x, adapters):
         """Queries, keys and values."""
         if not self.fused:
-            q = _linear("btd,dnh->btnh", x, self.q, self.q_bias)
-            k = _linear("btd,dnh->btnh", x, self.k, self.k_bias)
-            return q, k, _linear("btd,dnh->btnh", x, self.v, self.v_bias)
+            q, k, v = (
+                _linear("btd,dnh->btnh", x, weight, bias, adapter=adapters.get(name))
+                for name, weight, bias in (
+                    ("q", self.q, self.q_bias),
+                    ("k", self.k, self.k_bias),
+                    ("v", self.v, self.v_bias),
+                )
+            )
+            return q, k, v
         qkv = _linear("btd,dkgh->btkgh", x, self.qkv, self.qkv_bias, self.qkv_scale)
         q = qkv[..., :-2, :].reshape(*x.shape[:2], -1, self.arch.head_dim)
         return q, qkv[..., -2, :], qkv[..., -1, :]
 
-    def _mlp(self, x, shard):
+    def _mlp(self, x, shard, adapters):
         if self.fused:
             weights = self.gate_up, self.gate_up_bias, self.gate_up_scale
             both = _linear("btd,dcf->btcf", x, *weights)
             gate, up = both[:, :, 0], both[:, :, 1]
         else:
-            gate = _linear("btd,df->btf", x, self.gate, self.gate_bias)
-            up = _linear("btd,df->btf", x, self.up, self.up_bias)
+            gate, up = (
+                _linear("btd,df->btf", x, weight, bias, adapter=adapters.get(name))
+                for name, weight, bias in (
+                    ("gate", self.gate, self.gate_bias),
+                    ("up", self.up, self.up_bias),
+                )
+            )
         match self.arch.activation:
             case "silu":
                 gate = jax.nn.silu(gate)
             case "gelu_tanh":
                 gate = jax.nn.gelu(gate, approximate=True)
         hidden = shard(gate * up, "rows", "tokens", "mlp")
-        weights = self.down, self.down_bias, self.down_scale
+        weights = self.down, self.down_bias, self.down_scale, adapters.get("down")
         return _linear("btf,df->btd", hidden, *weights)
 
 
@@ -276,15 +297,28 @@ def _linear(
     weight: nnx.Param,
     bias: nnx.Param | None,
     scale: nnx.Param | None = None,
+    adapter: Mapping[str, Array] | None = None,
 ):
     if scale is None:
         out = jnp.einsum(equation, x, weight[...].astype(x.dtype))
     else:
         out = product(equation, x, weight[...], scale[...])
+    if adapter is not None:
+        out = out + _low_rank(equation, x, adapter)
     if bias is None:
         return out
     value = bias[...].astype(x.dtype)
     return out + jnp.expand_dims(value, tuple(range(out.ndim - value.ndim)))
+
+
+def _low_rank(equation: str, x, adapter: Mapping[str, Array]):
+    """(x a) b, for x and a matrix as `equation` has them."""
+    inputs, result = equation.split("->")
+    given, _ = inputs.split(",")
+    summed = "".join(axis for axis in given if axis not in result)
+    made = "".join(axis for axis in result if axis not in given)
+    inner = jnp.einsum(f"{given},{summed}r->btr", x, adapter["a"])
+    return jnp.einsum(f"btr,r{made}->{result}", inner, adapter["b"])
 
 
 def _maybe(norm: Norm | None, x):

@@ -23,6 +23,7 @@ from jaxrl_llm.models.decoder import (
     take,
 )
 from jaxrl_llm.models.layer_loop import Loop, scan
+from jaxrl_llm.models.lora import Lora
 
 
 class Critic(nnx.Module):
@@ -77,6 +78,7 @@ def values(
     loop: Loop = scan,
     lookup: Lookup = take,
     shard: Shard = anywhere,
+    lora: Lora | None = None,
 ) -> Float[Array, "R T"]:
     """The value of the state after each token of packed rows, float32.
 
@@ -96,6 +98,7 @@ def values(
         loop=loop,
         lookup=lookup,
         shard=shard,
+        lora=lora,
     )
     weight = params["weight"].astype(jnp.float32)
     return jnp.einsum("rtd,d->rt", hidden.astype(jnp.float32), weight) + params["bias"]

@@ -213,8 +213,8 @@ def test_a_trained_and_a_frozen_tree_are_one_again_when_merged():
     params = {"layers": {"q": 1.0, "norm": 2.0}, "norm": {"scale": 3.0}}
     halves = models.split_params(params, lambda name: name == "layers.q")
     assert halves == (
-        {"layers": {"q": 1.0, "norm": None}, "norm": {"scale": None}},
-        {"layers": {"q": None, "norm": 2.0}, "norm": {"scale": 3.0}},
+        {"layers": {"q": 1.0}},
+        {"layers": {"norm": 2.0}, "norm": {"scale": 3.0}},
     )
     assert models.merge(*halves) == params == models.merge(params, None)
     adapters = {"layers": {"lora": {"a": 4.0}}}
