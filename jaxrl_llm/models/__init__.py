@@ -41,6 +41,7 @@ from jaxrl_llm.models.checkpoints.huggingface import (
     open,
     open_classifier,
     save,
+    save_classifier,
 )
 from jaxrl_llm.models.checkpoints.tensor_map import RandomWeights, WeightSource
 from jaxrl_llm.models.embedding import choose as choose_lookup
@@ -109,6 +110,7 @@ __all__ = [
     "output_matrix",
     "partition",
     "save",
+    "save_classifier",
     "shared_prompts",
     "split_params",
     "unstack",

@@ -234,6 +234,67 @@ def test_more_responses_than_a_step_has_are_scored_in_parts(
     ]  # one shape, the last with fewer than there is room for
 
 
+@pytest.mark.parametrize(
+    "family",
+    [f if f == "Qwen2" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES],
+)
+def test_what_is_written_is_what_transformers_and_we_read(family, saved, tmp_path):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    opened = models.open_classifier(saved(family))
+    params = load_on_one_device(opened)
+    models.save_classifier(
+        tmp_path / "out", opened.arch, params, opened.tokenizer, dtype="float32"
+    )
+    again = load_on_one_device(models.open_classifier(tmp_path / "out"))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", attn_implementation="eager"
+    ).eval()
+    assert theirs.config.num_labels == 1 and type(theirs) is type(reference(family))
+    # Two of them together, so that the shorter one is padded.
+    prompts, completions = answered()
+    texts = [
+        [*prompt.tokens, *group[0].tokens.tolist()]
+        for prompt, group in zip(prompts[:2], completions[:2], strict=True)
+    ]
+    longest, pad = max(map(len, texts)), theirs.config.pad_token_id
+    ids = torch.tensor([text + [pad] * (longest - len(text)) for text in texts])
+    with torch.no_grad():
+        found = theirs(ids, attention_mask=(ids != pad).long()).logits[:, 0].numpy()
+    wanted = their_scores(family, *answered())[:2, 0]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def load_on_one_device(classifier):
+    on_one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = models.abstract_critic(classifier.arch)
+    shardings = jax.tree.map(lambda _: on_one, shapes)
+    return classifier.load(dtype="float32", shardings=shardings)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_reward_model_is_written_of_a_language_model(tied, tmp_path):
+    """Whose padding must not be the token that ends an answer."""
+    base = models.load(tiny.checkpoint(tmp_path / "base", tie_embeddings=tied))
+    base.tokenizer.pad_token = base.tokenizer.eos_token
+    params = models.init_critic(base.arch, base.params)
+    params["weight"] += 0.5
+    models.save_classifier(tmp_path / "out", base.arch, params, base.tokenizer)
+    said = json.loads((tmp_path / "out/config.json").read_text())
+    read = models.open_classifier(tmp_path / "out")
+    assert said["architectures"] == ["LlamaForSequenceClassification"]
+    assert said["pad_token_id"] == read.tokenizer.pad_token_id
+    assert said["pad_token_id"] not in base.arch.eos_token_ids
+    assert base.tokenizer.pad_token_id in base.arch.eos_token_ids
+    held = load_on_one_device(read)["weight"]
+    np.testing.assert_array_equal(held, np.full(base.arch.hidden_size, 0.5))
+    with pytest.raises(ValueError, match="bias is 1.0, which no file can hold"):
+        params["bias"] += 1.0
+        models.save_classifier(tmp_path / "no", base.arch, params, base.tokenizer)
+
+
 def test_scores_in_bfloat16_are_near(tiny_model, saved, tmp_path):
     changed = {"reward.model.dtype": "bfloat16"}
     config = settings(tmp_path, tiny_model, saved("Llama"), **changed)

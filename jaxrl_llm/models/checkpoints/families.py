@@ -340,7 +340,8 @@ def config(arch: Architecture) -> dict[str, Any]:
     made = json.loads(arch.source)
     if "model_type" not in made:
         made = _written(arch)
-    said, meant = _comparable(architecture(made)), _comparable(arch)
+    said = _comparable(architecture(made, classifier=True))
+    meant = _comparable(arch)
     for name in meant:
         if said[name] != meant[name]:
             raise ValueError(
@@ -348,6 +349,29 @@ def config(arch: Architecture) -> dict[str, Any]:
                 f"(it says {said[name]!r})"
             )
     return made
+
+
+def classifier_config(arch: Architecture, pad_token_id: int) -> dict[str, Any]:
+    """The config.json of a decoder of `arch` with a head of one number.
+
+    Args:
+      pad_token_id: what stands behind shorter sequences; transformers reads the score
+        before the first of them.
+
+    Raises:
+      ValueError: as of `config`.
+    """
+    made = json.loads(arch.source)
+    if "model_type" in made:  # whether it says that its output matrix is tied
+        tied = architecture(made, classifier=True).tie_embeddings
+        arch = dataclasses.replace(arch, tie_embeddings=tied)
+    return config(arch) | {
+        "architectures": [_CLASSIFIERS[arch.model_type]],
+        "num_labels": 1,
+        "id2label": {"0": "LABEL_0"},
+        "label2id": {"LABEL_0": 0},
+        "pad_token_id": pad_token_id,
+    }
 
 
 def untied(arch: Architecture) -> Architecture:

@@ -1,12 +1,14 @@
 """Weights in and out: Hugging Face directories and hub ids; GGUF files in only."""
 
+import copy
+import functools
 import importlib.util
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +34,9 @@ from jaxrl_llm.models.checkpoints.safetensors_folder import (
 )
 from jaxrl_llm.models.value_head import headless
 from jaxrl_llm.sharding import processes
+
+_Tensor = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
+"""Name, shape, and what brings its value to the host."""
 
 _HEAD, _OUTPUT = "score.weight", "lm_head.weight"
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
@@ -337,17 +342,97 @@ def save(
     Raises:
       ValueError: an argument does not fit; nothing has been written then.
     """
+    tensors = functools.partial(weights.write, arch, params)
+    _check_params(arch, params)
+    say = functools.partial(families.config, arch)
+    _save(directory, arch, say, tensors, tokenizer, dtype, max_shard_bytes, card)
+
+
+def save_classifier(
+    directory: str | os.PathLike,
+    arch: Architecture,
+    params: Params,
+    tokenizer: Any,
+    *,
+    dtype: Any = jnp.bfloat16,
+    max_shard_bytes: int = 5_000_000_000,
+    card: str | None = None,
+) -> None:
+    """Writes a `...ForSequenceClassification` of one label, such as a reward model,
+    that transformers and `open_classifier` read.
+
+    Its pad_token_id is a token that ends no answer: transformers takes the score before
+    the padding, and would else miss the stop token.
+
+    Args:
+      params: of a decoder with a value head, as `values` takes them; the bias is 0,
+        since the files have no place for one.
+      tokenizer: what knows the padding; not None.
+
+    Raises:
+      ValueError: an argument does not fit; nothing has been written then.
+    """
+    arch, bias = headless(arch), float(processes.fetch(params["bias"]))
+    if bias:
+        raise ValueError(f"the value head's bias is {bias}, which no file can hold")
+    _check_params(arch, params["decoder"])
+    tokenizer, pad = _with_padding(tokenizer, arch)
+
+    def tensors(dtype):
+        yield from weights.write(arch, params["decoder"], dtype)
+        head = params["weight"]
+
+        def value() -> np.ndarray:
+            return processes.fetch(head)[None].astype(dtype)
+
+        yield _HEAD, (1, *head.shape), value
+
+    say = functools.partial(families.classifier_config, arch, pad)
+    _save(directory, arch, say, tensors, tokenizer, dtype, max_shard_bytes, card)
+
+
+def _with_padding(tokenizer: Any, arch: Architecture) -> tuple[Any, int]:
+    """The tokenizer, or a copy of it, whose padding ends no answer; and its token."""
+    ends, pad = {*arch.eos_token_ids, tokenizer.eos_token_id}, tokenizer.pad_token_id
+    if pad is not None and pad not in ends:
+        return tokenizer, pad
+    special = [*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]
+    pad = next(
+        token
+        for token in (*special, *range(arch.vocab_size))
+        if token not in ends and token < arch.vocab_size
+    )
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    return tokenizer, pad
+
+
+def _save(
+    directory: str | os.PathLike,
+    arch: Architecture,
+    say: Callable[[], dict[str, Any]],
+    tensors: Callable[[Any], Iterator[_Tensor]],
+    tokenizer: Any,
+    dtype: Any,
+    max_shard_bytes: int,
+    card: str | None,
+) -> None:
+    """`save` of a model whose config.json and tensors are known.
+
+    Args:
+      say: makes the config.json.
+      tensors: makes what `weights.write` gives, of a dtype.
+    """
     target, dtype = Path(directory).expanduser().absolute(), jnp.dtype(dtype)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not empty")
     if dtype.name not in _DTYPES:
         raise ValueError(f"dtype {dtype.name} is not one of {', '.join(_DTYPES)}")
-    _check_params(arch, params)
     if not processes.leads():
-        for _, _, value in weights.write(arch, params, dtype):
+        for _, _, value in tensors(dtype):
             value()  # lends its parts
         return
-    config = families.config(arch) | {"torch_dtype": dtype.name}
+    config = say() | {"torch_dtype": dtype.name}
     config.pop("dtype", None)
     generation, ids = json.loads(arch.generation), list(arch.eos_token_ids)
     ends = {"eos_token_id": ids if len(ids) > 1 else ids[0]} if ids else {}
@@ -359,7 +444,7 @@ def save(
     made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         made.chmod(0o755)
-        _write_weights(made, arch, params, dtype, max_shard_bytes)
+        _write_weights(made, tensors(dtype), dtype, max_shard_bytes)
         _write_json(made / _CONFIG, config | special)
         _write_json(made / _GENERATION, special | generation | ends)
         if card is not None:
@@ -505,23 +590,22 @@ def _check_params(arch: Architecture, params: Params) -> None:
 
 
 def _write_weights(
-    folder: Path, arch: Architecture, params: Params, dtype: Any, max_bytes: int
+    folder: Path, tensors: Iterator[_Tensor], dtype: Any, max_bytes: int
 ) -> None:
-    Tensor = tuple[str, int, Callable[[], np.ndarray]]
-    files: list[list[Tensor]] = [[]]
-    for name, shape, value in weights.write(arch, params, dtype):
+    files: list[list[tuple[str, int, Callable[[], np.ndarray]]]] = [[]]
+    for name, shape, value in tensors:
         size = int(np.prod(shape)) * dtype.itemsize
-        if files[-1] and sum(held for _, held, _ in files[-1]) + size > max_bytes:
+        if files[-1] and sum(n for _, n, _ in files[-1]) + size > max_bytes:
             files.append([])
         files[-1].append((name, size, value))
     weight_map: dict[str, str] = {}
     writing: Future | None = None
     # A file is written while the next one's tensors come from the devices.
     with ThreadPoolExecutor(max_workers=1) as writer:
-        for i, tensors in enumerate(files):
+        for i, held in enumerate(files):
             file = f"model-{i + 1:05}-of-{len(files):05}.safetensors"
             file = WEIGHTS if len(files) == 1 else file
-            values = {name: value() for name, _, value in tensors}
+            values = {name: value() for name, _, value in held}
             weight_map |= dict.fromkeys(values, file)
             if writing:
                 writing.result()
@@ -530,6 +614,6 @@ def _write_weights(
         if writing:
             writing.result()
     if len(files) > 1:
-        total = sum(size for tensors in files for _, size, _ in tensors)
+        total = sum(size for held in files for _, size, _ in held)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / INDEX, index)
