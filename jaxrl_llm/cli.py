@@ -7,7 +7,7 @@
                        [--lost-after SECONDS]
     jaxrl init NAME [DIRECTORY]
     jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE] [--out FILE.jsonl]
-    jaxrl convert SOURCE DIRECTORY
+    jaxrl convert [--merge] SOURCE DIRECTORY
     jaxrl convert-config VERL.yaml|TRL.yaml|RUN.sh [CONFIG.yaml]
     jaxrl report RUN_DIR [RUN_DIR ...] [--out FILE.html] [--completions N]
     jaxrl plan CONFIG.yaml (--topology v5p:4x4x4 | --topology h100:2x8
@@ -376,7 +376,8 @@ def generate(
     """Prints completions, or writes them to a file.
 
     Args:
-      model: a directory, a hub id, a .gguf file or package:NAME/FILE.gguf.
+      model: a directory, also of PEFT, a hub id, a .gguf file or
+        package:NAME/FILE.gguf.
       prompts: the prompts themselves.
       file: a file with one prompt per line; in a FILE.jsonl each is the key "prompt" of
         an object, text or a list of chat messages.
@@ -446,17 +447,27 @@ def convert(
     source: tyro.conf.Positional[str],
     directory: tyro.conf.Positional[str],
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    merge: bool = False,
 ) -> None:
     """Writes a model as a Hugging Face directory.
 
     Args:
-      source: a directory, a hub id, a .gguf file or package:NAME/FILE.gguf.
+      source: a directory, a hub id, a .gguf file or package:NAME/FILE.gguf; with
+        --merge a directory or hub id of PEFT.
       directory: must not exist, or be empty.
       dtype: of the saved weights.
+      merge: the source is an adapter, which is added to the model that it names.
     """
     from jaxrl_llm import models
 
     found = models.open(source)
+    if merge != (found.adapter is not None):
+        raise ConfigError(
+            f"{source} has no adapter that could be merged; leave out --merge"
+            if merge
+            else f"{source} is an adapter of {found.adapter.base}; --merge adds it to "
+            "that model and writes the sum"
+        )
     card = models.model_card(found.origin, {"saved as": dtype})
     params = found.load()
     models.save(

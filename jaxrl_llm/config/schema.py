@@ -32,7 +32,8 @@ class ModelConfig(Section):
 
     path: PathText
     """A Hugging Face directory or hub id, a .gguf file, or package:NAME/FILE.gguf for a
-    GGUF file that an installed Python package ships."""
+    GGUF file that an installed Python package ships; or a directory or hub id of PEFT,
+    whose adapter is added to the model that it names."""
     revision: Name | None = None
     """Branch, tag or commit on the hub."""
     tokenizer: PathText | None = None

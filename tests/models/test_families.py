@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from transformers_models import FAMILIES, reference
 
 from jaxrl_llm import models
 from jaxrl_llm.models.attention import paged
 from jaxrl_llm.models.attention.packed import packed
-from jaxrl_llm.models.checkpoints import families
+from jaxrl_llm.models.checkpoints import families, peft
 
 T = 24  # longer than every window here
 # Small programs run once: compiling them is what takes time.
@@ -189,3 +190,64 @@ def test_sequences_packed_in_one_row_do_not_see_each_other(family, load):
         (packed[1, 13:23], alone[0, :10]),
     ):
         np.testing.assert_allclose(at, sequence, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@every_family
+def test_an_adapter_of_peft_is_read_and_written_as_peft_reads_it(family, tmp_path):
+    library = pytest.importorskip("peft")
+    import torch
+    import transformers
+
+    base = tmp_path / "base"
+    reference(family).save_pretrained(base)
+
+    def fresh():
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            base, attn_implementation="eager", dtype=torch.float32
+        )
+
+    names = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+    theirs = library.get_peft_model(
+        fresh(),
+        library.LoraConfig(
+            r=3,
+            lora_alpha=7,
+            target_modules=names,
+            use_rslora=family.startswith("qwen"),
+            task_type="CAUSAL_LM",
+        ),
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:  # zero until it is trained
+                parameter.normal_(std=0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    wanted = reference_logits(theirs)
+    assert np.abs(wanted - reference_logits(reference(family))).max() > 0.1
+
+    found = models.open(tmp_path / "theirs")
+    np.testing.assert_allclose(
+        our_logits(found.arch, found.load()), wanted, atol=1e-4, rtol=0
+    )
+    adapter = found.adapter
+    how = {"base": str(base), "dtype": jnp.float32}
+    peft.save(tmp_path / "ours", found.arch, adapter.load(), adapter.lora, **how)
+    one, other = (
+        load_file(tmp_path / who / "adapter_model.safetensors")
+        for who in ("theirs", "ours")
+    )
+    assert one.keys() == other.keys()
+    for name, x in one.items():
+        assert x.tobytes() == other[name].tobytes()
+    again = library.PeftModel.from_pretrained(fresh(), tmp_path / "ours").eval()
+    np.testing.assert_array_equal(reference_logits(again), wanted)

@@ -9,6 +9,8 @@ from tokenizers import pre_tokenizers
 
 from jaxrl_llm import models
 from jaxrl_llm.models.architecture import Rope
+from jaxrl_llm.models.checkpoints import peft
+from jaxrl_llm.models.lora import Lora, abstract_adapters
 
 # llama.cpp's names, as its convert_hf_to_gguf.py writes them.
 RENAMED = {
@@ -109,6 +111,27 @@ def test_weights_and_architecture_come_back_from_a_llama_cpp_file(family, tmp_pa
     loaded_arch, loaded, _ = models.load(tmp_path / "x.gguf")
     assert loaded_arch == arch
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_an_adapter_is_added_to_a_model_from_gguf(tmp_path):
+    arch = tiny.arch(eos_token_ids=(2,))
+    params = random_params(arch)
+    write(tmp_path / "x.gguf", arch, params, tmp_path)
+    how = Lora(rank=2, alpha=3.0, modules=("q", "down"))
+    draw = np.random.default_rng(1)
+    adapters = jax.tree.map(
+        lambda x: draw.standard_normal(x.shape).astype(np.float32),
+        abstract_adapters(arch, how),
+    )
+    base = str(tmp_path / "x.gguf")
+    peft.save(tmp_path / "adapter", arch, adapters, how, base=base)
+    got = models.load(tmp_path / "adapter").params["layers"]
+    own, added = params["layers"], adapters["layers"]["lora"]
+    q = own["q"] + 1.5 * np.einsum("ldr,lrnh->ldnh", *added["q"].values())
+    down = own["down"] + 1.5 * np.einsum("lfr,lrd->ldf", *added["down"].values())
+    np.testing.assert_allclose(got["q"], q, atol=1e-5)
+    np.testing.assert_allclose(got["down"], down, atol=1e-5)
+    np.testing.assert_array_equal(got["up"], own["up"])
 
 
 def test_a_model_from_gguf_is_saved_for_transformers(tmp_path):

@@ -308,7 +308,7 @@ def architecture(
 def check_kind(key: str, value: Any, kind: Kind) -> None:
     """Raises ValueError if a key holds something else than it may."""
     if not kind.holds(value):
-        raise ValueError(f"{key}={_short(value)} is not {kind.what}")
+        raise ValueError(f"{key}={short(value)} is not {kind.what}")
 
 
 def check_ropes(arch: Architecture) -> None:
@@ -325,7 +325,8 @@ def check_ropes(arch: Architecture) -> None:
             raise ValueError(f"its position embedding gives no angles: {rope}")
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """How an error shows a value of a file."""
     text = repr(value)
     return text if len(text) <= 80 else text[:80] + "..."
 
@@ -386,7 +387,7 @@ def _family(config: Config, known: Sequence[Mapping[str, str]]) -> str:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in _FAMILIES:
         raise ValueError(
-            f"config.json: model_type {_short(family)} is not supported; "
+            f"config.json: model_type {short(family)} is not supported; "
             f"supported: {', '.join(_FAMILIES)}"
         )
     classes = config.get("architectures")
@@ -415,7 +416,7 @@ def _read(family: str, config: Config) -> dict[str, Any]:
             continue
         if key not in _ONLY or value != _ONLY[key]:
             raise ValueError(
-                f"config.json: {key}={_short(value)} is not supported for {family}"
+                f"config.json: {key}={short(value)} is not supported for {family}"
             )
     return defaults | {k: config[k] for k in (*_REQUIRED, *defaults) if k in config}
 
@@ -520,7 +521,7 @@ def _rope(given: Config, c: Config, default_theta: float) -> Rope:
     scaling = given.get("rope_type", given.get("type")) or "default"
     if not isinstance(scaling, str) or scaling not in _ROPE_KEYS:
         raise ValueError(
-            f"config.json: rope_type {_short(scaling)} is not supported; "
+            f"config.json: rope_type {short(scaling)} is not supported; "
             f"supported: {', '.join(_ROPE_KEYS)}"
         )
     known = {"rope_type", "type", "rope_theta", *_ROPE_KEYS[scaling]}

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from jaxrl_llm.models.apply import Params, abstract_params
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.checkpoints import card as cards
-from jaxrl_llm.models.checkpoints import chat_template, families, files
+from jaxrl_llm.models.checkpoints import chat_template, families, files, peft
 from jaxrl_llm.models.checkpoints import tensor_map as weights
 from jaxrl_llm.models.checkpoints.files import ModelFileError
 from jaxrl_llm.models.checkpoints.gguf import GGUFFile
@@ -30,7 +30,6 @@ from jaxrl_llm.models.checkpoints.safetensors_folder import (
     INDEX,
     WEIGHTS,
     SafetensorsFolder,
-    refuse_adapter,
 )
 from jaxrl_llm.models.value_head import headless
 from jaxrl_llm.sharding import processes
@@ -71,6 +70,12 @@ class Checkpoint:
     origin: cards.Origin
     _tensors: weights.Tensors
     _form: str
+
+    @property
+    def adapter(self) -> peft.Adapter | None:
+        """What is added to the model's own weights, if anything is."""
+        tensors = self._tensors
+        return tensors.adapter if isinstance(tensors, peft.Merged) else None
 
     def load(self, *, dtype: Any = jnp.float32, shardings: Any = None) -> Params:
         """Reads the weights, every device only what it will hold.
@@ -153,15 +158,24 @@ def open(
 
     Args:
       path: a Hugging Face directory or hub id, a .gguf file, or package:NAME/FILE.gguf
-        for a GGUF file that the installed Python package NAME ships. Nothing of the
-        checkpoint or of that package is executed.
+        for a GGUF file that the installed Python package NAME ships; or a directory or
+        hub id of PEFT, whose adapter is then added to the model that it names. Nothing
+        of the checkpoint or of that package is executed.
       revision: branch, tag or commit; hub ids only.
       tokenizer: another one: itself, or its directory or hub id.
 
     Raises:
       ValueError: nothing is there, or it is not supported.
     """
-    path = os.fspath(path)
+    return _open(os.fspath(path), revision, tokenizer, adapts=True)
+
+
+def _open(path: str, revision: str | None, tokenizer: Any, adapts: bool) -> Checkpoint:
+    """`open`.
+
+    Args:
+      adapts: whether it may be an adapter.
+    """
     origin = cards.Origin(path, revision)
     if path.startswith("package:"):
         path = _in_package(path)
@@ -179,6 +193,8 @@ def open(
         origin = origin._replace(said=file.licence())
         return _checkpoint(arch, own, file, "gguf", origin)
     folder = _folder(path, revision)
+    if adapts and peft.alone(folder):
+        return _adapted(folder, origin, tokenizer)
     arch = _architecture(folder, classifier=False)
     tensors = SafetensorsFolder(folder)
     if arch.tie_embeddings and _has_own_output(tensors):
@@ -186,6 +202,33 @@ def open(
     own = _tokenizer(folder) if tokenizer is None else tokenizer
     origin = origin._replace(said=cards.said_in(folder))
     return _checkpoint(arch, own, tensors, "huggingface", origin)
+
+
+def _adapted(folder: Path, origin: cards.Origin, tokenizer: Any) -> Checkpoint:
+    """The model that an adapter belongs to, with the adapter added to it."""
+    config = folder / peft.CONFIG
+    described = peft.describe(folder)
+    if (name := described.base) is None:
+        raise ModelFileError(
+            f"{config} has no base_model_name_or_path: write there the path or the hub "
+            "id of the model that it is an adapter of"
+        )
+    revision = None if Path(name).expanduser().exists() else described.revision
+    own = _tokenizer(folder) if tokenizer is None else tokenizer
+    try:
+        base = _open(name, revision, own, adapts=False)
+    except ValueError as error:
+        raise ModelFileError(
+            f"{config}: base_model_name_or_path {name!r} cannot be opened: {error}"
+        ) from error
+    adapter = peft.open(folder, base.arch)
+    on_hub = {} if "/" not in name or Path(name).exists() else {"base_model": name}
+    said = {**base.origin.said, **on_hub, **cards.said_in(folder)}
+    return replace(
+        base,
+        origin=origin._replace(said=said),
+        _tensors=peft.Merged(base._tensors, base._form, adapter),
+    )
 
 
 def _checkpoint(
@@ -229,7 +272,7 @@ def _has_own_output(tensors: SafetensorsFolder) -> bool:
 
 def _architecture(folder: Path, *, classifier: bool) -> Architecture:
     """What config.json and generation_config.json describe."""
-    refuse_adapter(folder)
+    peft.refuse(folder)
     config = files.json_object(folder / _CONFIG)
     generation = files.json_object(folder / _GENERATION, default={})
     with files.reading(folder / _GENERATION):
@@ -491,7 +534,7 @@ def _download(name: str, revision: str | None = None) -> Path:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise ValueError(f"{name}: no such directory")
     patterns = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"]
-    patterns += [cards.FILE]
+    patterns += [cards.FILE, peft.WEIGHTS]
     try:
         return Path(
             snapshot_download(

@@ -1,6 +1,7 @@
 """The tensors of a Hugging Face directory: model.safetensors, or several such files."""
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,35 +17,31 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module")
 """Prefixes of torch.compile, DistributedDataParallel and FullyShardedDataParallel."""
 _HEADS = ("lm_head.", "score.")
-_ADAPTER = "adapter_config.json"
 
 
-class SafetensorsFolder:
-    """The tensors of model.safetensors, or of the files that its index lists, as
-    `tensor_map.Tensors`. Nothing but the files' headers is read before `read`.
+class SafetensorsFiles:
+    """The tensors of files of a folder, as `tensor_map.Tensors`. Nothing but the files'
+    headers is read before `read`.
+
+    Args:
+      listed: the file of each tensor, by an index; tensors of which it has another are
+        left out.
 
     Raises:
-      ModelFileError: the folder holds no weights, or more than one set of them; a file
-        is damaged; a tensor's numbers are of no type that can be trained.
+      ModelFileError: a file is damaged; a tensor's numbers are of no type that can be
+        trained.
     """
 
-    def __init__(self, folder: Path):
-        self._folder, self._of_name = folder, {}
-        listed = _listed(folder)
-        opened = {}
-        for file in sorted(set(listed.values())) if listed else [WEIGHTS]:
+    def __init__(
+        self, folder: Path, names: Iterable[str], listed: Mapping[str, str] = {}
+    ):
+        self._folder, self._of_name, self._stored = folder, {}, {}
+        for file in names:
             path = files.checked(folder / file)
             with files.reading(path):
-                opened[file] = safe_open(path, framework="np")
-                self._add(file, opened[file], listed)
-        for name, file in listed.items():
-            if self._of_name.get(name, (None,))[0] != file:
-                raise ModelFileError(
-                    f"{folder / INDEX}: tensor {name} is not in {file}, where it says"
-                )
-        self._name_plainly()
+                self._add(file, safe_open(path, framework="np"), listed)
 
-    def _add(self, file: str, opened: safe_open, listed: dict[str, str]) -> None:
+    def _add(self, file: str, opened: safe_open, listed: Mapping[str, str]) -> None:
         for name in opened.keys():
             if listed.get(name, file) != file:
                 continue
@@ -61,6 +58,45 @@ class SafetensorsFolder:
                     "first"
                 )
             self._of_name[name] = file, opened
+            self._stored[name] = name
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by the tensors' names."""
+        return {
+            name: tuple(opened.get_slice(self._stored[name]).get_shape())
+            for name, (_, opened) in self._of_name.items()
+        }
+
+    def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor, in the type that it is stored in."""
+        with files.reading(self.where(name)):
+            return self._of_name[name][1].get_slice(self._stored[name])[part]
+
+    def where(self, name: str) -> str:
+        """The file that holds a tensor; the folder if none does."""
+        if name not in self._of_name:
+            return str(self._folder)
+        return str(self._folder / self._of_name[name][0])
+
+
+class SafetensorsFolder(SafetensorsFiles):
+    """The tensors of model.safetensors, or of the files that its index lists, by the
+    names that a causal model has for them.
+
+    Raises:
+      ModelFileError: the folder holds no weights, or more than one set of them; a file
+        is damaged; a tensor's numbers are of no type that can be trained.
+    """
+
+    def __init__(self, folder: Path):
+        listed = _listed(folder)
+        super().__init__(folder, sorted(set(listed.values())) or [WEIGHTS], listed)
+        for name, file in listed.items():
+            if self._of_name.get(name, (None,))[0] != file:
+                raise ModelFileError(
+                    f"{folder / INDEX}: tensor {name} is not in {file}, where it says"
+                )
+        self._name_plainly()
 
     def _name_plainly(self) -> None:
         """Gives tensors the names of a causal model: wrappers of training libraries
@@ -82,24 +118,6 @@ class SafetensorsFolder:
             }
         self._of_name = {name: self._of_name[stored] for name, stored in plain.items()}
         self._stored = plain
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes by the tensors' names."""
-        return {
-            name: tuple(opened.get_slice(self._stored[name]).get_shape())
-            for name, (_, opened) in self._of_name.items()
-        }
-
-    def read(self, name: str, part: tuple[slice, ...]) -> np.ndarray:
-        """A part of a tensor, in the type that it is stored in."""
-        with files.reading(self.where(name)):
-            return self._of_name[name][1].get_slice(self._stored[name])[part]
-
-    def where(self, name: str) -> str:
-        """The file that holds a tensor; the folder if none does."""
-        if name not in self._of_name:
-            return str(self._folder)
-        return str(self._folder / self._of_name[name][0])
 
 
 def _listed(folder: Path) -> dict[str, str]:
@@ -147,29 +165,6 @@ def _check_inside(folder: Path, file: str) -> None:
         raise ValueError(
             f"{file!r}, which it lists, is a link to {real}, outside the folder"
         )
-
-
-def refuse_adapter(folder: Path) -> None:
-    """Raises ModelFileError if the folder holds an adapter, beside a model or alone."""
-    found = [_ADAPTER] if os.path.lexists(folder / _ADAPTER) else []
-    found += sorted(p.name for p in folder.glob("adapter_model*"))
-    if not found:
-        return
-    said = files.json_object(folder / _ADAPTER, default={})
-    base = said.get("base_model_name_or_path")
-    beside = any(os.path.lexists(folder / name) for name in (WEIGHTS, INDEX))
-    choice = (
-        "Remove these files to use the weights beside them, or merge"
-        if beside
-        else "Merge"
-    )
-    raise ModelFileError(
-        f"{folder} holds an adapter ({', '.join(found)}) of "
-        f"{'an unnamed model' if base is None else files.shortened(repr(base))}, which "
-        f"is not read. {choice} it into that model, for example with peft: "
-        "AutoPeftModelForCausalLM.from_pretrained(DIRECTORY).merge_and_unload()"
-        ".save_pretrained(NEW_DIRECTORY)"
-    )
 
 
 def _no_weights(folder: Path) -> str:

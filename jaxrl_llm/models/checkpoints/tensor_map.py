@@ -7,7 +7,7 @@ axis of their own, and layers are stacked; every device reads only its own part.
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -187,8 +187,23 @@ def read(
     if shardings is not None:
         rules.check_divides(abstract, shardings)
     check(arch, tensors, form, ignored)
+    return assemble(abstract, places(arch, form), tensors, shardings)
+
+
+def assemble(
+    abstract: Params, stored: Sequence[Place], tensors: Tensors, shardings: Any
+) -> Params:
+    """Parameters of these shapes and dtypes, from the tensors that hold them.
+
+    Args:
+      stored: for each parameter one tensor, or one for every layer, in their order.
+      shardings: as in `read`.
+
+    Raises:
+      ValueError: a tensor holds NaN or an infinity.
+    """
     of_path: dict[str, list[Place]] = {}
-    for place in places(arch, form):
+    for place in stored:
         of_path.setdefault(place.path, []).append(place)
 
     def parameter(path: str, leaf: jax.ShapeDtypeStruct, sharding) -> jax.Array:
@@ -208,25 +223,30 @@ def read(
 def write(
     arch: Architecture, params: Params, dtype: Any
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-    """Name, shape and value of every tensor of a Hugging Face checkpoint.
+    """`disassemble` to the tensors of a Hugging Face checkpoint."""
+    return disassemble(params, places(arch, "huggingface"), dtype)
+
+
+def disassemble(
+    params: Params, stored: Sequence[Place], dtype: Any
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
+    """Name, shape and value of every tensor that holds a part of `params`.
 
     A value comes to the host, in `dtype`, when it is asked for: by all processes, if
     the parameters are spread over several.
     """
     leaves = flat(params)
-    for place in places(arch, "huggingface"):
-        leaf = leaves[place.path]
-        shape = leaf.shape if place.layer is None else leaf.shape[1:]
-        stored = _stored_shape(place, shape)
+    for place in stored:
+        leaf, shape = leaves[place.path], stored_shape(place, leaves)
 
-        def value(place=place, leaf=leaf, stored=stored) -> np.ndarray:
+        def value(place=place, leaf=leaf, shape=shape) -> np.ndarray:
             axes = tuple(axis for group in place.axes for axis in group)
-            how = {"axes": axes, "shape": stored, "dtype": jnp.dtype(dtype)}
+            how = {"axes": axes, "shape": shape, "dtype": jnp.dtype(dtype)}
             if place.layer is None:
                 return processes.fetch(_as_stored(leaf, **how))
             return processes.fetch(_layer_as_stored(leaf, place.layer, **how))
 
-        yield place.name, stored, value
+        yield place.name, shape, value
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "shape", "dtype"))
@@ -252,8 +272,7 @@ def check(
     for name, place in needed.items():
         if name not in shapes:
             raise ValueError(f"{tensors.where(name)}: tensor {name} is missing")
-        shape = leaves[place.path].shape
-        shape = _stored_shape(place, shape if place.layer is None else shape[1:])
+        shape = stored_shape(place, leaves)
         if shapes[name] != shape:
             raise ValueError(
                 f"{tensors.where(name)}: tensor {name} has shape {shapes[name]}; the "
@@ -264,7 +283,9 @@ def check(
             raise ValueError(f"{tensors.where(name)}: unexpected tensor {name}")
 
 
-def _stored_shape(place: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
+def stored_shape(place: Place, leaves: Mapping[str, Any]) -> tuple[int, ...]:
+    """Shape of the tensor at `place`, which holds a part of one of `leaves`."""
+    shape = leaves[place.path].shape[0 if place.layer is None else 1 :]
     return tuple(math.prod(shape[axis] for axis in group) for group in place.axes)
 
 
