@@ -19,7 +19,7 @@ from rich.table import Table
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo
-from jaxrl_llm.bench.train import Remat, random_actor
+from jaxrl_llm.bench.train import Remat, adapters_of, random_actor
 from jaxrl_llm.config.parsing import ConfigError
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
@@ -41,6 +41,7 @@ from jaxrl_llm.training.build import (
     has_critic,
     make_meshes,
     reward_functions,
+    shared,
 )
 
 
@@ -63,6 +64,7 @@ def main(
     pack_length: int = 8192,
     micro_batch_size: int | None = None,
     remat: Remat = "dots",
+    lora_rank: int | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     max_num_seqs: int = 512,
     decode_chunk: int = 64,
@@ -81,6 +83,7 @@ def main(
       micro_batch_size: rows per forward and backward pass; as many as fit, up to 16,384
         tokens a device (twice that with FSDP), if not given, or 2 on CPUs.
       remat: what the backward pass computes again.
+      lora_rank: train adapters of this rank on all matrices; all weights if not given.
       dtype: of generation, and of the matrix products of the update.
       max_num_seqs: sequences decoded together.
       decode_chunk: tokens per dispatch.
@@ -109,6 +112,7 @@ def main(
         policy = PolicySettings(
             dtype=dtype,
             remat=remat,
+            lora=adapters_of(lora_rank),
             rows=Layout(
                 pack_length=pack_length,
                 micro_batch_size=rows,
@@ -134,7 +138,7 @@ def main(
         name: float(np.median([line.get(name, 0.0) for line in measured[1:]]))
         for name in measured[-1]
     }
-    _show(medians, arch, count)
+    _show(medians, arch, count, adapters=lora_rank is not None)
 
 
 def remedies(
@@ -169,7 +173,7 @@ def run(
       mean: of the lengths of responses; all as long as they may be if not given.
     """
     state = setup.actor.start()
-    setup.engine.load(state.params, 0)
+    setup.engine.load(setup.actor.weights(state.params), 0)
     with performance.long_lived_objects_set_aside() as set_aside:
         for step in range(steps):
             timer = performance.Timer()
@@ -199,7 +203,8 @@ def measure(
             f"algorithm.use_kl_in_reward {config.algorithm.use_kl_in_reward}"
         )
     held, others = 0, _live_bytes()
-    meshes, source = make_meshes(config), models.RandomWeights(arch)
+    meshes = make_meshes(config)
+    source = shared(config, models.RandomWeights(arch))
     setup = Setup(
         actor=actor_of(config, source, meshes["actor"], meshes["reference"]),
         engine=engine_of(config, _endless(arch), _Numbers(), meshes["rollout"], []),
@@ -270,7 +275,7 @@ def _step(
     with timer("update_actor"):
         state, learned = actor.update(state, rows, seed=step)
     with timer("update_weights"):
-        engine.load(state.params, step + 1)
+        engine.load(actor.weights(state.params), step + 1)
     sizes = lengths.ravel() + size.prompt_length
     return state, {
         "tokens": float(sizes.sum()),
@@ -317,7 +322,13 @@ def _sample(completion: Completion, prompt: Prompt, sample: int) -> Completion:
     return dataclasses.replace(completion, prompt_id=prompt.id, sample=sample)
 
 
-def _show(medians: dict[str, float], arch: models.Architecture, devices: int) -> None:
+def _show(
+    medians: dict[str, float],
+    arch: models.Architecture,
+    devices: int,
+    *,
+    adapters: bool,
+) -> None:
     whole = medians["timing_s/step"]
     phases = {
         name.removeprefix("timing_s/"): value
@@ -336,6 +347,7 @@ def _show(medians: dict[str, float], arch: models.Architecture, devices: int) ->
         arch.num_layers,
         arch.num_heads,
         arch.head_dim,
+        adapters=adapters,
     )
     peak = hardware.peak_flops(jax.devices()[0].device_kind)
     found = {

@@ -51,6 +51,7 @@ def main(
     attention: tuple[Literal["auto", "xla"], ...] = ("auto",),
     unroll: Literal["auto", "never", "always"] = "auto",
     keep_probabilities: bool = False,
+    lora_rank: int | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     mu_dtype: Literal["float32", "bfloat16"] = "float32",
     fsdp: int = 1,
@@ -74,6 +75,7 @@ def main(
       attention: see `actor.attention`.
       unroll: see `actor.unroll`.
       keep_probabilities: see `actor.keep_probabilities`.
+      lora_rank: train adapters of this rank on all matrices; all weights if not given.
       dtype: of activations and matrix products.
       mu_dtype: of AdamW's first moment.
       fsdp: devices that weights and rows are split over.
@@ -108,6 +110,7 @@ def main(
             attention=kind,
             unroll=unroll,
             keep_probabilities=keep_probabilities,
+            lora=adapters_of(lora_rank),
             rows=Layout(pack_length=pack_length, micro_batch_size=size, longest=length),
         )
         return random_actor(arch, on, policy, step, mu_dtype)
@@ -136,6 +139,7 @@ def main(
             "attention": kind,
             "unroll": unroll,
             "keep_probabilities": keep_probabilities,
+            "lora_rank": lora_rank,
         }
         print(json.dumps({"model": model, **variant, **result}), flush=True)
         profiles += [trace] if trace else []
@@ -168,9 +172,18 @@ def _explained(actor: Actor) -> AbstractContextManager[None]:
 
     return out_of_memory.explained(
         lambda found: memory.PROGRAMS.get(found.program, "the measurement"),
-        lambda _: {"weights": weights, "optimizer": fitting.bytes_of(state.opt_state)},
+        lambda _: {
+            "weights": weights,
+            "optimizer": fitting.bytes_of(state.opt_state),
+            fitting.FROZEN: fitting.bytes_of(actor.abstract_frozen()),
+        },
         less,
     )
+
+
+def adapters_of(rank: int | None) -> models.Lora | None:
+    """Adapters of this rank on all matrices; none if that is not given."""
+    return None if rank is None else models.Lora(rank=rank, alpha=float(rank))
 
 
 def random_actor(
@@ -181,8 +194,9 @@ def random_actor(
     mu_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Actor:
     """A policy of random weights with the update of GRPO: vanilla loss, AdamW, one
-    optimizer step per training step."""
+    optimizer step per training step; of adapters alone, if `policy` has any."""
     adamw = optimizer.Settings(lr=1e-6, mu_dtype=mu_dtype), 1000
+    lora = policy.lora
     return Actor(
         Policy(arch, on, policy),
         models.RandomWeights(arch),
@@ -193,6 +207,7 @@ def random_actor(
         ),
         optimizer=optimizer.make(*adamw),
         schedule=optimizer.schedule(*adamw),
+        adapters=lora and models.NewAdapters(arch, lora, seed=0),
     )
 
 
@@ -207,12 +222,12 @@ def _measure(
     seconds, trace = [], None
     for _ in range(steps + 2):
         start = time.perf_counter()
-        state, found = compiled(state, rows, None)
+        state, found = compiled(state, rows, actor.frozen)
         jax.block_until_ready((state, found))
         seconds.append(time.perf_counter() - start)
     if profiled:
         with profile.recorded() as recording:
-            state, found = compiled(state, rows, None)
+            state, found = compiled(state, rows, actor.frozen)
             jax.block_until_ready((state, found))
         trace = profile.table(recording)
     median = float(np.median(seconds[2:]))
@@ -224,6 +239,7 @@ def _measure(
         arch.num_layers,
         arch.num_heads,
         arch.head_dim,
+        adapters=actor.policy.settings.lora is not None,
     )
     peak = hardware.peak_flops(devices.flat[0].device_kind)
     share = performance.mfu(flops, median, peak, devices.size)

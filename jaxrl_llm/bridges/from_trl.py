@@ -44,9 +44,13 @@ def _model(draft: Draft) -> None:
     revision = draft.get("model_revision", "main")
     if revision != "main":
         draft.put("model.revision", revision, "model_revision")
+    rank, alpha = draft.get("lora_r", 16), draft.get("lora_alpha", 32)
+    modules = draft.get("lora_target_modules", "all-linear")
     if draft.get("use_peft"):
-        draft.leave("use_peft", "all weights are trained")
-        draft.todo.append("use_peft is on, but all weights are trained here")
+        draft.put("actor.lora.rank", rank, "lora_r")
+        draft.put("actor.lora.alpha", alpha, "lora_alpha")
+        whole = "all" if modules in ("all-linear", ["all-linear"]) else modules
+        draft.put("actor.lora.modules", whole, "lora_target_modules")
 
 
 def _data(draft: Draft) -> None:

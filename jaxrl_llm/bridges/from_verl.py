@@ -73,11 +73,17 @@ def _model(draft: Draft) -> None:
     for name in ("data.tokenizer", f"{_MODEL}tokenizer_path"):
         if (tokenizer := draft.get(name)) and tokenizer != path:
             draft.put("model.tokenizer", tokenizer, name)
-    for name in (f"{_MODEL}lora_rank", "critic.model.lora_rank"):
-        if draft.given.get(name):
-            draft.todo.append(
-                f"{name} is {draft.get(name)}, but all weights are trained"
-            )
+    for section, key in ((_MODEL, "actor.lora"), ("critic.model.", "critic.lora")):
+        rank, alpha = (
+            draft.get(f"{section}lora_{name}", default)
+            for name, default in (("rank", 0), ("alpha", 16))
+        )
+        modules = draft.get(f"{section}target_modules", "all-linear")
+        if rank:
+            draft.put(f"{key}.rank", rank, f"{section}lora_rank")
+            draft.put(f"{key}.alpha", alpha, f"{section}lora_alpha")
+            whole = "all" if modules == "all-linear" else modules
+            draft.put(f"{key}.modules", whole, f"{section}target_modules")
     if draft.get(f"{_MODEL}custom_chat_template"):
         draft.left[f"{_MODEL}custom_chat_template"] = (
             "write it to a file and name that in data.chat_template_file"

@@ -29,6 +29,12 @@ def misfits(config) -> Iterator[str]:
             f"actor.entropy_coeff is {actor.entropy_coeff}, whose gradient needs the "
             "logits; set actor.keep_probabilities to false"
         )
+    kept = actor.ref_refresh_steps is not None or actor.ref_mesh is not None
+    if actor.lora and "reference" in actor.offload and not kept:
+        yield (
+            "actor.offload has reference, but with actor.lora the reference is the "
+            "policy without its adapters and takes no memory of its own; leave it out"
+        )
     if rollout.engine != "vllm" and rollout.vllm != type(rollout.vllm)():
         yield f"rollout.vllm is given, but rollout.engine is {rollout.engine}"
     ours = {"devices", "command", "args", "env", "port"} & rollout.vllm.model_fields_set

@@ -1,6 +1,6 @@
 """The sections of a configuration about what is trained."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +13,11 @@ from jaxrl_llm.config.algorithm import (
 from jaxrl_llm.config.names import Aggregation, KlEstimator, TrainRules
 from jaxrl_llm.config.schema_algorithm import PolicyLossConfig
 from jaxrl_llm.config.section import Free, Name, PathText, Rounding, Section
+
+Module = Literal[
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+]  # fmt: skip
+"""The matrices of a layer, by their names in Hugging Face checkpoints."""
 
 
 class TrainMeshConfig(Section):
@@ -59,6 +64,37 @@ class ComputeConfig(Section):
     sharding/rules.py. `residual: context` turns sequence parallelism off."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters: y = x W + scale * (x a) b, of which only a and b are trained,
+    in float32. W stays as it is read, in `dtype`. They learn well at rates some ten
+    times those of all weights."""
+
+    rank: int = Field(32, gt=0)
+    """Columns of a and rows of b."""
+    alpha: float = Field(32.0, gt=0)
+    """scale = alpha / rank."""
+    modules: Literal["all"] | tuple[Module, ...] = "all"
+    """Which matrices of every layer have adapters; all of them, or some of q_proj,
+    k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
+    rslora: bool = False
+    """scale = alpha / sqrt(rank), which does not fade as the rank grows."""
+
+    @field_validator("modules", mode="before")
+    @classmethod
+    def _known(cls, modules: Any) -> Any:
+        known = get_args(Module)
+        listed = isinstance(modules, list | tuple) and len(modules) > 0
+        if modules == "all" or (
+            listed
+            and all(name in known for name in modules)
+            and len(set(modules)) == len(modules)
+        ):
+            return modules
+        raise ValueError(
+            f"should be all, or some of [{', '.join(known)}], each once; got {modules}"
+        )
+
+
 class TrainedConfig(ComputeConfig):
     """How a model is computed that is trained."""
 
@@ -66,6 +102,9 @@ class TrainedConfig(ComputeConfig):
     """What the backward pass of a layer computes again. none: nothing. dots: all but
     matrix products and attention. full: everything. offload: as dots, with the
     products kept in the host's memory meanwhile."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters beside weights that stay as they are; all weights if not
+    given."""
 
 
 class OptimConfig(Section):

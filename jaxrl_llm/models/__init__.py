@@ -43,12 +43,17 @@ from jaxrl_llm.models.checkpoints.huggingface import (
     save,
     save_classifier,
 )
-from jaxrl_llm.models.checkpoints.tensor_map import RandomWeights, WeightSource
+from jaxrl_llm.models.checkpoints.tensor_map import (
+    RandomWeights,
+    ReadOnce,
+    WeightSource,
+)
 from jaxrl_llm.models.embedding import choose as choose_lookup
 from jaxrl_llm.models.layer_loop import COMPILER_OPTIONS
 from jaxrl_llm.models.layer_loop import choose as choose_loop
 from jaxrl_llm.models.lora import (
     Lora,
+    NewAdapters,
     abstract_adapters,
     adapter_axes,
     init_adapters,
@@ -73,8 +78,10 @@ __all__ = [
     "Classifier",
     "Lora",
     "Model",
+    "NewAdapters",
     "Pages",
     "RandomWeights",
+    "ReadOnce",
     "Rope",
     "WeightSource",
     "abstract_adapters",

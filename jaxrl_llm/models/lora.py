@@ -15,7 +15,7 @@ Source: Hu et al. 2021 (arXiv:2106.09685); rslora: Kalajdzievski 2023
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +120,23 @@ def init_adapters(arch: Architecture, lora: Lora, key: PRNGKeyArray) -> Params:
 
     found = of_layers(abstract_adapters(arch, lora))
     return _tree({name: drawn(name, **pair) for name, pair in found.items()})
+
+
+class NewAdapters(NamedTuple):
+    """Adapters that have learned nothing, as a source of weights."""
+
+    arch: Architecture
+    lora: Lora
+    seed: int
+
+    def load(self, *, dtype: Any = jnp.float32, shardings: Any = None) -> Params:
+        """Those of `init_adapters`, the same in any layout."""
+
+        def make() -> Params:
+            made = init_adapters(self.arch, self.lora, jax.random.key(self.seed))
+            return jax.tree.map(lambda x: x.astype(dtype), made)
+
+        return jax.jit(make, out_shardings=shardings)()
 
 
 def of_layers(params: Params) -> Params:

@@ -78,6 +78,7 @@ def show(job: Job) -> bool:
     facts = {
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "parameters": f"{models.num_params(arch):,}",
+        "trained": f"{_count(learner.abstract_state().params):,}",
         "training mesh": dict(learner.mesh.shape),
         "groups": config.placement.groups or "all roles on all devices",
         "generation": config.rollout.engine,
@@ -229,7 +230,8 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
         if "reference" in job.config.actor.offload:
             kept = found[group_of["reference"]]["reference"]
         rows = learner.largest_rows()
-        add_peak("reference", judge.lower_scoring(rows, judge.settings.dtype), kept)
+        weights = learner.reference.abstract_weights()
+        add_peak("reference", judge.lower_scoring(rows, weights), kept)
     # A checkpoint has checksums, one array after the other.
     arrays = jax.tree.leaves(learner.abstract_state())
     add_peak("actor", checksum.lower_of_placed(max(arrays, key=fitting.bytes_of)))
@@ -387,6 +389,10 @@ def _work(found: Estimate) -> Table:
     if None not in times:
         table.add_row("all", "", "", "", "", f"{sum(times):.3g}")
     return table
+
+
+def _count(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def _temporary(program: jax.stages.Lowered) -> int:

@@ -26,7 +26,13 @@ from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.critic import Critic
 from jaxrl_llm.sharding import hardware, mesh, processes
 from jaxrl_llm.training import fitting
-from jaxrl_llm.training.build import actor_of, engine_of, has_critic, make_meshes
+from jaxrl_llm.training.build import (
+    actor_of,
+    engine_of,
+    has_critic,
+    make_meshes,
+    shared,
+)
 from jaxrl_llm.training.fitting import bytes_of
 from jaxrl_llm.training.settings import placed
 
@@ -170,14 +176,14 @@ def completed(
     _check(config)
     meshes = make_meshes(config, devices)
     arch = workload.architecture(config.model.path, config.model.revision)
-    source = models.RandomWeights(arch)
+    source = shared(config, models.RandomWeights(arch))
     engine = engine_of(config, arch, None, meshes["rollout"], [])
 
     def actor_with(config: Config) -> Actor:
         return actor_of(config, source, meshes["actor"], meshes["reference"])
 
     def critic_with(config: Config) -> Critic:
-        return workload.critic_of(config, arch, meshes["critic"])
+        return workload.critic_of(config, source, meshes["critic"])
 
     actor = actor_with(config)
     critic = critic_with(config) if has_critic(config) else None
@@ -235,7 +241,8 @@ def estimate(
     _check(config)
     meshes, group_of = make_meshes(config, devices), placed(config.placement)
     arch = workload.architecture(config.model.path, config.model.revision)
-    source, capacity = models.RandomWeights(arch), _capacity(devices, memory)
+    source = shared(config, models.RandomWeights(arch))
+    capacity = _capacity(devices, memory)
     held: dict[str, dict[str, int]] = {group_of[role]: {} for role in meshes}
     work: dict[str, dict[str, Work]] = {group: {} for group in held}
 
@@ -245,12 +252,15 @@ def estimate(
     if uses_kl(config):
         size = bytes_of(learner.reference.abstract_params())
         held[group_of["reference"]]["reference"] = size
-        work[group_of["reference"]] |= workload.reference(config, learner, size)
+        work[group_of["reference"]] |= workload.reference(config, learner)
+    critic = None
     if has_critic(config):
-        critic = workload.critic_of(config, arch, meshes["critic"])
+        critic = workload.critic_of(config, source, meshes["critic"])
         state = critic.abstract_state()
         held[group_of["critic"]] |= workload.held_by("critic's ", state)
         work[group_of["critic"]] |= workload.judging(config, critic, learner)
+    for role, sizes in fitting.frozen(learner, critic).items():
+        held[group_of[role]] |= sizes
     for group in held.values():  # in the host's memory
         group |= {name: 0 for name in config.actor.offload if name in group}
 

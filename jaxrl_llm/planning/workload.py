@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxrl_llm import models
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.schema import Config
+from jaxrl_llm.config.schema_training import TrainedConfig
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.critic import Critic
@@ -94,8 +95,9 @@ def held_by(whose: str, state: Any) -> dict[str, int]:
 def learning(config: Config, learner: Actor) -> dict[str, Work]:
     """The policy's programs."""
     state, rows = learner.abstract_state(), learner.largest_rows()
-    params, actor = bytes_of(state.params), config.actor
+    frozen, actor = bytes_of(learner.abstract_frozen()), config.actor
     whole = _training_flops(config, learner.arch) / learner.mesh.size
+    update = _update_flops(config, learner.arch, actor) / learner.mesh.size
     each, micro = _weights_read(learner.arch, learner.mesh, actor.dtype), 1
     if actor.micro_batch_size:
         micro = -(-rows.tokens.shape[0] // actor.micro_batch_size)
@@ -105,10 +107,10 @@ def learning(config: Config, learner: Actor) -> dict[str, Work]:
     found = {
         "update": Work(
             lower=learner.lower_largest_update,
-            kept=bytes_of(state) - away,
+            kept=bytes_of(state) - away + frozen,
             num_devices=learner.mesh.size,
             runs=updates,
-            flops=(4 / 3 if actor.remat == "full" else 1) * whole * epochs,
+            flops=update * epochs,
             # Weights are read forward and twice backward, the state once per update.
             memory_traffic=3 * each * micro * epochs + 2 * updates * bytes_of(state),
         )
@@ -118,8 +120,8 @@ def learning(config: Config, learner: Actor) -> dict[str, Work]:
     passes = settings.needs_old_logprobs(config) + baseline
     if passes:
         found["log-probabilities"] = Work(
-            lower=lambda: learner.policy.lower_scoring(rows, jnp.float32),
-            kept=params,
+            lower=lambda: learner.lower_scoring(rows),
+            kept=bytes_of(state.params) + frozen,
             num_devices=learner.mesh.size,
             runs=passes,
             flops=passes * whole / 3,
@@ -128,18 +130,16 @@ def learning(config: Config, learner: Actor) -> dict[str, Work]:
     return found
 
 
-def reference(config: Config, learner: Actor, size: int) -> dict[str, Work]:
-    """The log-probabilities of the reference, whose weights have `size` bytes."""
-    policy, rows, actor = (
-        learner.reference.policy,
-        learner.largest_rows(),
-        config.actor,
-    )
+def reference(config: Config, learner: Actor) -> dict[str, Work]:
+    """The log-probabilities of the reference."""
+    judge, rows, actor = learner.reference, learner.largest_rows(), config.actor
+    policy, own = judge.policy, bytes_of(judge.abstract_params())
     micro = -(-rows.tokens.shape[0] // (actor.micro_batch_size or len(rows.tokens)))
     return {
         "reference's log-probabilities": Work(
-            lower=lambda: policy.lower_scoring(rows, jnp.dtype(actor.dtype)),
-            kept=0 if "reference" in actor.offload else size,
+            lower=lambda: policy.lower_scoring(rows, judge.abstract_weights()),
+            kept=(0 if "reference" in actor.offload else own)
+            + bytes_of(judge.abstract_frozen()),
             num_devices=policy.mesh.size,
             runs=1,
             flops=_training_flops(config, learner.arch) / 3 / policy.mesh.size,
@@ -149,12 +149,17 @@ def reference(config: Config, learner: Actor, size: int) -> dict[str, Work]:
     }
 
 
-def critic_of(config: Config, arch: models.Architecture, on: Mesh) -> Critic:
-    """A critic of random weights, of the shape that `critic.model` names."""
+def critic_of(config: Config, source: models.WeightSource, on: Mesh) -> Critic:
+    """A critic of random weights, of the shape that `critic.model` names.
+
+    Args:
+      source: the policy's.
+    """
     wanted = config.critic.model
     if wanted.path is not None:
         arch = architecture(wanted.path, wanted.revision)
-    return build.critic_of(config, models.RandomWeights(arch), on)
+        source = models.RandomWeights(arch)
+    return build.critic_of(config, source, on)
 
 
 def judging(config: Config, critic: Critic, learner: Actor) -> dict[str, Work]:
@@ -164,7 +169,9 @@ def judging(config: Config, critic: Critic, learner: Actor) -> dict[str, Work]:
         learner.largest_rows(),
         config.critic,
     )
+    frozen = bytes_of(critic.abstract_frozen())
     whole = _training_flops(config, critic.arch) / critic.mesh.size
+    update = _update_flops(config, critic.arch, section) / critic.mesh.size
     each = _weights_read(critic.arch, critic.mesh, section.dtype)
     size = section.micro_batch_size or config.actor.micro_batch_size
     micro = -(-len(rows.tokens) // (size or len(rows.tokens)))
@@ -173,7 +180,7 @@ def judging(config: Config, critic: Critic, learner: Actor) -> dict[str, Work]:
     return {
         "values": Work(
             lower=lambda: critic.lower_judging(rows),
-            kept=bytes_of(state.params),
+            kept=bytes_of(state.params) + frozen,
             num_devices=critic.mesh.size,
             runs=1,
             flops=whole / 3,
@@ -181,10 +188,10 @@ def judging(config: Config, critic: Critic, learner: Actor) -> dict[str, Work]:
         ),
         "critic's update": Work(
             lower=lambda: critic.lower_update(rows),
-            kept=bytes_of(state),
+            kept=bytes_of(state) + frozen,
             num_devices=critic.mesh.size,
             runs=updates,
-            flops=(4 / 3 if section.remat == "full" else 1) * whole * epochs,
+            flops=update * epochs,
             memory_traffic=3 * each * micro * epochs + 2 * updates * bytes_of(state),
         ),
     }
@@ -248,7 +255,8 @@ def moving(
       held: by the engine's devices.
       verified: whether checksums of some transfers are compared.
     """
-    params, target = learner.abstract_state().params, engine.abstract_params()
+    params, target = learner.abstract_weights(), engine.abstract_params()
+    merged = bytes_of(learner.abstract_merged())
     weights, before = held["engine's weights"], bytes_of(target)
     traffic = {"actor": bytes_of(params), "rollout": before}
     # The old copy goes before the new one comes, whose layers are then joined.
@@ -272,6 +280,8 @@ def moving(
         both = max(sent, arrived) if together else arrived
         peaks["rollout"] = max(peaks["rollout"], made + both - weights)
     received = max(way.received.values())
+    # What adapters were added to is there until all has arrived.
+    peaks["rollout" if together else "actor"] += merged
     if together:
         return {
             "actor": Program(
@@ -294,7 +304,17 @@ def moving(
     }
 
 
-def _training_flops(config: Config, arch: models.Architecture) -> float:
+def _update_flops(
+    config: Config, arch: models.Architecture, section: TrainedConfig
+) -> float:
+    """One pass of an update over a step's rows, on all devices."""
+    again = _training_flops(config, arch) / 3 if section.remat == "full" else 0.0
+    return again + _training_flops(config, arch, adapters=section.lora is not None)
+
+
+def _training_flops(
+    config: Config, arch: models.Architecture, *, adapters: bool = False
+) -> float:
     """Forward and backward, of a step's prompts and responses, on all devices."""
     responses, longest = (
         config.data.train_batch_size * config.rollout.n,
@@ -307,6 +327,7 @@ def _training_flops(config: Config, arch: models.Architecture) -> float:
         arch.num_layers,
         arch.num_heads,
         arch.head_dim,
+        adapters=adapters,
     )
 
 

@@ -28,7 +28,12 @@ from jaxrl_llm.models import Architecture, WeightSource
 from jaxrl_llm.models.apply import Params
 from jaxrl_llm.roles.policy import Policy
 from jaxrl_llm.roles.reference import Reference
-from jaxrl_llm.roles.sharded_model import named, to_devices, to_host
+from jaxrl_llm.roles.sharded_model import (
+    COMPILER_OPTIONS,
+    named,
+    to_devices,
+    to_host,
+)
 from jaxrl_llm.roles.trained_model import Meanwhile, MiniBatches, TrainedModel, nothing
 
 
@@ -68,6 +73,8 @@ class Actor:
       is_trained: whether a parameter is trained, by its name: see
         `models.split_params`. All are if not given; the others stay as they are read,
         in the compute dtype.
+      adapters: source of those to start from, which alone are trained; needed if and
+        only if the policy's settings have any.
     """
 
     def __init__(
@@ -80,10 +87,20 @@ class Actor:
         schedule: optax.Schedule,
         reference: Reference | None = None,
         is_trained: Callable[[str], bool] | None = None,
+        adapters: WeightSource | None = None,
     ):
         self.policy, self.reference, self.settings = policy, reference, settings
-        self.schedule = schedule
-        self._source = source
+        self.schedule, self.source = schedule, source
+        self._adapters, self._lora = adapters, policy.settings.lora
+        if self._lora is not None:
+            is_trained = models.is_adapter
+            of_layers = policy.param_shardings()["layers"]
+            matrices = {name: of_layers[name] for name in self._lora.modules}
+            self._merge = jax.jit(
+                functools.partial(models.merged, lora=self._lora),
+                out_shardings={"layers": matrices},
+                compiler_options=COMPILER_OPTIONS,
+            )
 
         how = dataclasses.replace(
             settings.update, micro_batch_size=policy.layout.micro_batch_size
@@ -122,12 +139,16 @@ class Actor:
 
     def read_weights(self, dtype: Any) -> Params:
         """The weights before training, laid out for training."""
-        return self._source.load(
-            dtype=jnp.dtype(dtype), shardings=self.policy.param_shardings()
-        )
+        _, of_base = self._split_off(self.policy.param_shardings())
+        params = self.source.load(dtype=jnp.dtype(dtype), shardings=of_base)
+        if self._lora is None:
+            return params
+        return self._merged(params, self._read_adapters())
 
     def start(self) -> grpo.TrainState:
-        """The state before the first update. Reads the weights."""
+        """The state before the first update. Reads the weights that are trained."""
+        if self._lora is not None:
+            return self._trained.first_state(self._read_adapters())
         params, _ = self._trained.split(self.read_weights("float32"))
         return self._trained.first_state(params)
 
@@ -136,11 +157,58 @@ class Actor:
         """The weights that are not trained; None if all are. Reads them."""
         if self._trained.is_trained is None:
             return None
-        return self._trained.split(self.read_weights(self.policy.settings.dtype))[1]
+        _, of_base = self._split_off(self.policy.param_shardings())
+        dtype = jnp.dtype(self.policy.settings.dtype)
+        params = self.source.load(dtype=dtype, shardings=of_base)
+        return params if self._lora else self._trained.split(params)[1]
 
-    def weights(self, state: grpo.TrainState) -> Params:
-        """All weights of the policy."""
-        return models.merge(state.params, self.frozen)
+    def abstract_frozen(self) -> Params:
+        """Shapes, dtypes and shardings of `frozen`."""
+        return self._trained.split(self.policy.abstract_params())[1]
+
+    def weights(self, params: Params) -> Params:
+        """All weights of the policy, as others may read them: what is trained with what
+        is not, adapters added to their matrices.
+
+        Args:
+          params: those of the state.
+        """
+        if self._lora is None:
+            return models.merge(params, self.frozen)
+        return self._merged(self.frozen, params)
+
+    def abstract_weights(self) -> Params:
+        """Shapes, dtypes and shardings of `weights`."""
+        if self._lora is None:
+            return self._abstract_computed()
+        return self.abstract_frozen()
+
+    def abstract_merged(self) -> Params:
+        """Shapes, dtypes and shardings of what of `weights` is made anew each time."""
+        if self._lora is None:
+            return {}
+        return self._matrices(self.abstract_weights())
+
+    def _abstract_computed(self) -> Params:
+        """Shapes, dtypes and shardings of the weights that the policy is computed
+        with."""
+        return models.merge(self.abstract_state().params, self.abstract_frozen())
+
+    def _read_adapters(self) -> Params:
+        shardings, _ = self._trained.split(self.policy.param_shardings())
+        return self._adapters.load(shardings=shardings)
+
+    def _split_off(self, tree: Params) -> tuple[Params, Params]:
+        """The adapters of a tree like the weights, and the rest."""
+        return models.split_params(tree, models.is_adapter)
+
+    def _merged(self, params: Params, adapters: Params) -> Params:
+        found = self._merge(self._matrices(params), adapters)
+        return params | {"layers": params["layers"] | found["layers"]}
+
+    def _matrices(self, params: Params) -> Params:
+        layers = params["layers"]
+        return {"layers": {name: layers[name] for name in self._lora.modules}}
 
     def is_finite(self, state: grpo.TrainState) -> bool:
         """Whether all weights that are trained are finite."""
@@ -256,8 +324,7 @@ class Actor:
 
     def lower_update(self, batch: TrainBatch) -> jax.stages.Lowered:
         """The update of the state with rows of these shapes."""
-        _, frozen = self._trained.split(self.policy.abstract_params())
-        return self._trained.lower(batch, frozen)
+        return self._trained.lower(batch, self.abstract_frozen())
 
     def compile_largest_update(self) -> jax.stages.Compiled:
         """The largest update that can occur, compiled."""
@@ -280,7 +347,7 @@ class Actor:
         """Every program that the steps of a run need of the policy, whatever lengths
         there are, each from shapes alone: its name, and what lowers it."""
         found: dict[str, Callable[[], jax.stages.Lowered]] = {}
-        _, frozen = self._trained.split(self.policy.abstract_params())
+        frozen, computed = self.abstract_frozen(), self._abstract_computed()
         for rows in self.policy.shapes_of_rows(self.largest_mini_batch()):
             found[f"update {named(rows)}"] = functools.partial(
                 self._trained.lower_step, rows, frozen
@@ -289,15 +356,40 @@ class Actor:
         if self.settings.needs_old_logprobs:
             for rows in self.policy.shapes_of_rows(batch):
                 found[f"old log-probabilities {named(rows)}"] = functools.partial(
-                    self.policy.lower_score, rows, "float32"
+                    self.policy.lower_score, rows, computed
                 )
         if self.reference is not None:
             judge = self.reference.policy
             for rows in judge.shapes_of_rows(batch):
                 found[f"reference {named(rows)}"] = functools.partial(
-                    judge.lower_score, rows, judge.settings.dtype
+                    judge.lower_score, rows, self.reference.abstract_weights()
                 )
+        if self._lora is not None:
+            found["adapters added to the weights"] = self.lower_merging
         return found
+
+    def lower_merging(self) -> jax.stages.Lowered:
+        """What adds adapters to their matrices."""
+        adapters = self.abstract_state().params
+        return self._merge.lower(self.abstract_merged(), adapters)
+
+    def lower_scoring(self, batch: TrainBatch) -> jax.stages.Lowered:
+        """Log-probabilities of the policy itself of rows of these shapes."""
+        return self.policy.lower_scoring(batch, self._abstract_computed())
+
+    def lower_sum_pi_squared(self, rows: TrainBatch) -> jax.stages.Lowered:
+        """The program of `sum_pi_squared` for rows of `shapes_of_rows`."""
+        return self.policy.lower_sum_pi_squared(rows, self._abstract_computed())
+
+    def sum_pi_squared(
+        self, params: Params, batch: TrainBatch
+    ) -> Float[np.ndarray, "R T"]:
+        """`Policy.sum_pi_squared` of all response tokens.
+
+        Args:
+          params: those of the state.
+        """
+        return self.policy.sum_pi_squared(models.merge(params, self.frozen), batch)
 
     def _measure(self, rows: TrainBatch) -> dict[str, Mean]:
         together = self.policy.layout.micro_batch_size

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,8 @@ class Critic:
       model: with a value head.
       source: of the decoder's weights to start from; the head starts at 0.
       schedule: the learning rate as a function of updates, which is logged.
+      adapters: source of those to start from, which alone are trained, with the head;
+        needed if and only if the model's settings have any.
     """
 
     def __init__(
@@ -54,19 +57,20 @@ class Critic:
         *,
         optimizer: optax.GradientTransformation,
         schedule: optax.Schedule,
+        adapters: WeightSource | None = None,
     ):
         self.model, self.settings, self.schedule = model, settings, schedule
-        self._source = source
+        self.source, self._adapters = source, adapters
 
         how = dataclasses.replace(
             settings.update, micro_batch_size=model.layout.micro_batch_size
         )
 
-        def update_critic(state, rows, _):
+        def update_critic(state, rows, frozen):
             return ppo.update_critic(
                 state,
                 rows,
-                value_fn=self.values,
+                value_fn=functools.partial(self.values, frozen=frozen),
                 optimizer=optimizer,
                 settings=how,
                 joinable=True,
@@ -77,6 +81,7 @@ class Critic:
             update_critic,
             optimizer=optimizer,
             mini_batches=settings.mini_batches,
+            is_trained=_is_trained if model.settings.lora else None,
         )
         self._judge = model.in_micro_batches(self.values)
 
@@ -91,21 +96,50 @@ class Critic:
         return self.model.mesh
 
     def start(self) -> grpo.TrainState:
-        """The state before the first update. Reads the weights."""
-        axes = models.logical_axes(self.arch)
-        decoder = self._source.load(
-            dtype=jnp.float32, shardings=self.model.partition.shardings(axes)
-        )
+        """The state before the first update. Reads the weights that are trained."""
+        shardings, _ = self._trained.split(self.model.param_shardings())
+        if self._adapters is None:
+            params = models.init_critic(self.arch, self._read("float32"))
+        else:
+            adapters = self._adapters.load(shardings=shardings["decoder"])
+            width = self.arch.hidden_size
+            head = {"weight": jnp.zeros(width), "bias": jnp.zeros(())}
+            params = {"decoder": adapters, **head}
         params = jax.tree.map(
             lambda x, s: x if x.sharding == s else processes.place(x, s),
-            models.init_critic(self.arch, decoder),
-            self.model.param_shardings(),
+            params,
+            shardings,
         )
         return self._trained.first_state(params)
 
-    def values(self, params: Params, rows: TrainBatch) -> Float[Array, "R T"]:
-        """The value of the state before every response token, 0 elsewhere."""
-        after = self.model.values(self.model.laid_out(params), rows)
+    @functools.cached_property
+    def frozen(self) -> Params:
+        """The weights that are not trained; None if all are. Reads them."""
+        if self._adapters is None:
+            return None
+        whole = models.init_critic(self.arch, self._read(self.model.settings.dtype))
+        return {"decoder": whole["decoder"]}
+
+    def abstract_frozen(self) -> Params:
+        """Shapes, dtypes and shardings of `frozen`."""
+        return self._trained.split(self.model.abstract_params())[1]
+
+    def _read(self, dtype: Any) -> Params:
+        """The decoder's weights before training."""
+        axes = models.logical_axes(self.arch)
+        return self.source.load(
+            dtype=jnp.dtype(dtype), shardings=self.model.partition.shardings(axes)
+        )
+
+    def values(
+        self, params: Params, rows: TrainBatch, frozen: Params = None
+    ) -> Float[Array, "R T"]:
+        """The value of the state before every response token, 0 elsewhere.
+
+        Args:
+          frozen: weights that `params` lacks, which are not differentiated.
+        """
+        after = self.model.values(self.model.laid_out(params, frozen), rows)
         return logprobs.before(
             after, rows.positions, rows.response_mask, previous_tokens(rows)
         )
@@ -114,10 +148,12 @@ class Critic:
         """`values` of all rows, on the host.
 
         Args:
+          params: those of the state.
           batch: of `Actor.make_rows`, on the host.
         """
         rows = self.model.on_devices(bare(batch))
-        return self.model.fetch(self._judge(params, rows), batch)
+        weights = models.merge(params, self.frozen)
+        return self.model.fetch(self._judge(weights, rows), batch)
 
     def update(
         self,
@@ -138,13 +174,15 @@ class Critic:
         """
         known = {"values": batch.values, "returns": batch.returns}
         batch = dataclasses.replace(bare(batch), **known)
-        state, means = self._trained.update(state, batch, seed, meanwhile=meanwhile)
+        state, means = self._trained.update(
+            state, batch, seed, frozen=self.frozen, meanwhile=meanwhile
+        )
         means["critic/lr"] = float(self.schedule(int(state.step) - 1))
         return jax.block_until_ready(state), means
 
     def lower_update(self, batch: TrainBatch) -> Lowered:
         """An update with (a part of) `batch`, from shapes alone."""
-        return self._trained.lower(self._mini_batch(batch))
+        return self._trained.lower(self._mini_batch(batch), self.abstract_frozen())
 
     def lower_judging(self, batch: TrainBatch) -> Lowered:
         """The values of rows of these shapes, from shapes alone."""
@@ -161,7 +199,7 @@ class Critic:
         judged = self.model.shapes_of_rows(bare(batch))
         return {
             f"critic's update {named(rows)}": functools.partial(
-                self._trained.lower_step, rows
+                self._trained.lower_step, rows, self.abstract_frozen()
             )
             for rows in updates
         } | {
@@ -175,7 +213,8 @@ class Critic:
         return self._trained.split_rows(batch, 0, 0)[0]
 
     def _lower_judge(self, rows: TrainBatch) -> Lowered:
-        return self._judge.lower(self.abstract_state().params, rows)
+        trained, frozen = self.abstract_state().params, self.abstract_frozen()
+        return self._judge.lower(models.merge(trained, frozen), rows)
 
     def is_finite(self, state: grpo.TrainState) -> bool:
         """Whether all weights that are trained are finite."""
@@ -188,3 +227,8 @@ class Critic:
     def abstract_state(self) -> grpo.TrainState:
         """Shapes, dtypes and shardings of the state."""
         return self._trained.abstract_state()
+
+
+def _is_trained(name: str) -> bool:
+    """Adapters and the head are, if there are adapters."""
+    return models.is_adapter(name) or not name.startswith("decoder.")

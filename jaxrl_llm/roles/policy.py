@@ -5,7 +5,6 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,18 +83,20 @@ class Policy(ShardedModel):
         rows = self.on_devices(batches.bare(batch))
         return self.fetch(self._concentration(params, rows), batch)
 
-    def lower_scoring(self, batch: TrainBatch, dtype: Any) -> jax.stages.Lowered:
-        """The program of `score` for weights of `dtype` and rows of these shapes."""
-        return self.lower_score(self.abstract_rows(batches.bare(batch)), dtype)
+    def lower_scoring(self, batch: TrainBatch, params: Params) -> jax.stages.Lowered:
+        """The program of `score` for weights and rows of these shapes."""
+        return self.lower_score(self.abstract_rows(batches.bare(batch)), params)
 
-    def lower_score(self, rows: TrainBatch, dtype: Any) -> jax.stages.Lowered:
+    def lower_score(self, rows: TrainBatch, params: Params) -> jax.stages.Lowered:
         """`lower_scoring` for rows of `shapes_of_rows`."""
-        return self._score.lower(self.abstract_params(dtype), rows)
+        return self._score.lower(params, rows)
 
-    def lower_sum_pi_squared(self, rows: TrainBatch) -> jax.stages.Lowered:
-        """The program of `sum_pi_squared` for weights that are trained and rows of
+    def lower_sum_pi_squared(
+        self, rows: TrainBatch, params: Params
+    ) -> jax.stages.Lowered:
+        """The program of `sum_pi_squared` for weights of these shapes and rows of
         `shapes_of_rows`."""
-        return self._concentration.lower(self.abstract_params("float32"), rows)
+        return self._concentration.lower(params, rows)
 
     def logprobs(
         self, params: Params, rows: TrainBatch, frozen: Params = None
@@ -115,6 +116,7 @@ class Policy(ShardedModel):
                 asked.positions,
                 asked.response_mask,
                 entropy_gradient=self.settings.entropy_gradient,
+                matrix_gradient=self.settings.lora is None,
                 keep=self.settings.keep_probabilities,
                 **how,
             )

@@ -56,6 +56,8 @@ class ModelSettings:
     """In place of those of `rules.TRAIN`."""
     rows: Layout = Layout()
     """How sequences are laid out, but for the multiples, which are the mesh's."""
+    lora: models.Lora | None = None
+    """The adapters that the weights have."""
 
 
 _FEWEST_TOKENS = 256
@@ -94,7 +96,8 @@ class ShardedModel:
     ):
         self.arch, self.mesh, self.settings, self.head = arch, mesh, settings, head
         has_values = head == "value"
-        self.axes = (models.critic_axes if has_values else models.logical_axes)(arch)
+        axes = (models.critic_axes if has_values else models.logical_axes)(arch)
+        self.axes = self._with_adapters(axes, models.adapter_axes)
         self.partition = _partition(
             arch, self.shapes("float32"), self.axes, mesh, settings, keys or {}
         )
@@ -113,10 +116,24 @@ class ShardedModel:
         )
 
     def shapes(self, dtype: Any) -> Params:
-        """Shapes and dtypes of all weights."""
+        """Shapes and dtypes of all weights; adapters, if there are any, are float32."""
+        has_values = self.head == "value"
+        make = models.abstract_critic if has_values else models.abstract_params
+        return self._with_adapters(
+            make(self.arch, dtype=jnp.dtype(dtype)),
+            functools.partial(models.abstract_adapters, self.arch),
+        )
+
+    def _with_adapters(
+        self, of_base: Params, of_lora: Callable[[models.Lora], Params]
+    ) -> Params:
+        """A tree like the weights, made of its two parts."""
+        if self.settings.lora is None:
+            return of_base
+        adapters = of_lora(self.settings.lora)
         if self.head == "value":
-            return models.abstract_critic(self.arch, dtype=jnp.dtype(dtype))
-        return models.abstract_params(self.arch, dtype=jnp.dtype(dtype))
+            adapters = {"decoder": adapters}
+        return models.merge(adapters, of_base)
 
     def param_shardings(self) -> Params:
         """The sharding of every weight."""
@@ -259,6 +276,7 @@ class ShardedModel:
             loop=models.choose_loop(self.mesh, how.unroll, how.remat),
             lookup=models.choose_lookup(self.partition),
             shard=self.partition.constrain,
+            lora=how.lora,
         )
 
     def _attention(self, rows: TrainBatch):

@@ -160,6 +160,8 @@ def train_flops(
     layers: int,
     heads: int,
     head_dim: int,
+    *,
+    adapters: bool = False,
 ) -> float:
     """Floating-point operations of one forward and backward pass over a batch.
 
@@ -167,6 +169,8 @@ def train_flops(
           + 6 * sum_of_squared_lengths * head_dim * heads * layers
 
     Args:
+      adapters: only they are trained: 4 instead of the first 6, as the gradient of the
+        weights themselves is not needed. Their own operations are not counted.
       num_params_matmul: weights of matrix products. veRL counts an embedding, which is
         only looked up, as well.
       sum_of_squared_lengths: over the sequences of the batch, tokens squared. Only the
@@ -175,7 +179,8 @@ def train_flops(
     Source: veRL 0.9.1, utils/flops_counter.py.
     """
     attention = 6.0 * sum_of_squared_lengths * head_dim * heads * layers
-    return 6.0 * num_params_matmul * num_tokens + attention
+    each = 4.0 if adapters else 6.0
+    return each * num_params_matmul * num_tokens + attention
 
 
 def mfu(

@@ -1,5 +1,6 @@
 """What a run consists of, made from its configuration and checked."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -40,6 +41,7 @@ from jaxrl_llm.tracking import console
 from jaxrl_llm.tracking import services as loggers
 from jaxrl_llm.training import fitting, settings
 from jaxrl_llm.training.experience import Score, score_together
+from jaxrl_llm.training.randomness import Purpose, seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,11 +147,14 @@ def build(
     judge = valued = None
     if config.reward.model:
         judge = open_reward_model(config, source)
+    weights = shared(config, source)
     if has_critic(config):
         valued = open_critic(config, source)
+        if valued is source and config.critic.lora:
+            valued = weights  # of which the critic trains adapters too
 
     def actor_with(config: Config) -> Actor:
-        return actor_of(config, source, meshes["actor"], meshes["reference"])
+        return actor_of(config, weights, meshes["actor"], meshes["reference"])
 
     def critic_with(config: Config) -> Critic:
         return critic_of(config, valued, meshes["critic"])
@@ -441,6 +446,12 @@ def engine_of(
             )
 
 
+def shared(config: Config, source: models.WeightSource) -> models.WeightSource:
+    """The policy's weights for all that read them: the same arrays for all, if they are
+    never changed."""
+    return source if config.actor.lora is None else models.ReadOnce(source)
+
+
 def actor_of(
     config: Config,
     source: models.WeightSource,
@@ -450,7 +461,7 @@ def actor_of(
     """The policy of a run, with a reference if a KL term asks for one.
 
     Args:
-      source: of the weights to start from.
+      source: of the weights to start from, see `shared`.
       reference_on: the mesh of the reference; `on` if not given.
 
     Raises:
@@ -459,12 +470,21 @@ def actor_of(
     """
     actor, how, arch = config.actor, settings.policy(config), source.arch
     policy, reference = Policy(arch, on, how, keys=settings.keys("actor.mesh")), None
+    adapters = new_adapters(config, arch, how.lora, Purpose.ACTOR_ADAPTERS)
     if uses_kl(config):
+        # The initial policy is the base, whose adapters change nothing yet.
+        own = adapters if actor.ref_refresh_steps else None
         judge = policy
-        if reference_on is not None and reference_on != on:
-            keys = settings.keys("actor.ref_mesh")
-            judge = Policy(arch, reference_on, how, keys=keys)
-        reference = Reference(judge, source, offload="reference" in actor.offload)
+        if reference_on is not None and reference_on != on or how.lora and not own:
+            keys = settings.keys("actor.ref_mesh" if actor.ref_mesh else "actor.mesh")
+            alike = dataclasses.replace(how, lora=how.lora if own else None)
+            judge = Policy(arch, reference_on or on, alike, keys=keys)
+        reference = Reference(
+            judge,
+            own if how.lora else source,
+            base=source if how.lora else None,
+            offload="reference" in actor.offload,
+        )
     steps = config.trainer.total_training_steps - config.trainer.critic_warmup
     numbers = settings.optim(actor.optim), steps, settings.updates_per_step(config)
     return Actor(
@@ -474,7 +494,17 @@ def actor_of(
         optimizer=optimizer.make(*numbers),
         schedule=optimizer.schedule(*numbers),
         reference=reference,
+        adapters=adapters,
     )
+
+
+def new_adapters(
+    config: Config, arch: models.Architecture, lora: models.Lora | None, whose: Purpose
+) -> models.NewAdapters | None:
+    """The adapters that a run begins with, if it has any."""
+    if lora is None:
+        return None
+    return models.NewAdapters(arch, lora, seed(config.seed, whose, 0))
 
 
 def critic_of(
@@ -501,6 +531,7 @@ def critic_of(
         settings.critic(config),
         optimizer=optimizer.make(*numbers),
         schedule=optimizer.schedule(*numbers),
+        adapters=new_adapters(config, source.arch, how.lora, Purpose.CRITIC_ADAPTERS),
     )
 
 

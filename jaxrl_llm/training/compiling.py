@@ -28,7 +28,7 @@ def programs(job: Job, done: Sequence[int] = ()) -> dict[str, Callable[[], Lower
     if "sum_pi_squared" in plugins.estimator_of(job.config.algorithm).needs:
         for rows in actor.policy.shapes_of_rows(largest):
             found[f"sums of squares {list(rows.tokens.shape)}"] = functools.partial(
-                actor.policy.lower_sum_pi_squared, rows
+                actor.lower_sum_pi_squared, rows
             )
     if job.reward_model:
         found |= job.reward_model.programs(largest)

@@ -212,7 +212,7 @@ def assign_credit(
             rows = actor.with_logprobs(params, rows, state.reference)
     if "sum_pi_squared" in plugins.estimator_of(algorithm).needs:
         with observe("old_log_prob"):
-            squares = actor.policy.sum_pi_squared(params, rows)
+            squares = actor.sum_pi_squared(params, rows)
     if job.critic:
         with observe("values"):
             values = job.critic.judge(state.critic.params, rows)

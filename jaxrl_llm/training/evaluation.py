@@ -9,6 +9,7 @@ from jaxrl_llm import models
 from jaxrl_llm.config import resume
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config, ModelConfig
+from jaxrl_llm.config.schema_training import LoraConfig
 from jaxrl_llm.config.secrets import without_secrets
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.tracking import comparison, run_directory
@@ -50,8 +51,9 @@ def evaluate_all(
         raise ConfigError(f"--models: {twice[0]} is given twice")
     if not config.data.val:
         raise ConfigError("data.val is needed: which questions to answer")
-    sections = {name: model_of(name, config) for name in names}
-    for section, _ in sections.values():  # before the first of them is asked
+    asked = {name: model_of(name, config) for name in names}
+    for of_model, _ in asked.values():  # before the first of them is asked
+        section = of_model.model
         models.open(
             section.path, revision=section.revision, tokenizer=section.tokenizer
         )
@@ -65,11 +67,10 @@ def evaluate_all(
     }
     results: dict[str, Validation] = {}
     differences: dict[str, dict[str, Difference]] = {}
-    for name, (section, saved) in sections.items():
-        if len(sections) > 1:
+    for name, (of_model, saved) in asked.items():
+        if len(asked) > 1:
             say(f"{name}: answering")
-        asked = config.model_copy(update={"model": section})
-        results[name] = _answered(asked, saved, say)
+        results[name] = _answered(of_model, saved, say)
         if name != names[0]:
             differences[name] = comparison.compare(results[names[0]], results[name])
         if processes.leads():
@@ -77,30 +78,36 @@ def evaluate_all(
     return results, differences
 
 
-def model_of(name: str, config: Config) -> tuple[ModelConfig, Path | None]:
-    """The model that a name stands for, and the checkpoint that its weights are in;
-    None if they are the model's own.
+def model_of(name: str, config: Config) -> tuple[Config, Path | None]:
+    """The configuration with the model that a name stands for, and the checkpoint that
+    its weights are in; None if they are the model's own.
 
     Raises:
       ConfigError: a run has no weights, or its settings are gone.
     """
     path = Path(name).expanduser()
     if (path / "huggingface").is_dir():
-        return _own(str(path / "huggingface"), config), None
+        return _with(config, _own(str(path / "huggingface"), config)), None
     if (path / "checkpoints").is_dir():
         raise ConfigError(
             f"{name} is a run without final weights; name one of its checkpoints, "
             f"such as {path / 'checkpoints' / 'STEP'}"
         )
     if not ((path / "state").is_dir() and (path / "position").is_dir()):
-        return _own(name, config), None
+        return _with(config, _own(name, config)), None
     run = path.absolute().parent.parent
     settings = resume.settings_of(run)
     if settings is None:
         raise ConfigError(
             f"{name}: {run} has no config.yaml to say which model it is of"
         )
-    return settings.model, path
+    return _with(config, settings.model, settings.actor.lora), path
+
+
+def _with(config: Config, model: ModelConfig, lora: LoraConfig | None = None) -> Config:
+    """The configuration with another model and its adapters."""
+    actor = config.actor.model_copy(update={"lora": lora})
+    return config.model_copy(update={"model": model, "actor": actor})
 
 
 def _own(path: str, config: Config) -> ModelConfig:
@@ -129,7 +136,7 @@ def _answered(config: Config, saved: Path | None, say: Say) -> Validation:
         else:
             like = job.actor.abstract_state().params
             params = checkpoint.read_policy(saved, like)
-            params = models.merge(params, job.actor.frozen)
+            params = job.actor.weights(params)
         job.engine.load(params, version=0)
         del params
         return answer_held_out(job, 0)

@@ -30,6 +30,7 @@ from jaxrl_llm.training.settings import placed
 
 Sizes = dict[str, dict[str, int]]
 """Bytes on one device by purpose, for each group of devices."""
+FROZEN = "frozen weights"
 CACHE, WEIGHTS = "generation cache", "generation weights"
 """What engines call what they have."""
 MOST_TOKENS = 16_384
@@ -67,6 +68,33 @@ def kept(
     if uses_kl(config):
         size = bytes_of(actor.reference.abstract_params())
         add("reference", {"reference": size})
+    for role, sizes in frozen(actor, critic).items():
+        add(role, sizes)
+    return found
+
+
+def frozen(actor: Actor, critic: Critic | None) -> Sizes:
+    """Bytes by purpose on each device of weights that are never changed, by role; where
+    one of these holds the very arrays of another, 0."""
+    known = set()
+
+    def size(source: Any, params: Any) -> int:
+        total = 0
+        for path, leaf in jax.tree.leaves_with_path(params):
+            array = id(source), jax.tree_util.keystr(path), leaf.dtype, leaf.sharding
+            total += 0 if array in known else bytes_of(leaf)
+            known.add(array)
+        return total
+
+    found: Sizes = {}
+    if params := actor.abstract_frozen():
+        found["actor"] = {FROZEN: size(actor.source, params)}
+    reference = actor.reference
+    if reference and (params := reference.abstract_frozen()):
+        found["reference"] = {f"reference's {FROZEN}": size(reference.base, params)}
+    if critic and (params := critic.abstract_frozen()):
+        there = size(critic.source, params["decoder"])
+        found["critic"] = {f"critic's {FROZEN}": there}
     return found
 
 
@@ -74,9 +102,11 @@ def beside(config: Config, sizes: Sizes, role: str) -> int:
     """Bytes of what stays on the devices of the actor or the critic while it is
     updated, or of rollout while responses are made, but for what it has itself."""
     there = dict(sizes[placed(config.placement)[role]])
+    critics = f"critic's {FROZEN}"
     own = {
-        "actor": ("weights", "optimizer"),
-        "critic": ("critic's weights", "critic's optimizer"),
+        "actor": ("weights", "optimizer", FROZEN),
+        "critic": ("critic's weights", "critic's optimizer", critics)
+        + (FROZEN,) * (there.get(critics) == 0),
         "rollout": (WEIGHTS,),
     }[role]
     offloaded = [*config.actor.offload]
@@ -301,6 +331,8 @@ def estimated(model: ShardedModel, state: Any, length: int, size: int) -> float:
     weights = bytes_of(state.params)
     # Gradients are as large as the weights, which are also copied to be multiplied.
     fixed = bytes_of(state) + weights + weights // 4 * width
+    if how.lora:
+        fixed += bytes_of(model.abstract_params())
     return fixed + (tokens * (kept + 6 * products) + logits) / tensor
 
 

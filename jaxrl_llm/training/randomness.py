@@ -19,6 +19,10 @@ class Purpose(enum.IntEnum):
     """The order of the prompts in each pass of an update."""
     RESAMPLE = 3
     """Which responses PF-PPO trains on."""
+    ACTOR_ADAPTERS = 4
+    """The policy's adapters before the first step."""
+    CRITIC_ADAPTERS = 5
+    """The critic's."""
 
 
 def seed(run_seed: int, purpose: Purpose, step: int, attempt: int = 0) -> int:

@@ -8,6 +8,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Sequence
+from typing import get_args
 from urllib.parse import urlsplit
 
 from jaxrl_llm.algorithms import grpo, ppo
@@ -16,8 +17,14 @@ from jaxrl_llm.config import plugins
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config, PlacementConfig, RolloutMeshConfig
 from jaxrl_llm.config.schema_algorithm import RolloutCorrectionConfig
-from jaxrl_llm.config.schema_training import OptimConfig, TrainMeshConfig
+from jaxrl_llm.config.schema_training import (
+    LoraConfig,
+    Module,
+    OptimConfig,
+    TrainMeshConfig,
+)
 from jaxrl_llm.data.packing import Layout
+from jaxrl_llm.models import Lora
 from jaxrl_llm.roles import optimizer
 from jaxrl_llm.roles.actor import ActorSettings, StepSize
 from jaxrl_llm.roles.critic import CriticSettings
@@ -56,6 +63,20 @@ def policy(config: Config) -> PolicySettings:
         temperature=config.rollout.temperature,
         entropy_gradient=actor.entropy_coeff != 0,
         keep_probabilities=actor.keep_probabilities,
+        lora=lora(actor.lora),
+    )
+
+
+def lora(section: LoraConfig | None) -> Lora | None:
+    """The adapters that a section asks for."""
+    if section is None:
+        return None
+    names = get_args(Module) if section.modules == "all" else section.modules
+    return Lora(
+        rank=section.rank,
+        alpha=section.alpha,
+        modules=tuple(name.removesuffix("_proj") for name in names),
+        rslora=section.rslora,
     )
 
 
@@ -90,6 +111,7 @@ def value_model(config: Config) -> ModelSettings:
         unroll=critic.unroll,
         rules=critic.rules,
         rows=rows(config, critic.micro_batch_size or config.actor.micro_batch_size),
+        lora=lora(critic.lora),
     )
 
 

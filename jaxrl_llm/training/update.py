@@ -91,4 +91,5 @@ def update_flops(job: Job, groups: Groups) -> float:
         arch.num_layers,
         arch.num_heads,
         arch.head_dim,
+        adapters=job.config.actor.lora is not None,
     )

@@ -163,12 +163,24 @@ def test_groups_differ_in_what_the_users_function_returns(folder, own, metric, w
     assert draft.tree()["algorithm"]["filter_groups"]["metric"] == wanted
 
 
+def test_adapters_are_taken_over(folder):
+    lines = "{lora_rank: 8, lora_alpha: 4, target_modules: [q_proj, down_proj]}"
+    draft = verl(folder, f"actor_rollout_ref: {{model: {lines}}}")
+    wanted = {"rank": 8, "alpha": 4, "modules": ["q_proj", "down_proj"]}
+    assert draft.tree()["actor"]["lora"] == wanted
+    draft = verl(folder, "actor_rollout_ref: {model: {lora_rank: 0}}")
+    assert "lora" not in draft.tree()["actor"]
+
+
 @pytest.mark.parametrize(
     "line, said",
     [
         ("algorithm: {adv_estimator: mine}", "algorithm.adv_estimator is mine; here"),
         ("data: {truncation: right}", "data.truncation is right; here data.overlong"),
-        ("actor_rollout_ref: {model: {lora_rank: 8}}", "lora_rank is 8, but all"),
+        (
+            "actor_rollout_ref: {model: {lora_rank: 8, target_modules: [qkv]}}",
+            "actor.lora.modules: should be all, or some of [q_proj,",
+        ),
         ("trainer: {save_freq: often}", "save_freq is 'often', which is no number"),
         ("trainer: {total_epochs: '${oc.env:N}'}", r"is ${oc.env:N}: say what it"),
         ("data: {train_batch_size: many}", "data.train_batch_size: "),

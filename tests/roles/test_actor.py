@@ -219,7 +219,7 @@ def test_a_frozen_half_stays_and_the_other_learns_as_if_all_did(tiny_model):
         rows = made.make_rows(*make_rollouts(), ADVANTAGES)
         state, metrics = made.update(made.start(), rows, seed=3)
         assert jax.tree.map(lambda x: x.sharding, state) == made.state_shardings()
-        return state, jax.device_get(made.weights(state)), metrics
+        return state, jax.device_get(made.weights(state.params)), metrics
 
     def in_half(name):
         return name in ("layers.q", "layers.down", "norm.scale", "output")

@@ -4,7 +4,6 @@ from jaxrl_llm.config.peers.key import Key, Peer
 
 _DEVICES = "the devices that are here are used; placement gives roles some of them"
 _MICRO = "rows of all devices together; leave it out and what fits is found"
-_NO_LORA = "all weights are trained"
 _SERVERS = (
     "the jax engine lives in the trainer; rollout.vllm.devices has one server each"
 )
@@ -112,8 +111,8 @@ KEYS = {
     "ds.ring_attn_size": Key("actor.mesh.context"),
     "ds.param_dtype": Key("actor.dtype"),
     "ds.attn_implementation": Key("actor.attention", "auto takes flash attention"),
-    "ds.lora.rank": Key(None, _NO_LORA),
-    "ds.lora.alpha": Key(None, _NO_LORA),
+    "ds.lora.rank": Key("actor.lora.rank", "0 is actor.lora null"),
+    "ds.lora.alpha": Key("actor.lora.alpha"),
     "vllm.num_engines": Key("rollout.mesh.data", _SERVERS),
     "vllm.tensor_parallel_size": Key("rollout.mesh.tensor"),
     "vllm.gpu_memory_utilization": Key("rollout.cache_gib", "GiB on each device"),

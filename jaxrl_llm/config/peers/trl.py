@@ -9,7 +9,6 @@ _MICRO = "rows of all devices together; leave it out and what fits is found"
 _VLLM = "rollout.engine: vllm starts servers, see rollout.vllm"
 _IMPORTANCE = "rollout_is: token or sequence"
 _BOUND = 'a number truncates, "LOWER_UPPER" masks'
-_NO_LORA = "all weights are trained"
 _NO_QUANTISED = "trained weights are float32"
 _LOSS = (
     "grpo is seq-mean-token-mean, dapo token-mean, dr_grpo seq-mean-token-sum-norm; "
@@ -33,7 +32,10 @@ KEYS = {
     ),
     "disable_dropout": Key(None, "there is no dropout"),
     "cast_lm_head_to_fp32": Key(None, "softmax and losses are float32"),
-    **_without(("use_peft", "lora_r", "lora_alpha", "lora_target_modules"), _NO_LORA),
+    "use_peft": Key("actor.lora", "false is null"),
+    "lora_r": Key("actor.lora.rank"),
+    "lora_alpha": Key("actor.lora.alpha"),
+    "lora_target_modules": Key("actor.lora.modules", "all-linear is all"),
     **_without(("load_in_4bit", "load_in_8bit"), _NO_QUANTISED),
     # data
     "dataset_name": Key("data.train.path", "hub:NAME for the hub"),

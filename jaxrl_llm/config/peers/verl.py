@@ -8,7 +8,9 @@ _COMPILED = "XLA compiles everything"
 _ALL_DEVICES = "the devices that are here are used; CUDA_VISIBLE_DEVICES chooses some"
 _SAVED = "output_dir/rollouts has every prompt, response and score"
 _NO_CODE = "models are built in, and no code of a model's is ever run"
-_NO_LORA = "all weights are trained"
+_NO_LORA = "0 is actor.lora null"
+_NO_CRITIC_LORA = "0 is critic.lora null"
+_MODULES = "all-linear is all"
 _SAME_SAMPLER = "the jax engine needs no such setting"
 _STEPS = "a number of steps: epochs x rows / data.train_batch_size"
 _REWARD = "module:function; one with compute_score's signature is called as veRL does"
@@ -118,9 +120,9 @@ KEYS = {
         "actor.remat", "true is offload"
     ),
     "actor_rollout_ref.model.use_remove_padding": Key("actor.pack_length", _PACK),
-    "actor_rollout_ref.model.lora_rank": Key(None, _NO_LORA),
-    "actor_rollout_ref.model.lora_alpha": Key(None, _NO_LORA),
-    "actor_rollout_ref.model.target_modules": Key(None, _NO_LORA),
+    "actor_rollout_ref.model.lora_rank": Key("actor.lora.rank", _NO_LORA),
+    "actor_rollout_ref.model.lora_alpha": Key("actor.lora.alpha"),
+    "actor_rollout_ref.model.target_modules": Key("actor.lora.modules", _MODULES),
     "actor_rollout_ref.model.trust_remote_code": Key(None, _NO_CODE),
     "actor_rollout_ref.model.external_lib": Key(None, _NO_CODE),
     "actor_rollout_ref.model.use_liger": Key(None, _COMPILED),
@@ -226,6 +228,9 @@ KEYS = {
     "critic.ppo_micro_batch_size": Key("critic.micro_batch_size", _MICRO),
     "critic.ppo_micro_batch_size_per_gpu": Key("critic.micro_batch_size", _MICRO),
     "critic.ulysses_sequence_parallel_size": Key("critic.mesh.context"),
+    "critic.model.lora_rank": Key("critic.lora.rank", _NO_CRITIC_LORA),
+    "critic.model.lora_alpha": Key("critic.lora.alpha"),
+    "critic.model.target_modules": Key("critic.lora.modules", _MODULES),
     "critic.model.enable_gradient_checkpointing": Key(
         "critic.remat", "true is full, false is none"
     ),

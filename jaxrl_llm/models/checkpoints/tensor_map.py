@@ -7,6 +7,7 @@ axis of their own, and layers are stacked; every device reads only its own part.
 import functools
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -63,6 +64,30 @@ class RandomWeights(NamedTuple):
             out_shardings=shardings,
         )
         return make()
+
+
+class ReadOnce:
+    """Weights that nobody changes: whoever asks for the same layout gets the same
+    arrays, as long as anybody holds them."""
+
+    def __init__(self, source: WeightSource):
+        self.arch, self._source = source.arch, source
+        self._known: dict[Any, list[weakref.ref[jax.Array]]] = {}
+
+    def load(self, *, dtype: Any = jnp.float32, shardings: Any = None) -> Params:
+        """The weights, stacked, every device only what it will hold."""
+        leaves, form = jax.tree.flatten(shardings)
+        key = jnp.dtype(dtype), form, tuple(leaves)
+        there = [known() for known in self._known.get(key, [])]
+        if not there or any(array is None for array in there):
+            found = self._source.load(dtype=dtype, shardings=shardings)
+            read, form = jax.tree.flatten(found)
+            there = [
+                new if old is None else old
+                for old, new in zip(there or read, read, strict=True)
+            ]
+            self._known[key] = [weakref.ref(array) for array in there]
+        return jax.tree.unflatten(form, there)
 
 
 class Stored(NamedTuple):

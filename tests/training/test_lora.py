@@ -1,0 +1,74 @@
+"""Whole runs that train adapters."""
+
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+from short_run import make_config, mean_id, newest
+
+from jaxrl_llm import models
+from jaxrl_llm.rewards import RewardFunction
+from jaxrl_llm.training import evaluation
+from jaxrl_llm.training import loop as train
+from jaxrl_llm.training import state as states
+from jaxrl_llm.training.build import build
+
+LORA = {"rank": 4, "alpha": 8.0}
+
+
+def run(config):
+    job = build(config, [RewardFunction(name="high", function=mean_id)])
+    train.run(job)
+    return job
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refreshed", [False, True])
+def test_a_run_of_adapters_goes_on_bit_for_bit_and_ends_as_a_whole_model(
+    tiny_model, tmp_path, refreshed
+):
+    changed = {
+        "actor.lora": LORA,
+        "critic.lora": LORA,
+        "actor.use_kl_loss": True,
+        "actor.ref_refresh_steps": 1 if refreshed else None,
+        "data.train_batch_size": 4,
+        "trainer.save_freq": 1,
+        "trainer.save_hf": True,
+        "trainer.total_training_steps": 2,
+    }
+    config = make_config(tiny_model, tmp_path, **changed)
+    run(config)
+    whole, parts = tmp_path / "run", tmp_path / "resumed"
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "2")
+    job = run(config.model_copy(update={"output_dir": str(parts)}))
+    like = states.abstract_state(job)
+    expected, got = newest(whole, like), newest(parts, like)
+    chex.assert_trees_all_equal(expected, got)
+    # A checkpoint has adapters, their moments and a critic's head; of the reference,
+    # adapters if it is a later one than the base.
+    sizes = [x.size for x in jax.tree.leaves(expected.actor.params)]
+    assert len(sizes) == 14
+    moments = [x.size for x in jax.tree.leaves(expected.actor.opt_state) if x.ndim]
+    assert moments == 2 * sizes
+    assert len(jax.tree.leaves(expected.reference)) == (14 if refreshed else 0)
+    assert {*expected.critic.params} == {"decoder", "weight", "bias"}
+    assert {*expected.critic.params["decoder"]["layers"]} == {"lora"}
+    _, saved, _ = models.load(whole / "huggingface")
+    weights = jax.device_get(job.actor.weights(job.actor.start().params))
+    before = jax.device_get(job.actor.read_weights("float32"))
+    chex.assert_trees_all_equal(weights, before)
+    same = np.asarray(saved["layers"]["q"], np.float32) == before["layers"]["q"]
+    assert not same.all()
+    merged = jax.device_get(
+        models.merged(before, expected.actor.params, models.Lora(**LORA))
+    )
+    # What is written is rounded to the model's own dtype.
+    chex.assert_trees_all_close(saved, merged, rtol=1e-2, atol=1e-2)
+    asked, path = evaluation.model_of(str(whole / "checkpoints" / "2"), config)
+    assert asked.actor.lora == config.actor.lora and path.name == "2"
+    asked, path = evaluation.model_of(str(whole), config)
+    assert asked.actor.lora is None and path is None
