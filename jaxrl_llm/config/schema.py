@@ -16,7 +16,6 @@ from jaxrl_llm.config.schema_training import (
     ActorConfig,
     ComputeConfig,
     CriticConfig,
-    DistillationConfig,
 )
 from jaxrl_llm.config.section import (
     Course,
@@ -193,6 +192,10 @@ class RolloutConfig(SamplingConfig):
     sequences wait for room, or are preempted and go on later."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of weights, activations and KV cache."""
+    lora: Rounding[Literal["merge", "separate"]] = "merge"
+    """What the engine takes of a policy with actor.lora. merge: all weights after each
+    step, adapters added to them. separate: its weights once, and after each step only
+    the adapters, which are computed beside them."""
     quantization: Literal["int8", "fp8"] | None = None
     """Dtype of the matrices in the jax engine's layers, with a scale per output; fp8
     also of what they multiply, a scale per token. mismatch/ tells what it costs in
@@ -249,7 +252,6 @@ class RewardConfig(Section):
     """What a response is worth: the weighted sum of the functions and the model."""
 
     functions: tuple[RewardFunctionConfig, ...] = ()
-    """At least one, or a model; none are needed for distillation alone."""
     model: RewardModelConfig | None = None
     """None if not given."""
     overlong_buffer: OverlongBufferConfig | None = None
@@ -268,6 +270,12 @@ class RewardConfig(Section):
     on_error: Literal["raise", "zero"] = "raise"
     """A function that raises, hangs or returns NaN stops the run, or scores 0 and is
     counted in the metrics."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RewardConfig":
+        if not self.functions and self.model is None:
+            raise ValueError("functions is empty; give at least one, or a model")
+        return self
 
 
 class ValConfig(SamplingConfig):
@@ -340,8 +348,6 @@ class PlacementConfig(Section):
     """Group of the KL term's reference policy; the actor's if not given."""
     reward: str | None = None
     """Group of the reward model; the actor's if not given."""
-    teacher: str | None = None
-    """Group of distillation.teacher; the actor's if not given."""
     rollout: str | None = None
     """Group of the jax engine; the actor's if not given."""
 
@@ -352,7 +358,7 @@ class PlacementConfig(Section):
                 device_numbers(text)
             except ValueError as error:
                 raise ValueError(f"group {name}: {error}") from None
-        roles = ("actor", "critic", "reference", "reward", "teacher", "rollout")
+        roles = ("actor", "critic", "reference", "reward", "rollout")
         used = {role: getattr(self, role) for role in roles}
         for role, group in used.items():
             if group is not None and group not in self.groups:
@@ -381,9 +387,7 @@ class Config(Section):
     actor: ActorConfig = ActorConfig()
     critic: CriticConfig = CriticConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    reward: RewardConfig = RewardConfig()
-    distillation: DistillationConfig | None = None
-    """Off if not given."""
+    reward: RewardConfig
     val: Free[ValConfig] = ValConfig()
     placement: Rounding[PlacementConfig] = PlacementConfig()
     trainer: Free[TrainerConfig]

@@ -12,6 +12,8 @@ from jaxrl_llm.models.apply import (
     for_products,
     forward,
     fuse,
+    fuse_adapters,
+    fused_adapter_axes,
     init,
     logical_axes,
     logits,
@@ -43,6 +45,9 @@ from jaxrl_llm.models.checkpoints.huggingface import (
     save,
     save_classifier,
 )
+from jaxrl_llm.models.checkpoints.peft import Adapter
+from jaxrl_llm.models.checkpoints.peft import open as open_adapter
+from jaxrl_llm.models.checkpoints.peft import save as save_adapter
 from jaxrl_llm.models.checkpoints.tensor_map import (
     RandomWeights,
     ReadOnce,
@@ -72,6 +77,7 @@ from jaxrl_llm.models.value_head import (
 __all__ = [
     "COMPILER_OPTIONS",
     "DTYPES",
+    "Adapter",
     "Architecture",
     "Bits",
     "Checkpoint",
@@ -98,6 +104,8 @@ __all__ = [
     "for_products",
     "forward",
     "fuse",
+    "fuse_adapters",
+    "fused_adapter_axes",
     "kv_copies",
     "init",
     "init_adapters",
@@ -113,10 +121,12 @@ __all__ = [
     "num_matmul_params",
     "num_params",
     "open",
+    "open_adapter",
     "open_classifier",
     "output_matrix",
     "partition",
     "save",
+    "save_adapter",
     "save_classifier",
     "shared_prompts",
     "split_params",

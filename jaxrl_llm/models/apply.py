@@ -174,11 +174,8 @@ def fuse(layer: Params, bits: Bits | None = None, kv_copies: int = 1) -> Params:
     rest = dict(layer)
     for end in ("", "_bias"):
         if f"q{end}" in rest:
-            q, k, v = (rest.pop(f"{name}{end}") for name in "qkv")
-            k, v = (jnp.repeat(x, kv_copies, axis=-2) for x in (k, v))
-            q = q.reshape(*k.shape[:-1], -1, k.shape[-1])
-            parts = [q, k[..., None, :], v[..., None, :]]
-            rest[f"qkv{end}"] = jnp.concatenate(parts, axis=-2)
+            parts = (rest.pop(f"{name}{end}") for name in "qkv")
+            rest[f"qkv{end}"] = _join_heads(*parts, kv_copies)
         if f"gate{end}" in rest:
             parts = [rest.pop(f"{name}{end}") for name in ("gate", "up")]
             rest[f"gate_up{end}"] = jnp.stack(parts, axis=-2)
@@ -192,6 +189,78 @@ def fuse(layer: Params, bits: Bits | None = None, kv_copies: int = 1) -> Params:
             values, scales = quantise(rest[name], DTYPES[bits], summed)
             rest |= {name: values, f"{name}_scale": scales}
     return rest
+
+
+def _join_heads(q: Array, k: Array, v: Array, kv_copies: int) -> Array:
+    """For every copy of a key/value head its queries, then its key and value."""
+    k, v = (jnp.repeat(x, kv_copies, axis=-2) for x in (k, v))
+    q = q.reshape(*k.shape[:-1], -1, k.shape[-1])
+    return jnp.concatenate([q, k[..., None, :], v[..., None, :]], axis=-2)
+
+
+def fuse_adapters(
+    arch: Architecture, adapters: Params, lora: Lora, dtype, kv_copies: int = 1
+) -> Params:
+    """The adapters of one layer for a fused layer, which has them as "lora".
+
+    Those of matrices that are joined become one, of as many ranks as they have
+    together: a beside a, and b below b, each in its own columns and 0 elsewhere.
+
+    Args:
+      adapters: by module, unstacked.
+      dtype: of products; b is multiplied by the scale before it is rounded to it.
+      kv_copies: as for `fuse`.
+    """
+    pairs = scaled(adapters, lora, dtype)
+    N, K, H, F = (
+        arch.num_heads,
+        arch.num_kv_heads,
+        arch.head_dim,
+        arch.intermediate_size,
+    )
+
+    def joined(shapes: dict[str, tuple[int, ...]], join: Callable) -> Params | None:
+        there = [pairs.pop(name, None) for name in shapes]
+        total = sum(pair["a"].shape[-1] for pair in there if pair)
+        if not total:
+            return None
+        start, blocks = 0, []
+        for shape, pair in zip(shapes.values(), there, strict=True):
+            block = jnp.zeros((total, *shape), dtype)
+            if pair:
+                block = jax.lax.dynamic_update_slice_in_dim(block, pair["b"], start, 0)
+                start += len(pair["b"])
+            blocks.append(block)
+        a = jnp.concatenate([pair["a"] for pair in there if pair], axis=-1)
+        return {"a": a, "b": join(*blocks)}
+
+    found = {
+        "qkv": joined(
+            {"q": (N, H), "k": (K, H), "v": (K, H)},
+            functools.partial(_join_heads, kv_copies=kv_copies),
+        ),
+        "gate_up": joined(
+            {"gate": (F,), "up": (F,)}, lambda *halves: jnp.stack(halves, axis=-2)
+        ),
+    }
+    return {name: pair for name, pair in found.items() if pair} | pairs
+
+
+def fused_adapter_axes(lora: Lora) -> Params:
+    """A tuple of axis names for every array of `fuse_adapters`."""
+    ends = {
+        "qkv": (("embed",), ("kv_heads", None, "head")),
+        "o": (("heads", "head"), ("embed",)),
+        "gate_up": (("embed",), (None, "mlp")),
+        "down": (("mlp",), ("embed",)),
+    }
+    of_joined = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+    there = {of_joined.get(module, module) for module in lora.modules}
+    return {
+        name: {"a": (*inputs, "rank"), "b": ("rank", *outputs)}
+        for name, (inputs, outputs) in ends.items()
+        if name in there
+    }
 
 
 def output_matrix(params: Params) -> Float[Array, "V D"]:

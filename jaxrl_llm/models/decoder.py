@@ -167,7 +167,7 @@ class Layer(nnx.Module):
         """The layer's output, and what `attend` keeps.
 
         Args:
-          adapters: of some matrices; not for a fused layer.
+          adapters: of some matrices; for a fused layer those of `fuse_adapters`.
         """
         adapters = adapters or {}
         inner, outer = ("rows", "tokens", None), ("rows", "residual", None)
@@ -205,14 +205,15 @@ class Layer(nnx.Module):
                 )
             )
             return q, k, v
-        qkv = _linear("btd,dkgh->btkgh", x, self.qkv, self.qkv_bias, self.qkv_scale)
+        weights = self.qkv, self.qkv_bias, self.qkv_scale, adapters.get("qkv")
+        qkv = _linear("btd,dkgh->btkgh", x, *weights)
         q = qkv[..., :-2, :].reshape(*x.shape[:2], -1, self.arch.head_dim)
         return q, qkv[..., -2, :], qkv[..., -1, :]
 
     def _mlp(self, x, shard, adapters):
         if self.fused:
             weights = self.gate_up, self.gate_up_bias, self.gate_up_scale
-            both = _linear("btd,dcf->btcf", x, *weights)
+            both = _linear("btd,dcf->btcf", x, *weights, adapters.get("gate_up"))
             gate, up = both[:, :, 0], both[:, :, 1]
         else:
             gate, up = (

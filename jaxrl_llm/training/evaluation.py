@@ -135,8 +135,7 @@ def _answered(config: Config, saved: Path | None, say: Say) -> Validation:
             params = job.actor.read_weights("float32")
         else:
             like = job.actor.abstract_state().params
-            params = checkpoint.read_policy(saved, like)
-            params = job.actor.weights(params)
+            params = job.served(checkpoint.read_policy(saved, like))
         job.engine.load(params, version=0)
         del params
         return answer_held_out(job, 0)

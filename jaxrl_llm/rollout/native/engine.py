@@ -8,6 +8,7 @@ the next. Shapes come from a few sizes, so that nothing compiles after the first
 import dataclasses
 import functools
 import math
+import weakref
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any
@@ -68,6 +69,8 @@ class JaxEngine:
         a multiple of this; 0: never.
       skip_special_tokens: leave special tokens out of texts, and of where stop strings
         are looked for. The token that ends a response is in no text.
+      lora: the adapters of the weights, which stay beside them: the rest is taken once,
+        and again only if it is another. None: weights have none.
 
     Raises:
       ValueError: `max_model_len` is more than the model has positions, or its weights
@@ -90,6 +93,7 @@ class JaxEngine:
         kv_cache_dtype: models.Bits | None = None,
         checksum_freq: int = 100,
         skip_special_tokens: bool = True,
+        lora: models.Lora | None = None,
     ):
         if max_model_len > arch.max_positions:
             raise ValueError(
@@ -104,8 +108,11 @@ class JaxEngine:
         self._max_model_len, self._chunk = max_model_len, decode_chunk
         self._width = -(-max_model_len // PAGE_SIZE)
         self._cache_gib = cache_gib
-        self._checksum_freq, self._way = checksum_freq, None
+        self._checksum_freq = checksum_freq
+        self._ways: dict[str, tuple[Any, plan.Plan]] = {}
         self._version, self._params = -1, None
+        self.lora = lora
+        self._taken: list[weakref.ref[jax.Array]] = []  # the weights without adapters
         # Keys, values and caches have as many heads as there are devices to hold them.
         copies = models.kv_copies(arch, self.mesh.shape["tensor"])
         held = dataclasses.replace(arch, num_kv_heads=copies * arch.num_kv_heads)
@@ -138,6 +145,8 @@ class JaxEngine:
             functools.partial(models.fuse, bits=quantization, kv_copies=copies),
             out_shardings=self._fused_shardings["layers"][0],
         )
+        if lora is not None:
+            self._lay_out_adapters(lora, mesh, layout, copies)
         self._waiting: list[Response] = []
         self._session: Session | None = None
         self._finished: deque[Completion] = deque()
@@ -151,8 +160,62 @@ class JaxEngine:
         self._compiled_later: Callable[[int], dict[str, Any]] | None = None
         self._scored: tuple[Request, np.ndarray] | None = None  # the newest prompt
 
+    def _lay_out_adapters(
+        self, lora: models.Lora, mesh: Mesh, layout: rules.Rules, kv_copies: int
+    ) -> None:
+        """How adapters lie on the mesh: as they come, a layer each, and joined.
+
+        They come in float32, so that they are scaled and rounded as in training.
+        """
+
+        def of_every_layer(one: Any) -> Any:
+            return {"layers": {i: {"lora": one} for i in range(self.arch.num_layers)}}
+
+        def of_one(tree: Any, cut: Callable[[Any], Any]) -> Any:
+            one = tree["layers"]["lora"]
+            return of_every_layer(
+                jax.tree.map(cut, one, is_leaf=lambda x: isinstance(x, tuple))
+            )
+
+        axes = of_one(models.adapter_axes(lora), lambda names: names[1:])
+        shapes = of_one(
+            models.abstract_adapters(self.arch, lora),
+            lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype),
+        )
+        shardings = rules.to_shardings(axes, mesh, layout)
+        self._adapters = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            shapes,
+            shardings,
+        )
+        joined = rules.to_shardings(
+            models.fused_adapter_axes(lora),
+            self.mesh,
+            layout | {"kv_heads": rules.GENERATE["kv_heads"]},
+        )
+        self._fuse_adapters = jax.jit(
+            functools.partial(
+                models.fuse_adapters,
+                self.arch,
+                lora=lora,
+                dtype=self._run.dtype,
+                kv_copies=kv_copies,
+            ),
+            out_shardings=joined,
+        )
+        self._fused_shardings = self._fused_shardings | {
+            "layers": {
+                i: layer | {"lora": joined}
+                for i, layer in self._fused_shardings["layers"].items()
+            }
+        }
+
     def load(self, params: Any, version: int) -> dict[str, float]:
-        """Takes weights in the training layout. Completions will carry `version`.
+        """Takes weights in the training layout, with adapters if there is a `lora`.
+        Completions will carry `version`.
+
+        Returns:
+          With `lora` rollout/adapters_mib: of what is sent when only they are.
 
         Raises:
           ValueError: responses are being made, which began with other weights.
@@ -164,30 +227,51 @@ class JaxEngine:
                 f"{left} responses are being made with weights "
                 f"{self._version}; take all completions before weights {version}"
             )
-        freq, first = self._checksum_freq, self._version == -1
-        self._params = None  # free the old copy before the new one is made
-        way = self._way_of(params)
-        moved = reshard.reshard(params, way)
-        travels = len(way.devices) > 1
-        if travels and freq and (first or version % freq == 0):
-            checksum.verify(moved, way, checksum.expected(params, way))
-        moved = processes.here(moved, self.mesh)
-        layers = moved["layers"]  # one at a time: two copies of all would not fit
-        self._params = moved | {
-            "layers": {i: self._fuse(layers.pop(i)) for i in list(layers)}
-        }
+        adapters, metrics = None, {}
+        if self.lora is not None:
+            adapters, params = models.split_params(params, models.is_adapter)
+            metrics = {"rollout/adapters_mib": _mib(self._adapters)}
+        if self.lora is None or not self._holds(params):
+            self._params = None  # free the old copy before the new one is made
+            moved = self._moved("weights", params, self.abstract_params(), version)
+            layers = moved["layers"]  # one at a time: two copies of all would not fit
+            self._params = moved | {
+                "layers": {i: self._fuse(layers.pop(i)) for i in list(layers)}
+            }
+            if self.lora is not None:
+                self._taken = [weakref.ref(array) for array in jax.tree.leaves(params)]
+        if adapters is not None:
+            moved = self._moved("adapters", adapters, self._adapters, version)["layers"]
+            layers = {
+                i: layer | {"lora": self._fuse_adapters(moved[i]["lora"])}
+                for i, layer in self._params["layers"].items()
+            }
+            self._params = self._params | {"layers": layers}
         self._version = version
-        return {}
+        return metrics
 
-    def _way_of(self, params: Any) -> plan.Plan:
-        """How weights in this layout come here.
+    def _holds(self, params: Any) -> bool:
+        """Whether these are the very arrays that the weights here were made of."""
+        leaves = jax.tree.leaves(params)
+        there = [reference() for reference in self._taken]
+        return len(there) == len(leaves) and all(
+            one is other for one, other in zip(there, leaves, strict=True)
+        )
 
-        Planning takes a second or two, so the last plan is kept.
+    def _moved(self, what: str, params: Any, target: Any, version: int) -> Any:
+        """Weights in the layout of `target`, as this process holds them.
+
+        Planning takes a second or two, so the last plan for each kind is kept.
         """
         layout = jax.tree.map(lambda x: (x.dtype, x.sharding), params)
-        if self._way is None or self._way[0] != layout:
-            self._way = layout, plan.plan(params, self.abstract_params())
-        return self._way[1]
+        if what not in self._ways or self._ways[what][0] != layout:
+            self._ways[what] = layout, plan.plan(params, target)
+        way, freq = self._ways[what][1], self._checksum_freq
+        moved = reshard.reshard(params, way)
+        first = self._version == -1
+        if len(way.devices) > 1 and freq and (first or version % freq == 0):
+            checksum.verify(moved, way, checksum.expected(params, way))
+        return processes.here(moved, self.mesh)
 
     def abstract_params(self) -> Any:
         """Shapes, dtypes and shardings of the weights all processes hold, before
@@ -198,10 +282,18 @@ class JaxEngine:
             self._param_shardings,
         )
 
+    def abstract_adapters(self) -> Any:
+        """Shapes, dtypes and shardings of the adapters all processes hold, as they
+        come; None without `lora`."""
+        return None if self.lora is None else self._adapters
+
     def _abstract_fused(self) -> Any:
         """Shapes, dtypes and shardings of the weights as they are used."""
         params = self.abstract_params()
         layer = jax.eval_shape(self._fuse, params["layers"][0])
+        if self.lora is not None:
+            adapters = self._adapters["layers"][0]["lora"]
+            layer |= {"lora": jax.eval_shape(self._fuse_adapters, adapters)}
         layers = {i: layer for i in params["layers"]}
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -644,6 +736,11 @@ def _free_bytes(device: jax.Device) -> int | None:
     if not said or "bytes_limit" not in said:
         return None
     return said["bytes_limit"] - said["bytes_in_use"]
+
+
+def _mib(tree: Any) -> float:
+    """Of whole arrays, on however many devices."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**20
 
 
 def _bytes(tree: Any) -> int:

@@ -21,10 +21,14 @@ except ModuleNotFoundError:
         "pip install 'jaxrl-llm[vllm]'"
     ) from None
 
+from jaxrl_llm import models
 from jaxrl_llm.rollout.servers import process_guard as guard
 
 _OLDEST = (0, 22)
 _ROUTES = ("/pause", "/resume", "/collective_rpc", "/reset_prefix_cache")
+_LOAD, _UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of vLLM's --max-lora-rank."""
 # What the end of a log says, and what to do about it.
 _KNOWN_FAILURES = {
     "ddress already in use": "its port is taken; set another rollout.vllm.port",
@@ -67,6 +71,25 @@ def of_prompt(tokens: Sequence[int], answer: Mapping[str, Any]) -> list[float]:
     ]
 
 
+def lora_flags(lora: models.Lora) -> tuple[str, ...]:
+    """How a server is started that takes adapters like these, and on no other matrices:
+    on a CPU, vLLM 0.32 dies of a prompt's log-probabilities if there might be one on
+    the output matrix.
+
+    Raises:
+      ValueError: vLLM takes none of that rank.
+    """
+    if lora.rank > _RANKS[-1]:
+        raise ValueError(
+            f"actor.lora.rank is {lora.rank}, but vLLM takes at most {_RANKS[-1]}; "
+            "lower it, or set rollout.lora to merge"
+        )
+    rank = next(limit for limit in _RANKS if limit >= lora.rank)
+    names = [f"{module}_proj" for module in lora.modules]
+    flags = ("--enable-lora", "--max-lora-rank", str(rank))
+    return *flags, "--lora-target-modules", *names
+
+
 class Server:
     """A client of one server.
 
@@ -96,11 +119,12 @@ class Server:
         except httpx.TransportError:
             return False
 
-    async def check(self, max_len: int) -> None:
+    async def check(self, max_len: int, lora: models.Lora | None = None) -> None:
         """Reads what the server can do.
 
         Args:
           max_len: tokens of the longest prompt with its response.
+          lora: the adapters that it will be sent, if any.
 
         Raises:
           ServerError: something is missing; the message says which flag or version
@@ -120,6 +144,8 @@ class Server:
         info = await self.ask("GET", "/server_info?config_format=json")
         model = info["vllm_config"]["model_config"]
         self.device = info["vllm_config"]["device_config"]["device"]
+        if lora is not None:
+            self._check_adapters(lora, routes, info["vllm_config"].get("lora_config"))
         if model["max_model_len"] < max_len:
             raise ServerError(
                 f"{self.url} takes {model['max_model_len']} tokens, but "
@@ -133,6 +159,35 @@ class Server:
                 "--logprobs-mode processed_logprobs"
             )
         self.model = (await self.ask("GET", "/v1/models"))["data"][0]["id"]
+
+    def _check_adapters(
+        self,
+        lora: models.Lora,
+        routes: Mapping[str, Any],
+        found: Mapping[str, Any] | None,
+    ) -> None:
+        """Raises ServerError if it does not take such adapters while it runs.
+
+        Args:
+          found: what it says of adapters.
+        """
+        flags = f"start it with {' '.join(lora_flags(lora))}"
+        if found is None or _LOAD not in routes or _UNLOAD not in routes:
+            raise ServerError(
+                f"{self.url} takes no adapters while it runs; {flags} and "
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its environment"
+            )
+        if found["max_lora_rank"] < lora.rank:
+            raise ServerError(
+                f"{self.url} takes adapters of rank {found['max_lora_rank']} at most, "
+                f"but actor.lora.rank is {lora.rank}; {flags}"
+            )
+        there, names = found.get("target_modules"), lora_flags(lora)[4:]
+        if (there is None and self.device == "cpu") or set(names) - set(there or names):
+            raise ServerError(
+                f"{self.url} takes adapters on {there or 'all matrices'}, not on "
+                f"{', '.join(names)}; {flags}"
+            )
 
     async def complete(
         self, tokens: Sequence[int], options: Mapping[str, Any]
@@ -161,10 +216,41 @@ class Server:
           ServerError: it cannot read them, or still holds keys and values of the old
             ones.
         """
-        await self.ask("POST", "/pause?mode=wait")
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(directory)}}
+        await self._take(directory, [("/collective_rpc", call)])
+
+    async def adapt(self, name: str, directory: Path) -> None:
+        """Reads an adapter from a folder of PEFT, and answers with it from now on, in
+        place of those whose names are `name` but for its number.
+
+        Args:
+          name: ends with a number.
+
+        Raises:
+          ServerError: it cannot read it, or still holds keys and values of another of
+            that name.
+        """
+        kind = name.rstrip("0123456789")
+        known = [entry["id"] for entry in (await self.ask("GET", "/v1/models"))["data"]]
+        others = [
+            {"lora_name": id}
+            for id in known
+            if id.startswith(kind) and id.removeprefix(kind).isdigit()
+        ]
+        call = {"lora_name": name, "lora_path": str(directory)}
+        await self._take(
+            directory, [*((_UNLOAD, other) for other in others), (_LOAD, call)]
+        )
+        self.model = name
+
+    async def _take(
+        self, directory: Path, calls: Sequence[tuple[str, Mapping[str, Any]]]
+    ) -> None:
+        """Has weights read while nothing is generated, and forgets those of before."""
+        await self.ask("POST", "/pause?mode=wait")
         try:
-            await self.ask("POST", "/collective_rpc", call)
+            for route, call in calls:
+                await self.ask("POST", route, call)
         except (ServerError, Lost) as error:
             if isinstance(error, Lost) and not error.said:
                 raise
@@ -206,7 +292,8 @@ class Server:
             await asyncio.sleep(wait)
             wait = min(2 * wait, 2.0)
         if answer.is_success:
-            return answer.json() if answer.content else None
+            is_json = "json" in answer.headers.get("content-type", "")
+            return answer.json() if answer.content and is_json else None
         if answer.is_server_error and not await self.alive():
             said = answer.text[:500]
             raise Lost(f"{self.url}: {answer.status_code} {said}", said)

@@ -37,7 +37,7 @@ def rows(sequences: Sequence[Sequence[int]]) -> Probes:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("arch", "dtype"),
+    static_argnames=("arch", "dtype", "lora"),
     compiler_options=models.COMPILER_OPTIONS,
 )
 def score(
@@ -47,18 +47,20 @@ def score(
     *,
     arch: models.Architecture,
     dtype: Any,
+    lora: models.Lora | None = None,
 ) -> Float[Array, "N T"]:
     """What the trainer makes of probes: log-probability of each token, 0.0 where not
     asked, nats.
 
     Args:
-      params: stacked, in the training layout.
+      params: stacked, in the training layout; with adapters if `lora` is given.
       dtype: weights are rounded to it, as they are sent; the rest is float32.
     """
     sent = jax.tree.map(lambda x: x.astype(dtype), params)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     one = jnp.zeros_like(tokens)
-    hidden = models.forward(arch, sent, tokens, positions, one, dtype=jnp.float32)
+    how = {"dtype": jnp.float32, "lora": lora}
+    hidden = models.forward(arch, sent, tokens, positions, one, **how)
     matrix = models.output_matrix(sent).astype(jnp.float32)
     return logprobs.of_tokens(
         hidden, matrix, tokens, positions, asked, logit_softcap=arch.logit_softcap

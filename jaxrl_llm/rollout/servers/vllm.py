@@ -1,6 +1,7 @@
 """Generation by vLLM servers: ours, or running ones.
 
-Weights travel as bfloat16 safetensors through a folder that trainer and servers see.
+Weights travel as bfloat16 safetensors through a folder that trainer and servers see;
+of a model with adapters perhaps these alone, as PEFT keeps them.
 After each transfer the servers score probes, and so does the trainer: if they differ,
 the run stops (`probe`). A server of ours that dies or hangs is started again with the
 current weights, and what it had not answered is asked again.
@@ -37,6 +38,7 @@ from jaxrl_llm.rollout.servers.server import (
     Process,
     Server,
     ServerError,
+    lora_flags,
     of_prompt,
 )
 
@@ -115,9 +117,13 @@ class VllmEngine:
       max_num_seqs: sequences that one server decodes together.
       skip_special_tokens: leave special tokens out of texts, and of where stop strings
         are looked for.
+      lora: the adapters of the weights, which are then sent alone: a server of ours
+        reads the rest once, a running one must have been started with it. None: all
+        weights are sent.
 
     Raises:
       ServerError: a running server lacks something, or the command does not exist.
+      ValueError: vLLM takes no adapters of this rank.
     """
 
     def __init__(
@@ -132,7 +138,10 @@ class VllmEngine:
         max_model_len: int,
         max_num_seqs: int,
         skip_special_tokens: bool = True,
+        lora: models.Lora | None = None,
     ):
+        self._lora_flags = () if lora is None else lora_flags(lora)
+        self.lora = lora
         self._skips = {"skip_special_tokens": skip_special_tokens}
         self.arch, self.tokenizer, self.settings = arch, tokenizer, settings
         self._prompts = [tuple(p) for p in prompts[:_NUM_PROBES]]
@@ -144,6 +153,7 @@ class VllmEngine:
         self._probes: probe.Probes | None = None
         self._scores: np.ndarray | None = None
         self._weights = self._current = self._shared_folder()
+        self._base = self._weights / "base"
         self._replicas = self._running() if settings.urls else self._own()
         self._remover = subprocess.Popen(
             [sys.executable, "-c", _REMOVE, self._weights],
@@ -163,11 +173,15 @@ class VllmEngine:
     def load(self, params: Any, version: int) -> dict[str, float]:
         """Sends weights to every server, and verifies that they arrived.
 
+        Args:
+          params: in the training layout, with adapters if there is a `lora`.
+
         Returns:
           rollout/probe_diff_mean and _max: |server - trainer| over the probes' tokens,
           nats; rollout/probe_followed: see `probe.followed`, if there was a transfer
           before; rollout/weights_write_s, _read_s and _verify_s: of the trainer
-          writing them, the servers taking them (or starting), and the probes, seconds.
+          writing them, the servers taking them (or starting), and the probes, seconds;
+          with `lora` also rollout/adapters_mib: of what is sent to each.
 
         Raises:
           ServerError: a server cannot be used, or holds other weights than these.
@@ -179,13 +193,7 @@ class VllmEngine:
         else:
             shutil.rmtree(self._current, ignore_errors=True)  # of a load that failed
         times = [time.perf_counter()]
-        # One tensor at a time is rounded to bfloat16 and comes to the host.
-        models.save(
-            self._current,
-            *self._as_taken(params),
-            self.tokenizer,
-            max_shard_bytes=10**9,  # that reading and writing overlap
-        )
+        sizes = self._write(params, first)
         times.append(time.perf_counter())
         self._call(self._everywhere(self._send))
         times.append(time.perf_counter())
@@ -199,10 +207,36 @@ class VllmEngine:
             shutil.rmtree(before)
         phases = ("write", "read", "verify")
         seconds = np.diff(times).tolist()
-        return {name: max(one[name] for one in found) for name in found[0]} | {
-            f"rollout/weights_{phase}_s": took
-            for phase, took in zip(phases, seconds, strict=True)
-        }
+        return (
+            {name: max(one[name] for one in found) for name in found[0]}
+            | {
+                f"rollout/weights_{phase}_s": took
+                for phase, took in zip(phases, seconds, strict=True)
+            }
+            | sizes
+        )
+
+    def _write(self, params: Any, first: bool) -> dict[str, float]:
+        """Writes what is sent. One tensor at a time is rounded to bfloat16 and comes to
+        the host.
+
+        Returns:
+          How much it is, of adapters.
+        """
+        if self.lora is None:
+            self._save(self._current, *self._as_taken(params))
+            return {}
+        adapters, base = models.split_params(params, models.is_adapter)
+        if first and not self.settings.urls:
+            self._save(self._base, replace(self.arch, generation="{}"), base)
+        how = {"base": str(self._base), "dtype": jnp.bfloat16}
+        models.save_adapter(self._current, self.arch, adapters, self.lora, **how)
+        size = sum(2 * x.size for x in jax.tree.leaves(adapters))
+        return {"rollout/adapters_mib": size / 2**20}
+
+    def _save(self, folder: Path, arch: models.Architecture, params: Any) -> None:
+        most = 10**9  # that reading and writing overlap
+        models.save(folder, arch, params, self.tokenizer, max_shard_bytes=most)
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues requests.
@@ -311,11 +345,21 @@ class VllmEngine:
         """Reads what the running servers can do."""
         for server in [replica.server for replica in self._replicas if replica.server]:
             try:
-                await server.check(self._max_len)
+                await self._check_one(server)
             except Lost as error:
                 raise ServerError(
                     f"no vLLM server answers at {server.url}: {error}"
                 ) from None
+
+    async def _check_one(self, server: Server) -> None:
+        await server.check(self._max_len, self.lora)
+
+    async def _bring(self, server: Server) -> None:
+        """Has a server that is up read the current weights, or adapters."""
+        if self.lora is None:
+            await server.reload(self._current)
+        else:
+            await server.adapt(f"policy-v{self._current.name}", self._current)
 
     async def _everywhere(self, act: Any) -> list[Any]:
         return await asyncio.gather(*map(act, self._replicas))
@@ -326,7 +370,7 @@ class VllmEngine:
             return await self._start(replica)
         starts = replica.starts
         try:
-            await replica.server.reload(self._current)
+            await self._bring(replica.server)
         except Lost as error:
             await self._recover(replica, starts, error)
 
@@ -334,16 +378,20 @@ class VllmEngine:
         """Starts a server of ours with the current weights; returns when it is up."""
         settings, number = self.settings, self._replicas.index(replica)
         environment = dict(settings.env)
+        if self.lora is not None:
+            environment |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
         if replica.device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = replica.device
         process = replica.process = Process(
             settings.command,
             (
-                *("--model", str(self._current), "--served-model-name", "policy"),
+                *("--model", str(self._base if self.lora else self._current)),
+                *("--served-model-name", "policy"),
                 *("--runner", "generate", "--dtype", self._dtype),
                 *("--max-model-len", str(self._max_len)),
                 *("--max-num-seqs", str(self._max_num_seqs)),
                 *("--logprobs-mode", "processed_logprobs"),
+                *self._lora_flags,
                 *settings.args,
             ),
             environment,
@@ -354,7 +402,9 @@ class VllmEngine:
         replica.verified = None
         replica.server = Server(process.url, settings.request_timeout_s)
         await self._until_up(process, replica.server)
-        await replica.server.check(self._max_len)
+        await self._check_one(replica.server)
+        if self.lora is not None:
+            await self._bring(replica.server)
 
     async def _until_up(self, process: Process, server: Server) -> None:
         longest = self.settings.start_timeout_s
@@ -401,7 +451,7 @@ class VllmEngine:
                 await self._wait_for(replica.server, error)
                 replica.starts += 1
                 replica.verified = None
-                await replica.server.reload(self._current)
+                await self._bring(replica.server)
             else:
                 await asyncio.to_thread(replica.process.stop)
                 await replica.server.close()
@@ -439,7 +489,14 @@ class VllmEngine:
     def _score(self, params: Any) -> np.ndarray:
         tokens, asked = self._probes
         return np.asarray(
-            probe.score(params, tokens, asked, arch=self.arch, dtype=jnp.bfloat16)
+            probe.score(
+                params,
+                tokens,
+                asked,
+                arch=self.arch,
+                dtype=jnp.bfloat16,
+                lora=self.lora,
+            )
         )
 
     async def _verify(self, replica: _Replica) -> dict[str, float]:
