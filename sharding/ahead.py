@@ -4,7 +4,9 @@
         ...                             # read the weights meanwhile
         ahead.wait(lambda done, count: print(f"compiling {done} of {count}"))
 
-XLA compiles outside of Python's lock. A jitted function that was lowered and compiled
+XLA compiles outside of Python's lock, but to lower is Python: one program is lowered at
+a time, so that whoever does something else meanwhile waits for one thread and not for
+many. A jitted function that was lowered and compiled
 for shapes and shardings neither traces nor compiles when it is called with arrays of
 these.
 """
@@ -39,6 +41,7 @@ class Ahead:
         self._pool = ThreadPoolExecutor(max(1, count), thread_name_prefix=THREADS)
         self._futures: dict[Future[Compiled], str] = {}
         self._stopped = threading.Event()
+        self._lowering = threading.Lock()
 
     def __enter__(self) -> "Ahead":
         self._futures = {
@@ -90,7 +93,9 @@ class Ahead:
             return None
         _under_way.append(lower)
         try:
-            return lower().compile()
+            with self._lowering:
+                lowered = lower()
+            return lowered.compile()
         finally:
             _under_way.remove(lower)
 

@@ -110,11 +110,11 @@ def run(
                 break
             set_aside()
         with log.phase("save_checkpoint"):
-            checkpoints.wait()
-            if trainer.save_hf:
+            if trainer.save_hf:  # while the last checkpoint is written
                 params = job.actor.weights(state.actor.params)
                 how = recipe(config, step)
                 checkpoint.save_weights(config.output_dir, job.source, params, how)
+            checkpoints.wait()
         log.end()
     stopped = stop and step < total
     result = Result(Path(config.output_dir), stopped=stopped)
