@@ -31,19 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.algorithms import logprobs
-
-
-class Taught(NamedTuple):
-    """What a teacher says about the tokens of a student; 0 where not asked."""
-
-    logprobs: Float[Array, "R T"]
-    """Log-probability of the token that stands there, nats."""
-    entropy: Float[Array, "R T"]
-    """Of the distribution that the teacher would have drawn it from, nats."""
-    top_ids: Int[Array, "R T K"]
-    """The tokens it finds likeliest there, the likeliest first."""
-    top_logprobs: Float[Array, "R T K"]
-    """Their log-probabilities, nats."""
+from jaxrl_llm.data.rows import Taught
 
 
 class Distilled(NamedTuple):
@@ -51,11 +39,11 @@ class Distilled(NamedTuple):
     not asked."""
 
     logprobs: Float[Array, "R T"]
-    """As of `logprobs.Logprobs`."""
+    """Its own, see `logprobs.Logprobs`."""
     entropy: Float[Array, "R T"]
-    """As of `logprobs.Logprobs`."""
+    """Its own, see `logprobs.Logprobs`."""
     divergence: Float[Array, "R T"]
-    """Of the two distributions, nats; what is made small."""
+    """Distance of the two distributions, nats; what is made small."""
     teacher_logprobs: Float[Array, "R T"]
     """Log-probability by the teacher of the token that stands there, nats."""
     teacher_entropy: Float[Array, "R T"]
@@ -146,14 +134,14 @@ def taught(
     positions: Int[Array, "R T"],
     mask: Bool[Array, "R T"],
     *,
-    topk: int,
+    topk: int | None = None,
     **how: Any,
 ) -> Taught:
     """What a teacher says about the tokens that `mask` asks for.
 
     Args:
       hidden, output_matrix: the teacher's.
-      topk: K; 0 for none.
+      topk: K; none if not given.
       how: as of `logprobs.of_tokens`, without what is about gradients.
     """
     function = functools.partial(_taught, topk=topk)
@@ -162,10 +150,9 @@ def taught(
     )
 
 
-def _taught(logits, _, tokens, *, topk: int) -> Taught:
+def _taught(logits, _, tokens, *, topk: int | None) -> Taught:
     logp = jax.nn.log_softmax(logits)
-    top, ids = jax.lax.top_k(logits, topk)
-    top = top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    top, ids = (None, None) if topk is None else jax.lax.top_k(logp, topk)
     return Taught(_of(logp, tokens), _entropy(logp), ids, top)
 
 
@@ -225,7 +212,8 @@ def with_teacher(
 
     Args:
       hidden, output_matrix: the student's.
-      teacher: hidden states and output matrix of the teacher, with as many tokens.
+      teacher: hidden states and output matrix of the teacher. If that has fewer tokens,
+        the student's distribution is that among these.
       how: as of `logprobs.of_logits`.
     """
     function = functools.partial(
@@ -239,11 +227,11 @@ def with_teacher(
 def _with_teacher(logits, teacher_logits, tokens, *, beta, entropy_gradient):
     logq = jax.nn.log_softmax(logits)
     logp = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits))
-    whole = jnp.ones(tokens.shape)
+    whole, known = jnp.ones(tokens.shape), teacher_logits.shape[-1]
     return Distilled(
         _of(logq, tokens),
         _entropy(logq, entropy_gradient),
-        generalized_jsd(logits, teacher_logits, beta),
+        generalized_jsd(logits[..., :known], teacher_logits, beta),
         _of(logp, tokens),
         _entropy(logp),
         whole,
@@ -252,7 +240,9 @@ def _with_teacher(logits, teacher_logits, tokens, *, beta, entropy_gradient):
 
 
 def _of(logp: Float[Array, "*n V"], tokens: Int[Array, "*n"]) -> Float[Array, "*n"]:
-    return jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
+    """-inf for a token that is not there."""
+    own = jnp.take_along_axis(logp, tokens[..., None], axis=-1, mode="clip")[..., 0]
+    return jnp.where(tokens < logp.shape[-1], own, -jnp.inf)
 
 
 def _entropy(logp: Float[Array, "*n V"], gradient: bool = True) -> Float[Array, "*n"]:

@@ -179,13 +179,7 @@ class Policy(Objective):
     def metrics(self, batch: TrainBatch, kept: Logprobs, planned: Plan) -> Statistics:
         """Those of `objective`, `mismatch` and `settings.correction`."""
         seen, settings = self.read(batch), self.settings
-        where = planned.mask, batch.sequence_ids, batch.num_sequences
-        tokens = jnp.sum(planned.mask)
-        counted = masked.num_counted(settings.loss_agg_mode, *where)
-        found = {
-            name: Mean(value, tokens if name in _TOKEN_MEANS else counted)
-            for name, value in objective(seen, kept, planned, settings).items()
-        } | mismatch(batch, kept)
+        found = metrics(seen, kept, planned, settings) | mismatch(batch, kept)
         if settings.correction is None:
             return found
         return found | correct(seen, kept, settings).metrics
@@ -231,7 +225,7 @@ def plan(
             "step": step,
         }
         chosen = plugins.call(
-            loss.chosen, given | {"old_logprobs": _old_logprobs(batch, scored)}
+            loss.chosen, given | {"old_logprobs": old_logprobs_of(batch, scored)}
         )
     return Plan(
         masked.weights(
@@ -264,7 +258,12 @@ def correct(
 
 
 def objective(
-    rows: TrainBatch, scored: Logprobs, planned: Plan, settings: Settings
+    rows: TrainBatch,
+    scored: Logprobs,
+    planned: Plan,
+    settings: Settings,
+    *,
+    rewarded: bool = True,
 ) -> Metrics:
     """The loss `actor/loss` and what it is made of.
 
@@ -279,18 +278,22 @@ def objective(
       scored: `logprob_fn` of the same rows.
       planned: `plan` of the whole mini-batch, the same rows of it, so that the losses
         of its micro-batches add up to its loss.
+      rewarded: False leaves out `pg_loss` and what is known of it, for an update that
+        does not learn from advantages.
     """
-    old_logprobs = _old_logprobs(rows, scored)
-    lost = policy_loss(rows, scored.logprobs, old_logprobs, planned, settings)
+    old_logprobs = old_logprobs_of(rows, scored)
     mask, weights = planned.mask, planned.weights
-    terms = {
-        "actor/pg_loss": masked.weighted_sum(lost.loss, weights),
-        "actor/entropy": masked.weighted_sum(scored.entropy, weights),
-        "actor/pg_clipfrac": masked.token_mean(lost.clipped, mask),
-        "actor/pg_clipfrac_lower": masked.token_mean(lost.clipped_lower, mask),
-        "actor/ppo_kl": masked.token_mean(old_logprobs - scored.logprobs, mask),
-    }
-    loss = terms["actor/pg_loss"]
+    terms: Metrics = {}
+    if rewarded:
+        lost = policy_loss(rows, scored.logprobs, old_logprobs, planned, settings)
+        terms["actor/pg_loss"] = masked.weighted_sum(lost.loss, weights)
+    terms["actor/entropy"] = masked.weighted_sum(scored.entropy, weights)
+    if rewarded:
+        clipped, lower = lost.clipped, lost.clipped_lower
+        terms["actor/pg_clipfrac"] = masked.token_mean(clipped, mask)
+        terms["actor/pg_clipfrac_lower"] = masked.token_mean(lower, mask)
+    terms["actor/ppo_kl"] = masked.token_mean(old_logprobs - scored.logprobs, mask)
+    loss = terms.get("actor/pg_loss", jnp.float32(0))
     if settings.entropy_coeff:
         loss = loss - settings.entropy_coeff * terms["actor/entropy"]
     if rows.ref_logprobs is not None:
@@ -301,6 +304,30 @@ def objective(
         if settings.kl_loss_coef:
             loss = loss + settings.kl_loss_coef * terms["actor/kl_loss"]
     return terms | {"actor/loss": loss}
+
+
+def metrics(
+    rows: TrainBatch,
+    scored: Logprobs,
+    planned: Plan,
+    settings: Settings,
+    *,
+    rewarded: bool = True,
+) -> Statistics:
+    """`objective` of the whole mini-batch, and what each of its numbers is over."""
+    tokens = jnp.sum(planned.mask)
+    counted = num_counted(rows, planned, settings)
+    terms = objective(rows, scored, planned, settings, rewarded=rewarded)
+    return {
+        name: Mean(value, tokens if name in _TOKEN_MEANS else counted)
+        for name, value in terms.items()
+    }
+
+
+def num_counted(rows: TrainBatch, planned: Plan, settings: Settings) -> Any:
+    """What a sum with `planned.weights` is a mean over."""
+    where = planned.mask, rows.sequence_ids, rows.num_sequences
+    return masked.num_counted(settings.loss_agg_mode, *where)
 
 
 _TOKEN_MEANS = ("actor/pg_clipfrac", "actor/pg_clipfrac_lower", "actor/ppo_kl")
@@ -378,7 +405,7 @@ def mismatch(batch: TrainBatch, scored: Logprobs) -> Statistics:
     `mismatch/logprob_diff_mean` and `_max` are of |sampler - trainer|, in nats;
     `mismatch/kl` is KL(sampler || trainer). All are over response tokens.
     """
-    trainer = _old_logprobs(batch, scored)
+    trainer = old_logprobs_of(batch, scored)
     difference = jnp.abs(batch.sampler_logprobs - trainer)
     mask, tokens = batch.response_mask, jnp.sum(batch.response_mask)
     divergence = kl.k3(batch.sampler_logprobs, trainer)
@@ -391,7 +418,9 @@ def mismatch(batch: TrainBatch, scored: Logprobs) -> Statistics:
     }
 
 
-def _old_logprobs(rows: TrainBatch, scored: Logprobs) -> Float[Array, "R T"]:
+def old_logprobs_of(rows: TrainBatch, scored: Logprobs) -> Float[Array, "R T"]:
+    """Log-probabilities of the policy that the trust region is centred on; not
+    differentiated."""
     if rows.old_logprobs is not None:
         return rows.old_logprobs
     return jax.lax.stop_gradient(scored.logprobs)

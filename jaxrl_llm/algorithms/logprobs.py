@@ -118,7 +118,7 @@ def of_logits(
         `output_matrix` get their gradients, if all that it returns are floats.
       beside: a tree of [R, T, ...] that talks about token t.
       other: hidden states and output matrix of another model that reads the same rows,
-        with as many tokens, such as a teacher. Not differentiated.
+        such as a teacher. Not differentiated.
       other_softcap, other_split: as `logit_softcap` and `split`, of the other model.
       chunk: logits exist for about so many tokens at a time, those of both models
         together.

@@ -194,7 +194,8 @@ def measure(
       there is none that counts.
 
     Raises:
-      ConfigError: it has a critic or a penalty in the reward, which are not run so.
+      ConfigError: it has a critic, a penalty in the reward or a teacher, which are not
+        run so.
     """
     if has_critic(config) or config.algorithm.use_kl_in_reward:
         raise ConfigError(
@@ -202,6 +203,8 @@ def measure(
             f"algorithm.adv_estimator {config.algorithm.adv_estimator}, "
             f"algorithm.use_kl_in_reward {config.algorithm.use_kl_in_reward}"
         )
+    if config.distillation:
+        raise ConfigError("--measure: runs without a teacher; leave out distillation")
     held, others = 0, _live_bytes()
     meshes = make_meshes(config)
     source = shared(config, models.RandomWeights(arch))

@@ -24,6 +24,7 @@ def misfits(config) -> Iterator[str]:
             f"only {batch}; use at most {batch}"
         )
     yield from _algorithm_misfits(config)
+    yield from _distillation_misfits(config)
     if actor.keep_probabilities and actor.entropy_coeff:
         yield (
             f"actor.entropy_coeff is {actor.entropy_coeff}, whose gradient needs the "
@@ -95,6 +96,8 @@ def misfits(config) -> Iterator[str]:
         meshes["actor.ref_mesh"] = actor.ref_mesh
     if config.reward.model:
         meshes["reward.model.mesh"] = config.reward.model.mesh
+    if config.distillation and config.distillation.teacher.mesh:
+        meshes["distillation.teacher.mesh"] = config.distillation.teacher.mesh
     for name, given in meshes.items():
         sizes = given.model_dump()
         for axis, size in sizes.items():
@@ -124,7 +127,8 @@ def _algorithm_misfits(config) -> Iterator[str]:
     """Combinations of a `Config`'s algorithm that make no run, with what would fit."""
     algorithm, actor, rollout = config.algorithm, config.actor, config.rollout
     loss = LOSSES.get(actor.policy_loss.loss_mode)
-    if estimator := ESTIMATORS.get(algorithm.adv_estimator):
+    estimator = ESTIMATORS.get(algorithm.adv_estimator)
+    if estimator and learns_from_rewards(config):
         yield from estimator_misfits(config, estimator)
     if algorithm.filter_groups and rollout.n == 1:
         yield (
@@ -215,6 +219,96 @@ def _those(are) -> str:
     return ", ".join(name for name, record in ESTIMATORS.items() if are(record))
 
 
+def learns_from_rewards(config) -> bool:
+    """Whether rewards become advantages; else they are measured at most."""
+    return config.distillation is None or config.distillation.with_rewards
+
+
+def _distillation_misfits(config) -> Iterator[str]:
+    """What has no meaning with a teacher, or none without one."""
+    reward, placement, how = config.reward, config.placement, config.distillation
+    judged = bool(reward.functions or reward.model)
+    if not judged and learns_from_rewards(config):
+        yield "reward.functions is empty; give at least one, or a model"
+    if how is None:
+        if placement.teacher is not None:
+            yield (
+                f"placement.teacher is {placement.teacher}, but there is no "
+                "distillation.teacher to place"
+            )
+        return
+    if not judged and config.data.val is not None:
+        yield (
+            "data.val is given, but nothing says which answers are right; give "
+            "reward.functions, which distillation.with_rewards=false only measures"
+        )
+    for key, mode in (("topk", "forward_kl_topk"), ("jsd_beta", "jsd")):
+        given, default = getattr(how, key), type(how).model_fields[key].default
+        if given != default and how.mode != mode:
+            yield (
+                f"distillation.{key} is {given}, which only distillation.mode={mode} "
+                f"reads, got {how.mode}"
+            )
+    if how.mode == "jsd":
+        yield from _misfits_within(config)
+    if config.actor.keep_probabilities and how.mode != "reverse_kl":
+        yield (
+            f"actor.keep_probabilities is true, but distillation.mode={how.mode} needs "
+            "the logits; set it to false"
+        )
+    if not how.with_rewards:
+        yield from _unread_without_rewards(config)
+
+
+def _misfits_within(config) -> Iterator[str]:
+    """What does not fit a teacher that the update itself asks."""
+    teacher, placement = config.distillation.teacher, config.placement
+    other = "or choose distillation.mode=forward_kl_topk, which asks from elsewhere"
+    if teacher.mesh not in (None, config.actor.mesh):
+        yield (
+            f"distillation.teacher.mesh is {teacher.mesh.model_dump()}, but with "
+            f"distillation.mode=jsd the update asks the teacher; leave it out, {other}"
+        )
+    if placement.teacher not in (None, placement.actor):
+        yield (
+            f"placement.teacher is {placement.teacher}, but with distillation.mode=jsd "
+            f"the update, on {placement.actor}, asks the teacher; leave it out, {other}"
+        )
+    if teacher.micro_batch_size is not None:
+        yield (
+            f"distillation.teacher.micro_batch_size is {teacher.micro_batch_size}, but "
+            "with distillation.mode=jsd the teacher reads the update's micro-batches; "
+            "set actor.micro_batch_size"
+        )
+
+
+def _unread_without_rewards(config) -> Iterator[str]:
+    """Settings about rewards that are set where these are not learned from."""
+    algorithm, policy = config.algorithm, config.actor.policy_loss
+    names = ["adv_estimator", "adv_params", "norm_adv_by_std_in_grpo", "gamma", "lam"]
+    names += ["use_kl_in_reward", "filter_groups", "pf_ppo"]
+    given = {f"algorithm.{name}": getattr(algorithm, name) for name in names}
+    default = {f"algorithm.{name}": getattr(type(algorithm)(), name) for name in names}
+    given |= {"reward.overlong_buffer": config.reward.overlong_buffer}
+    given |= {"trainer.critic_warmup": config.trainer.critic_warmup or None}
+    if config.distillation.mode != "reverse_kl":
+        given["algorithm.rollout_correction"] = algorithm.rollout_correction
+        given["actor.policy_loss.loss_mode"] = policy.loss_mode
+        default["actor.policy_loss.loss_mode"] = DEFAULT_LOSS
+    for key, value in given.items():
+        if value != default.get(key):
+            shown = value if isinstance(value, str | int | float) else "given"
+            yield (
+                f"{key} is {shown}, but with distillation.with_rewards=false nothing "
+                "is learned from rewards; leave it out, or set with_rewards to true"
+            )
+    if config.critic != type(config.critic)():
+        yield (
+            "critic: a critic learns from rewards; leave it out, or set "
+            "distillation.with_rewards to true"
+        )
+
+
 def uses_kl(config) -> bool:
     """Whether a reference policy is kept."""
     return config.actor.use_kl_loss or config.algorithm.use_kl_in_reward
@@ -270,7 +364,8 @@ def check_functions(config: Any) -> dict[str, str]:
     own = plugins.estimator_of(config.algorithm)
     for key, section in _optimizers(config):
         _check_optimizer(key, section)
-    if own.name not in ESTIMATORS and (bad := [*estimator_misfits(config, own)]):
+    of_own = own.name not in ESTIMATORS and learns_from_rewards(config)
+    if of_own and (bad := [*estimator_misfits(config, own)]):
         raise ConfigError("; ".join(bad))
     found = fingerprints(config)
     for name, known in config.function_sources.items():

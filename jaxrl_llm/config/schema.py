@@ -16,6 +16,7 @@ from jaxrl_llm.config.schema_training import (
     ActorConfig,
     ComputeConfig,
     CriticConfig,
+    DistillationConfig,
 )
 from jaxrl_llm.config.section import (
     Course,
@@ -252,6 +253,7 @@ class RewardConfig(Section):
     """What a response is worth: the weighted sum of the functions and the model."""
 
     functions: tuple[RewardFunctionConfig, ...] = ()
+    """At least one, or a model; none are needed for distillation alone."""
     model: RewardModelConfig | None = None
     """None if not given."""
     overlong_buffer: OverlongBufferConfig | None = None
@@ -270,12 +272,6 @@ class RewardConfig(Section):
     on_error: Literal["raise", "zero"] = "raise"
     """A function that raises, hangs or returns NaN stops the run, or scores 0 and is
     counted in the metrics."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "RewardConfig":
-        if not self.functions and self.model is None:
-            raise ValueError("functions is empty; give at least one, or a model")
-        return self
 
 
 class ValConfig(SamplingConfig):
@@ -348,6 +344,8 @@ class PlacementConfig(Section):
     """Group of the KL term's reference policy; the actor's if not given."""
     reward: str | None = None
     """Group of the reward model; the actor's if not given."""
+    teacher: str | None = None
+    """Group of distillation.teacher; the actor's if not given."""
     rollout: str | None = None
     """Group of the jax engine; the actor's if not given."""
 
@@ -358,7 +356,7 @@ class PlacementConfig(Section):
                 device_numbers(text)
             except ValueError as error:
                 raise ValueError(f"group {name}: {error}") from None
-        roles = ("actor", "critic", "reference", "reward", "rollout")
+        roles = ("actor", "critic", "reference", "reward", "teacher", "rollout")
         used = {role: getattr(self, role) for role in roles}
         for role, group in used.items():
             if group is not None and group not in self.groups:
@@ -387,7 +385,9 @@ class Config(Section):
     actor: ActorConfig = ActorConfig()
     critic: CriticConfig = CriticConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    reward: RewardConfig
+    reward: RewardConfig = RewardConfig()
+    distillation: DistillationConfig | None = None
+    """Off if not given."""
     val: Free[ValConfig] = ValConfig()
     placement: Rounding[PlacementConfig] = PlacementConfig()
     trainer: Free[TrainerConfig]

@@ -229,3 +229,41 @@ class CriticConfig(TrainedConfig):
     """An update moves a value at most so far from what it was, in units of reward."""
     loss_agg_mode: Aggregation = "token-mean"
     """How per-token losses become one number."""
+
+
+class TeacherConfig(ComputeConfig):
+    """A frozen model of any size that reads and writes the policy's tokens."""
+
+    path: PathText
+    """A folder, file or name like `model.path`; a run's output_dir/huggingface is one.
+    Its tokenizer must have the policy's vocabulary."""
+    revision: Name | None = None
+    """Branch, tag or commit on the hub."""
+    mesh: Rounding[TrainMeshConfig | None] = None
+    """actor.mesh if not given."""
+    offload: Free[bool] = False
+    """Weights wait in the host's memory while nothing is asked."""
+
+
+class DistillationConfig(Section):
+    """On-policy distillation: the policy learns what a teacher says about the tokens
+    that the policy wrote."""
+
+    teacher: TeacherConfig
+    mode: Literal["reverse_kl", "forward_kl_topk", "jsd"] = "reverse_kl"
+    """reverse_kl: log p_teacher - log p_policy of each sampled token is its advantage,
+    times `coef`. forward_kl_topk: KL(teacher || policy) of the teacher's `topk`
+    likeliest tokens and of all others as one, times `coef`, is added to the loss. jsd:
+    so is the generalised Jensen-Shannon divergence over the vocabulary; the update asks
+    the teacher, which is then where the policy is."""
+    coef: float = Field(1.0, gt=0)
+    """Weight of what is learned from the teacher."""
+    with_rewards: bool = False
+    """Learn from rewards too, by `algorithm`. If not, rewards are only measured, and
+    none need be given."""
+    topk: int = Field(32, gt=0)
+    """forward_kl_topk: tokens that are compared one by one."""
+    jsd_beta: float = Field(0.5, ge=0, le=1)
+    """jsd, with TRL's meaning: 0 is KL(teacher || policy), 1 is KL(policy || teacher),
+    between them beta KL(teacher || m) + (1 - beta) KL(policy || m) with m = beta
+    teacher + (1 - beta) policy."""

@@ -8,12 +8,30 @@ no caller ever shifts. Positions where `response_mask` is False hold 0, never ga
 
 import dataclasses
 from dataclasses import dataclass
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+
+@no_type_check  # JAX also builds such trees of NumPy arrays, shapes or shardings
+class Taught(NamedTuple):
+    """What a teacher says about the tokens of a student; 0 where it is not asked.
+
+    K = the tokens that it finds likeliest.
+    """
+
+    logprobs: Float[Array, "R T"]
+    """Log-probability of the token that stands there, nats; -inf for one that is none
+    of the teacher's vocabulary."""
+    entropy: Float[Array, "R T"]
+    """Entropy of the distribution that it would have drawn the token from, nats."""
+    top_ids: Int[Array, "R T K"] | None = None
+    """The likeliest tokens, the likeliest first; None if it is not asked for them."""
+    top_logprobs: Float[Array, "R T K"] | None = None
+    """Their log-probabilities, nats."""
 
 
 @no_type_check  # JAX also builds such trees of NumPy arrays, shapes or shardings
@@ -64,6 +82,8 @@ class TrainBatch:
     prompt_ids: Int[Array, "R T"] | None = None
     """Which copy of a prompt a token belongs to or goes on from; -1 on padding. None:
     every sequence has its own prompt."""
+    taught: Taught | None = None
+    """What the teacher says; None without one, or if the update asks it."""
     num_sequences: int = dataclasses.field(metadata={"static": True})
     """Sequence ids are below it. An id that no token has is a sequence without tokens,
     which counts nowhere."""
@@ -89,7 +109,7 @@ def pad_rows(batch: TrainBatch, num_rows: int, length: int | None = None) -> Tra
 
 def bare(batch: TrainBatch) -> TrainBatch:
     """The rows without what other models said of them."""
-    others = ("ref_logprobs", "old_logprobs", "values", "returns")
+    others = ("ref_logprobs", "old_logprobs", "values", "returns", "taught")
     return dataclasses.replace(batch, **dict.fromkeys(others))
 
 

@@ -115,8 +115,12 @@ def at_once(config: Config, held: Mapping[str, int]) -> dict[str, int]:
     """Bytes on a device, by the phase of a step, while it learns, while it generates
     and while it gets new weights."""
     away, stays = set(config.actor.offload), set(held) - {fitting.CACHE, *_WORKS_IN}
+    within = {"optimizer"}
+    if (how := config.distillation) and how.teacher.offload:
+        away |= {"teacher"}
+        within |= {"teacher"} if how.mode == "jsd" else set()
     found = {
-        "update_actor": stays - (away - {"optimizer"}) | {_PEAK},
+        "update_actor": stays - (away - within) | {_PEAK},
         "gen": stays - away | {_LEAST},
         "update_weights": stays - away | {_MOVING},
     }
@@ -154,6 +158,7 @@ def too_much(
             "critic": "update_critic",
             "reward": "reward",
             "reference": "old_log_prob",
+            "teacher": "teacher",
         }
         phase = next(p for role, p in phases.items() if group_of[role] == group)
     found = Shortage(
@@ -232,6 +237,11 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
         rows = learner.largest_rows()
         weights = learner.reference.abstract_weights()
         add_peak("reference", judge.lower_scoring(rows, weights), kept)
+    if teacher := learner.teacher_before:
+        kept = 0
+        if teacher.offload:  # there while it is asked
+            kept = found[group_of["teacher"]]["teacher"]
+        add_peak("teacher", teacher.lower_scoring(learner.largest_rows()), kept)
     # A checkpoint has checksums, one array after the other.
     arrays = jax.tree.leaves(learner.abstract_state())
     add_peak("actor", checksum.lower_of_placed(max(arrays, key=fitting.bytes_of)))
@@ -302,6 +312,8 @@ def advice(config: Config, found: Estimate) -> list[str]:
                 said.append(
                     f"actor.offload: [{name}], which waits in the host's memory"
                 )
+        if found.held.get("teacher"):
+            said.append("distillation.teacher.offload: true, so that it waits there")
         if engine > held / 4 and config.rollout.quantization is None:
             said.append("rollout.quantization: int8, for half the engine's weights")
         needed = -(-held * found.num_devices // int(found.capacity / 2))
@@ -323,6 +335,10 @@ def advice(config: Config, found: Estimate) -> list[str]:
     }.items():
         if over & names:
             said += _smaller(config, whose)
+    if "teacher's log-probabilities" in over:
+        own = config.distillation.teacher.micro_batch_size
+        micro = own or config.actor.micro_batch_size or 2
+        said.append(f"distillation.teacher.micro_batch_size: {max(1, micro // 2)}")
     return said
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jaxrl_llm import models
 from jaxrl_llm.config.checks import uses_kl
@@ -180,7 +181,7 @@ def completed(
     engine = engine_of(config, arch, None, meshes["rollout"], [])
 
     def actor_with(config: Config) -> Actor:
-        return actor_of(config, source, meshes["actor"], meshes["reference"])
+        return _actor(config, source, meshes)
 
     def critic_with(config: Config) -> Critic:
         return workload.critic_of(config, source, meshes["critic"])
@@ -198,6 +199,17 @@ def completed(
         capacity,
     )
     return config, said
+
+
+def _actor(
+    config: Config, source: models.RandomWeights, meshes: Mapping[str, Mesh]
+) -> Actor:
+    """The policy of a run, with its reference and its teacher, of random weights."""
+    teacher = None
+    if config.distillation:
+        teacher = workload.teacher_of(config, source.arch, meshes["teacher"])
+    on = meshes["actor"], meshes["reference"]
+    return actor_of(config, source, *on, teacher=teacher)
 
 
 def _capacity(
@@ -246,13 +258,17 @@ def estimate(
     held: dict[str, dict[str, int]] = {group_of[role]: {} for role in meshes}
     work: dict[str, dict[str, Work]] = {group: {} for group in held}
 
-    learner = actor_of(config, source, meshes["actor"], meshes["reference"])
+    learner = _actor(config, source, meshes)
     held[group_of["actor"]] |= workload.held_by("", learner.abstract_state())
     work[group_of["actor"]] |= workload.learning(config, learner)
     if uses_kl(config):
         size = bytes_of(learner.reference.abstract_params())
         held[group_of["reference"]]["reference"] = size
         work[group_of["reference"]] |= workload.reference(config, learner)
+    if learner.teacher:
+        size = bytes_of(learner.teacher.abstract_params())
+        held[group_of["teacher"]]["teacher"] = size
+        work[group_of["teacher"]] |= workload.teaching(config, learner, size)
     critic = None
     if has_critic(config):
         critic = workload.critic_of(config, source, meshes["critic"])
@@ -262,7 +278,10 @@ def estimate(
     for role, sizes in fitting.frozen(learner, critic).items():
         held[group_of[role]] |= sizes
     for group in held.values():  # in the host's memory
-        group |= {name: 0 for name in config.actor.offload if name in group}
+        away = [*config.actor.offload]
+        if learner.teacher and learner.teacher.offload:
+            away.append("teacher")
+        group |= {name: 0 for name in away if name in group}
 
     engine = engine_of(config, arch, None, meshes["rollout"], [])
     rollout, alone = held[group_of["rollout"]], meshes["rollout"]

@@ -20,6 +20,7 @@ from jaxrl_llm.config.schema_training import TrainedConfig
 from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.critic import Critic
+from jaxrl_llm.roles.teacher import Teacher
 from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.sharding import checksum, processes, reshard
 from jaxrl_llm.sharding import compiled_traffic as collectives
@@ -104,15 +105,24 @@ def learning(config: Config, learner: Actor) -> dict[str, Work]:
     epochs, updates = actor.ppo_epochs, settings.updates_per_step(config)
     # What waits in the host's memory comes for the update and is not held otherwise.
     away = bytes_of(state.opt_state) if "optimizer" in actor.offload else 0
+    flops = update * epochs
+    # Weights are read forward and twice backward, the state once per update.
+    traffic = 3 * each * micro * epochs + 2 * updates * bytes_of(state)
+    held = bytes_of(state) - away + frozen
+    if teacher := learner.teacher_within:  # reads the rows in every pass
+        own = teacher.policy
+        flops += _training_flops(config, own.arch) / 3 / own.mesh.size * epochs
+        read = _weights_read(own.arch, own.mesh, own.settings.dtype)
+        traffic += read * micro * epochs
+        held += 0 if teacher.offload else bytes_of(teacher.abstract_params())
     found = {
         "update": Work(
             lower=learner.lower_largest_update,
-            kept=bytes_of(state) - away + frozen,
+            kept=held,
             num_devices=learner.mesh.size,
             runs=updates,
-            flops=update * epochs,
-            # Weights are read forward and twice backward, the state once per update.
-            memory_traffic=3 * each * micro * epochs + 2 * updates * bytes_of(state),
+            flops=flops,
+            memory_traffic=traffic,
         )
     }
     # The concentration, which some baselines need, takes what log-probabilities take.
@@ -145,6 +155,39 @@ def reference(config: Config, learner: Actor) -> dict[str, Work]:
             flops=_training_flops(config, learner.arch) / 3 / policy.mesh.size,
             memory_traffic=micro
             * _weights_read(learner.arch, policy.mesh, actor.dtype),
+        )
+    }
+
+
+def teacher_of(config: Config, arch: models.Architecture, on: Mesh) -> Teacher:
+    """A teacher of random weights, of the shape that `distillation.teacher` names.
+
+    Args:
+      arch: the policy's.
+    """
+    wanted = config.distillation.teacher
+    own = architecture(wanted.path, wanted.revision)
+    shared = min(own.vocab_size, arch.vocab_size)
+    return build.teacher_of(config, models.RandomWeights(own), shared, on)
+
+
+def teaching(config: Config, learner: Actor, size: int) -> dict[str, Work]:
+    """What the teacher says before the update, whose weights have `size` bytes."""
+    teacher, rows = learner.teacher_before, learner.largest_rows()
+    if teacher is None:
+        return {}
+    policy = teacher.policy
+    together = policy.layout.micro_batch_size or len(rows.tokens)
+    micro = -(-len(rows.tokens) // together)
+    return {
+        "teacher's log-probabilities": Work(
+            lower=lambda: teacher.lower_scoring(rows),
+            kept=0 if teacher.offload else size,
+            num_devices=policy.mesh.size,
+            runs=1,
+            flops=_training_flops(config, policy.arch) / 3 / policy.mesh.size,
+            memory_traffic=micro
+            * _weights_read(policy.arch, policy.mesh, policy.settings.dtype),
         )
     }
 

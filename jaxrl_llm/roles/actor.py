@@ -19,7 +19,10 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxrl_llm import models
-from jaxrl_llm.algorithms import grpo
+from jaxrl_llm.algorithms import distilled_policy, grpo
+from jaxrl_llm.algorithms import update as updates
+from jaxrl_llm.algorithms.distilled_policy import DistilledPolicy
+from jaxrl_llm.algorithms.objectives import Objective
 from jaxrl_llm.algorithms.statistics import Mean
 from jaxrl_llm.data import packing
 from jaxrl_llm.data.rows import TrainBatch
@@ -34,6 +37,7 @@ from jaxrl_llm.roles.sharded_model import (
     to_devices,
     to_host,
 )
+from jaxrl_llm.roles.teacher import Teacher
 from jaxrl_llm.roles.trained_model import Meanwhile, MiniBatches, TrainedModel, nothing
 
 
@@ -61,6 +65,8 @@ class ActorSettings:
     """Whether the policy before the first update must be asked."""
     offload: bool = False
     """The optimizer's moments wait in the host's memory outside of updates."""
+    distillation: distilled_policy.Settings | None = None
+    """What is learned from the teacher."""
 
 
 class Actor:
@@ -70,6 +76,7 @@ class Actor:
       source: of the weights to start from.
       schedule: the learning rate as a function of updates, which is logged.
       reference: what KL terms compare with; None without any.
+      teacher: what `settings.distillation` learns from.
       is_trained: whether a parameter is trained, by its name: see
         `models.split_params`. All are if not given; the others stay as they are read,
         in the compute dtype.
@@ -86,11 +93,12 @@ class Actor:
         optimizer: optax.GradientTransformation,
         schedule: optax.Schedule,
         reference: Reference | None = None,
+        teacher: Teacher | None = None,
         is_trained: Callable[[str], bool] | None = None,
         adapters: WeightSource | None = None,
     ):
         self.policy, self.reference, self.settings = policy, reference, settings
-        self.schedule, self.source = schedule, source
+        self.schedule, self.source, self.teacher = schedule, source, teacher
         self._adapters, self._lora = adapters, policy.settings.lora
         if self._lora is not None:
             is_trained = models.is_adapter
@@ -107,12 +115,14 @@ class Actor:
         )
 
         def update(state, rows, frozen):
-            return grpo.update(
+            objective, outputs_fn = self._objective(how, frozen)
+            return updates.update(
                 state,
                 rows,
-                logprob_fn=functools.partial(policy.logprobs, frozen=frozen),
-                optimizer=optimizer,
-                settings=how,
+                objective,
+                optimizer,
+                outputs_fn=outputs_fn,
+                micro_batch_size=how.micro_batch_size,
                 prepare=lambda params: models.for_products(
                     self.arch, params, policy.settings.dtype
                 ),
@@ -126,6 +136,51 @@ class Actor:
             mini_batches=settings.mini_batches,
             is_trained=is_trained,
         )
+
+    def _objective(
+        self, update: grpo.Settings, frozen: Any
+    ) -> tuple[Objective, updates.OutputsFn]:
+        """What is made small, and what it is handed.
+
+        Args:
+          frozen: of `_handed`.
+        """
+        how, policy = self.settings.distillation, self.policy
+        if how is None:
+            outputs_fn = functools.partial(policy.logprobs, frozen=frozen)
+            return grpo.Policy(update), outputs_fn
+        objective = DistilledPolicy(update, how)
+        match how.mode:
+            case "reverse_kl":
+                return objective, functools.partial(policy.logprobs, frozen=frozen)
+            case "forward_kl_topk":
+                return objective, functools.partial(policy.with_topk, frozen=frozen)
+            case "jsd":
+                return objective, functools.partial(
+                    policy.with_teacher,
+                    teacher=self.teacher.policy,
+                    teacher_params=frozen["teacher"],
+                    beta=how.beta,
+                    frozen=frozen["policy"],
+                )
+
+    def _handed(self, policy: Params, teacher: Callable[[], Params]) -> Any:
+        """What every update is handed and leaves as it is: the policy's parameters that
+        are not trained and, if the update asks it, the teacher's."""
+        if self.teacher_within is None:
+            return policy
+        return {"policy": policy, "teacher": teacher()}
+
+    @property
+    def teacher_within(self) -> Teacher | None:
+        """The teacher, if the update itself asks it."""
+        how = self.settings.distillation
+        return self.teacher if how and how.asks_within else None
+
+    @property
+    def teacher_before(self) -> Teacher | None:
+        """The teacher, if it is asked before the update."""
+        return None if self.teacher_within else self.teacher
 
     @property
     def arch(self) -> Architecture:
@@ -287,6 +342,14 @@ class Actor:
             found["old_logprobs"] = self.policy.score(weights, batch)
         return dataclasses.replace(batch, **found)
 
+    def with_teacher(self, batch: TrainBatch) -> TrainBatch:
+        """Adds what the teacher says, if it is asked before the update and it is not
+        there."""
+        teacher = self.teacher_before
+        if teacher is None or batch.taught is not None:
+            return batch
+        return dataclasses.replace(batch, taught=teacher.score(batch))
+
     def update(
         self,
         state: grpo.TrainState,
@@ -297,14 +360,15 @@ class Actor:
         """All optimizer steps of one training step. Donates `state`.
 
         Args:
-          batch: of `make_rows`, or of `with_logprobs`, which is called if needed.
+          batch: of `make_rows`, or of `with_logprobs` and `with_teacher`, which are
+            called if needed.
           seed: of the order of the prompts in each pass.
           meanwhile: called when all is dispatched, before it is waited for.
 
         Returns:
           The next state, and metrics of all optimizer steps (`statistics.join`).
         """
-        batch = self.with_logprobs(state.params, batch)
+        batch = self.with_teacher(self.with_logprobs(state.params, batch))
         batch = dataclasses.replace(batch, values=None, returns=None)
         if self.settings.offload:
             opt_state = to_devices(state.opt_state)
@@ -313,7 +377,7 @@ class Actor:
             state,
             batch,
             seed,
-            frozen=self.frozen,
+            frozen=self._handed(self.frozen, lambda: self.teacher.weights()),
             measure=self._measure,
             meanwhile=meanwhile,
         )
@@ -329,7 +393,13 @@ class Actor:
 
     def lower_update(self, batch: TrainBatch) -> jax.stages.Lowered:
         """The update of the state with rows of these shapes."""
-        return self._trained.lower(batch, self.abstract_frozen())
+        return self._trained.lower(batch, self._abstract_handed())
+
+    def _abstract_handed(self) -> Any:
+        """Shapes, dtypes and shardings of what updates leave as it is."""
+        return self._handed(
+            self.abstract_frozen(), lambda: self.teacher.abstract_params()
+        )
 
     def compile_largest_update(self) -> jax.stages.Compiled:
         """The largest update that can occur, compiled."""
@@ -346,13 +416,16 @@ class Actor:
             batch = dataclasses.replace(batch, ref_logprobs=batch.sampler_logprobs)
         if self.settings.needs_old_logprobs:
             batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
+        if self.teacher_before is not None:
+            said = self.teacher_before.nothing(batch)
+            batch = dataclasses.replace(batch, taught=said)
         return self._trained.split_rows(batch, 0, 0)[0]
 
     def programs(self) -> dict[str, Callable[[], jax.stages.Lowered]]:
         """Every program that the steps of a run need of the policy, whatever lengths
         there are, each from shapes alone: its name, and what lowers it."""
         found: dict[str, Callable[[], jax.stages.Lowered]] = {}
-        frozen, computed = self.abstract_frozen(), self._abstract_computed()
+        frozen, computed = self._abstract_handed(), self._abstract_computed()
         for rows in self.policy.shapes_of_rows(self.largest_mini_batch()):
             found[f"update {named(rows)}"] = functools.partial(
                 self._trained.lower_step, rows, frozen
@@ -371,6 +444,8 @@ class Actor:
                 )
         if self._lora is not None:
             found["adapters added to the weights"] = self.lower_merging
+        if self.teacher_before is not None:
+            found |= self.teacher_before.programs(batch)
         return found
 
     def lower_merging(self) -> jax.stages.Lowered:

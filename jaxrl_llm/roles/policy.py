@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from jaxrl_llm import models
-from jaxrl_llm.algorithms import logprobs
+from jaxrl_llm.algorithms import distillation, logprobs
+from jaxrl_llm.algorithms.distillation import Distilled
 from jaxrl_llm.data import rows as batches
-from jaxrl_llm.data.rows import TrainBatch
+from jaxrl_llm.data.rows import Taught, TrainBatch
 from jaxrl_llm.models import Architecture
 from jaxrl_llm.models.apply import Params
 from jaxrl_llm.roles.sharded_model import ModelSettings, ShardedModel
@@ -34,6 +36,9 @@ class PolicySettings(ModelSettings):
     keep_probabilities: bool = False
     """Keep softmax(logits) for the backward pass rather than compute it again; not with
     `entropy_gradient`."""
+    num_tokens: int | None = None
+    """Rows of the output matrix that are tokens; those behind are padding, which gets
+    no probability. All if not given."""
 
 
 class Policy(ShardedModel):
@@ -124,6 +129,83 @@ class Policy(ShardedModel):
         found = self._by_rows(of_rows, *self._asked(params, rows, frozen))
         return logprobs.Logprobs(*(self._join(x, rows.tokens.shape) for x in found))
 
+    def taught(
+        self, params: Params, rows: TrainBatch, topk: int | None = None
+    ) -> Taught:
+        """`distillation.taught` of every response token, with this as the teacher."""
+
+        def of_rows(hidden, matrix, asked, **how):
+            return distillation.taught(
+                hidden,
+                matrix,
+                asked.tokens,
+                asked.positions,
+                asked.response_mask,
+                topk=topk,
+                **how,
+            )
+
+        return self._of_rows(of_rows, rows, self._asked(params, rows))
+
+    def with_topk(
+        self, params: Params, rows: TrainBatch, frozen: Params = None
+    ) -> Distilled:
+        """`distillation.with_topk` of every response token, with this as the student of
+        the teacher whose words are in `rows`.
+
+        Args:
+          frozen: as of `logprobs`.
+        """
+
+        def of_rows(hidden, matrix, asked, **how):
+            return distillation.with_topk(
+                hidden,
+                matrix,
+                asked.tokens,
+                asked.positions,
+                asked.response_mask,
+                asked.taught,
+                entropy_gradient=self.settings.entropy_gradient,
+                **how,
+            )
+
+        return self._of_rows(of_rows, rows, self._asked(params, rows, frozen))
+
+    def with_teacher(
+        self,
+        params: Params,
+        rows: TrainBatch,
+        teacher: "Policy",
+        teacher_params: Params,
+        beta: float,
+        frozen: Params = None,
+    ) -> Distilled:
+        """`distillation.with_teacher` of every response token, with this as the
+        student.
+
+        Args:
+          teacher: on this mesh. Not differentiated.
+          frozen: as of `logprobs`.
+        """
+
+        def of_rows(hidden, matrix, asked, other, **how):
+            return distillation.with_teacher(
+                hidden,
+                matrix,
+                asked.tokens,
+                asked.positions,
+                asked.response_mask,
+                teacher=other,
+                beta=beta,
+                other_softcap=teacher.arch.logit_softcap,
+                entropy_gradient=self.settings.entropy_gradient,
+                **how,
+            )
+
+        said = teacher._asked(jax.lax.stop_gradient(teacher_params), rows)
+        asked = self._asked(params, rows, frozen)
+        return self._of_rows(of_rows, rows, asked, other=(teacher, *said[:2]))
+
     def _sum_pi_squared(self, params: Params, rows: TrainBatch) -> Float[Array, "R T"]:
         def of_rows(hidden, matrix, asked, **how):
             return logprobs.sum_pi_squared(
@@ -133,7 +215,19 @@ class Policy(ShardedModel):
         found = self._by_rows(of_rows, *self._asked(params, rows))
         return self._join(found, rows.tokens.shape)
 
-    def _by_rows(self, function: Callable, hidden, matrix, rows: TrainBatch):
+    def _of_rows(self, function: Callable, rows: TrainBatch, asked, **other) -> Any:
+        """`_by_rows` of `_asked`, joined: a tree of [R, T, ...]."""
+        found = self._by_rows(function, *asked, **other)
+        return jax.tree.map(lambda x: self._join(x, rows.tokens.shape), found)
+
+    def _by_rows(
+        self,
+        function: Callable,
+        hidden,
+        matrix,
+        rows: TrainBatch,
+        other: tuple["Policy", Array, Array] | None = None,
+    ):
         """`function` of these, and of what `logprobs.of_tokens` has to know besides;
         the logits of 4,096 tokens a device may exist at once.
 
@@ -141,13 +235,21 @@ class Policy(ShardedModel):
         the matrix' gradient, meets once, not after each chunk of them. A TPU's compiler
         splits such sums so that no chip holds all of them, which here is worth more;
         and rows that are too few for all devices are the compiler's too.
-        """
 
-        def of_rows(hidden, matrix, rows, **how):
+        Args:
+          other: another policy on this mesh, its hidden states and its output matrix,
+            which `function` gets as one more argument.
+        """
+        given, more = (), {}
+        if other is not None:
+            given = (other[1:],)
+
+        def of_rows(hidden, matrix, rows, *given, **how):
             return function(
                 hidden,
                 matrix,
                 rows,
+                *given,
                 previous=batches.previous_tokens(rows),
                 temperature=self.settings.temperature,
                 logit_softcap=self.arch.logit_softcap,
@@ -158,23 +260,44 @@ class Policy(ShardedModel):
         axes = tuple(axis for axis in names if self.mesh.shape[axis] > 1)
         parts = math.prod(self.mesh.shape[axis] for axis in axes)
         if not axes or platform_of(self.mesh) == "tpu" or len(hidden) % parts:
-            matrix = self.partition.constrain(matrix, "vocab", None)
-            return of_rows(hidden, matrix, rows, chunk=4096 * parts)
-        split = tuple(a for a in self.partition.axes("embed") if a in axes)
+            matrix = self._whole_vocabulary(matrix)
+            if other is not None:
+                given = ((other[1], other[0]._whole_vocabulary(other[2])),)
+            return of_rows(hidden, matrix, rows, *given, chunk=4096 * parts)
+        split = self._split(axes)
+        specs = P(axes), P(None, split), P(axes)
+        if other is not None:
+            more = {"other_split": other[0]._split(axes)}
+            specs += ((P(axes), P(None, more["other_split"])),)
         return jax.shard_map(
-            functools.partial(of_rows, split=split, chunk=4096),
+            functools.partial(of_rows, split=split, chunk=4096, **more),
             mesh=self.mesh,
             axis_names=set(axes),
-            in_specs=(P(axes), P(None, split), P(axes)),
+            in_specs=specs,
             out_specs=P(axes),
             check_vma=False,
-        )(hidden, matrix, rows)
+        )(hidden, matrix, rows, *given)
+
+    def _split(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the axes over which the output matrix is split along D."""
+        return tuple(a for a in self.partition.axes("embed") if a in axes)
+
+    def _whole_vocabulary(self, matrix: Float[Array, "V d"]) -> Float[Array, "V d"]:
+        """The output matrix where all of D is together."""
+        if len(matrix) % self.partition.parts("vocab"):
+            return matrix  # without padding, it may not divide any more
+        return self.partition.constrain(matrix, "vocab", None)
 
     def _asked(self, params: Params, rows: TrainBatch, frozen: Params = None):
         """Hidden states, output matrix, and rows, taken apart where devices share
         them."""
         params = self.laid_out(params, frozen)
-        hidden, matrix = self.hidden(params, rows), models.output_matrix(params)
+        read, matrix = rows, models.output_matrix(params)
+        if (known := self.settings.num_tokens) is not None:
+            matrix = matrix[:known]
+            tokens = jnp.minimum(rows.tokens, self.arch.vocab_size - 1)
+            read = dataclasses.replace(rows, tokens=tokens)
+        hidden = self.hidden(params, read)
         if self.partition.parts("tokens") == 1:
             return hidden, matrix, rows
         hidden, rows = jax.tree.map(self._take_apart, (hidden, rows))
@@ -196,5 +319,6 @@ class Policy(ShardedModel):
         return jnp.concatenate([parts(jnp.roll(x, 1, axis=1))[:, :1], parts(x)], axis=1)
 
     def _join(self, x: Array, shape: tuple[int, int]) -> Array:
-        """What was found of rows that were taken apart, [R, T]."""
-        return x[:, -(shape[1] // self.partition.parts("tokens")) :].reshape(shape)
+        """What was found of rows that were taken apart, [R, T, ...]."""
+        x = x[:, -(shape[1] // self.partition.parts("tokens")) :]
+        return x.reshape(*shape, *x.shape[2:])

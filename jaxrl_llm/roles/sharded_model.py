@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import update as updates
@@ -217,11 +217,12 @@ class ShardedModel:
         parts = {-(-longest * i // (4 * multiple)) * multiple for i in quarters}
         return sorted({n for n in parts if n >= _SHORT} | {longest})
 
-    def fetch(self, found: Float[Array, "R2 T2"], batch: TrainBatch) -> np.ndarray:
-        """What was found per token of `on_devices(batch)`, [R, T] on the host."""
+    def fetch(self, found: Num[Array, "R2 T2 *K"], batch: TrainBatch) -> np.ndarray:
+        """What was found per token of `on_devices(batch)`, [R, T, *K] on the host."""
         num_rows, length = batch.tokens.shape
         values = processes.fetch(found)[:num_rows, :length]
-        return np.pad(values, ((0, 0), (0, length - values.shape[1])))
+        beyond = ((0, 0),) * (values.ndim - 2)
+        return np.pad(values, ((0, 0), (0, length - values.shape[1]), *beyond))
 
     def laid_out(self, params: Params, frozen: Params = None) -> Params:
         """All weights where they lie; for use in a function that is differentiated in

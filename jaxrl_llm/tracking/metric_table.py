@@ -32,6 +32,7 @@ def find(name: str) -> Metric | None:
 
 GROUPS = {
     "actor": "The policy's update",
+    "distillation": "The teacher",
     "critic": "Rewards, advantages and the critic",
     "reward": "Reward functions",
     "reward_errors": "Reward functions",
@@ -106,6 +107,40 @@ METRICS = (
         "trainer.max_skipped_steps steps without any update the run stops",
     ),
     Metric("actor/lr", "learning rate of the step's last update, by the schedule"),
+    Metric(
+        "distillation/loss",
+        "distance from the teacher by distillation.mode, nats, before "
+        "distillation.coef, put together by actor.loss_agg_mode; with reverse_kl the "
+        "mean of log p_policy - log p_teacher of sampled tokens",
+        "falls; with reverse_kl it is noisy and may be under 0",
+        "raise actor.optim.lr; more responses; a teacher nearer to the policy",
+    ),
+    Metric(
+        "distillation/reverse_kl",
+        "log p_policy - log p_teacher of sampled tokens, mean over tokens, nats: an "
+        "estimate of KL(policy || teacher)",
+        "falls towards 0",
+        "as for distillation/loss",
+    ),
+    Metric(
+        "distillation/teacher_logprob",
+        "log-probability by the teacher of sampled tokens, mean over tokens, nats",
+        "rises towards -distillation/teacher_entropy",
+        "far below it, the policy writes what the teacher never would: warm it up by "
+        "supervised training on the teacher's answers",
+    ),
+    Metric(
+        "distillation/teacher_entropy",
+        "entropy of the teacher's distribution of the same tokens, mean, nats",
+        "steady",
+    ),
+    Metric(
+        "distillation/{student,teacher}_mass",
+        "probability that policy or teacher gives the teacher's distillation.topk "
+        "tokens, mean over tokens (forward_kl_topk)",
+        "the teacher's over 0.95; the student's rises to it",
+        "raise distillation.topk",
+    ),
     Metric(
         "actor/reward_kl_penalty",
         "KL taken off the rewards (algorithm.use_kl_in_reward), nats per token",
@@ -432,6 +467,7 @@ METRICS = (
     Metric(
         "timing_s/old_log_prob", "log-probabilities of the policy and the reference"
     ),
+    Metric("timing_s/teacher", "the teacher's log-probabilities, before the update"),
     Metric("timing_s/values", "the critic's values"),
     Metric("timing_s/adv", "advantages and packing"),
     Metric("timing_s/update_critic", "the critic's update"),

@@ -26,6 +26,7 @@ _PHASES = {
     "gen": "generating",
     "reward": "scoring",
     "old_log_prob": "asking the policy and its reference",
+    "teacher": "asking the teacher",
     "values": "asking the critic",
     "adv": "estimating advantages",
     "update_critic": "updating the critic",

@@ -103,14 +103,17 @@ def batch_metrics(
     lengths = [len(episode.tokens) for episode in flat]
     total = scores.total
     metrics = {
-        **_spread("critic/rewards", total),
-        "critic/score/mean": float(total.mean()),
         **_spread("critic/advantages", advantages),
         **_spread("response_length", lengths),
         "response_length/clip_ratio": cut_off(flat),
         **_spread("prompt_length", [len(prompt.tokens) for prompt in prompts]),
-        "training/groups_all_equal": float((np.ptp(total, axis=1) == 0).mean()),
     }
+    if scores.by_function:  # else nothing is judged
+        metrics |= {
+            **_spread("critic/rewards", total),
+            "critic/score/mean": float(total.mean()),
+            "training/groups_all_equal": float((np.ptp(total, axis=1) == 0).mean()),
+        }
     masses = np.concatenate([episode.kept_mass for episode in flat])
     if np.isfinite(masses).any():
         metrics["rollout/kept_mass_mean"] = float(np.nanmean(masses))

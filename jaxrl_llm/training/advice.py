@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Float
 
-from jaxrl_llm.config import plugins
+from jaxrl_llm.config import checks, plugins
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.training import settings
 from jaxrl_llm.training.experience import Groups
@@ -31,6 +31,7 @@ class Watch:
 
     def __init__(self, config: Config):
         self._config = config
+        self._rewarded = checks.learns_from_rewards(config)
         self._patience = min(PATIENCE, config.trainer.total_training_steps)
         self._in_a_row: dict[str, int] = {}
         self._cause = ""
@@ -55,7 +56,7 @@ class Watch:
         return {
             kind: f"step {step}: {text}"
             for kind, text in (
-                *self._of_rewards(groups),
+                *(self._of_rewards(groups) if self._rewarded else ()),
                 *self._of_responses(groups, learned),
                 *self._of_updates(advantages, learned),
                 *_of_mismatch(self._config, learned),
@@ -150,7 +151,8 @@ class Watch:
             "raise rollout.temperature or actor.entropy_coeff, lower actor.optim.lr, "
             "or go on from an earlier checkpoint"
         )
-        alike = config.rollout.n > 1 and all(
+        compares = config.rollout.n > 1 and self._rewarded
+        alike = compares and all(
             np.array_equal(one.tokens, group[0].tokens)
             for group in rollouts
             for one in group

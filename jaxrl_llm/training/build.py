@@ -35,6 +35,7 @@ from jaxrl_llm.roles.policy import Policy
 from jaxrl_llm.roles.reference import Reference
 from jaxrl_llm.roles.reward_model import RewardModel
 from jaxrl_llm.roles.sharded_model import ShardedModel
+from jaxrl_llm.roles.teacher import Teacher
 from jaxrl_llm.rollout.engine import Engine
 from jaxrl_llm.sharding import mesh, processes
 from jaxrl_llm.tracking import console
@@ -154,7 +155,9 @@ def build(
     section = with_template_time(config, source.tokenizer)
     data = read_data(section, source.tokenizer, source.arch.vocab_size, train=learns)
     shaped = [*functions, *shaping(config)]
-    judge = valued = None
+    judge = valued = taught = None
+    if config.distillation and learns:
+        taught = open_teacher(config, source)
     if config.reward.model:
         judge = open_reward_model(config, source)
     weights = shared(config, source)
@@ -164,7 +167,9 @@ def build(
             valued = weights  # of which the critic trains adapters too
 
     def actor_with(config: Config) -> Actor:
-        return actor_of(config, weights, meshes["actor"], meshes["reference"])
+        teacher = taught and teacher_of(config, *taught, meshes["teacher"])
+        on = meshes["actor"], meshes["reference"]
+        return actor_of(config, weights, *on, teacher=teacher)
 
     def critic_with(config: Config) -> Critic:
         return critic_of(config, valued, meshes["critic"])
@@ -475,12 +480,15 @@ def actor_of(
     source: models.WeightSource,
     on: jax.sharding.Mesh,
     reference_on: jax.sharding.Mesh | None = None,
+    *,
+    teacher: Teacher | None = None,
 ) -> Actor:
     """The policy of a run, with a reference if a KL term asks for one.
 
     Args:
       source: of the weights to start from, see `shared`.
       reference_on: the mesh of the reference; `on` if not given.
+      teacher: of `teacher_of`; without one, the policy that is not to be trained.
 
     Raises:
       ValueError: the model or its rows cannot be split evenly over a mesh, or
@@ -512,6 +520,7 @@ def actor_of(
         optimizer=optimizer.make(*numbers),
         schedule=optimizer.schedule(*numbers),
         reference=reference,
+        teacher=teacher,
         adapters=adapters,
     )
 
@@ -523,6 +532,28 @@ def new_adapters(
     if lora is None:
         return None
     return models.NewAdapters(arch, lora, seed(config.seed, whose, 0))
+
+
+def teacher_of(
+    config: Config,
+    source: models.WeightSource,
+    num_tokens: int,
+    on: jax.sharding.Mesh,
+) -> Teacher:
+    """The teacher of a run.
+
+    Args:
+      source: of its weights, such as of `open_teacher`.
+      num_tokens: of the vocabulary that it shares with the policy.
+
+    Raises:
+      ValueError: the model or its rows cannot be split evenly over the mesh.
+    """
+    section = config.distillation
+    keys = settings.keys("distillation.teacher.mesh")
+    policy = Policy(source.arch, on, settings.teacher(config, num_tokens), keys=keys)
+    topk = section.topk if section.mode == "forward_kl_topk" else None
+    return Teacher(policy, source, topk=topk, offload=section.teacher.offload)
 
 
 def critic_of(
@@ -633,6 +664,64 @@ def open_reward_model(config: Config, source: models.Checkpoint) -> models.Class
     return found
 
 
+def open_teacher(
+    config: Config, source: models.Checkpoint
+) -> tuple[models.Checkpoint, int]:
+    """The checkpoint of the teacher, and how many tokens its vocabulary has, which is
+    the policy's. Rows of an output matrix beyond these are padding.
+
+    Args:
+      source: the policy's.
+
+    Raises:
+      ConfigError: there is no such model, or it does not fit the policy's.
+    """
+    section = config.distillation
+    key = f"distillation.teacher.path {section.teacher.path}"
+    try:
+        found = models.open(section.teacher.path, revision=section.teacher.revision)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    if found.tokenizer is None:
+        raise ConfigError(
+            f"{key} has no tokenizer, so that nothing says that its tokens are the "
+            "policy's; copy the files of one into it"
+        )
+    _check_same_tokens(key, found, source)
+    own, given = found.tokenizer.get_vocab(), source.tokenizer.get_vocab()
+    for lacks, has, missing in (
+        ("it", "the policy", given.keys() - own.keys()),
+        ("the policy", "the teacher", own.keys() - given.keys()),
+    ):
+        if missing:
+            both = own | given
+            first = min(missing, key=both.__getitem__)
+            raise ConfigError(
+                f"{key} has another vocabulary than the policy: {lacks} has no token "
+                f"{first!r}, which is {both[first]} of {has}; a teacher must read and "
+                "write the same tokens"
+            )
+    count = 1 + max(given.values())
+    for whose, arch in ((key, found.arch), ("model.path", source.arch)):
+        if count > arch.vocab_size:
+            raise ConfigError(
+                f"{whose}: the output matrix has {arch.vocab_size} rows, fewer than "
+                f"the {count} tokens of the vocabulary"
+            )
+    if section.mode == "forward_kl_topk" and section.topk >= count:
+        raise ConfigError(
+            f"distillation.topk is {section.topk}, but the vocabulary has only {count} "
+            "tokens"
+        )
+    needed = config.data.max_prompt_length + config.rollout.max_response_length
+    if needed > found.arch.max_positions:
+        raise ConfigError(
+            f"{key} has {found.arch.max_positions} positions, but "
+            f"data.max_prompt_length + rollout.max_response_length is {needed}"
+        )
+    return found, count
+
+
 def _check_same_tokens(
     key: str, found: models.Checkpoint | models.Classifier, source: models.Checkpoint
 ) -> None:
@@ -663,8 +752,8 @@ def has_critic(config: Config) -> bool:
 def make_meshes(
     config: Config, devices: Sequence[jax.Device] | None = None
 ) -> dict[str, jax.sharding.Mesh]:
-    """The mesh of each role (actor, reference, critic, reward, rollout) over its
-    devices; reward only if there is a reward model.
+    """The mesh of each role (actor, reference, critic, reward, teacher, rollout) over
+    its devices; reward and teacher only if there is one.
 
     Args:
       devices: all of them; those of this run if not given.

@@ -12,8 +12,9 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from jaxrl_llm.algorithms import advantages, kl, masked, ppo
-from jaxrl_llm.config import plugins
+from jaxrl_llm.config import checks, plugins
 from jaxrl_llm.config.algorithm import Estimator
+from jaxrl_llm.config.schema import Config
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.data.types import Episode
@@ -210,6 +211,9 @@ def assign_credit(
     if actor.asks_other_policies:
         with observe("old_log_prob"):
             rows = actor.with_logprobs(params, rows, state.reference)
+    if actor.teacher_before is not None:
+        with observe("teacher"):
+            rows = actor.with_teacher(rows)
     if "sum_pi_squared" in plugins.estimator_of(algorithm).needs:
         with observe("old_log_prob"):
             squares = actor.sum_pi_squared(params, rows)
@@ -217,23 +221,31 @@ def assign_credit(
         with observe("values"):
             values = job.critic.judge(state.critic.params, rows)
     with observe("adv"):
-        judged = Judged(
-            rewards=scores.total,
-            by_function=np.stack([*scores.by_function.values()]),
-            weights=np.array(job.weights, np.float32),
-            baselines=groups.baselines,
-            values=values,
-            sum_pi_squared=squares,
-            kl_coef=jax.device_get(state.kl_coef),
-        )
-        rows, found = jax.device_get(advantages_of(rows, judged, algorithm=algorithm))
-        means = per_response(rows, scores.total.shape)
+        found: dict[str, Any] = {}
+        if checks.learns_from_rewards(config):
+            judged = Judged(
+                rewards=scores.total,
+                by_function=np.stack([*scores.by_function.values()]),
+                weights=np.array(job.weights, np.float32),
+                baselines=groups.baselines,
+                values=values,
+                sum_pi_squared=squares,
+                kl_coef=jax.device_get(state.kl_coef),
+            )
+            said, rows = rows.taught, dataclasses.replace(rows, taught=None)
+            rows, found = jax.device_get(
+                advantages_of(rows, judged, algorithm=algorithm)
+            )
+            rows = dataclasses.replace(rows, taught=said)
+        shown = with_teachers_worth(config, rows)
+        means = per_response(shown, scores.total.shape)
         if algorithm.mask_truncated_completions:
             rows, masked_out = without_truncated(rows, groups.rollouts)
             found["training/truncated_completions_masked"] = masked_out
+            shown = dataclasses.replace(shown, response_mask=rows.response_mask)
         details = functools.partial(
             token_details.of_step,
-            rows,
+            shown,
             [len(one.tokens) for group in groups.rollouts for one in group],
             functools.partial(
                 job.source.tokenizer.decode, clean_up_tokenization_spaces=False
@@ -277,6 +289,23 @@ def draw_again(
     )
     key = jax.random.key(seed(job.config.seed, Purpose.RESAMPLE, step))
     return job.actor.take(rows, advantages.resample(key, weights).tolist())
+
+
+def with_teachers_worth(config: Config, rows: TrainBatch) -> TrainBatch:
+    """`rows` with the advantages of distillation.mode=reverse_kl for a person to see.
+    The update finds them by its own log-probabilities, which are not known yet where
+    there is one update; those of the sampler take their place.
+
+    Args:
+      rows: NumPy arrays.
+    """
+    how = config.distillation
+    if how is None or how.mode != "reverse_kl":
+        return rows
+    own = rows.sampler_logprobs if rows.old_logprobs is None else rows.old_logprobs
+    worth = np.float32(how.coef) * (rows.taught.logprobs - own)
+    worth = np.where(rows.response_mask & np.isfinite(worth), worth, np.float32(0))
+    return dataclasses.replace(rows, advantages=rows.advantages + worth)
 
 
 def without_truncated(

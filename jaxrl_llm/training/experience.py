@@ -150,7 +150,10 @@ def score_together(
         )
     mine, answers = processes.share(prompts), processes.share(episodes)
     made = None
-    if mine:
+    if mine and not terms:  # nothing is judged, and nothing learns from it
+        zeros = np.zeros((len(mine), len(answers[0])), np.float32)
+        made = Scores(total=zeros, by_function={}, errors={}, details={})
+    elif mine:
         made = score(
             terms,
             mine,

@@ -68,6 +68,8 @@ def kept(
     if uses_kl(config):
         size = bytes_of(actor.reference.abstract_params())
         add("reference", {"reference": size})
+    if actor.teacher:
+        add("teacher", {"teacher": bytes_of(actor.teacher.abstract_params())})
     for role, sizes in frozen(actor, critic).items():
         add(role, sizes)
     return found
@@ -112,6 +114,10 @@ def beside(config: Config, sizes: Sizes, role: str) -> int:
     offloaded = [*config.actor.offload]
     if config.reward.model and config.reward.model.offload:
         offloaded.append("reward model")
+    if (how := config.distillation) and (
+        how.teacher.offload or (role == "actor" and how.mode == "jsd")
+    ):
+        offloaded.append("teacher")  # or an argument of the update
     for name in (*own, *offloaded, CACHE):  # the cache is given back
         there.pop(name, None)
     return sum(there.values())

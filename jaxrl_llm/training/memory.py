@@ -34,6 +34,7 @@ _DURING = {
     "gen": "generating",
     "reward": "scoring responses",
     "old_log_prob": "asking the policy and its reference",
+    "teacher": "asking the teacher",
     "values": "asking the critic",
     "adv": "estimating advantages",
     "update_critic": "updating the critic",
@@ -109,7 +110,14 @@ def _there(job: Job, sizes: Sizes, found: Shortage, phase: str) -> dict[str, int
             there.pop(what, None)
     if config.reward.model and config.reward.model.offload and phase != "reward":
         there.pop("reward model", None)
+    if config.distillation and config.distillation.teacher.offload:
+        if phase != _ASKED[config.distillation.mode]:
+            there.pop("teacher", None)
     return there
+
+
+_ASKED = {"reverse_kl": "teacher", "forward_kl_topk": "teacher", "jsd": "update_actor"}
+"""In which phase the teacher is asked."""
 
 
 def remedies(job: Job, sizes: Sizes, found: Shortage, phase: str) -> list[str]:
@@ -136,12 +144,16 @@ def remedies(job: Job, sizes: Sizes, found: Shortage, phase: str) -> list[str]:
         case "values":
             said = _fewer_rows(job, "critic", found, 0)
             said += _put_away(job, "optimizer") + _split(job, "critic")
+        case "teacher":
+            said = _fewer_rows(job, "distillation.teacher", found, 0)
+            said += _teacher_away(job) + _put_away(job, "optimizer")
         case "reward" if model:
             said = _fewer_rows(job, "reward.model", found, 0)
             said += ["reward.model.offload: true"] * (not model.offload)
             said += _put_away(job, "optimizer")
         case "gen" | "testing":
             said = _less_generation(job, found) + _put_away(job, "optimizer")
+            said += _teacher_away(job)
             said += _more_tensor(job, arch.num_heads)
         case _:
             said = _put_away(job, "optimizer") + _put_away(job, "reference")
@@ -156,6 +168,10 @@ def _fewer_rows(job: Job, whose: str, found: Shortage, fixed: int) -> list[str]:
         "actor": lambda: (config.actor, job.actor.policy),
         "critic": lambda: (config.critic, job.critic.model),
         "reward.model": lambda: (config.reward.model, job.reward_model.model),
+        "distillation.teacher": lambda: (
+            config.distillation.teacher,
+            job.actor.teacher.policy,
+        ),
     }[whose]()
     now = section.micro_batch_size or config.actor.micro_batch_size
     now = now or len(job.actor.largest_mini_batch().tokens)
@@ -196,6 +212,13 @@ def _put_away(job: Job, what: str) -> list[str]:
     if what in kept or (what == "reference" and not uses_kl(job.config)):
         return []
     return [f"actor.offload: [{', '.join([*kept, what])}]"]
+
+
+def _teacher_away(job: Job) -> list[str]:
+    """The teacher's weights wait in the host's memory instead."""
+    how = job.config.distillation
+    away = how is None or how.teacher.offload
+    return [] if away else ["distillation.teacher.offload: true"]
 
 
 def _more_tensor(job: Job, num_heads: int) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import get_args
 from urllib.parse import urlsplit
 
-from jaxrl_llm.algorithms import grpo, ppo
+from jaxrl_llm.algorithms import distilled_policy, grpo, ppo
 from jaxrl_llm.algorithms.rollout_correction import Correction
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.names import ConfigError
@@ -98,6 +98,39 @@ def actor(config: Config) -> ActorSettings:
         ),
         needs_old_logprobs=needs_old_logprobs(config),
         offload="optimizer" in actor.offload,
+        distillation=distillation(config),
+    )
+
+
+def distillation(config: Config) -> distilled_policy.Settings | None:
+    """What is learned from the teacher; None without one."""
+    section = config.distillation
+    if section is None:
+        return None
+    return distilled_policy.Settings(
+        mode=section.mode,
+        coef=section.coef,
+        with_rewards=section.with_rewards,
+        topk=section.topk,
+        beta=section.jsd_beta,
+    )
+
+
+def teacher(config: Config, num_tokens: int) -> PolicySettings:
+    """How the teacher is computed.
+
+    Args:
+      num_tokens: of the vocabulary that it shares with the policy.
+    """
+    section, size = config.distillation.teacher, config.actor.micro_batch_size
+    return PolicySettings(
+        dtype=section.dtype,
+        attention=section.attention,
+        unroll=section.unroll,
+        rules=section.rules,
+        rows=rows(config, section.micro_batch_size or size),
+        temperature=config.rollout.temperature,
+        num_tokens=num_tokens,
     )
 
 
@@ -150,8 +183,8 @@ def optim(section: OptimConfig) -> optimizer.Settings:
 
 
 def places(config: Config) -> dict[str, Place]:
-    """The mesh and the group that each role (actor, reference, critic, reward, rollout)
-    wants; reward only if there is a reward model."""
+    """The mesh and the group that each role (actor, reference, critic, reward, teacher,
+    rollout) wants; reward and teacher only if there is one."""
     meshes = {
         "actor": ("actor.mesh", config.actor.mesh),
         "reference": ("actor.ref_mesh", config.actor.ref_mesh or config.actor.mesh),
@@ -160,6 +193,9 @@ def places(config: Config) -> dict[str, Place]:
     }
     if config.reward.model:
         meshes["reward"] = ("reward.model.mesh", config.reward.model.mesh)
+    if config.distillation:
+        own = config.distillation.teacher.mesh or config.actor.mesh
+        meshes["teacher"] = ("distillation.teacher.mesh", own)
     group_of = placed(config.placement)
     return {
         role: Place(
@@ -185,6 +221,7 @@ def placed(placement: PlacementConfig) -> dict[str, str]:
         "reference": placement.reference or actor,
         "critic": placement.critic or actor,
         "reward": placement.reward or actor,
+        "teacher": placement.teacher or actor,
         "rollout": placement.rollout or actor,
     }
 

@@ -139,7 +139,7 @@ def ours(hidden, matrix, mode, chunk):
 
 @pytest.mark.parametrize(
     "mode",
-    ["topk", 0.3, *(pytest.param(x, marks=pytest.mark.slow) for x in (0.0, 1.0))],
+    ["topk", *(pytest.param(x, marks=pytest.mark.slow) for x in (0.0, 0.3, 1.0))],
 )
 def test_in_chunks_the_divergence_and_its_gradient_are_those_of_whole_rows(mode):
     logits, slope = capped(HIDDEN, MATRIX)

@@ -14,6 +14,7 @@ import pytest
 
 from jaxrl_llm.algorithms import logprobs, masked
 from jaxrl_llm.algorithms.objectives import SEQUENCES_TOGETHER, Objective
+from jaxrl_llm.algorithms.preference import BradleyTerry, Dpo, DpoSettings
 from jaxrl_llm.algorithms.update import TrainState, accumulate, update
 from jaxrl_llm.data.rows import TrainBatch
 
@@ -83,64 +84,6 @@ def score_fn(params, rows):
     return hidden_fn(params, rows)[0] @ params["head"]
 
 
-def pair_weights(batch):
-    """1 / number of pairs on the first sampled token of each better response."""
-    before = jnp.roll(batch.response_mask, 1, axis=1).at[:, 0].set(False)
-    first = batch.response_mask & ~before & (batch.sequence_ids % 2 == 0)
-    return first / jnp.maximum(jnp.sum(first), 1)
-
-
-def per_pair(x, rows):
-    """Every token gets the number of its pair; x is one for each sequence."""
-    return (x[0::2] - x[1::2])[rows.sequence_ids // 2]
-
-
-@dataclass(frozen=True)
-class BradleyTerry(Objective):
-    """-log sigmoid(score of the better - score of the worse), from scores."""
-
-    name: str = "reward_model"
-    segments: str = "pairs"
-
-    def plan(self, batch, seen, step):
-        return pair_weights(batch)
-
-    def loss(self, rows, outputs, planned):
-        last = rows.response_mask & ~jnp.roll(rows.response_mask, -1, axis=1)
-        where = last, rows.sequence_ids, rows.num_sequences
-        margin = per_pair(masked.sequence_sum(outputs, *where), rows)
-        loss = -jax.nn.log_sigmoid(margin)
-        return masked.weighted_sum(loss, planned), margin
-
-    def metrics(self, batch, kept, planned):
-        right = (kept > 0).astype(jnp.float32)
-        return {"reward_model/accuracy": masked.weighted_sum(right, planned)}
-
-
-@dataclass(frozen=True)
-class Preference(Objective):
-    """DPO: -log sigmoid(beta * (log-ratio of the better - that of the worse)).
-
-    Source: Rafailov et al. 2023, eq. 7 (arXiv:2305.18290).
-    """
-
-    beta: float = 0.3
-    name: str = "actor"
-    segments: str = "pairs"
-
-    def plan(self, batch, seen, step):
-        return pair_weights(batch)
-
-    def loss(self, rows, outputs, planned):
-        where = rows.response_mask, rows.sequence_ids, rows.num_sequences
-        ratios = masked.sequence_sum(outputs.logprobs - rows.ref_logprobs, *where)
-        margin = self.beta * per_pair(ratios, rows)
-        return masked.weighted_sum(-jax.nn.log_sigmoid(margin), planned), margin
-
-    def metrics(self, batch, kept, planned):
-        return {"actor/margin": masked.weighted_sum(kept, planned)}
-
-
 @dataclass(frozen=True)
 class Distillation(Objective):
     """KL(teacher || student) of each token, from hidden states and output matrices of
@@ -181,6 +124,7 @@ def both_fn(teacher, params, rows):
 
 
 TEACHER = make_params(1)
+PREFERENCE = Dpo(DpoSettings(beta=0.3))
 
 
 ON_HOST = jax.device_get(BATCH)
@@ -226,7 +170,7 @@ def distillation(params):
 
 CASES = {
     "reward model": (BradleyTerry(), score_fn, bradley_terry),
-    "preferences": (Preference(), logprob_fn, preference),
+    "preferences": (PREFERENCE, logprob_fn, preference),
     "distillation": (
         Distillation(),
         functools.partial(both_fn, TEACHER),
@@ -235,7 +179,11 @@ CASES = {
 }
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+# Programs that run once: compiling them well would take longer than it saves.
+QUICKLY = {"compiler_options": {"xla_backend_optimization_level": 0}}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3), **QUICKLY)
 def step(params, objective, outputs_fn, micro_batch_size=None):
     state = TrainState(params, SGD.init(params), jnp.int32(0))
     after, metrics = update(
@@ -253,7 +201,7 @@ def step(params, objective, outputs_fn, micro_batch_size=None):
 def test_an_objective_gets_the_gradient_of_its_equation(case):
     objective, outputs_fn, equation = CASES[case]
     grad, metrics = step(make_params(0), objective, outputs_fn)
-    wanted = jax.jit(jax.grad(equation))(make_params(0))
+    wanted = jax.jit(jax.grad(equation), **QUICKLY)(make_params(0))
     chex.assert_trees_all_close(grad, wanted, rtol=1e-5, atol=1e-6)
     norm = metrics[f"{objective.name}/grad_norm"]
     np.testing.assert_allclose(norm, optax.tree.norm(wanted), rtol=1e-5)
@@ -279,7 +227,7 @@ def test_objectives_measure_what_they_say():
             scores[pair, end - 1] > scores[pair, end + PROMPT + lengths[1] - 1]
         )
     assert 0 < sum(right) < PAIRS, "the case is worth nothing otherwise"
-    np.testing.assert_allclose(metrics["reward_model/accuracy"], np.mean(right))
+    np.testing.assert_allclose(metrics["rm/accuracy"], np.mean(right))
     _, metrics = step(params, *CASES["distillation"][:2], 2)
     wanted = jax.jit(distillation)(params)
     np.testing.assert_allclose(metrics["actor/kl"], wanted, rtol=1e-5)
@@ -311,14 +259,14 @@ def test_what_outputs_close_over_gets_no_gradient():
         state = TrainState(trained, SGD.init(trained), jnp.int32(0))
         outputs_fn = functools.partial(shared, frozen)
         return update(
-            state, BATCH, Preference(), SGD, outputs_fn=outputs_fn, micro_batch_size=2
+            state, BATCH, PREFERENCE, SGD, outputs_fn=outputs_fn, micro_batch_size=2
         )[0].params
 
     params = make_params(0)
     frozen = {"tokens": params.pop("tokens")}
     params.pop("head")
     after = jax.jit(frozen_step)(params, frozen)
-    whole, _ = step(make_params(0), Preference(), logprob_fn)
+    whole, _ = step(make_params(0), PREFERENCE, logprob_fn)
     np.testing.assert_allclose(
         after["output"] - params["output"], whole["output"], rtol=1e-5, atol=1e-6
     )
@@ -328,9 +276,9 @@ def test_what_outputs_close_over_gets_no_gradient():
     (loop,) = (e for e in program.eqns if e.primitive.name == "while")
     carried = [x.aval.shape for x in loop.outvars]
     assert carried.count((V, D)) == 1
-    whole = jax.make_jaxpr(
-        lambda p: step.__wrapped__(p, Preference(), logprob_fn, 2)[0]
-    )(make_params(0))
+    whole = jax.make_jaxpr(lambda p: step.__wrapped__(p, PREFERENCE, logprob_fn, 2)[0])(
+        make_params(0)
+    )
     (loop,) = (e for e in whole.eqns if e.primitive.name == "while")
     assert [x.aval.shape for x in loop.outvars].count((V, D)) == 2
 
@@ -361,6 +309,6 @@ def test_half_a_pair_is_an_error():
     odd = dataclasses.replace(BATCH, num_sequences=BATCH.num_sequences - 1)
     params = make_params(0)
     state = TrainState(params, SGD.init(params), jnp.int32(0))
-    name = Preference.name
+    name = PREFERENCE.name
     with pytest.raises(ValueError, match=f"sequences are no whole number .* {name}"):
-        update(state, odd, Preference(), SGD, outputs_fn=logprob_fn)
+        update(state, odd, PREFERENCE, SGD, outputs_fn=logprob_fn)

@@ -143,7 +143,7 @@ def test_a_configuration_cannot_be_changed():
         ("--rollout.vllm.weights_dir=gs://b", "rollout.vllm.weights_dir: 'gs://b' is"),
         ("--output_dir=~nobody_here/x", "output_dir: '~nobody_here/x': Could not det"),
         ("--data.train.split=a\udced", "data.train.split: 'a\\udced' holds half a ch"),
-        ("--reward.functions=[]", "reward: functions is empty; give at least one, or"),
+        ("--reward.functions=[]", "reward.functions is empty; give at least one, or"),
         ("--trainer={}", "trainer.total_training_steps: needed but not given"),
         ("--trainer.loggers=[wandbb]", "trainer.loggers.0: Input should be 'tensor"),
         # Values that do not fit each other.
@@ -433,7 +433,7 @@ def test_a_file_and_overrides_make_a_configuration(tmp_path):
         # What no single key is wrong about stands at the first that the line names.
         ("actor:\n  clip_ratio_c: 3\n  optim:\n    betas: [0.9, 1]", [], "FILE:4: a"),
         ("rollout:\n  n: 1", [], "FILE:2: rollout.n is 1 but algorithm.adv_estimator"),
-        ("seed: 0\nreward: {functions: []}", [], "FILE:2: reward: functions is empt"),
+        ("seed: 0\nreward: {functions: []}", [], "FILE:2: reward.functions is empt"),
         ("actor: {ppo_mini_batch_size: 9}", ["--data.train_batch_size=8"], "FILE:1: "),
         ("seed: 0", ["--actor.ppo_mini_batch_size=99"], "command line: actor.ppo_mini"),
         ("actor:\n  optim: {lr: -1}", ["--actor.optim.lr=-2"], "command line: actor.o"),

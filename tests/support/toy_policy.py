@@ -51,13 +51,18 @@ EPISODES = [
 ADVANTAGES = np.array([[1.0, -1.0], [0.3, -0.3], [-2.0, 2.0]], np.float32)
 
 
+def hidden_states(params, rows):
+    """What the policy knows after each token."""
+    known = params["tokens"][rows.tokens] + params["positions"][rows.positions]
+    return jnp.tanh(known)
+
+
 @jax.jit
 def logprob_fn(params, rows):
     """Position and token embeddings into a linear output: no attention, so packing is
     only a matter of positions and of what stands before a token."""
-    hidden = params["tokens"][rows.tokens] + params["positions"][rows.positions]
     return logprobs.of_tokens(
-        jnp.tanh(hidden),
+        hidden_states(params, rows),
         params["output"],
         rows.tokens,
         rows.positions,

@@ -461,7 +461,7 @@ def test_rows_of_another_run_are_not_overwritten(tiny_model, finished):
         ([{"question": "1"}], "exact", {}, "row 0 .*: no column 'prompt'"),
         (QUESTIONS, "exactt", {}, "'exactt' is not built in, did you mean 'exact'"),
         (QUESTIONS, ["exact", "exact"], {}, "need different names, got"),
-        (QUESTIONS, [], {}, "train\\(\\): reward: functions is empty"),
+        (QUESTIONS, [], {}, "train\\(\\): reward.functions is empty"),
         (QUESTIONS, "exact", {"rollout.m": 1}, "train\\(\\): rollout.m: unknown key"),
         (QUESTIONS, "exact", {"actor.mesh.data": 3}, "actor.mesh: mesh .* 8 devices"),
         (QUESTIONS, "exact", {"data.train_batch_size": 14}, "use at most 13"),
