@@ -22,6 +22,8 @@ class Logprobs(NamedTuple):
     """Log-probability of the token that stands there, nats."""
     entropy: Float[Array, "R T"]
     """Entropy of the distribution the token was drawn from, nats."""
+    is_likeliest: Float[Array, "R T"] | None = None
+    """1.0 where no other token is more likely, else 0.0; None if nobody asked."""
 
 
 def of_tokens(
@@ -37,6 +39,7 @@ def of_tokens(
     entropy_gradient: bool = True,
     matrix_gradient: bool = True,
     keep: bool = False,
+    likeliest: bool = False,
     chunk: int = 4096,
     split: tuple[str, ...] = (),
 ) -> Logprobs:
@@ -63,6 +66,7 @@ def of_tokens(
       keep: softmax(logits), [R, T, V] in the dtype of `hidden`, for the backward pass,
         rather than computing the logits again. Only without a gradient of the entropy
         and a score cap, which need the logits themselves.
+      likeliest: also tell where the token is the most likely one.
       chunk: logits exist for about so many tokens at a time.
       split: axes of a `jax.shard_map` around this, over which `output_matrix` is split
         along D and rows are split too. Its parts meet here, in the dtype of `hidden`;
@@ -83,6 +87,7 @@ def of_tokens(
         split,
         keep=keep,
         matrix_gradient=matrix_gradient,
+        likeliest=likeliest,
     )
     with jax.named_scope("logprobs"):
         return Logprobs(*_score(hidden, output_matrix, tokens, mask, previous, how))
@@ -201,6 +206,7 @@ class _How(NamedTuple):
     split: tuple[str, ...]
     keep: bool = False
     matrix_gradient: bool = True
+    likeliest: bool = False
 
 
 class _Chosen(NamedTuple):
@@ -322,6 +328,8 @@ def _score_forward(hidden, output_matrix, tokens, mask, previous, how: _How):
         norm = jnp.sum(weights, axis=-1)
         mean = jnp.sum(weights * logits, axis=-1) / norm
         new = (own, most + jnp.log(norm), mean)
+        if how.likeliest:
+            new += ((own >= most).astype(jnp.float32),)
         found = tuple(
             _put(into, x, i, how.size) for into, x in zip(found, new, strict=True)
         )
@@ -330,14 +338,15 @@ def _score_forward(hidden, output_matrix, tokens, mask, previous, how: _How):
             kept = _put(kept, p, i, how.size)
         return found, kept
 
-    zeros = (jnp.zeros(tokens.shape),) * 3
+    zeros = (jnp.zeros(tokens.shape),) * (3 + how.likeliest)
     kept = None
     if how.keep:
         kept = jnp.zeros((*tokens.shape, len(matrix)), hidden.dtype)
-    (own, total, mean), kept = jax.lax.fori_loop(
+    (own, total, mean, *likeliest), kept = jax.lax.fori_loop(
         0, chosen.chunks, of_chunk, (zeros, kept)
     )
     scored = _back(own - total, chosen, mask), _back(total - mean, chosen, mask)
+    scored += tuple(_back(x, chosen, mask) for x in likeliest)
     return scored, (hidden, output_matrix, tokens, mask, previous, total, mean, kept)
 
 
@@ -352,7 +361,7 @@ def _score_backward(how: _How, kept, cotangents):
     there = jnp.arange(tokens.shape[1])[None] <= chosen.rank[:, -1:]
     of_logprob, of_entropy = (
         jnp.where(there, jnp.take_along_axis(x, chosen.order, axis=1), 0.0)
-        for x in cotangents
+        for x in cotangents[:2]
     )
 
     def of_chunk(i, grads):

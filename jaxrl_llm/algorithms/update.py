@@ -94,19 +94,9 @@ def update(
         )
     given, batch = batch, objective.read(batch)
     params = state.params if prepare is None else prepare(state.params)
-    seen = None
-    if objective.looks_ahead(batch):
-        _, seen = accumulate(
-            lambda params, rows, _: (
-                (),
-                objective.look(rows, outputs_fn(params, rows)),
-            ),
-            params,
-            batch,
-            (),
-            micro_batch_size,
-        )
-    planned = objective.plan(batch, seen, state.step)
+    planned = _planned(
+        params, batch, state.step, objective, outputs_fn, micro_batch_size
+    )
 
     def loss_fn(params, rows, planned):
         return objective.loss(rows, outputs_fn(params, rows), planned)
@@ -125,6 +115,67 @@ def update(
     if joinable:
         return state, {name: statistics.of(name, x) for name, x in found.items()}
     return state, statistics.values(found)
+
+
+def measure(
+    params: Params,
+    batch: TrainBatch,
+    objective: Objective,
+    *,
+    outputs_fn: OutputsFn,
+    micro_batch_size: int | None = None,
+    prepare: Callable[[Params], Params] | None = None,
+) -> Statistics:
+    """An objective's metrics of rows that nothing is learned from, such as held-out
+    ones, for `statistics.join` with those of others.
+
+    Args:
+      others: of `update`.
+
+    Raises:
+      ValueError: the batch lacks what the objective needs.
+    """
+    given, batch = batch, objective.read(batch)
+    params = params if prepare is None else prepare(params)
+    planned = _planned(
+        params, batch, jnp.int32(0), objective, outputs_fn, micro_batch_size
+    )
+    _, kept = accumulate(
+        lambda params, rows, planned: (
+            (),
+            objective.loss(rows, outputs_fn(params, rows), planned)[1],
+        ),
+        params,
+        batch,
+        planned,
+        micro_batch_size,
+    )
+    found = objective.metrics(given, kept, planned)
+    return {name: statistics.of(name, x) for name, x in found.items()}
+
+
+def _planned(
+    params: Params,
+    batch: TrainBatch,
+    step: Int[Array, ""],
+    objective: Objective,
+    outputs_fn: OutputsFn,
+    micro_batch_size: int | None,
+) -> Any:
+    """What an objective decides over the whole mini-batch."""
+    seen = None
+    if objective.looks_ahead(batch):
+        _, seen = accumulate(
+            lambda params, rows, _: (
+                (),
+                objective.look(rows, outputs_fn(params, rows)),
+            ),
+            params,
+            batch,
+            (),
+            micro_batch_size,
+        )
+    return objective.plan(batch, seen, step)
 
 
 def apply(

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxrl_llm.data.messages import Content, check_roles, check_text
 from jaxrl_llm.data.types import Message
@@ -35,6 +35,10 @@ _GIVEN = {
     "strftime_now", "padding", "truncation", "max_length", "return_tensors",
     "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
 }  # fmt: skip
+
+End = Literal["opened", "continued", "closed"]
+"""How a text ends: with the beginning of an answer, within the last message, which goes
+on, or behind it."""
 
 _AT_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 
@@ -123,20 +127,34 @@ class Encoder:
             tokens = tokens[1:]
         if not tokens:
             return ValueError("the prompt has no tokens")
+        try:
+            self.check_vocabulary(tokens)
+        except ValueError as error:
+            return error
+        return tuple(tokens)
+
+    def check_vocabulary(self, tokens: Sequence[int]) -> None:
+        """Raises ValueError for a token that the model has no embedding of."""
         last = max(tokens)
         if self.vocab_size is not None and last >= self.vocab_size:
-            return ValueError(
+            raise ValueError(
                 f"token {last} ({self.tokenizer.convert_ids_to_tokens(last)!r}) is not "
                 f"in the model's vocabulary of {self.vocab_size}; the tokenizer has "
                 f"{len(self.tokenizer)}; take the model's own, or a model with an "
                 "embedding of all of them"
             )
-        return tuple(tokens)
 
     def render(
-        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        end: End | None = None,
     ) -> str:
         """The text of messages in the chat template.
+
+        Args:
+          end: how it ends; if not given, an assistant's message at the end is
+            continued, and else an answer is opened.
 
         Raises:
           ValueError: there is no template, or it rejects them or leaves something out.
@@ -158,15 +176,18 @@ class Encoder:
                     "data.chat_template_kwargs"
                 )
         check_roles(messages, template)
-        text = self._apply(template, messages, tools)
+        if end is None:
+            answers = messages[-1]["role"] == "assistant"
+            end = "continued" if answers else "opened"
+        text = self._apply(template, messages, tools, end)
         for message in messages:
             role, said = message["role"], message["content"]
-            if role != "assistant" and not _says(text, said):
+            if role != "assistant" and not says(text, said):
                 raise ValueError(
                     f"the chat template leaves the {role} message out, which says "
                     f"{said!r:.200}"
                 )
-        if tools and self._apply(template, messages, None) == text:
+        if tools and self._apply(template, messages, None, end) == text:
             raise ValueError(
                 "the chat template leaves out the column 'tools'; take one that "
                 "prints tools, or drop the column"
@@ -185,7 +206,7 @@ class Encoder:
             {"role": "assistant", "content": answer},
         ]
         try:
-            text = self._apply(template, messages, None, finished=True)
+            text = self._apply(template, messages, None, "closed")
         except ValueError:
             return None
         _, found, end = text.rpartition(answer)
@@ -198,21 +219,20 @@ class Encoder:
         template: str,
         messages: Sequence[Message],
         tools: Sequence[Any] | None,
-        finished: bool = False,
+        end: End,
     ) -> str:
         variables = dict(self.variables)
         if "strftime_now" in template:
             said = {code: self.now.strftime(code) for code in _CODES}
             template = _CLOCK + template
             variables["strftime_values"] = said
-        unfinished = messages[-1]["role"] == "assistant" and not finished
         try:
             text = self.tokenizer.apply_chat_template(
                 list(messages),
                 tools=list(tools) if tools else None,
                 chat_template=template,
-                add_generation_prompt=not (unfinished or finished),
-                continue_final_message=unfinished,
+                add_generation_prompt=end == "opened",
+                continue_final_message=end == "continued",
                 tokenize=False,
                 **variables,
             )
@@ -237,7 +257,7 @@ def _begun(alone: list[int], given: list[int]) -> list[int]:
     return given
 
 
-def _says(text: str, message: str) -> bool:
+def says(text: str, message: str) -> bool:
     """Whether a message's words stand in a rendered text, perhaps as JSON."""
     if message in text:
         return True

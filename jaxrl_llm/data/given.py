@@ -18,30 +18,32 @@ def path_of(given: Any) -> str | None:
     return None
 
 
-def json_lines(given: Any, name: str) -> Iterator[str]:
-    """One line of JSON per question.
+def json_lines(given: Any, name: str, text_key: str | None = None) -> Iterator[str]:
+    """One line of JSON per question, or per example.
 
-    A text is a question without an answer. In a pandas.DataFrame and a datasets.Dataset
-    a row is a question; what a DataFrame lacks (NaN, NaT, None) is null. NumPy's
-    numbers and arrays are written as numbers and lists, dates as text.
+    A text is a question without an answer, or the text of an example. In a
+    pandas.DataFrame and a datasets.Dataset a row is one; what a DataFrame lacks (NaN,
+    NaT, None) is null. NumPy's numbers and arrays are written as numbers and lists,
+    dates as text.
 
     Args:
       given: rows, texts, a pandas.DataFrame or a datasets.Dataset.
       name: of the set, for errors.
+      text_key: the column that a text is, of examples; None for questions.
 
     Raises:
       ValueError: it is none of these, or a row holds what JSON cannot.
     """
     for i, row in enumerate(_rows(given, name)):
         if isinstance(row, str):
-            row = {"prompt": row}
+            row = {text_key or "prompt": row}
         if not isinstance(row, Mapping):
             raise ValueError(f"{name} row {i}: expected {{'prompt': ...}}, got {row!r}")
         try:
             # A reward of the user's own may need no answer; veRL's rows have it inside.
             inside = row.get("reward_model")
             has = isinstance(inside, Mapping) and "ground_truth" in inside
-            answer = {} if has else {"answer": None}
+            answer = {} if has or text_key else {"answer": None}
             yield json.dumps({**answer, **row}, default=_plain) + "\n"
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} row {i} is not JSON: {error}") from None

@@ -56,6 +56,32 @@ def read_rows(source: Source) -> list[Row]:
       ValueError: no such source, nothing in it, a line or row that cannot be read, a
         missing column, or a field of `source` that this kind of source does not read.
     """
+    rows = rows_as_they_are(source)
+    for i, row in enumerate(rows):
+        try:
+            column(row, source.prompt_key)
+            row["answer"] = _answer(row, source.answer_key)
+        except KeyError as error:
+            raise ValueError(
+                f"{where(source, i)}: no column {error.args[0]!r}; it has "
+                f"{list(row)}; see prompt_key and answer_key"
+            ) from None
+        if taken := [key for key in _TAKEN if key in row]:
+            raise ValueError(
+                f"{source.path}: column {taken[0]!r} has the name of an argument that "
+                "every reward function gets; rename it"
+            )
+    return rows
+
+
+def rows_as_they_are(source: Source) -> list[Row]:
+    """The rows of a source with the columns that it has. Questions of reasoning-gym
+    also stand under `prompt`.
+
+    Raises:
+      ValueError: no such source, nothing in it, a line or row that cannot be read, or a
+        field of `source` that this kind of source does not read.
+    """
     kind, _, name = source.path.partition(":")
     match kind:
         case "hub":
@@ -74,20 +100,6 @@ def read_rows(source: Source) -> list[Row]:
     rows = list(read(name, source))
     if not rows:
         raise ValueError(f"{source.path}: no rows")
-    for i, row in enumerate(rows):
-        try:
-            column(row, source.prompt_key)
-            row["answer"] = _answer(row, source.answer_key)
-        except KeyError as error:
-            raise ValueError(
-                f"{where(source, i)}: no column {error.args[0]!r}; it has "
-                f"{list(row)}; see prompt_key and answer_key"
-            ) from None
-        if taken := [key for key in _TAKEN if key in row]:
-            raise ValueError(
-                f"{source.path}: column {taken[0]!r} has the name of an argument that "
-                "every reward function gets; rename it"
-            )
     return rows
 
 

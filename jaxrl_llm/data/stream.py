@@ -2,16 +2,27 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
-from jaxrl_llm.data.types import Prompt
+
+@runtime_checkable
+class Tokenized(Protocol):
+    """A prompt, or an example."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """What tells it from others."""
 
 
-class PromptBatches:
-    """Training batches without end; which, is a function of the arguments alone.
+Item = TypeVar("Item", bound=Tokenized)
+
+
+class PromptBatches(Generic[Item]):
+    """Training batches of prompts, or of examples, without end; which, is a function of
+    the arguments alone.
 
     Every epoch has each prompt once, in an order drawn from (seed, epoch), or in the
     data's own order. A batch may span two epochs, but never has a prompt twice: those
@@ -19,12 +30,17 @@ class PromptBatches:
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], batch_size: int, seed: int, shuffle: bool
+        self,
+        prompts: Sequence[Item],
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        noun: str = "prompts",
     ) -> None:
         if not 0 < batch_size <= len(prompts):
             raise ValueError(
                 f"data.train_batch_size is {batch_size} but there are "
-                f"{len(prompts)} training prompts; use at most {len(prompts)}"
+                f"{len(prompts)} training {noun}; use at most {len(prompts)}"
             )
         self._prompts = list(prompts)
         self._identity = {
@@ -36,10 +52,10 @@ class PromptBatches:
         }
         self._restart()
 
-    def __iter__(self) -> "PromptBatches":
+    def __iter__(self) -> "PromptBatches[Item]":
         return self
 
-    def __next__(self) -> list[Prompt]:
+    def __next__(self) -> list[Item]:
         return [self._prompts[i] for i in self._advance()]
 
     @property
@@ -94,7 +110,7 @@ class PromptBatches:
         return batch
 
 
-def _fingerprint(prompts: Sequence[Prompt]) -> str:
+def _fingerprint(prompts: Sequence[Tokenized]) -> str:
     """SHA-256 of the tokens of all prompts, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:

@@ -39,6 +39,8 @@ class PolicySettings(ModelSettings):
     num_tokens: int | None = None
     """Rows of the output matrix that are tokens; those behind are padding, which gets
     no probability. All if not given."""
+    likeliest: bool = False
+    """Whether to tell where a token is the most likely one."""
 
 
 class Policy(ShardedModel):
@@ -123,11 +125,12 @@ class Policy(ShardedModel):
                 entropy_gradient=self.settings.entropy_gradient,
                 matrix_gradient=self.settings.lora is None,
                 keep=self.settings.keep_probabilities,
+                likeliest=self.settings.likeliest,
                 **how,
             )
 
         found = self._by_rows(of_rows, *self._asked(params, rows, frozen))
-        return logprobs.Logprobs(*(self._join(x, rows.tokens.shape) for x in found))
+        return jax.tree.map(lambda x: self._join(x, rows.tokens.shape), found)
 
     def taught(
         self, params: Params, rows: TrainBatch, topk: int | None = None
