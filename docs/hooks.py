@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from jaxrl_llm.config import schemas
 from jaxrl_llm.config.resume import may_change
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.tracking import metric_table
@@ -40,6 +41,10 @@ def on_files(files, config):
 
     for name, text in (
         ("configuration.md", configuration()),
+        *(
+            (f"configuration_{task}.md", configuration(task))
+            for task in schemas.OFFLINE
+        ),
         ("metrics.md", metrics()),
     ):
         files.append(File.generated(config, name, content=text))
@@ -59,21 +64,27 @@ def on_page_content(page_html, **_):
     return re.sub(what, mathml, page_html, flags=re.DOTALL)
 
 
-def configuration() -> str:
-    """The page of every key, with its type, its default and what it means."""
+def configuration(task: str | None = None) -> str:
+    """The page of every key, with its type, its default and what it means.
+
+    Args:
+      task: that a verb is for; None for `jaxrl train`.
+    """
+    schema = schemas.of(task) if task else Config
     lines = [
-        "# Configuration",
+        f"# Configuration of jaxrl {task}" if task else "# Configuration",
         "",
-        "Every key of a run's YAML file. Each can be overridden on the command line, "
-        "as `--actor.optim.lr 1e-6`; an unknown key is an error. The page is made from "
-        "the fields of `jaxrl_llm/config/schema*.py`.",
+        f"Every key of a YAML file of `jaxrl {task or 'train'}`. Each can be "
+        f"overridden on the command line, as `--{'learner' if task else 'actor'}"
+        ".optim.lr 1e-6`; an unknown key is an error. The page is made from the fields "
+        "of `jaxrl_llm/config/schema*.py`.",
         "",
         "*resume* says whether a key may change when a run goes on: **yes**; with "
         "another **rounding** from there on; or with another **course** of the run. "
         "Other keys must be as they were.",
         "",
     ]
-    sections = [("", Config)]
+    sections = [("", schema)]
     for prefix, section in sections:  # grows while it is gone through
         lines += [f"## `{prefix or 'top level'}`", "", *_paragraph(section.__doc__)]
         lines += ["| key | type | default | resume | |", "|---|---|---|---|---|"]
@@ -83,7 +94,7 @@ def configuration() -> str:
             sections += [(_place(key, field.annotation), x) for x in inner]
             lines.append(
                 f"| `{key}` | {_cell(_type(field.annotation))} | {_default(field)} "
-                f"| {_resumes(key)} "
+                f"| {_resumes(key, schema)} "
                 f"| {_cell(field.description or _first(inner))} |"
             )
         lines.append("")
@@ -169,8 +180,8 @@ def _default(field) -> str:
     return f"`{text}`"
 
 
-def _resumes(key: str) -> str:
-    mark = may_change(key)
+def _resumes(key: str, schema) -> str:
+    mark = may_change(key, schema)
     return {"nothing": "yes"}.get(mark.alters, mark.alters) if mark else ""
 
 

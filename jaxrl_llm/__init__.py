@@ -3,7 +3,7 @@
     import jaxrl_llm
     result = jaxrl_llm.train("Qwen/Qwen2.5-0.5B-Instruct", rows, reward=f, steps=50)
 
-`train`, `evaluate`, `generate` and `load_config` run things; `losses`, `kl`,
+`train`, `sft`, `evaluate`, `generate` and `load_config` run things; `losses`, `kl`,
 `advantages`, `masked`, `logprobs`, `grpo`, `ppo` and `preference` are pure functions;
 `sharding` is meshes and the movement of weights between them. Names are imported when
 they are first used, so `import jaxrl_llm` loads nothing, JAX included.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         ppo,
         preference,
     )
-    from jaxrl_llm.api import evaluate, generate, train
+    from jaxrl_llm.api import evaluate, generate, sft, train
     from jaxrl_llm.config.parsing import load as load_config
 
     __version__: str
@@ -42,6 +42,7 @@ __all__ = [
     "masked",
     "ppo",
     "preference",
+    "sft",
     "sharding",
     "train",
 ]
@@ -57,6 +58,7 @@ _FUNCTIONS = {
     "evaluate": ("jaxrl_llm.api", "evaluate"),
     "generate": ("jaxrl_llm.api", "generate"),
     "load_config": ("jaxrl_llm.config.parsing", "load"),
+    "sft": ("jaxrl_llm.api", "sft"),
     "train": ("jaxrl_llm.api", "train"),
 }
 

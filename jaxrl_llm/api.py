@@ -1,4 +1,4 @@
-"""Verbs of the Python API: `train`, `evaluate`, `generate`."""
+"""Verbs of the Python API: `train`, `sft`, `evaluate`, `generate`."""
 
 import functools
 import tempfile
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm import models
-from jaxrl_llm.config import checks, parsing, plugins
+from jaxrl_llm.config import checks, parsing, plugins, schema_offline
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import (
     Config,
@@ -21,6 +21,8 @@ from jaxrl_llm.config.schema import (
     RolloutConfig,
     ValConfig,
 )
+from jaxrl_llm.config.schema_offline import SftConfig
+from jaxrl_llm.config.section import Section
 from jaxrl_llm.data import given as given_rows
 from jaxrl_llm.data import prompts as questions
 from jaxrl_llm.data.chat_template import Encoder
@@ -36,13 +38,14 @@ from jaxrl_llm.sharding import hardware, mesh, out_of_memory
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.tracking.step_metrics import Validation
-from jaxrl_llm.training import fitting, memory
+from jaxrl_llm.training import fitting, memory, offline_build, offline_loop
 from jaxrl_llm.training.build import Rewards, build
 from jaxrl_llm.training.evaluate import validate
 from jaxrl_llm.training.experience import score_together
 from jaxrl_llm.training.loop import run
 from jaxrl_llm.training.opening import held
 from jaxrl_llm.training.settings import server_share
+from jaxrl_llm.training.sft import SftTask
 
 Reward = str | Callable[..., Any]
 Model = str | PathLike[str] | Result
@@ -105,19 +108,13 @@ def train(
         `trainer.stop_grace_s` after SIGTERM; a SystemExit with status 75.
       KeyboardInterrupt: at a second Ctrl-C.
     """
-    for name, value in unknown.items():
-        from jaxrl_llm.config.peers import lookup
-
-        advice = lookup.setting(name, value, parsing.keys())
-        raise TypeError(f"train() has no argument {name!r}; {advice}")
+    _refuse("train", unknown, Config)
     rewards = _listed(reward)
     given = [_function(one) for one in rewards if callable(one)]
     names = [one if isinstance(one, str) else _function(one).name for one in rewards]
 
     def described(path: Callable[[Any, str], str]) -> Config:
-        values: dict[str, Any] = {}
-        for key, value in (settings or {}).items():
-            parsing.merge(values, key.split("."), value)
+        values = _nested(settings)
         _complete(values, names)
         own = {
             "model": ("model.path", fspath(model)),
@@ -131,16 +128,7 @@ def train(
             "loss": ("actor.policy_loss.loss_mode", _offered(loss)),
             "advantage": ("algorithm.adv_estimator", _offered(advantage)),
         }
-        for argument, (key, value) in own.items():
-            if value is None:
-                continue
-            there = parsing.find(values, key.split("."), value)
-            if there != value:
-                raise ConfigError(
-                    f"train(): {key} is {there!r} in settings, but {argument} makes it "
-                    f"{value!r}; leave one of them out"
-                )
-            parsing.put(values, key.split("."), value)
+        _put("train", values, own)
         values.setdefault("output_dir", "runs/notebook")
         total = ("trainer", "total_training_steps")
         parsing.put(values, total, parsing.find(values, total, 20))
@@ -155,6 +143,85 @@ def train(
     with held(Path(directory)):
         config = described(lambda rows, name: _stored(rows, directory, name, anew))
         return run(build(config, functions))
+
+
+def sft(
+    model: str | PathLike[str],
+    rows: Prompts,
+    *,
+    val_rows: Prompts | None = None,
+    val_prompts: Prompts | None = None,
+    reward: Reward | Sequence[Reward] = (),
+    epochs: float | None = None,
+    steps: int | None = None,
+    output_dir: str | PathLike[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **unknown: Any,
+) -> Result:
+    """Supervised fine-tuning in one call.
+
+    Args:
+      model: as `model.path` in a configuration file.
+      rows: TRL's formats, with "prompt" and "completion" (text or chat messages),
+        "messages", or "text": as mappings, a pandas.DataFrame or a datasets.Dataset;
+        or texts; or a data set's path as in a configuration file.
+      val_rows: held-out rows, whose loss is measured before and after.
+      val_prompts: held-out questions, rows with "prompt" and whatever the reward needs,
+        which are answered before and after.
+      reward: as `train` takes it: how good these answers are.
+      epochs: passes over the rows; 1, unless `settings` say otherwise.
+      steps: optimizer steps, in the place of epochs.
+      output_dir: of the run; "runs/sft", unless `settings` say otherwise.
+      settings: anything else that a configuration file of `jaxrl sft` can say, by
+        dotted key or in sections: {"learner.optim.lr": 1e-5}.
+
+    The same call again goes on from the newest checkpoint, and Ctrl-C and SIGTERM end
+    the run, as of `train`.
+
+    Raises:
+      ValueError, TypeError, jaxrl_llm.training.stopping.Stopped, KeyboardInterrupt: as
+        of `train`.
+    """
+    _refuse("sft", unknown, SftConfig)
+    rewards = _listed(reward)
+    given = [_function(one) for one in rewards if callable(one)]
+    names = [one if isinstance(one, str) else _function(one).name for one in rewards]
+
+    def described(path: Callable[[Any, str], str | None]) -> SftConfig:
+        values = _nested(settings)
+        if names:
+            _complete(values, names)
+        own = {
+            "model": ("model.path", fspath(model)),
+            "rows": ("data.train.path", path(rows, "train")),
+            "val_rows": ("data.val.path", path(val_rows, "val")),
+            "val_prompts": ("data.val_prompts.path", path(val_prompts, "val_prompts")),
+            "epochs": ("trainer.total_epochs", epochs),
+            "steps": ("trainer.total_training_steps", steps),
+            "output_dir": ("output_dir", output_dir and fspath(output_dir)),
+        }
+        _put("sft", values, own)
+        values.setdefault("output_dir", "runs/sft")
+        return parsing.parse(values, "sft()", schema=SftConfig)
+
+    def named(rows: Any, name: str) -> str | None:
+        return None if rows is None else given_rows.path_of(rows) or f"{name}.jsonl"
+
+    checked = described(named)
+    hardware.use_memory()
+    schema_offline.check_functions(checked)
+    functions = _with_terms(given, names, checked.reward.functions)
+    directory, anew = checked.output_dir, checked.trainer.resume == "force"
+
+    def stored(rows: Any, name: str) -> str | None:
+        if rows is None:
+            return None
+        kind = None if name == "val_prompts" else "text"
+        return _stored(rows, directory, name, anew, text_key=kind)
+
+    with held(Path(directory)):
+        job = offline_build.build(described(stored), SftTask(), functions)
+        return offline_loop.run(job)
 
 
 def evaluate(
@@ -379,6 +446,45 @@ def _weights(model: Model) -> str:
     return str(trained) if trained.is_dir() else fspath(model)
 
 
+def _refuse(verb: str, unknown: Mapping[str, Any], schema: type[Section]) -> None:
+    """Raises TypeError for an argument that a verb does not have; the message says
+    which of its settings it may be."""
+    for name, value in unknown.items():
+        from jaxrl_llm.config.peers import lookup
+
+        advice = lookup.setting(name, value, parsing.keys(schema))
+        raise TypeError(f"{verb}() has no argument {name!r}; {advice}")
+
+
+def _nested(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings by dotted keys, or in sections, as a file has them."""
+    values: dict[str, Any] = {}
+    for key, value in (settings or {}).items():
+        parsing.merge(values, key.split("."), value)
+    return values
+
+
+def _put(verb: str, values: dict[str, Any], own: Mapping[str, tuple[str, Any]]) -> None:
+    """Puts what a verb's arguments say among its settings; None says nothing.
+
+    Args:
+      own: by the argument, the dotted key and the value.
+
+    Raises:
+      ConfigError: settings say another value.
+    """
+    for argument, (key, value) in own.items():
+        if value is None:
+            continue
+        there = parsing.find(values, key.split("."), value)
+        if there != value:
+            raise ConfigError(
+                f"{verb}(): {key} is {there!r} in settings, but {argument} makes it "
+                f"{value!r}; leave one of them out"
+            )
+        parsing.put(values, key.split("."), value)
+
+
 def _listed(reward: Reward | Sequence[Reward]) -> list[Reward]:
     return [reward] if isinstance(reward, str) or callable(reward) else list(reward)
 
@@ -442,16 +548,18 @@ def _stored(
     directory: str,
     name: str,
     anew: bool = False,
+    text_key: str | None = None,
 ) -> str:
     """The path of a data set; rows are written down first, so that the run's
     configuration says where its data is.
 
     Args:
       anew: in place of other rows, if a run of this directory had such.
+      text_key: the column that a text is, of rows that are no questions.
     """
     if (path := given_rows.path_of(rows)) is not None:
         return path
-    text = "".join(given_rows.json_lines(rows, name))
+    text = "".join(given_rows.json_lines(rows, name, text_key))
     path = Path(directory) / f"{name}.jsonl"
     if path.exists() and path.read_text() == text:
         return str(path)

@@ -2,8 +2,9 @@
 
     jaxrl train CONFIG.yaml [--dry-run] [--resume auto|never|force]
                             [--profile FIRST:LAST] [--section.key VALUE ...]
+    jaxrl sft CONFIG.yaml   with the options of train
     jaxrl evaluate CONFIG.yaml [--models MODEL ...] [--section.key VALUE ...]
-        both also with [--coordinator HOST:PORT --num-processes N --process-id I]
+        these also with [--coordinator HOST:PORT --num-processes N --process-id I]
                        [--lost-after SECONDS]
     jaxrl init NAME [DIRECTORY]
     jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE] [--out FILE.jsonl]
@@ -35,12 +36,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 
-from jaxrl_llm.config import flags, parsing
+from jaxrl_llm.config import flags, parsing, schemas
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
 
@@ -80,6 +81,7 @@ def _nobody_reads() -> bool:
 def _run(given: list[str]) -> int:
     verbs = {
         "train": _train,
+        "sft": functools.partial(_offline, "sft"),
         "evaluate": _evaluate,
         **{name: functools.partial(_call, name) for name in _functions()},
         "plan": _plan,
@@ -181,6 +183,9 @@ def _prepare(server: float | None = 0.0) -> None:
             jax.config.update(name, value)
 
 
+OFFLINE = {"sft": flags.Sft}
+"""Verbs that learn from rows that are there, and their options."""
+
 _GOOGLE = "0x1ae0"
 """On the PCI bus, as in `jax._src.hardware_utils`."""
 
@@ -197,23 +202,70 @@ def _train(rest: list[str]) -> int:
     own, config, places = _config("train", flags.Train, rest)
 
     from jaxrl_llm.planning import dry_run
-    from jaxrl_llm.sharding.ahead import leave_if_compiling
     from jaxrl_llm.training import loop
     from jaxrl_llm.training.build import build
-    from jaxrl_llm.training.opening import held
     from jaxrl_llm.training.settings import server_share
+
+    def rehearsed() -> bool:
+        dry_run.check_devices(config, rest[0])
+        return dry_run.show(build(config))
+
+    return _trained(
+        own,
+        config,
+        places,
+        lambda: loop.run(build(config)),
+        rehearsed,
+        server_share(config),
+    )
+
+
+def _offline(verb: str, rest: list[str]) -> int:
+    """Verbs that learn from rows that are there."""
+    own, config, places = _config(verb, OFFLINE[verb], rest, schema=schemas.of(verb))
+
+    from jaxrl_llm.planning import offline_dry_run
+    from jaxrl_llm.training import offline_loop, offline_tasks
+    from jaxrl_llm.training.offline_build import build
+
+    task = offline_tasks.of(verb)
+    return _trained(
+        own,
+        config,
+        places,
+        lambda: offline_loop.run(build(config, task)),
+        lambda: offline_dry_run.show(build(config, task)),
+    )
+
+
+def _trained(
+    own: flags.Train,
+    config: Any,
+    places: parsing.Places,
+    run: Callable[[], Any],
+    rehearsed: Callable[[], bool],
+    server: float | None = 0.0,
+) -> int:
+    """Runs, or rehearses, and returns the exit status.
+
+    Args:
+      run: gives a `Result`.
+      rehearsed: shows what the run would be, and says whether it fits.
+      server: the share of a GPU's memory that servers take.
+    """
+    from jaxrl_llm.sharding.ahead import leave_if_compiling
+    from jaxrl_llm.training.opening import held
     from jaxrl_llm.training.stopping import STOPPED, Stopped, asked_to_stop
 
     if own.dry_run:
         with _joined(own, places):
-            _prepare(server_share(config))
-            dry_run.check_devices(config, rest[0])
-            return 0 if dry_run.show(build(config)) else 2
+            _prepare(server)
+            return 0 if rehearsed() else 2
     try:
         with asked_to_stop(), _joined(own, places):
-            _prepare(server_share(config))
+            _prepare(server)
             with held(Path(config.output_dir)):
-                return STOPPED if loop.run(build(config)).stopped else 0
+                return STOPPED if run().stopped else 0
     except Stopped as stopped:
         _fail(str(stopped), status=STOPPED)
         leave_if_compiling(STOPPED)
@@ -325,20 +377,28 @@ def _bench(rest: list[str]) -> None:
 
 
 def _config(
-    verb: str, kind: type[flags.Options], rest: list[str], *, trains: bool = True
-) -> tuple[flags.Options, Config, parsing.Places]:
+    verb: str,
+    kind: type[flags.Options],
+    rest: list[str],
+    *,
+    trains: bool = True,
+    schema: type[parsing.Run] = Config,
+) -> tuple[flags.Options, parsing.Run, parsing.Places]:
     """The verb's own options, what a file and overrides describe, and where each value
     of that comes from."""
     paths = [argument for argument in rest[:1] if not argument.startswith("-")]
     if "--help" in rest or "-h" in rest:
-        values = parsing.load(paths[0], trains=trains) if paths else None
-        shown = flags.command(kind, values)
+        values = None
+        if paths:
+            values = parsing.load(paths[0], trains=trains, schema=schema)
+        shown = flags.command(kind, values, schema)
         tyro.cli(shown, prog=f"jaxrl {verb}", args=["--help"])
     own, rest = flags.given(kind, rest)
     if not paths:
         raise ConfigError(f"jaxrl {verb} needs a configuration file, such as configs/*")
-    overrides = flags.long(rest[1:]) if kind is flags.Train else rest[1:]
-    return own, *parsing.located(paths[0], overrides, trains=trains)
+    trained = issubclass(kind, flags.Train)
+    overrides = flags.long(rest[1:]) if trained else rest[1:]
+    return own, *parsing.located(paths[0], overrides, trains=trains, schema=schema)
 
 
 def init(
@@ -545,9 +605,14 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> N
     measure = dataclasses.make_dataclass("Bench", [("name", names)])
     measure.__doc__ = "Measures speed on shapes by name."
     kinds = {"train": flags.Train, "evaluate": flags.Evaluate, "plan": flags.Plan}
+    offline = {
+        verb: flags.command(kind, schema=schemas.of(verb))
+        for verb, kind in OFFLINE.items()
+    }
     tyro.extras.subcommand_cli_from_dict(
         {
             **{verb: flags.command(kind) for verb, kind in kinds.items()},
+            **offline,
             **_functions(),
             "bench": measure,
         },

@@ -17,12 +17,13 @@ import yaml
 
 import jaxrl_llm
 from jaxrl_llm import cli, sharding
-from jaxrl_llm.config import bundled, parsing
+from jaxrl_llm.config import bundled, parsing, schemas
 from jaxrl_llm.tracking import metric_table
 
 ROOT = pathlib.Path(__file__).parent.parent
 MADE = {
     ROOT / "docs/configuration.md",
+    *(ROOT / f"docs/configuration_{task}.md" for task in schemas.OFFLINE),
     ROOT / "docs/metrics.md",
     ROOT / "docs/recipes.md",
     *(ROOT / f"docs/notebooks/{p.stem}.md" for p in ROOT.glob("notebooks/*.ipynb")),
@@ -80,6 +81,7 @@ def help_of(verb):
 def test_every_command_of_the_pages_is_one(monkeypatch):
     monkeypatch.chdir(ROOT)
     found, keys = list(commands()), set(parsing.keys())
+    offline = {verb: set(parsing.keys(schemas.of(verb))) for verb in schemas.OFFLINE}
     for page, words in found:
         flags = [word[2:].partition("=")[0] for word in words if word[:2] == "--"]
         match words:
@@ -88,6 +90,9 @@ def test_every_command_of_the_pages_is_one(monkeypatch):
                 known = keys.union(shown).__contains__
                 if config.startswith("configs/") or "." not in config != "CONFIG":
                     assert parsing.load(config).output_dir
+            case [verb, *_] if verb in offline:
+                shown = re.findall(r"--([a-z-]+)", cli.__doc__)
+                known = offline[verb].union(shown).__contains__
             case ["bench", name, *_]:
                 known = (ROOT / f"jaxrl_llm/bench/{name}.py").read_text().__contains__
             case [verb, *_]:
@@ -120,6 +125,10 @@ def test_the_made_pages_have_every_key_and_every_metric(hooks):
         rows["val.greedy"]
         == "true or false | `true` | yes | Also answer once greedily."
     )
+    for task in schemas.OFFLINE:
+        page = hooks.configuration(task)
+        keys = parsing.keys(schemas.of(task))
+        assert [key for key in keys if f"\n| `{key}` | " not in page] == []
     page = hooks.metrics()
     assert all(f"| `{metric.name}` |" in page for metric in metric_table.METRICS)
     assert all(f"\n## {title}\n" in page for title in metric_table.GROUPS.values())

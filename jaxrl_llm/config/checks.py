@@ -1,6 +1,6 @@
 """Combinations of fields that make no run, each with what would fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jaxrl_llm.config import plugins
@@ -98,13 +98,7 @@ def misfits(config) -> Iterator[str]:
         meshes["reward.model.mesh"] = config.reward.model.mesh
     if config.distillation and config.distillation.teacher.mesh:
         meshes["distillation.teacher.mesh"] = config.distillation.teacher.mesh
-    for name, given in meshes.items():
-        sizes = given.model_dump()
-        for axis, size in sizes.items():
-            if size == 0:
-                yield f"{name}.{axis} is 0; use 1 for an axis that is not used"
-        if list(sizes.values()).count(-1) > 1:
-            yield f"{name} is {sizes}; only one axis may be -1 (what is left)"
+    yield from mesh_misfits(meshes)
     for key in ("chat_template_file", "chat_template_kwargs", "template_time"):
         if getattr(data, key) and not data.chat_template:
             yield f"data.{key} is given, but data.chat_template is false"
@@ -121,6 +115,17 @@ def misfits(config) -> Iterator[str]:
                 f"data.{split}.size is needed for reasoning_gym: how many questions to "
                 "draw"
             )
+
+
+def mesh_misfits(meshes: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the sizes of meshes, by the keys of these."""
+    for name, given in meshes.items():
+        sizes = given.model_dump()
+        for axis, size in sizes.items():
+            if size == 0:
+                yield f"{name}.{axis} is 0; use 1 for an axis that is not used"
+        if list(sizes.values()).count(-1) > 1:
+            yield f"{name} is {sizes}; only one axis may be -1 (what is left)"
 
 
 def _algorithm_misfits(config) -> Iterator[str]:
@@ -363,7 +368,7 @@ def check_functions(config: Any) -> dict[str, str]:
     plugins.loss(policy_loss.loss_mode, policy_loss.params)
     own = plugins.estimator_of(config.algorithm)
     for key, section in _optimizers(config):
-        _check_optimizer(key, section)
+        check_optimizer(key, section)
     of_own = own.name not in ESTIMATORS and learns_from_rewards(config)
     if of_own and (bad := [*estimator_misfits(config, own)]):
         raise ConfigError("; ".join(bad))
@@ -404,7 +409,7 @@ def _optimizers(config: Any) -> Iterator[tuple[str, Any]]:
     yield "critic.optim", config.critic.optim
 
 
-def _check_optimizer(key: str, section: Any) -> None:
+def check_optimizer(key: str, section: Any) -> None:
     """Raises ConfigError also for a setting that the optimizer does not read."""
     function = plugins.optimizer(key, section.name, section.params)
     takes = {k for k in plugins.named_parameters(function) if k not in section.params}

@@ -27,8 +27,8 @@ from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from jaxrl_llm.config import parsing
 from jaxrl_llm.config.names import ConfigError
-from jaxrl_llm.config.schema import Config, TrainerConfig
-from jaxrl_llm.config.section import MayChange
+from jaxrl_llm.config.schema import Config, LoopConfig
+from jaxrl_llm.config.section import MayChange, Section
 
 Options = TypeVar("Options")
 Field = tuple[str, Any, Any]
@@ -69,6 +69,11 @@ class Train(Processes):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Sft(Train):
+    """Learns from rows of prompts and completions, conversations or text."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate(Processes):
     """Answers and scores the held-out questions; trains nothing."""
 
@@ -94,7 +99,7 @@ class Plan:
 
 
 _SHORT = ("resume", "profile")
-"""Keys of `trainer` that `jaxrl train` also takes without their section."""
+"""Keys of `trainer` that verbs that train also take without their section."""
 
 
 def long(arguments: Sequence[str]) -> list[str]:
@@ -145,12 +150,15 @@ def _value(flag: str, text: str, kind: Any) -> Any:
     return text
 
 
-def command(kind: type, values: Config | None = None) -> type:
+def command(
+    kind: type, values: Section | None = None, schema: type[Section] = Config
+) -> type:
     """A dataclass whose command line in tyro is what a verb takes.
 
     Args:
       kind: the verb's own options.
       values: what the keys have; their defaults if not given.
+      schema: of the keys.
     """
     config = Annotated[
         str,
@@ -166,15 +174,15 @@ def command(kind: type, values: Config | None = None) -> type:
         switch = tyro.conf.FlagCreatePairsOff[bool]
         shown = switch if hints[option.name] is bool else str
         fields.append(_leaf(option.name, shown, metavar, text, option.default))
-    if kind is Train:
+    if issubclass(kind, Train):
         for name in _SHORT:
-            field = TrainerConfig.model_fields[name]
+            field = LoopConfig.model_fields[name]
             shown = _shown(parsing.members(field.annotation))
             text = f"Short for --trainer.{name}. {field.description}"
             fields.append(_leaf(name, *shown, " ".join(text.split()), field.default))
     return dataclasses.make_dataclass(
         kind.__name__,
-        [*fields, *_fields(Config, values)],
+        [*fields, *_fields(schema, values)],
         kw_only=True,
         namespace={"__doc__": kind.__doc__},
     )

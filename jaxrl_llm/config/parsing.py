@@ -8,44 +8,57 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import pydantic
 from pydantic import BaseModel
 
-from jaxrl_llm.config import bundled, reader, renamed
+from jaxrl_llm.config import bundled, reader, renamed, schemas
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
+from jaxrl_llm.config.section import Section
 
 Places = Mapping[reader.Keys, str]
 """Where values come from, such as "run.yaml:12", by the way to them."""
 
 COMMAND_LINE = "command line"
 
+Run = TypeVar("Run", bound=Section)
+"""What a run is: a `Config`, or the one of another verb."""
+
 
 def parse(
-    values: Mapping[str, Any], source: str, places: Places | None = None
-) -> Config:
+    values: Mapping[str, Any],
+    source: str,
+    places: Places | None = None,
+    schema: type[Run] = Config,
+) -> Run:
     """The config that `values` describe.
 
     Args:
       values: nested, as in a file.
       source: names them in errors.
       places: of single values, which errors name instead.
+      schema: what they are to be.
 
     Raises:
       ConfigError: one line per problem: where it is, the path of the key, what is
         wrong, what fits.
     """
+    schemas.check_task(values, schema, source)
     try:
-        return Config.model_validate(values)
+        return schema.model_validate(values)
     except pydantic.ValidationError as error:
-        raise ConfigError(explain(error, source, places or {})) from None
+        raise ConfigError(explain(error, source, places or {}, schema)) from None
 
 
 def load(
-    path: str | Path, overrides: Sequence[str] = (), *, trains: bool = True
-) -> Config:
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    trains: bool = True,
+    schema: type[Run] = Config,
+) -> Run:
     """Reads a YAML file and applies command-line overrides.
 
     Args:
@@ -53,30 +66,35 @@ def load(
       overrides: `--section.key value` pairs; see `assignments`.
       trains: False if `data.val` is only answered: the training data and the number of
         steps need not be given.
+      schema: what the file is to describe.
 
     Raises:
       ConfigError: no such file, not YAML, or not a valid config; each problem begins
         with file:line, or says that it is on the command line.
     """
-    return located(path, overrides, trains=trains)[0]
+    return located(path, overrides, trains=trains, schema=schema)[0]
 
 
 def located(
-    path: str | Path, overrides: Sequence[str] = (), *, trains: bool = True
-) -> tuple[Config, Places]:
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    trains: bool = True,
+    schema: type[Run] = Config,
+) -> tuple[Run, Places]:
     """What `load` gives, and where each value comes from."""
     path = bundled.find(path)
     found = reader.read(path)
     places = {keys: f"{path}:{line}" for keys, line in found.lines.items()}
     values = copy.deepcopy(dict(found.values))
-    for keys, value in assignments(overrides):
+    for keys, value in assignments(overrides, schema):
         put(values, keys, value)
         inside = [other for other in places if other[: len(keys)] == keys]
         for other in inside:
             del places[other]
         places[keys] = COMMAND_LINE
     values = values if trains else _answering(values, path)
-    return parse(values, str(path), places), places
+    return parse(values, str(path), places, schema), places
 
 
 @contextmanager
@@ -119,7 +137,9 @@ def override(values: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, A
     return result
 
 
-def assignments(arguments: Sequence[str]) -> Iterator[tuple[reader.Keys, Any]]:
+def assignments(
+    arguments: Sequence[str], schema: type[Section] = Config
+) -> Iterator[tuple[reader.Keys, Any]]:
     """The way to each key that a command line names, and the value it gives.
 
     `--section.key value` or `--section.key=value`; `--section.key` and
@@ -137,9 +157,9 @@ def assignments(arguments: Sequence[str]) -> Iterator[tuple[reader.Keys, Any]]:
         if not flag.startswith("--"):
             raise ConfigError(f"{flag}: expected --section.key VALUE")
         *path, name = flag.removeprefix("--").split(".")
-        keys, kinds = _field([*path, name])
+        keys, kinds = _field([*path, name], schema)
         if not equals and not kinds and re.match("no[-_]", name):
-            positive, switched = _field([*path, name[3:]])
+            positive, switched = _field([*path, name[3:]], schema)
             if bool in switched:
                 yield positive, False
                 continue
@@ -155,9 +175,11 @@ def assignments(arguments: Sequence[str]) -> Iterator[tuple[reader.Keys, Any]]:
             raise ConfigError(f"{flag}: expected --section.key VALUE")
 
 
-def _field(keys: Sequence[str]) -> tuple[tuple[str, ...], tuple[Any, ...]]:
+def _field(
+    keys: Sequence[str], schema: type[Section]
+) -> tuple[tuple[str, ...], tuple[Any, ...]]:
     """The keys as the schema spells them, and the types their field may have."""
-    found, kinds = [], (Config,)
+    found, kinds = [], (schema,)
     for key in keys:
         section = next((kind for kind in kinds if is_section(kind)), None)
         found.append(key if section is None and kinds else key.replace("-", "_"))
@@ -282,14 +304,17 @@ def _index(entries: list, key: str, path: str) -> int:
 
 
 def explain(
-    error: pydantic.ValidationError, source: str, places: Places | None = None
+    error: pydantic.ValidationError,
+    source: str,
+    places: Places | None = None,
+    schema: type[Section] = Config,
 ) -> str:
     """One line per problem, each with its place, the path of the key and what would
     fit."""
     return "\n".join(
         f"{_place(item, line, places or {}) or source}: {line}"
         for item in error.errors()
-        for text in _lines(item)
+        for text in _lines(item, schema)
         for line in text.splitlines()
     )
 
@@ -309,13 +334,13 @@ def _place(item: Mapping[str, Any], said: str, places: Places) -> str | None:
     return places.get(loc)
 
 
-def _lines(item: Mapping[str, Any]) -> Iterator[str]:
+def _lines(item: Mapping[str, Any], schema: type[Section]) -> Iterator[str]:
     path = ".".join(map(str, item["loc"]))
     match item["type"]:
         case "extra_forbidden" if advice := renamed.advice(path):
             yield f"{path}: {advice}"
         case "extra_forbidden":
-            yield from _unknown(path, item)
+            yield from _unknown(path, item, schema)
         case "missing":
             yield f"{path}: needed but not given"
         case "value_error":
@@ -325,11 +350,13 @@ def _lines(item: Mapping[str, Any]) -> Iterator[str]:
             yield f"{path}: {item['msg']}, got {item['input']!r}"
 
 
-def _unknown(path: str, item: Mapping[str, Any]) -> Iterator[str]:
+def _unknown(
+    path: str, item: Mapping[str, Any], schema: type[Section]
+) -> Iterator[str]:
     """What to write instead of a key that no section has."""
     from jaxrl_llm.config.peers import lookup
 
-    known = _keys(item["loc"][:-1])
+    known = _keys(item["loc"][:-1], schema)
     near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
     foreign = lookup.advice(path, item["input"])
     for key, text in foreign.items():
@@ -341,17 +368,19 @@ def _unknown(path: str, item: Mapping[str, Any]) -> Iterator[str]:
         return
     if near:
         hint = f"did you mean {near[0]!r}?"
-    elif elsewhere := [key for key in keys() if key.endswith(f".{item['loc'][-1]}")]:
+    elif elsewhere := [
+        key for key in keys(schema) if key.endswith(f".{item['loc'][-1]}")
+    ]:
         hint = f"there is {' and '.join(elsewhere)}"
     else:
         hint = f"known: {sorted(known)}"
     yield f"{path}: unknown key; {hint}"
 
 
-def keys() -> list[str]:
+def keys(schema: type[Section] = Config) -> list[str]:
     """The dotted path of every key, sections too; without those of one entry of many,
     such as `data.more_train.NAME.path`."""
-    return list(_below(Config, ""))
+    return list(_below(schema, ""))
 
 
 def _below(section: type[BaseModel], path: str) -> Iterator[str]:
@@ -361,7 +390,7 @@ def _below(section: type[BaseModel], path: str) -> Iterator[str]:
             yield from _below(kind, f"{path}{name}.")
 
 
-def _keys(loc: Sequence[str | int]) -> list[str]:
+def _keys(loc: Sequence[str | int], schema: type[Section]) -> list[str]:
     """The keys of the section at `loc`."""
-    _, kinds = _field([str(part) for part in loc])
+    _, kinds = _field([str(part) for part in loc], schema)
     return [key for kind in kinds if is_section(kind) for key in kind.model_fields]

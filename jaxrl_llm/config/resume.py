@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.config import parsing, reader, renamed
+from jaxrl_llm.config import parsing, reader, renamed, schemas
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.config.secrets import without_secrets
-from jaxrl_llm.config.section import MayChange
+from jaxrl_llm.config.section import MayChange, Section
 
 _FROM_HERE = {
     "nothing": "",
@@ -18,14 +18,15 @@ _FROM_HERE = {
 }
 
 
-def may_change(key: str) -> MayChange | None:
+def may_change(key: str, schema: type[Section] = Config) -> MayChange | None:
     """What a run may go on with changed says so at its field, or at the section that
     the field is in; None for what must be as it was.
 
     Args:
       key: dotted, such as actor.mesh.fsdp.
+      schema: that has it.
     """
-    kinds, found = (Config,), None
+    kinds, found = (schema,), None
     for name in key.split("."):
         section = next(filter(parsing.is_section, kinds), None)
         field = section and section.model_fields.get(name)
@@ -37,7 +38,7 @@ def may_change(key: str) -> MayChange | None:
     return found
 
 
-def check(directory: Path, config: Config) -> list[str]:
+def check(directory: Path, config: Section) -> list[str]:
     """What is set otherwise than when the run in `directory` began, and may be, in a
     line each; nothing if there is none.
 
@@ -55,13 +56,18 @@ def check(directory: Path, config: Config) -> list[str]:
             f"trainer.resume is never, but output_dir {directory} holds a run; choose "
             "another output_dir"
         )
+    if type(stored) is not type(config):
+        raise ConfigError(
+            f"output_dir {directory} holds a run of `jaxrl {_verb(stored)}`, which "
+            f"`jaxrl {_verb(config)}` cannot go on; choose another output_dir"
+        )
     before, now = facts(stored), facts(config)
     changed = {
         key: f"{key} was {before.get(key)!r}, is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     }
-    marks = {key: may_change(key) for key in changed}
+    marks = {key: may_change(key, type(config)) for key in changed}
     if wrong := [text for key, text in changed.items() if marks[key] is None]:
         raise ConfigError(
             f"output_dir {directory} holds a run with other settings; choose another "
@@ -74,9 +80,13 @@ def check(directory: Path, config: Config) -> list[str]:
     ]
 
 
-def settings_of(directory: Path) -> Config | None:
-    """The settings of the run in `directory`, as this version reads them; None if there
-    is none.
+def _verb(config: Section) -> str:
+    return getattr(config, "task", "train")
+
+
+def settings_of(directory: Path) -> Any:
+    """The settings of the run in `directory`, as this version reads them: a `Config`,
+    or what else `schemas` has; None if there is none.
 
     Raises:
       ConfigError: they cannot be read, or a key that is gone changed something.
@@ -85,11 +95,11 @@ def settings_of(directory: Path) -> Config | None:
     if not path.exists():
         return None
     values = renamed.translated(reader.read(path).values, str(path))
-    return parsing.parse(values, str(path))
+    return parsing.parse(values, str(path), schema=schemas.of_values(values))
 
 
 def check_inputs(
-    directory: Path, config: Config, now: Mapping[str, Mapping[str, str]]
+    directory: Path, config: Section, now: Mapping[str, Mapping[str, str]]
 ) -> list[str]:
     """What is not as it was when the run in `directory` began, in a line each; nothing
     if that has no checkpoint, or does not say.
@@ -134,12 +144,12 @@ _WHAT = {
 }
 
 
-def _path(config: Config, section: str) -> str | None:
+def _path(config: Any, section: str) -> str | None:
     source = getattr(config.data, section, None)
     return source.path if source else None
 
 
-def facts(config: Config) -> dict[str, Any]:
+def facts(config: Section) -> dict[str, Any]:
     """What is compared when a run goes on: every setting by its dotted key, but for
     secrets, which are not stored."""
     return _flat(without_secrets(config.model_dump(mode="json")))

@@ -41,8 +41,8 @@ class ModelConfig(Section):
     """Directory or hub id of another tokenizer; the model's own if not given."""
 
 
-class DatasetConfig(Section):
-    """Where questions come from."""
+class SourceConfig(Section):
+    """Where rows come from."""
 
     path: PathText
     """FILE.jsonl, FILE.parquet, hub:ID, disk:DIR (a saved Hugging Face data set), or
@@ -58,13 +58,18 @@ class DatasetConfig(Section):
     """reasoning_gym only: which questions are drawn."""
     prompt_key: Name = "prompt"
     """The column that holds the question: text, or a list of chat messages."""
-    answer_key: Name = "answer"
-    """The column that holds the reference answer; rewards get it as `answer`. Without a
-    column `answer`, that of veRL's files is read: reward_model.ground_truth."""
     prompt_template: str | None = None
     """Text around the question; {name} stands for column `name`."""
     system_prompt: str | None = None
     """Put before the question as a system message."""
+
+
+class DatasetConfig(SourceConfig):
+    """Where questions come from."""
+
+    answer_key: Name = "answer"
+    """The column that holds the reference answer; rewards get it as `answer`. Without a
+    column `answer`, that of veRL's files is read: reward_model.ground_truth."""
 
 
 class DataConfig(Section):
@@ -162,14 +167,9 @@ class VllmConfig(Section):
     of weights, that stops the run."""
 
 
-class RolloutConfig(SamplingConfig):
-    """Generation during training."""
+class EngineConfig(Section):
+    """How long responses may be, and the jax engine that makes them."""
 
-    engine: Literal["jax", "vllm"] = "jax"
-    """jax: the compiled decode loop of this package. vllm: servers, see `vllm`."""
-    vllm: Rounding[VllmConfig] = VllmConfig()
-    n: int = Field(8, gt=0)
-    """Responses per prompt (the group)."""
     max_response_length: int = Field(512, gt=0)
     """Tokens, the stop token included."""
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
@@ -193,10 +193,6 @@ class RolloutConfig(SamplingConfig):
     sequences wait for room, or are preempted and go on later."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of weights, activations and KV cache."""
-    lora: Rounding[Literal["merge", "separate"]] = "merge"
-    """What the engine takes of a policy with actor.lora. merge: all weights after each
-    step, adapters added to them. separate: its weights once, and after each step only
-    the adapters, which are computed beside them."""
     quantization: Literal["int8", "fp8"] | None = None
     """Dtype of the matrices in the jax engine's layers, with a scale per output; fp8
     also of what they multiply, a scale per token. mismatch/ tells what it costs in
@@ -207,10 +203,24 @@ class RolloutConfig(SamplingConfig):
     checksum_freq: Free[int] = Field(100, ge=0)
     """Compare checksums of the engine's weights with the trainer's at the first load
     and every so many steps; 0: never."""
+    mesh: Rounding[RolloutMeshConfig] = RolloutMeshConfig()
+
+
+class RolloutConfig(EngineConfig, SamplingConfig):
+    """Generation during training."""
+
+    engine: Literal["jax", "vllm"] = "jax"
+    """jax: the compiled decode loop of this package. vllm: servers, see `vllm`."""
+    vllm: Rounding[VllmConfig] = VllmConfig()
+    n: int = Field(8, gt=0)
+    """Responses per prompt (the group)."""
+    lora: Rounding[Literal["merge", "separate"]] = "merge"
+    """What the engine takes of a policy with actor.lora. merge: all weights after each
+    step, adapters added to them. separate: its weights once, and after each step only
+    the adapters, which are computed beside them."""
     max_mismatch: Free[float] = Field(0.05, gt=0)
     """Mean difference in nats between log-probabilities of sampler and trainer, over
     which a correction is recommended."""
-    mesh: Rounding[RolloutMeshConfig] = RolloutMeshConfig()
 
 
 class RewardFunctionConfig(Section):
@@ -285,14 +295,9 @@ class ValConfig(SamplingConfig):
     """A reward of at least this counts as correct."""
 
 
-class TrainerConfig(Section):
-    """How long, how often, and what is written."""
+class LoopConfig(Section):
+    """How often, and what is written."""
 
-    total_training_steps: Course[int] = Field(gt=0)
-    """A run that is done goes on with more. A learning rate that decays then does so
-    over all of them."""
-    critic_warmup: Course[int] = Field(0, ge=0)
-    """The first so many steps update only the critic; they count as steps."""
     test_freq: int = Field(0, ge=0)
     """Validate every so many steps; 0: only before and after."""
     val_before_train: bool = True
@@ -327,6 +332,16 @@ class TrainerConfig(Section):
     and the engine."""
     num_examples: int = Field(3, ge=0)
     """Completions shown in the terminal."""
+
+
+class TrainerConfig(LoopConfig):
+    """How long, how often, and what is written."""
+
+    total_training_steps: Course[int] = Field(gt=0)
+    """A run that is done goes on with more. A learning rate that decays then does so
+    over all of them."""
+    critic_warmup: Course[int] = Field(0, ge=0)
+    """The first so many steps update only the critic; they count as steps."""
 
 
 class PlacementConfig(Section):

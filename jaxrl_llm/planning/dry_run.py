@@ -90,8 +90,8 @@ def show(job: Job) -> bool:
         "responses per step": f"{rows:,}",
         "tokens per step": f"at most {rows * longest:,}",
     }
-    _print(console, "The run", facts)
-    _print(console, "Scores of a made-up response", tried_out(job))
+    show_facts(console, "The run", facts)
+    show_facts(console, "Scores of a made-up response", tried_out(job))
     for line in (*begins, *job.warnings):
         console.print(line, markup=False, highlight=False)
     with progress("compiling the largest programs", console=console):
@@ -102,7 +102,7 @@ def show(job: Job) -> bool:
         sizes = {name: f"{size / _GIB:.3f} GiB" for name, size in held.items()}
         sizes["at once, at most"] = f"{max(needed.values()) / _GIB:.3f} GiB"
         sizes["there is"] = f"{limit / _GIB:.3f} GiB" if limit else "not counted here"
-        _print(console, f"Memory per device, {group}", sizes)
+        show_facts(console, f"Memory per device, {group}", sizes)
         if limit:
             lines = too_much(job, found, group, limit)
             suffices &= not lines
@@ -218,7 +218,7 @@ def memory_per_device(job: Job) -> dict[str, dict[str, int]]:
 
     def add_peak(role: str, program: jax.stages.Lowered, more: int = 0) -> None:
         # What computes does so one after the other.
-        held, peak = found[group_of[role]], _temporary(program) + more
+        held, peak = found[group_of[role]], temporary(program) + more
         held[_PEAK] = max(held.get(_PEAK, 0), peak)
 
     add_peak("actor", learner.lower_largest_update())
@@ -273,7 +273,7 @@ def _generating(job: Job) -> dict[str, int]:
     )
     least = job.engine.memory(responses, longest, free=0)[fitting.CACHE]
     return {
-        **{name: _temporary(programs[name]) for name in _GENERATING},
+        **{name: temporary(programs[name]) for name in _GENERATING},
         _LEAST: least,
     }
 
@@ -411,12 +411,13 @@ def _count(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def _temporary(program: jax.stages.Lowered) -> int:
+def temporary(program: jax.stages.Lowered) -> int:
     """Bytes that it needs besides arguments and results."""
     return program.compile().memory_analysis().temp_size_in_bytes
 
 
-def _print(console: Console, title: str, facts: dict[str, Any]) -> None:
+def show_facts(console: Console, title: str, facts: dict[str, Any]) -> None:
+    """Prints facts by name under a title."""
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in facts.items():
         table.add_row(name, str(value))

@@ -23,7 +23,6 @@ from jaxrl_llm.algorithms import distilled_policy, grpo
 from jaxrl_llm.algorithms import update as updates
 from jaxrl_llm.algorithms.distilled_policy import DistilledPolicy
 from jaxrl_llm.algorithms.objectives import Objective
-from jaxrl_llm.algorithms.statistics import Mean
 from jaxrl_llm.data import packing
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.data.types import Completion, Episode, Prompt
@@ -378,7 +377,7 @@ class Actor:
             batch,
             seed,
             frozen=self._handed(self.frozen, lambda: self.teacher.weights()),
-            measure=self._measure,
+            measure=self._trained.efficiency,
             meanwhile=meanwhile,
         )
         means["actor/lr"] = float(self.schedule(int(state.step) - 1))
@@ -470,9 +469,3 @@ class Actor:
           params: those of the state.
         """
         return self.policy.sum_pi_squared(models.merge(params, self.frozen), batch)
-
-    def _measure(self, rows: TrainBatch) -> dict[str, Mean]:
-        together = self.policy.layout.micro_batch_size
-        used = packing.token_efficiency(rows, together)
-        computed = (rows.sequence_ids >= 0).sum() / used
-        return {"perf/token_efficiency": Mean(used, computed)}

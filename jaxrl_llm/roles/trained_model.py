@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import statistics
 from jaxrl_llm.algorithms.grpo import TrainState
-from jaxrl_llm.algorithms.statistics import Statistic
+from jaxrl_llm.algorithms.statistics import Mean, Statistic
 from jaxrl_llm.data import packing
 from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.data.rows import TrainBatch
@@ -148,6 +148,12 @@ class TrainedModel:
     def split_rows(self, batch: TrainBatch, epoch: int, seed: int) -> list[TrainBatch]:
         """The mini-batches of one pass."""
         return self.mini_batches.split(batch, (seed, epoch), self.model.layout)
+
+    def efficiency(self, rows: TrainBatch) -> dict[str, Statistic]:
+        """How many of the tokens are real that an update with these rows computes."""
+        used = packing.token_efficiency(rows, self.model.layout.micro_batch_size)
+        computed = (rows.sequence_ids >= 0).sum() / used
+        return {"perf/token_efficiency": Mean(used, computed)}
 
     def lower(self, rows: TrainBatch, frozen: Params = None) -> jax.stages.Lowered:
         """One optimizer step with rows of these shapes.

@@ -270,6 +270,9 @@ def key_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, number) of the metrics to watch, as far as they are there."""
     names = [
         ("reward", "critic/rewards/mean"),
+        ("loss", "sft/loss"),
+        ("val loss", "val-core/all/sft/loss"),
+        ("accuracy", "sft/mean_token_accuracy"),
         ("val acc", accuracy_name(list(metrics)) or ""),
         ("length", "response_length/mean"),
         ("cut off", "response_length/clip_ratio"),
@@ -277,6 +280,7 @@ def key_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("kl", "actor/ppo_kl"),
         ("explained", "critic/vf_explained_var"),
         ("grad", "actor/grad_norm"),
+        ("grad", "sft/grad_norm"),
         ("tok/s/dev", "perf/throughput"),
         ("s/step", "timing_s/step"),
     ]

@@ -34,6 +34,7 @@ GROUPS = {
     "actor": "The policy's update",
     "distillation": "The teacher",
     "critic": "Rewards, advantages and the critic",
+    "sft": "Supervised fine-tuning",
     "reward": "Reward functions",
     "reward_errors": "Reward functions",
     "response_length": "Lengths",
@@ -201,6 +202,38 @@ METRICS = (
     ),
     Metric("critic/lr", "learning rate of the critic's last update"),
     Metric(
+        "sft/loss",
+        "mean loss of the tokens that are learned: their negative log-probability, "
+        "nats, or with loss_type dft that weighted by the probability",
+        "falls",
+        "raise learner.optim.lr; look at what is learned: data.chat_template, "
+        "data.max_length",
+    ),
+    Metric("sft/perplexity", "exp(mean negative log-probability)", "falls towards 1"),
+    Metric(
+        "sft/entropy",
+        "mean entropy of the model's next token where one is learned, nats",
+        "near the loss",
+    ),
+    Metric(
+        "sft/mean_token_accuracy",
+        "share of learned tokens that the model finds the most likely ones",
+        "rises",
+    ),
+    Metric(
+        "sft/grad_norm",
+        "global norm of the gradient before learner.optim.clip_grad",
+        "steady, within a few times its median",
+        "lower learner.optim.lr",
+    ),
+    Metric(
+        "sft/update_skipped",
+        "1 if the update was left out because the gradient is not finite",
+        "0",
+        "as for actor/update_skipped",
+    ),
+    Metric("sft/lr", "learning rate of the step, by the schedule"),
+    Metric(
         "reward/NAME/mean",
         "mean score of one reward function over the responses that it judges; or of a "
         "number beside the score, where it returns dictionaries",
@@ -355,6 +388,7 @@ METRICS = (
         "wider rollout_rs_threshold, or less mismatch",
     ),
     Metric("training/epoch", "how often the training questions have been gone through"),
+    Metric("training/learned_tokens", "tokens that the step learned (jaxrl sft)"),
     Metric(
         "training/groups_all_equal",
         "share of prompts whose responses all got the same reward",
@@ -378,6 +412,13 @@ METRICS = (
         "(algorithm.mask_truncated_completions)",
         "few",
         "as for response_length/clip_ratio",
+    ),
+    Metric(
+        "val-core/SOURCE/sft/{loss,perplexity,entropy,mean_token_accuracy}",
+        "the same as sft/loss and so on, of held-out rows (data.val)",
+        "falls, or rises, with that of training",
+        "if the loss rises again: fewer trainer.total_epochs, a lower "
+        "learner.optim.lr; the best checkpoint by it is kept",
     ),
     Metric(
         "val-core/SOURCE/acc/mean@N",

@@ -12,7 +12,8 @@ from jaxrl_llm.tracking.step_metrics import accuracy_name
 
 
 def figure(run_dir: str | Path) -> Any:
-    """Reward, held-out accuracy and response length by step: a matplotlib figure.
+    """Reward or losses, held-out accuracy and response length by step: a matplotlib
+    figure.
 
     What the run did not measure is left out. Every notebook shows it, also without
     `%matplotlib inline`. Its `show()` is for scripts: it opens a window, or where there
@@ -55,6 +56,8 @@ def _panels(columns: dict[str, np.ndarray]) -> dict[str, str]:
     """The metric of each panel by its title."""
     panels = {
         "training reward": "critic/rewards/mean",
+        "training loss": "sft/loss",
+        "held-out loss": "val-core/all/sft/loss",
         "held-out accuracy, 95 % interval": accuracy_name(list(columns)),
         "response length, tokens": "response_length/mean",
     }

@@ -250,13 +250,14 @@ def completions(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def whole(run_dir: str | Path, first: int = 0) -> Written:
+def whole(run_dir: str | Path, first: int = 0, *, rollouts: bool = True) -> Written:
     """How far metrics.jsonl has every step, once and in order, and RUN/rollouts the
     responses of each.
 
     Args:
       first: rollouts are looked for behind this step only; older ones may have been
         cleared away.
+      rollouts: whether there are any.
     """
     path, faults = Path(run_dir, "metrics.jsonl"), []
     step, last = -1, -1
@@ -276,7 +277,7 @@ def whole(run_dir: str | Path, first: int = 0) -> Written:
     if step < 0 and not path.exists():
         faults.append(f"{path} is missing")
     there = {s: p for s, split, p in rollout_files(run_dir) if split == "train"}
-    for s in range(first + 1, step + 1):
+    for s in range(first + 1, step + 1) if rollouts else ():
         file = Path(run_dir, "rollouts", f"train_{s:06d}.jsonl")
         if s not in there or not _ends_whole(file):
             faults.append(f"{file} is {'torn' if s in there else 'missing'}")

@@ -92,6 +92,7 @@ class RunLog:
         self._shown: list[dict[str, Any]] = []
         self._not_written: Callable[[], None] | None = None
         self._batch: dict[str, float] = {}
+        self._learns = False
         self._advised: set[str] = set()
         self._report: LiveReport | None = None
         self._digests = Digests(directory)
@@ -229,6 +230,7 @@ class RunLog:
         self._batch = step_metrics.batch_metrics(
             generated.asked, generated.rollouts, generated.scores, advantage
         )
+        self._learns = True
         read, new = step_metrics.num_tokens(generated.asked, generated.rollouts)
         if generated.greedy:
             more = step_metrics.num_tokens(asked, generated.greedy)
@@ -236,6 +238,17 @@ class RunLog:
         self._tokens, self._new_tokens = read + new, new
         self._trained_tokens = sum(step_metrics.num_tokens(asked, rollouts))
         self._epoch, self._update_flops = epoch, update_flops
+
+    def rows(self, *, num_tokens: int, epoch: float, update_flops: float) -> None:
+        """Takes what a step learns from where nothing is generated.
+
+        Args:
+          num_tokens: of all rows.
+          others: as of `rollouts`.
+        """
+        self._tokens = self._trained_tokens = num_tokens
+        self._epoch, self._update_flops = epoch, update_flops
+        self._learns = True
 
     def write_rollouts(self) -> None:
         """Writes what `rollouts` took, once: best while devices compute, as the host
@@ -259,7 +272,7 @@ class RunLog:
         self.write_rollouts()
         timing = self._timer.metrics()
         line = {**metrics, **self._batch, **timing}
-        if self._batch:
+        if self._learns:
             line |= self._speed(timing)
             line["training/epoch"] = self._epoch
         if validation:
@@ -272,7 +285,7 @@ class RunLog:
         if self._report:
             self._report.ask() if validation else self._report.ask_if_old()
         self._view.update(step, line, self._shown)
-        self._timer, self._batch = Timer(), {}
+        self._timer, self._batch, self._learns = Timer(), {}, False
 
     def sync(self) -> None:
         """What was written so far is on disk: a checkpoint may count on it."""

@@ -45,6 +45,8 @@ def page(
         parts.append(_changes(before, after))
     names = {
         "training reward": "critic/rewards/mean",
+        "training loss": "sft/loss",
+        "held-out loss": "val-core/all/sft/loss",
         "held-out accuracy": accuracy_name(list(columns)),
     }
     parts += [

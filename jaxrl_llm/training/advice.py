@@ -26,19 +26,86 @@ class CannotLearn(ValueError):
     """A run that would go on without learning anything; the message says why."""
 
 
-class Watch:
+class UpdateWatch:
+    """Looks at the updates of a run: whether they can be made at all.
+
+    Args:
+      updates: of a step, by the name that their metrics begin with.
+      roles: what learns, by that name.
+      keys: the section of the settings of each, by that name.
+      patience: what may be chance is told after so many steps in a row.
+      max_skipped_steps: the run stops after so many without any; 0: it goes on.
+    """
+
+    def __init__(
+        self,
+        updates: Mapping[str, int],
+        *,
+        roles: Mapping[str, str],
+        keys: Mapping[str, str],
+        patience: int,
+        max_skipped_steps: int,
+    ):
+        self._updates, self._roles, self._keys = updates, roles, keys
+        self._patience, self._most = patience, max_skipped_steps
+        self._in_a_row: dict[str, int] = {}
+        self._cause = ""
+
+    def stop(self, step: int) -> None:
+        """Raises CannotLearn if no update was possible for
+        `trainer.max_skipped_steps` steps."""
+        for name in self._updates:
+            if self._most and self._in_a_row.get(f"{name} skipped", 0) >= self._most:
+                raise CannotLearn(
+                    f"step {step}: no gradient of the {self._roles[name]} was finite "
+                    f"for {self._most} steps in a row (trainer.max_skipped_steps), so "
+                    f"that nothing is learned: {self._cause}"
+                )
+
+    def of_updates(
+        self, learned: Mapping[str, float], advantages: np.ndarray | None = None
+    ) -> Advice:
+        """What there is to say of the updates of a step.
+
+        Args:
+          learned: their metrics.
+          advantages: that the policy learned from, if it did from such.
+        """
+        for name, updates in self._updates.items():
+            skipped = learned.get(f"{name}/update_skipped", 0.0)
+            self._lasts(f"{name} skipped", skipped >= updates)
+            if not skipped:
+                continue
+            self._cause = _cause(advantages, learned, name, self._keys[name])
+            ends = f"after {self._most} steps without any the run stops"
+            yield (
+                f"{name}_skipped",
+                f"{skipped:.0f} of {updates} updates of the {self._roles[name]} were "
+                f"skipped, because the gradient is not finite: {self._cause}"
+                + (f"; {ends}" if self._most else ""),
+            )
+
+    def _lasts(self, kind: str, is_so: bool) -> bool:
+        self._in_a_row[kind] = self._in_a_row.get(kind, 0) + 1 if is_so else 0
+        return self._in_a_row[kind] >= self._patience
+
+
+class Watch(UpdateWatch):
     """Looks at every step of a run."""
 
     def __init__(self, config: Config):
-        self._config = config
+        self._config, trainer = config, config.trainer
         self._rewarded = checks.learns_from_rewards(config)
-        self._patience = min(PATIENCE, config.trainer.total_training_steps)
-        self._in_a_row: dict[str, int] = {}
-        self._cause = ""
-        self._updates = {
-            "actor": settings.updates_per_step(config),
-            "critic": settings.critic_updates_per_step(config),
-        }
+        super().__init__(
+            {
+                "actor": settings.updates_per_step(config),
+                "critic": settings.critic_updates_per_step(config),
+            },
+            roles={"actor": "policy", "critic": "critic"},
+            keys={"actor": "actor", "critic": "critic"},
+            patience=min(PATIENCE, trainer.total_training_steps),
+            max_skipped_steps=trainer.max_skipped_steps,
+        )
 
     def advise(
         self,
@@ -58,26 +125,10 @@ class Watch:
             for kind, text in (
                 *(self._of_rewards(groups) if self._rewarded else ()),
                 *self._of_responses(groups, learned),
-                *self._of_updates(advantages, learned),
+                *self.of_updates(learned, advantages),
                 *_of_mismatch(self._config, learned),
             )
         }
-
-    def stop(self, step: int) -> None:
-        """Raises CannotLearn if no update was possible for
-        `trainer.max_skipped_steps` steps."""
-        most = self._config.trainer.max_skipped_steps
-        for name in self._updates:
-            if most and self._in_a_row.get(f"{name} skipped", 0) >= most:
-                raise CannotLearn(
-                    f"step {step}: no gradient of the {_ROLES[name]} was finite for "
-                    f"{most} steps in a row (trainer.max_skipped_steps), so that "
-                    f"nothing is learned: {self._cause}"
-                )
-
-    def _lasts(self, kind: str, is_so: bool) -> bool:
-        self._in_a_row[kind] = self._in_a_row.get(kind, 0) + 1 if is_so else 0
-        return self._in_a_row[kind] >= self._patience
 
     def _of_rewards(self, groups: Groups) -> Advice:
         scores, config = groups.generated.scores, self._config
@@ -172,47 +223,32 @@ class Watch:
                 f"(actor/entropy), so it tries nothing new; {remedy}",
             )
 
-    def _of_updates(
-        self, advantages: np.ndarray, learned: Mapping[str, float]
-    ) -> Advice:
-        trainer = self._config.trainer
-        for name, updates in self._updates.items():
-            skipped = learned.get(f"{name}/update_skipped", 0.0)
-            self._lasts(f"{name} skipped", skipped >= updates)
-            if not skipped:
-                continue
-            self._cause = _cause(advantages, learned, name)
-            ends = f"after {trainer.max_skipped_steps} steps without any the run stops"
-            yield (
-                f"{name}_skipped",
-                f"{skipped:.0f} of {updates} updates of the {_ROLES[name]} were "
-                f"skipped, because the gradient is not finite: {self._cause}"
-                + (f"; {ends}" if trainer.max_skipped_steps else ""),
-            )
 
-
-_ROLES = {"actor": "policy", "critic": "critic"}
-
-
-def _cause(advantages: np.ndarray, learned: Mapping[str, float], name: str) -> str:
+def _cause(
+    advantages: np.ndarray | None, learned: Mapping[str, float], name: str, key: str
+) -> str:
     """Why a gradient is not finite, as far as the metrics tell."""
-    finite = np.isfinite(advantages)
+    finite = np.isfinite(advantages) if advantages is not None else np.ones(1, bool)
     if not finite.all():
         return (
             f"{(~finite).sum()} of {finite.size} advantages are not finite; rewards so "
             "large, or so far apart, do not fit into float32: scale them down"
         )
-    loss = learned.get(f"{name}/pg_loss", learned.get(f"{name}/vf_loss", np.nan))
+    kinds = ("pg_loss", "vf_loss", "loss")
+    known = (learned[f"{name}/{k}"] for k in kinds if f"{name}/{k}" in learned)
+    loss = next(known, np.nan)
     if np.isfinite(loss):
         return (
             f"the loss is finite ({loss:.3g}) and its gradient overflows; lower "
-            f"{name}.optim.lr, or compute in {name}.dtype=float32"
+            f"{key}.optim.lr, or compute in {key}.dtype=float32"
         )
+    though = ""
+    if advantages is not None:
+        though = f", though advantages up to {np.abs(advantages).max():.3g} are"
     return (
-        "the loss is not finite, though advantages up to "
-        f"{np.abs(advantages).max():.3g} are; the model's outputs overflow: "
-        f"go on from an earlier checkpoint with a lower {name}.optim.lr, or compute in "
-        f"{name}.dtype=float32"
+        f"the loss is not finite{though}; the model's outputs overflow: "
+        f"go on from an earlier checkpoint with a lower {key}.optim.lr, or compute in "
+        f"{key}.dtype=float32"
     )
 
 

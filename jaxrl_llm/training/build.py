@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from jaxrl_llm import models
+from jaxrl_llm.algorithms.ppo import TrainState
 from jaxrl_llm.config import checks, plugins, resume, user_code
 from jaxrl_llm.config.checks import uses_kl
 from jaxrl_llm.config.names import ConfigError, device_numbers
@@ -20,11 +22,14 @@ from jaxrl_llm.config.schema import (
     Config,
     DataConfig,
     DatasetConfig,
+    EngineConfig,
     RewardConfig,
 )
+from jaxrl_llm.config.schema_offline import OfflineDataConfig
 from jaxrl_llm.data import prompts
 from jaxrl_llm.data.chat_template import Encoder
 from jaxrl_llm.data.sources import Source, first_row
+from jaxrl_llm.data.stream import PromptBatches
 from jaxrl_llm.rewards import Isolation, RewardFunction, Term, isolation, resolve
 from jaxrl_llm.rewards.builtin import overlong_penalty
 from jaxrl_llm.rewards.function import check_signatures
@@ -70,6 +75,56 @@ class Job:
     """Digests of the user's functions and of the data, see `resume.check_inputs`."""
     warnings: tuple[str, ...]
     """What looks wrong and may be meant."""
+    writes_rollouts = True
+
+    @property
+    def tags(self) -> list[str]:
+        """What loggers can find the run by."""
+        config = self.config
+        model = config.model.path.rstrip("/").rpartition("/")[2]
+        loss = config.actor.policy_loss.loss_mode
+        return [model, config.algorithm.adv_estimator, loss, config.rollout.engine]
+
+    @property
+    def updating(self) -> int:
+        """Devices that the policy is updated on."""
+        return self.actor.mesh.size
+
+    def stream(self) -> PromptBatches:
+        """The training questions in batches, from the beginning.
+
+        Raises:
+          ValueError: there are fewer than a batch has.
+        """
+        return PromptBatches(
+            self.data.train,
+            self.config.data.train_batch_size,
+            seed=self.config.seed,
+            shuffle=self.config.data.shuffle,
+        )
+
+    def start(self) -> TrainState:
+        """The state before the first step. Reads the weights."""
+        config, actor = self.config, self.actor.start()
+        coef, reference = None, None
+        if config.algorithm.use_kl_in_reward:
+            coef = np.float32(config.algorithm.kl_ctrl.kl_coef)
+            coef = processes.place(coef, actor.step.sharding)
+        if config.actor.ref_refresh_steps:
+            reference = self.actor.reference.read()
+        critic = self.critic and self.critic.start()
+        return TrainState(actor, critic, coef, reference)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        config, actor = self.config, self.actor.abstract_state()
+        coef, reference = None, None
+        if config.algorithm.use_kl_in_reward:
+            coef = jax.ShapeDtypeStruct((), jnp.float32, sharding=actor.step.sharding)
+        if config.actor.ref_refresh_steps:
+            reference = self.actor.reference.abstract_params()
+        critic = self.critic and self.critic.abstract_state()
+        return TrainState(actor, critic, coef, reference)
 
     def served(self, params: Any) -> Any:
         """The policy's weights as the engine takes them.
@@ -199,7 +254,7 @@ def build(
             lambda: fitting.kept(config, actor, engine, critic, model),
             actor_with,
             critic_with,
-            _compiling,
+            compiling,
         )
         model = judge and reward_model_of(config, judge, meshes["reward"])
     return Job(
@@ -228,7 +283,8 @@ def build(
     )
 
 
-def _compiling(what: str) -> AbstractContextManager[None]:
+def compiling(what: str) -> AbstractContextManager[None]:
+    """Shows what is compiled while it is, in the process that leads."""
     return console.progress(what, console=Console(quiet=not processes.leads()))
 
 
@@ -300,7 +356,9 @@ def _sources(sections: Mapping[str, DatasetConfig]) -> dict[str, Source]:
 
 
 def encoder_of(
-    section: DataConfig, tokenizer: Any, vocab_size: int | None = None
+    section: DataConfig | OfflineDataConfig,
+    tokenizer: Any,
+    vocab_size: int | None = None,
 ) -> Encoder:
     """How questions become tokens."""
     now = {"now": section.template_time} if section.template_time else {}
@@ -327,7 +385,7 @@ def read_template(path: str) -> str:
     return text
 
 
-def with_template_time(config: Config, tokenizer: Any) -> DataConfig:
+def with_template_time(config: Any, tokenizer: Any) -> Any:
     """`data` with the time that the chat template is told, if it asks for one: that of
     the run in `output_dir`, or now. All processes call it."""
     data = config.data
@@ -426,29 +484,13 @@ def engine_of(
     rollout, lora = config.rollout, served_adapters(config)
     match rollout.engine:
         case "jax":
-            from jaxrl_llm.rollout.native.engine import JaxEngine
-
-            tensor = on.shape["tensor"]
-            try:
-                models.kv_copies(arch, tensor)
-            except ValueError as error:
-                raise ConfigError(f"rollout.mesh.tensor {tensor}: {error}") from None
-            return JaxEngine(
+            return jax_engine_of(
+                rollout,
                 arch,
                 tokenizer,
-                mesh=on,
-                dtype=jnp.dtype(rollout.dtype),
-                max_model_len=config.data.max_prompt_length
-                + rollout.max_response_length,
-                max_num_seqs=rollout.max_num_seqs,
-                decode_chunk=rollout.decode_chunk,
-                prefill_tokens=rollout.prefill_tokens,
-                cache_gib=rollout.cache_gib,
-                quantization=rollout.quantization,
-                kv_cache_dtype=rollout.kv_cache_dtype,
-                checksum_freq=rollout.checksum_freq,
-                skip_special_tokens=rollout.skip_special_tokens,
-                lora=lora,
+                on,
+                config.data.max_prompt_length,
+                lora,
             )
         case "vllm":
             # Needs the extra `vllm`.
@@ -473,6 +515,47 @@ def shared(config: Config, source: models.WeightSource) -> models.WeightSource:
     """The policy's weights for all that read them: the same arrays for all, if they are
     never changed."""
     return source if config.actor.lora is None else models.ReadOnce(source)
+
+
+def jax_engine_of(
+    rollout: EngineConfig,
+    arch: models.Architecture,
+    tokenizer: Any,
+    on: jax.sharding.Mesh,
+    max_prompt_length: int,
+    lora: models.Lora | None = None,
+) -> Engine:
+    """The generator of this package, for prompts of so many tokens at most.
+
+    Args:
+      lora: the adapters that it is sent, if it is sent such.
+
+    Raises:
+      ConfigError: the model cannot be split over the mesh.
+    """
+    from jaxrl_llm.rollout.native.engine import JaxEngine
+
+    tensor = on.shape["tensor"]
+    try:
+        models.kv_copies(arch, tensor)
+    except ValueError as error:
+        raise ConfigError(f"rollout.mesh.tensor {tensor}: {error}") from None
+    return JaxEngine(
+        arch,
+        tokenizer,
+        mesh=on,
+        dtype=jnp.dtype(rollout.dtype),
+        max_model_len=max_prompt_length + rollout.max_response_length,
+        max_num_seqs=rollout.max_num_seqs,
+        decode_chunk=rollout.decode_chunk,
+        prefill_tokens=rollout.prefill_tokens,
+        cache_gib=rollout.cache_gib,
+        quantization=rollout.quantization,
+        kv_cache_dtype=rollout.kv_cache_dtype,
+        checksum_freq=rollout.checksum_freq,
+        skip_special_tokens=rollout.skip_special_tokens,
+        lora=lora,
+    )
 
 
 def actor_of(

@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from jaxrl_llm import models
-from jaxrl_llm.config.schema import TrainerConfig
+from jaxrl_llm.config.schema import LoopConfig
 from jaxrl_llm.sharding import checksum, processes
 from jaxrl_llm.sharding.out_of_memory import shortage
 
@@ -57,7 +57,7 @@ class Checkpoint(NamedTuple):
     """What is not an array: data position, coefficients."""
 
 
-def due(trainer: TrainerConfig, step: int, stopping: bool) -> bool:
+def due(trainer: LoopConfig, step: int, stopping: bool) -> bool:
     """Whether a checkpoint is to be saved after this step; the last one always is."""
     if step == trainer.total_training_steps or stopping:
         return True
@@ -383,9 +383,12 @@ def read_policy(path: str | Path, like: Any) -> Any:
         model.
     """
     path = Path(path).absolute()
-    wanted = {f"actor.params.{name}": leaf for name, leaf in _named(like).items()}
     position, damage = _agreed(functools.partial(_read_position, path))
     known = {} if damage else position.get("arrays") or {}
+    # A run that learned from rows that are there has nothing but the policy.
+    alone = any(name.startswith("params.") for name in known)
+    prefix = "params" if alone else "actor.params"
+    wanted = {f"{prefix}.{name}": leaf for name, leaf in _named(like).items()}
     differ = [
         f"{name} has shape {known[name]['shape']}, not {list(leaf.shape)}"
         for name, leaf in wanted.items()

@@ -9,11 +9,11 @@ import jax
 from jax.stages import Lowered
 
 from jaxrl_llm.config import plugins
+from jaxrl_llm.config.schema import EngineConfig, ValConfig
 from jaxrl_llm.rollout.engine import Use
 from jaxrl_llm.training import checkpoint, fitting, memory
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.experience import sampling
-from jaxrl_llm.training.state import abstract_state
 
 
 def programs(job: Job, done: Sequence[int] = ()) -> dict[str, Callable[[], Lowered]]:
@@ -41,23 +41,29 @@ def programs(job: Job, done: Sequence[int] = ()) -> dict[str, Callable[[], Lower
         return fitting.beside(job.config, memory.held(job), "rollout")
 
     found |= job.engine.programs(uses(job), tokens, resident)
-    return found | checkpoint.programs(abstract_state(job))
+    return found | checkpoint.programs(job.abstract_state())
 
 
 def uses(job: Job) -> list[Use]:
     """What this process asks its engine at a time, in steps and in validations."""
     config, held_out = job.config, len(job.data.val)
     prompts = -(-config.data.train_batch_size // jax.process_count())
-    drawn = sampling(config, config.rollout)
+    drawn = sampling(config.rollout, config.rollout)
     found = [Use(num_prompts=prompts, num_samples=config.rollout.n, sampling=drawn)]
     greedy = replace(drawn, temperature=0.0)
     if plugins.estimator_of(config.algorithm).asks_greedily:
         found.append(Use(num_prompts=prompts, num_samples=1, sampling=greedy))
-    if held_out:
-        share = -(-held_out // jax.process_count())
-        drawn = sampling(config, config.val)
-        found.append(Use(num_prompts=share, num_samples=config.val.n, sampling=drawn))
-        if config.val.greedy:
-            likeliest = replace(drawn, temperature=0.0, top_k=-1, top_p=1.0, min_p=0.0)
-            found.append(Use(num_prompts=share, num_samples=1, sampling=likeliest))
+    return found + validating(config.rollout, config.val, held_out)
+
+
+def validating(rollout: EngineConfig, val: ValConfig, questions: int) -> list[Use]:
+    """What this process asks its engine at a time in validations."""
+    if not questions:
+        return []
+    share = -(-questions // jax.process_count())
+    drawn = sampling(rollout, val)
+    found = [Use(num_prompts=share, num_samples=val.n, sampling=drawn)]
+    if val.greedy:
+        likeliest = replace(drawn, temperature=0.0, top_k=-1, top_p=1.0, min_p=0.0)
+        found.append(Use(num_prompts=share, num_samples=1, sampling=likeliest))
     return found

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxrl_llm.config.schema import (
-    RolloutConfig,
+    EngineConfig,
+    LoopConfig,
     SamplingConfig,
-    TrainerConfig,
     ValConfig,
 )
 from jaxrl_llm.data.types import Prompt, single_turn
@@ -31,7 +31,7 @@ def validate(
     score: Score,
     *,
     config: ValConfig,
-    rollout: RolloutConfig,
+    rollout: EngineConfig,
     seed: int,
     step: int,
 ) -> Validation:
@@ -135,7 +135,7 @@ def if_due(job: Job, step: int, observe: Observe) -> Validation | None:
         return answer_held_out(job, step)
 
 
-def due(trainer: TrainerConfig, step: int) -> bool:
+def due(trainer: LoopConfig, step: int) -> bool:
     """Whether held-out questions are to be answered after this step; after the last one
     they always are."""
     if step == 0:

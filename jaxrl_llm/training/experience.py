@@ -11,7 +11,7 @@ from jaxtyping import Float32
 
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.names import ConfigError
-from jaxrl_llm.config.schema import Config, SamplingConfig
+from jaxrl_llm.config.schema import Config, EngineConfig, SamplingConfig
 from jaxrl_llm.data.stream import PromptBatches
 from jaxrl_llm.data.types import Episode, Generated, Prompt, Scores, single_turn
 from jaxrl_llm.rewards import Isolation, RewardFunction, score
@@ -206,7 +206,7 @@ def requests(
             tokens=prompt.tokens,
             num_samples=config.rollout.n,
             seed=seed(config.seed, Purpose.ROLLOUT, step, attempt),
-            sampling=sampling(config, config.rollout),
+            sampling=sampling(config.rollout, config.rollout),
         )
         for prompt in asked
     ]
@@ -220,16 +220,16 @@ def greedily(requests: Sequence[Request]) -> list[Request]:
     ]
 
 
-def sampling(config: Config, section: SamplingConfig) -> Sampling:
+def sampling(rollout: EngineConfig, section: SamplingConfig) -> Sampling:
     """How `section` (rollout or val) wants tokens drawn, with rollout's limits."""
     return Sampling(
-        max_tokens=config.rollout.max_response_length,
+        max_tokens=rollout.max_response_length,
         temperature=section.temperature,
         top_k=section.top_k,
         top_p=section.top_p,
         min_p=section.min_p,
-        stop=config.rollout.stop,
-        stop_token_ids=config.rollout.stop_token_ids,
+        stop=rollout.stop,
+        stop_token_ids=rollout.stop_token_ids,
     )
 
 

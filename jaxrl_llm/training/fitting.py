@@ -175,7 +175,7 @@ def sized(
     limits = processes.gather(limit or hardware.memory_limit())
     if None in limits:
         return config, actor, critic, []
-    if before := _begun(config):
+    if before := begun(config):
         for section in ("actor", "critic"):
             if getattr(config, section).micro_batch_size is None:
                 size = getattr(before, section).micro_batch_size
@@ -224,9 +224,9 @@ def sized(
     return config, actor, critic, notes
 
 
-def _begun(config: Config) -> Config | None:
-    """The settings of the run in output_dir, if there is a checkpoint to go on from; in
-    all processes the same."""
+def begun(config: Any) -> Any:
+    """The settings of the run in output_dir, if there is a checkpoint to go on from,
+    else None; in all processes the same."""
     directory, found = Path(config.output_dir), None
     if any(path.name.isdecimal() for path in directory.glob("checkpoints/*")):
         found = resume.settings_of(directory)

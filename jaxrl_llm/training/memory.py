@@ -21,6 +21,7 @@ _GIB = 2**30
 PROGRAMS = {
     "update": "the update",
     "update_critic": "the critic's update",
+    "measure_held_out": "the loss of held-out rows",
     "whole": "log-probabilities or values",
     "_scores": "the reward model",
     "prefill": "prefill",
@@ -66,6 +67,34 @@ def explained(
       OutOfMemory: in the place of XLA's error.
     """
 
+    sizes = functools.cache(lambda: held(job))
+    with explained_by(
+        lambda found: _there(job, sizes(), found, phase()),
+        lambda found: remedies(job, sizes(), found, phase()),
+        phase,
+        checkpoints,
+    ):
+        yield
+
+
+@contextmanager
+def explained_by(
+    there: Callable[[Shortage], dict[str, int]],
+    advice: Callable[[Shortage], list[str]],
+    phase: Callable[[], str],
+    checkpoints: Checkpoints | None,
+) -> Iterator[None]:
+    """`explained` for any run.
+
+    Args:
+      there: bytes of what was kept on the device, by purpose.
+      advice: settings that a run may go on with, a line each.
+      phase, checkpoints: as of `explained`.
+
+    Raises:
+      OutOfMemory: in the place of XLA's error.
+    """
+
     def doing(found: Shortage) -> str:
         name = PROGRAMS.get(found.program, "")
         during = _DURING.get(phase(), "")
@@ -83,13 +112,7 @@ def explained(
         at = f"goes on from step {reached}" if reached else "begins again"
         return f"nothing that was saved is lost: the same command with that {at}"
 
-    sizes = functools.cache(lambda: held(job))
-    with out_of_memory.explained(
-        doing,
-        lambda found: _there(job, sizes(), found, phase()),
-        lambda found: remedies(job, sizes(), found, phase()),
-        after,
-    ):
+    with out_of_memory.explained(doing, there, advice, after):
         yield
 
 

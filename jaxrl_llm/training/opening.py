@@ -1,4 +1,4 @@
-"""What a run reads its prompts from and writes to, opened by all its processes."""
+"""What a run reads its rows from and writes to, opened by all its processes."""
 
 import errno
 from collections.abc import Iterator
@@ -8,22 +8,21 @@ from pathlib import Path
 import jax
 
 from jaxrl_llm.config import resume
-from jaxrl_llm.config.names import ConfigError, device_numbers
-from jaxrl_llm.config.schema import Config, PlacementConfig
+from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.secrets import without_secrets
 from jaxrl_llm.data.stream import PromptBatches
 from jaxrl_llm.sharding import hardware, processes
 from jaxrl_llm.tracking import run_lock
 from jaxrl_llm.tracking.performance import Devices
 from jaxrl_llm.tracking.run_log import RunLog
-from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.checkpoint import Checkpoints
+from jaxrl_llm.training.startable import Startable
 from jaxrl_llm.training.stopping import Stopped
 
 
 @contextmanager
-def opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
-    """What a run reads its prompts from and writes to, if nothing stands against it.
+def opened(job: Startable) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
+    """What a run reads its rows from and writes to, if nothing stands against it.
 
     Raises:
       ConfigError: output_dir holds a run that this one cannot go on, is in use by
@@ -60,17 +59,12 @@ def held(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
+def _opened(job: Startable) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
     config, trainer = job.config, job.config.trainer
     directory = Path(config.output_dir)
     changed = resume.check(directory, config)
     changed += resume.check_inputs(directory, config, job.inputs)
-    stream = PromptBatches(
-        job.data.train,
-        config.data.train_batch_size,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-    )
+    stream = job.stream()
     processes.gather(None)  # nobody writes before all have looked
     with (
         _room_in(directory),
@@ -78,12 +72,12 @@ def _opened(job: Job) -> Iterator[tuple[PromptBatches, RunLog, Checkpoints]]:
             directory,
             config=without_secrets(config.model_dump(mode="json")),
             inputs=job.inputs,
-            devices=_devices(config.placement),
+            devices=_devices(job.updating),
             total_steps=trainer.total_training_steps,
             num_examples=trainer.num_examples,
             loggers=trainer.loggers,
             project=trainer.project,
-            tags=_tags(config),
+            tags=list(dict.fromkeys([*trainer.tags, *job.tags])),
             profile=trainer.profile,
             writes=processes.leads(),
         ) as log,
@@ -114,19 +108,8 @@ def _room_in(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _tags(config: Config) -> list[str]:
-    """What loggers can find a run by."""
-    model = config.model.path.rstrip("/").rpartition("/")[2]
-    algorithm = config.algorithm.adv_estimator, config.actor.policy_loss.loss_mode
-    tags = [*config.trainer.tags, model, *algorithm, config.rollout.engine]
-    return list(dict.fromkeys(tags))
-
-
-def _devices(placement: PlacementConfig) -> Devices:
+def _devices(updating: int) -> Devices:
     """The devices that speeds are told of."""
-    updating = jax.device_count()
-    if placement.groups:
-        updating = len(device_numbers(placement.groups[placement.actor]))
     return Devices(
         count=jax.device_count(),
         updating=updating,

@@ -3,15 +3,13 @@
 from pathlib import Path
 
 from jaxrl_llm.config import resume
-from jaxrl_llm.data.stream import PromptBatches
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import checkpoint
-from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.opening import held
-from jaxrl_llm.training.state import abstract_state
+from jaxrl_llm.training.startable import Startable
 
 
-def rehearse(job: Job) -> list[str]:
+def rehearse(job: Startable) -> list[str]:
     """What a run would say at its beginning, a line each. All processes call it.
 
     Weights and checkpoints are not read, so that one is damaged is not seen.
@@ -28,16 +26,13 @@ def rehearse(job: Job) -> list[str]:
     with held(directory):
         said = resume.check(directory, config)
         said += resume.check_inputs(directory, config, job.inputs)
-        PromptBatches(
-            job.data.train,
-            config.data.train_batch_size,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-        )
+        job.stream()
         folder, up_to = directory / "checkpoints", None
         steps = checkpoint.steps_in(folder)
         if steps:
-            written = run_directory.whole(directory, min(steps))
+            written = run_directory.whole(
+                directory, min(steps), rollouts=job.writes_rollouts
+            )
             said += written.faults
             up_to = None if trainer.resume == "force" else written.step
         sound = [step for step in steps if up_to is None or step <= up_to]
@@ -48,7 +43,7 @@ def rehearse(job: Job) -> list[str]:
         reached = max(sound, default=0)
         if reached >= trainer.total_training_steps:
             return [*said, f"the run in {directory} is complete after {reached} steps"]
-        checkpoint.check_room(directory, abstract_state(job))
+        checkpoint.check_room(directory, job.abstract_state())
         if reached:
             said.append(f"the run goes on from step {reached}")
     return said

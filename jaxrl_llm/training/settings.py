@@ -34,10 +34,14 @@ from jaxrl_llm.roles.sharded_model import ModelSettings
 from jaxrl_llm.roles.trained_model import MiniBatches
 
 
-def keys(mesh: str) -> dict[str, str]:
-    """What errors of a model on the mesh of that key call their settings."""
+def keys(mesh: str, section: str = "actor") -> dict[str, str]:
+    """What errors of a model on the mesh of that key call their settings.
+
+    Args:
+      section: that says how rows are laid out.
+    """
     shared = ("pack_length", "share_prompts", "keep_probabilities")
-    return {name: f"actor.{name}" for name in shared} | {"mesh": mesh}
+    return {name: f"{section}.{name}" for name in shared} | {"mesh": mesh}
 
 
 def rows(config: Config, micro_batch_size: int | None) -> Layout:

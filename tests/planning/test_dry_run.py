@@ -55,11 +55,11 @@ def sizes(job):
         asked.append(largest)
         return dict(WORKS_IN)
 
-    real = dry_run._temporary
+    real = dry_run.temporary
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job.engine, "lower", lower)
         known = lambda x: x if isinstance(x, int) else real(x)  # noqa: E731
-        patch.setattr(dry_run, "_temporary", known)
+        patch.setattr(dry_run, "temporary", known)
         found = dry_run.memory_per_device(job)
     # 2 prompts x 2 responses; the longest prompt has "cc" and the template around it.
     longest = max(len(prompt.tokens) for prompt in job.data.train)

@@ -20,7 +20,6 @@ from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop as train
-from jaxrl_llm.training import state as states
 from jaxrl_llm.training.build import build, critic_of, open_critic
 
 ARCH = tiny.arch(num_layers=1, max_positions=64, eos_token_ids=(258,))
@@ -134,7 +133,7 @@ def test_a_run_that_is_resumed_is_the_run_that_was_not(weights, tmp_path):
     shutil.rmtree(parts / "checkpoints" / "2")
     config = config.model_copy(update={"output_dir": str(parts)})
     job = run(config)
-    like = states.abstract_state(job)
+    like = job.abstract_state()
     expected, got = newest(whole, like), newest(parts, like)
     assert expected.critic.step == 4 and expected.kl_coef != np.float32(0.1)
     chex.assert_trees_all_equal(expected, got)

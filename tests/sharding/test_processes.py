@@ -25,7 +25,6 @@ from jaxrl_llm import cli as launch
 from jaxrl_llm.config import parsing
 from jaxrl_llm.sharding import mesh, processes
 from jaxrl_llm.tracking import run_directory
-from jaxrl_llm.training import state as states
 from jaxrl_llm.training.build import build, make_meshes
 from jaxrl_llm.training.checkpoint import Checkpoints
 
@@ -372,7 +371,7 @@ def alone(values, cache, tmp_path_factory):
 def final_state(directory):
     job = build(parsing.load(directory / "config.yaml"))
     with Checkpoints(directory / "checkpoints", 9) as checkpoints:
-        step, state, _ = checkpoints.restore(states.abstract_state(job))
+        step, state, _ = checkpoints.restore(job.abstract_state())
     assert step == STEPS
     return jax.device_get(state)
 

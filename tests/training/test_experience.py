@@ -23,7 +23,6 @@ from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.training import experience as collect
 from jaxrl_llm.training import loop as train
-from jaxrl_llm.training import state as states
 from jaxrl_llm.training.build import build
 from jaxrl_llm.training.credit import draw_again
 
@@ -77,7 +76,7 @@ def test_only_groups_that_differ_are_trained_on(weights, tmp_path):
     shutil.rmtree(parts / "checkpoints" / "2")
     again = config.model_copy(update={"output_dir": str(parts)})
     run(again, of_odd_prompts)
-    like = states.abstract_state(job)
+    like = job.abstract_state()
     chex.assert_trees_all_equal(newest(tmp_path / "run", like), newest(parts, like))
 
 
@@ -268,7 +267,7 @@ def test_a_refreshed_reference_is_the_policy_and_survives_a_restart(weights, tmp
     shutil.copytree(config.output_dir, parts)
     shutil.rmtree(parts / "checkpoints" / "4")
     run(config.model_copy(update={"output_dir": str(parts)}), mean_id)
-    like = states.abstract_state(job)
+    like = job.abstract_state()
     chex.assert_trees_all_equal(newest(tmp_path / "run", like), newest(parts, like))
 
 

@@ -25,7 +25,6 @@ from jaxrl_llm.config import parsing
 from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.tracking import metric_table, run_directory
 from jaxrl_llm.tracking.result import Result
-from jaxrl_llm.training import state as states
 from jaxrl_llm.training.build import build
 from jaxrl_llm.training.checkpoint import Checkpoints
 
@@ -146,7 +145,7 @@ def final_params(result):
     """The weights of the newest checkpoint, as they are."""
     job = build(parsing.load(result.directory / "config.yaml"))
     with Checkpoints(result.directory / "checkpoints", 9) as checkpoints:
-        step, state, _ = checkpoints.restore(states.abstract_state(job))
+        step, state, _ = checkpoints.restore(job.abstract_state())
     assert step == state.actor.step == STEPS
     return jax.device_get(state.actor.params)
 

@@ -13,7 +13,6 @@ from jaxrl_llm import models
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.training import evaluation
 from jaxrl_llm.training import loop as train
-from jaxrl_llm.training import state as states
 from jaxrl_llm.training.build import build
 
 LORA = {"rank": 4, "alpha": 8.0}
@@ -46,7 +45,7 @@ def test_a_run_of_adapters_goes_on_bit_for_bit_and_ends_as_a_whole_model(
     shutil.copytree(whole, parts)
     shutil.rmtree(parts / "checkpoints" / "2")
     job = run(config.model_copy(update={"output_dir": str(parts)}))
-    like = states.abstract_state(job)
+    like = job.abstract_state()
     expected, got = newest(whole, like), newest(parts, like)
     chex.assert_trees_all_equal(expected, got)
     # A checkpoint has adapters, their moments and a critic's head; of the reference,

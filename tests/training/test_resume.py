@@ -13,7 +13,6 @@ import short_run
 from jaxrl_llm.config import parsing, resume
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop
-from jaxrl_llm.training import state as states
 from jaxrl_llm.training.build import build
 from jaxrl_llm.training.checkpoint import Checkpoints
 
@@ -33,7 +32,7 @@ def test_a_run_from_before_the_house_is_restored_bit_for_bit(there, capsys):
     config = parsing.load("run/config.yaml", ["--trainer.total_training_steps=1"])
     job = build(config)
     with Checkpoints("run/checkpoints", 3) as checkpoints:
-        found = checkpoints.restore(states.abstract_state(job))
+        found = checkpoints.restore(job.abstract_state())
     assert (found.step, found.position["prompts"]["batches"]) == (1, 1)
     restored = {
         jax.tree_util.keystr(path, simple=True, separator="."): [

@@ -14,6 +14,7 @@ function header() {
   const run = runs[0], v = run.versions, now = state(run), facts = [];
   byId("state").hidden = false; byId("state").textContent = STATES[now]; byId("state").classList.add(now);
   if (setting(run, "model.path")) facts.push(["Model", setting(run, "model.path")]);
+  if (setting(run, "task")) facts.push(["Task", setting(run, "task")]);
   if (setting(run, "algorithm.adv_estimator")) facts.push(["Algorithm", setting(run, "algorithm.adv_estimator")]);
   if (hardware(run)) facts.push(["Hardware", hardware(run)]);
   facts.push(["Steps", now === "done" ? grouped.format(run.last) : progress(run)]);
@@ -69,6 +70,9 @@ function tiles() {
   if (reward) { const [a, b, k, n] = reward;
     if (n === 1) tile("Training reward", null, number(b), null, 0);
     else tile("Training reward", number(a), number(b), signed(b - a, number), b - a, k > 1 ? "mean of the first and last " + k + " steps" : "first and last step"); }
+  const loss = edges(run, "sft/loss"), held = values(run, "val-core/all/sft/loss");
+  if (loss) tile("Training loss", loss[3] > 1 ? number(loss[0]) : null, number(loss[1]), loss[3] > 1 ? signed(loss[1] - loss[0], number) : null, loss[0] - loss[1], loss[2] > 1 ? "mean of the first and last " + loss[2] + " steps" : null);
+  if (held.length) tile("Held-out loss", held.length > 1 ? number(held[0]) : null, number(last(held)), held.length > 1 ? signed(last(held) - held[0], number) : null, held[0] - last(held));
   const length = edges(run, "response_length/mean");
   if (length) { const [a, b, , n] = length, cut = values(run, "response_length/clip_ratio");
     tile("Response length", n > 1 ? number(a) : null, number(b) + " tokens", n > 1 ? signed(100 * (b / a - 1), v => v.toFixed(0).replace("-", "−") + "%") : null, 0,
@@ -128,6 +132,8 @@ function unfold() {
 function training() {
   const some = pattern => names.filter(n => pattern.test(n) && has(n));
   const short = n => last(n.split("/")).replaceAll("_", " ");
+  panel("Loss", [["training", "sft/loss"], ["held-out rows", "val-core/all/sft/loss"]]);
+  panel("Share of tokens that are the likeliest", [["training", "sft/mean_token_accuracy"], ["held-out rows", "val-core/all/sft/mean_token_accuracy"]], {share: true});
   panel("Training reward", [["mean of the batch", "critic/rewards/mean"]], {smooth: 6});
   const accuracies = some(/^val-core\/.+\/acc\/(greedy|mean@\d+)$/);
   const sources = new Set(accuracies.map(n => n.slice(9, n.lastIndexOf("/acc/"))));
@@ -137,7 +143,7 @@ function training() {
     [(sources.size > 1 ? n.slice(9, n.lastIndexOf("/acc/")) + " " : "") + short(n), n, [n + "/ci95_low", n + "/ci95_high"]]), {share: true});
   panel("Response length, tokens", [["mean", "response_length/mean"], ["longest", "response_length/max"], ["shortest", "response_length/min"]].slice(0, single ? 3 : 1));
   panel("Shares of the batch", [["replies cut off", "response_length/clip_ratio"], ["groups without signal", "training/groups_all_equal"], ["tokens clipped", "actor/pg_clipfrac"]], {share: true});
-  panel("Entropy, nats per token", [["policy", "actor/entropy"]]);
+  panel("Entropy, nats per token", [["policy", "actor/entropy"], ["model", "sft/entropy"], ["held-out rows", "val-core/all/sft/entropy"]]);
   /* The reference is the initial policy unless it is taken anew. */
   const initial = runs.every(r => !setting(r, "actor.ref_refresh_steps"));
   panel(initial ? "KL to the initial policy" : "KL to the reference", [["in the loss", "actor/kl_loss"], ["in the reward", "actor/reward_kl_penalty"]]);
@@ -146,8 +152,8 @@ function training() {
   panel("Value loss", [["critic", "critic/vf_loss"]]);
   panel("Groups generated for a step", [["groups", "training/groups_generated"]]);
   panel("Sampler against trainer", some(/mismatch|rollout_probs_diff|rollout_corr/).slice(0, 4).map(n => [short(n), n]));
-  panel("Gradient norm, before clipping", [["policy", "actor/grad_norm"], ["critic", "critic/grad_norm"]]);
-  panel("Learning rate", [["policy", "actor/lr"], ["critic", "critic/lr"]]);
+  panel("Gradient norm, before clipping", [["policy", "actor/grad_norm"], ["critic", "critic/grad_norm"], ["model", "sft/grad_norm"]]);
+  panel("Learning rate", [["policy", "actor/lr"], ["critic", "critic/lr"], ["model", "sft/lr"]]);
   const rewards = some(/^reward\/.+\/mean$/);
   if (rewards.length > 1) panel("Reward functions, unweighted", rewards.slice(0, 8).map(n => [n.slice(7, -5), n]));
   panel("Throughput, tokens/s per device", [["prompts and replies", "perf/throughput"]]);
