@@ -506,20 +506,30 @@ def generate(
 def convert(
     source: tyro.conf.Positional[str],
     directory: tyro.conf.Positional[str],
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None,
     merge: bool = False,
 ) -> None:
-    """Writes a model as a Hugging Face directory.
+    """Writes a model as a Hugging Face directory, or adapters as one of PEFT.
 
     Args:
-      source: a directory, a hub id, a .gguf file or package:NAME/FILE.gguf; with
-        --merge a directory or hub id of PEFT.
+      source: a directory, a hub id, a .gguf file, package:NAME/FILE.gguf, or a
+        checkpoint of a run, RUN/checkpoints/STEP, whose adapters are written if it
+        trains some; with --merge a directory or hub id of PEFT, a run that trained
+        adapters, or one of its checkpoints.
       directory: must not exist, or be empty.
-      dtype: of the saved weights.
-      merge: the source is an adapter, which is added to the model that it names.
+      dtype: of what is written; bfloat16 if not given, and float32 for adapters.
+      merge: add the adapters of the source to their model, and write the sum.
     """
     from jaxrl_llm import models
+    from jaxrl_llm.training import checkpoint, learned
 
+    path = Path(source).expanduser()
+    if learned.is_checkpoint(path):
+        what = learned.write(path, Path(directory), dtype=dtype, merge=merge)
+        print(f"{source} -> {directory}, {what}")
+        return
+    if merge and (path / checkpoint.ADAPTER).is_dir():
+        source = str(path / checkpoint.ADAPTER)
     found = models.open(source)
     if merge != (found.adapter is not None):
         raise ConfigError(
@@ -528,6 +538,7 @@ def convert(
             else f"{source} is an adapter of {found.adapter.base}; --merge adds it to "
             "that model and writes the sum"
         )
+    dtype = dtype or "bfloat16"
     card = models.model_card(found.origin, {"saved as": dtype})
     params = found.load()
     models.save(

@@ -78,6 +78,9 @@ class LoraConfig(Section):
     k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
     rslora: bool = False
     """scale = alpha / sqrt(rank), which does not fade as the rank grows."""
+    path: PathText | None = None
+    """Directory or hub id of PEFT with the adapters to begin with, whose rank, alpha,
+    modules and rslora must be these; new ones, which change nothing, if not given."""
 
     @field_validator("modules", mode="before")
     @classmethod

@@ -41,12 +41,12 @@ from jaxrl_llm.models.checkpoints.huggingface import (
     load,
     need_tokenizer,
     open,
+    open_adapter,
     open_classifier,
     save,
     save_classifier,
 )
 from jaxrl_llm.models.checkpoints.peft import Adapter
-from jaxrl_llm.models.checkpoints.peft import open as open_adapter
 from jaxrl_llm.models.checkpoints.peft import save as save_adapter
 from jaxrl_llm.models.checkpoints.tensor_map import (
     RandomWeights,

@@ -2,11 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -205,6 +205,7 @@ def build(
     )
     check_lengths(config, source.arch)
     check_stop_tokens(config, source)
+    check_base(config, source)
     if config.data.chat_template_file:
         source.tokenizer.chat_template = read_template(config.data.chat_template_file)
     section = with_template_time(config, source.tokenizer)
@@ -272,6 +273,7 @@ def build(
         warnings=(
             *data.warnings,
             *stop_warnings(config, source.arch, source.tokenizer),
+            *adapter_notes(config, source.arch),
             *rewards_of_run.notes(),
             *chosen,
         ),
@@ -579,10 +581,11 @@ def actor_of(
     """
     actor, how, arch = config.actor, settings.policy(config), source.arch
     policy, reference = Policy(arch, on, how, keys=settings.keys("actor.mesh")), None
-    adapters = new_adapters(config, arch, how.lora, Purpose.ACTOR_ADAPTERS)
+    adapters = adapters_of(config, "actor", arch)
     if uses_kl(config):
-        # The initial policy is the base, whose adapters change nothing yet.
-        own = adapters if actor.ref_refresh_steps else None
+        # The initial policy is the base, if its adapters change nothing yet.
+        given = actor.lora and actor.lora.path
+        own = adapters if actor.ref_refresh_steps or given else None
         judge = policy
         if reference_on is not None and reference_on != on or how.lora and not own:
             keys = settings.keys("actor.ref_mesh" if actor.ref_mesh else "actor.mesh")
@@ -608,13 +611,71 @@ def actor_of(
     )
 
 
-def new_adapters(
-    config: Config, arch: models.Architecture, lora: models.Lora | None, whose: Purpose
-) -> models.NewAdapters | None:
-    """The adapters that a run begins with, if it has any."""
-    if lora is None:
+def adapters_of(
+    config: Config, role: Literal["actor", "critic"], arch: models.Architecture
+) -> models.WeightSource | None:
+    """The adapters that a role begins with, if it has any.
+
+    Args:
+      arch: of the weights beside them.
+
+    Raises:
+      ConfigError: those that it is to begin with are not of the form that it trains.
+      ValueError: there are none, or they cannot be read.
+    """
+    section = getattr(config, role).lora
+    if section is None:
         return None
-    return models.NewAdapters(arch, lora, seed(config.seed, whose, 0))
+    lora, key = settings.lora(section), f"{role}.lora"
+    if section.path is None:
+        whose = Purpose.ACTOR_ADAPTERS if role == "actor" else Purpose.CRITIC_ADAPTERS
+        return models.NewAdapters(arch, lora, seed(config.seed, whose, 0))
+    found = models.open_adapter(section.path, arch)
+    here, there = (
+        dataclasses.asdict(one)
+        | {"modules": [f"{m}_proj" for m in models.lora.MODULES if m in one.modules]}
+        for one in (lora, found.lora)
+    )
+    differ = {name: value for name, value in there.items() if value != here[name]}
+    if differ:
+        has = ", ".join(f"{key}.{name} to {value}" for name, value in differ.items())
+        raise ConfigError(
+            f"{key}.path {section.path} has adapters of another form; set {has}"
+        )
+    return found
+
+
+def adapter_notes(config: Config, arch: models.Architecture) -> Iterator[str]:
+    """What is to be known of adapters that are given, a line each."""
+    for role, key in (
+        (config.actor, "actor.lora.path"),
+        (config.critic, "critic.lora.path"),
+    ):
+        if not (role.lora and role.lora.path):
+            continue
+        path, found = role.lora.path, models.open_adapter(role.lora.path, arch)
+        if found.dropout:
+            yield (
+                f"{key} {path} was trained with lora_dropout {found.dropout}; here "
+                "nothing is dropped"
+            )
+        base = config.model.path
+        if found.base and Path(found.base).absolute() != Path(base).absolute():
+            yield (
+                f"{key} {path} says that it belongs to {found.base}; it is put beside "
+                f"model.path {base}"
+            )
+
+
+def check_base(config: Config, source: models.Checkpoint) -> None:
+    """Raises ConfigError if adapters are to be trained beside an adapter."""
+    if config.actor.lora and source.adapter is not None:
+        raise ConfigError(
+            f"model.path {config.model.path} is an adapter of {source.adapter.base}, "
+            "and actor.lora asks for another one. To go on with it, let model.path be "
+            "that model and actor.lora.path the adapter; else merge it first: jaxrl "
+            "convert --merge ADAPTER DIRECTORY"
+        )
 
 
 def teacher_of(
@@ -663,7 +724,7 @@ def critic_of(
         settings.critic(config),
         optimizer=optimizer.make(*numbers),
         schedule=optimizer.schedule(*numbers),
-        adapters=new_adapters(config, source.arch, how.lora, Purpose.CRITIC_ADAPTERS),
+        adapters=adapters_of(config, "critic", source.arch),
     )
 
 

@@ -37,6 +37,8 @@ from jaxrl_llm.config.schema import LoopConfig
 from jaxrl_llm.sharding import checksum, processes
 from jaxrl_llm.sharding.out_of_memory import shortage
 
+ADAPTER = "adapter"
+"""The folder of a run that has its adapters, as PEFT keeps them."""
 FORMAT = 2
 """The format of checkpoints written now; older ones can be read."""
 
@@ -531,15 +533,62 @@ def save_weights(
       source: what was trained; says the architecture and the tokenizer.
       recipe: how, for the model's card.
     """
-    directory = Path(run_directory, "huggingface")
-    fresh = directory.with_name("huggingface.new")
+    card = models.model_card(source.origin, recipe)
+    with _in_place_of(Path(run_directory, "huggingface")) as fresh:
+        models.save(fresh, source.arch, params, source.tokenizer, card=card)
+
+
+def save_adapters(
+    run_directory: str | Path,
+    source: models.Checkpoint,
+    adapters: Any,
+    lora: models.Lora,
+    recipe: Mapping[str, Any],
+) -> None:
+    """Writes the policy's adapters as a directory of PEFT, in place of an older one.
+    All processes call it.
+
+    Args:
+      source: of the weights beside them.
+      recipe: how they were trained, for their card.
+    """
+    with _in_place_of(Path(run_directory, ADAPTER)) as fresh:
+        write_adapters(fresh, source, adapters, lora, recipe)
+
+
+def write_adapters(
+    directory: str | Path,
+    source: models.Checkpoint,
+    adapters: Any,
+    lora: models.Lora,
+    recipe: Mapping[str, Any],
+    dtype: Any = "float32",
+) -> None:
+    """`models.save_adapter` with what is known of the weights beside them."""
+    name, local = source.origin.name, Path(source.origin.name).expanduser()
+    models.save_adapter(
+        directory,
+        source.arch,
+        adapters,
+        lora,
+        base=str(local.absolute()) if local.exists() else name,
+        revision=source.origin.revision,
+        dtype=dtype,
+        tokenizer=source.tokenizer,
+        card=models.model_card(source.origin, recipe, library="peft"),
+    )
+
+
+@contextlib.contextmanager
+def _in_place_of(directory: Path) -> Iterator[Path]:
+    """A directory to write, which then takes the name of this one."""
+    fresh = directory.with_name(f"{directory.name}.new")
     if processes.leads():
         shutil.rmtree(fresh, ignore_errors=True)
     processes.gather(None)
-    card = models.model_card(source.origin, recipe)
-    models.save(fresh, source.arch, params, source.tokenizer, card=card)
+    yield fresh
     if processes.leads():
-        old = directory.with_name("huggingface.old")
+        old = directory.with_name(f"{directory.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if directory.exists():
             directory.rename(old)

@@ -6,7 +6,6 @@ from contextlib import closing
 from pathlib import Path
 
 from jaxrl_llm import models
-from jaxrl_llm.config import resume
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config, ModelConfig
 from jaxrl_llm.config.schema_training import LoraConfig
@@ -15,7 +14,7 @@ from jaxrl_llm.sharding import processes
 from jaxrl_llm.tracking import comparison, run_directory
 from jaxrl_llm.tracking.comparison import Difference
 from jaxrl_llm.tracking.step_metrics import Validation
-from jaxrl_llm.training import checkpoint, memory
+from jaxrl_llm.training import checkpoint, learned, memory
 from jaxrl_llm.training.build import build
 from jaxrl_llm.training.evaluate import answer_held_out
 
@@ -93,15 +92,13 @@ def model_of(name: str, config: Config) -> tuple[Config, Path | None]:
             f"{name} is a run without final weights; name one of its checkpoints, "
             f"such as {path / 'checkpoints' / 'STEP'}"
         )
-    if not ((path / "state").is_dir() and (path / "position").is_dir()):
+    if not learned.is_checkpoint(path):
         return _with(config, _own(name, config)), None
-    run = path.absolute().parent.parent
-    settings = resume.settings_of(run)
-    if settings is None:
-        raise ConfigError(
-            f"{name}: {run} has no config.yaml to say which model it is of"
-        )
-    return _with(config, settings.model, settings.actor.lora), path
+    settings = learned.run_of(path)
+    lora = settings.actor.lora
+    # What they began with has been trained on: the checkpoint has all of them.
+    lora = lora and lora.model_copy(update={"path": None})
+    return _with(config, settings.model, lora), path
 
 
 def _with(config: Config, model: ModelConfig, lora: LoraConfig | None = None) -> Config:

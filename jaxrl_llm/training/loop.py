@@ -114,6 +114,9 @@ def run(
                 params = job.actor.weights(state.actor.params)
                 how = recipe(config, step)
                 checkpoint.save_weights(config.output_dir, job.source, params, how)
+                if lora := job.actor.policy.settings.lora:
+                    adapters = config.output_dir, job.source, state.actor.params
+                    checkpoint.save_adapters(*adapters, lora, how)
             checkpoints.wait()
         log.end()
     stopped = stop and step < total

@@ -30,6 +30,8 @@ def recipe(config: Config, step: int) -> dict[str, Any]:
         "actor.optim.name": actor.optim.name,
         "actor.optim.lr": actor.optim.lr,
     }
+    if actor.lora:
+        found["actor.lora"] = actor.lora.model_dump(exclude={"path"})
     if rewards.model:
         found["reward.model.path"] = rewards.model.path
     if actor.use_kl_loss:

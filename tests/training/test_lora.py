@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from short_run import GRPO, make_config, mean_id, newest
 
-from jaxrl_llm import models
+from jaxrl_llm import cli, models
+from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.training import evaluation
 from jaxrl_llm.training import loop as train
-from jaxrl_llm.training.build import build
+from jaxrl_llm.training.build import adapter_notes, adapters_of, build, check_base
 
 LORA = {"rank": 4, "alpha": 8.0}
 
@@ -92,3 +93,86 @@ def test_an_engine_that_is_sent_adapters_alone_gives_the_same_run(tiny_model, tm
         for name in ("reward/high/mean", "actor/grad_norm", "response_length/mean"):
             assert one.get(name) == pytest.approx(other.get(name), abs=1e-4)
     assert "reward/high/mean" in lines["merge"][-1]
+
+
+@pytest.mark.slow
+def test_what_a_run_leaves_is_read_by_others_and_goes_on_in_another(
+    tiny_model, tmp_path, capsys
+):
+    changed = GRPO | {
+        "actor.lora": LORA,
+        "data.train_batch_size": 4,
+        "trainer.save_freq": 1,
+        "trainer.save_hf": True,
+        "trainer.total_training_steps": 2,
+    }
+    config = make_config(tiny_model, tmp_path, **changed)
+    job = run(config)
+    ran = tmp_path / "run"
+    last = newest(ran, job.abstract_state()).actor.params
+    found = models.open(ran / "adapter")
+    assert found.adapter.base == tiny_model and found.tokenizer.chat_template
+    chex.assert_trees_all_equal(jax.device_get(found.adapter.load()), last)
+    assert 'library_name: "peft"' in (ran / "adapter" / "README.md").read_text()
+    base = models.load(tiny_model).params
+    merged = models.merged(base, last, models.Lora(**LORA))
+    of_step = str(ran / "checkpoints" / "2")
+    for name, source in {"merged": str(ran), "again": of_step}.items():
+        cli.convert(source, str(tmp_path / name), dtype="float32", merge=True)
+        got = models.load(tmp_path / name).params
+        chex.assert_trees_all_close(got, merged, atol=1e-6)
+    cli.convert(of_step, str(tmp_path / "adapter"))
+    assert "adapters, float32" in capsys.readouterr().out
+    one, other = (
+        (folder / "adapter_model.safetensors").read_bytes()
+        for folder in (ran / "adapter", tmp_path / "adapter")
+    )
+    assert one == other
+
+    path = {"actor.lora": LORA | {"path": str(ran / "adapter")}}
+    more = path | {"actor.use_kl_loss": True, "trainer.save_hf": False}
+    config = make_config(tiny_model, tmp_path / "next", **changed | more)
+    job = build(config, [RewardFunction(name="high", function=mean_id)])
+    start = job.actor.start().params
+    chex.assert_trees_all_equal(jax.device_get(start), last)
+    # What it is held near is what it began with, not the base.
+    rows = job.actor.largest_rows()
+    own = job.actor.policy.score(job.actor.computed(start), rows)
+    np.testing.assert_array_equal(job.actor.reference.score(rows), own)
+    train.run(job)
+
+
+def test_adapters_to_begin_with_must_be_of_the_form_that_is_trained(
+    tiny_model, tmp_path
+):
+    arch = models.open(tiny_model).arch
+    there = models.Lora(rank=2, alpha=6.0, modules=("q", "down"))
+    adapters = jax.tree.map(
+        lambda x: np.ones(x.shape, x.dtype), models.abstract_adapters(arch, there)
+    )
+    folder = tmp_path / "adapter"
+    models.save_adapter(folder, arch, adapters, there, base="another")
+
+    def config(**section):
+        lora = {"path": str(folder)} | section
+        return make_config(tiny_model, tmp_path, **GRPO | {"actor.lora": lora})
+
+    wrong = config(rank=2, modules=["q_proj", "k_proj"])
+    remedy = (
+        r"actor.lora.path .* of another form; set actor.lora.alpha to 6.0, "
+        r"actor.lora.modules to \['q_proj', 'down_proj'\]"
+    )
+    with pytest.raises(ConfigError, match=remedy):
+        adapters_of(wrong, "actor", arch)
+    right = config(rank=2, alpha=6.0, modules=["down_proj", "q_proj"])
+    given = adapters_of(right, "actor", arch)
+    chex.assert_trees_all_equal(jax.device_get(given.load()), adapters)
+    [note] = adapter_notes(right, arch)
+    assert "says that it belongs to another; it is put beside model.path" in note
+    change = {"base_model_name_or_path": tiny_model, "lora_dropout": 0.1}
+    said = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(said | change))
+    [note] = adapter_notes(right, arch)
+    assert "was trained with lora_dropout 0.1; here nothing is dropped" in note
+    with pytest.raises(ConfigError, match="is an adapter of .* let model.path be that"):
+        check_base(right, models.open(folder))

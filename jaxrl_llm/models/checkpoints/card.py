@@ -45,17 +45,20 @@ def said_in(folder: Path) -> dict[str, str]:
     return found
 
 
-def text(origin: Origin, recipe: Mapping[str, Any]) -> str:
+def text(
+    origin: Origin, recipe: Mapping[str, Any], library: str = "transformers"
+) -> str:
     """The card of a model that was made from another one.
 
     Args:
       recipe: how, a value for each name.
+      library: that reads it.
     """
     local = os.path.exists(Path(origin.name).expanduser())
     said = dict(origin.said)
     if not local and not origin.name.startswith("package:"):
         said["base_model"] = origin.name
-    header = {"library_name": "transformers", "pipeline_tag": "text-generation"} | said
+    header = {"library_name": library, "pipeline_tag": "text-generation"} | said
     base = f"`{origin.name}`" + (f" at `{origin.revision}`" if origin.revision else "")
     if local and "base_model" in said:
         base += f", which was made from `{said['base_model']}`"

@@ -231,6 +231,16 @@ def _adapted(folder: Path, origin: cards.Origin, tokenizer: Any) -> Checkpoint:
     )
 
 
+def open_adapter(path: str | os.PathLike, arch: Architecture) -> peft.Adapter:
+    """Finds an adapter and reads everything but its weights; see `peft.open`.
+
+    Args:
+      path: a directory or hub id of PEFT.
+      arch: of the model that it belongs to.
+    """
+    return peft.open(_folder(os.fspath(path)), arch)
+
+
 def _checkpoint(
     arch: Architecture,
     tokenizer: Any,

@@ -533,6 +533,7 @@ def save(
     base: str,
     revision: str | None = None,
     dtype: Any = jnp.float32,
+    tokenizer: Any = None,
     card: str | None = None,
 ) -> None:
     """Writes a folder that PEFT reads; it appears complete or not at all.
@@ -545,6 +546,7 @@ def save(
       base: the model that they belong to, a path or a hub id.
       revision: of a hub id.
       dtype: of the saved weights: float32, bfloat16 or float16.
+      tokenizer: None to save none; the model's own then counts.
       card: the text of its README.md.
 
     Raises:
@@ -577,6 +579,8 @@ def save(
         (made / CONFIG).write_text(said + "\n", "utf-8")
         if card is not None:
             (made / cards.FILE).write_text(card, "utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)
         os.replace(made, target)
     finally:
         shutil.rmtree(made, ignore_errors=True)

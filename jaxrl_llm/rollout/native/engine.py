@@ -739,7 +739,7 @@ def _free_bytes(device: jax.Device) -> int | None:
 
 
 def _mib(tree: Any) -> float:
-    """Of whole arrays, on however many devices."""
+    """The size of whole arrays, on however many devices."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**20
 
 

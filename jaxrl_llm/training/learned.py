@@ -1,0 +1,86 @@
+"""What a checkpoint of a run has learned, for others to read."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from jaxrl_llm import models
+from jaxrl_llm.config import resume
+from jaxrl_llm.config.names import ConfigError
+from jaxrl_llm.config.schema import Config
+from jaxrl_llm.training import checkpoint, settings
+from jaxrl_llm.training.build import read_template
+from jaxrl_llm.training.recipe import recipe
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is RUN/checkpoints/STEP."""
+    return (path / "state").is_dir() and (path / "position").is_dir()
+
+
+def run_of(path: Path) -> Config:
+    """The settings of the run that a checkpoint is of.
+
+    Raises:
+      ConfigError: they are gone.
+    """
+    run = path.absolute().parent.parent
+    found = resume.settings_of(run)
+    if found is None:
+        raise ConfigError(
+            f"{path}: {run} has no config.yaml to say which model it is of"
+        )
+    return found
+
+
+def write(path: Path, directory: Path, *, dtype: Dtype | None, merge: bool) -> str:
+    """Writes the policy of a checkpoint: its weights as a Hugging Face directory; of
+    one that trains adapters these, as a directory of PEFT.
+
+    Args:
+      directory: must not exist, or be empty.
+      dtype: of what is written; adapters are float32 and weights bfloat16 if not given.
+      merge: write the weights with the adapters added to them.
+
+    Returns:
+      What was written.
+
+    Raises:
+      ConfigError: there are no adapters to merge, or no settings of the run.
+      CheckpointError: the checkpoint is not as it was saved.
+    """
+    config = run_of(path)
+    model, lora = config.model, settings.lora(config.actor.lora)
+    if merge and lora is None:
+        raise ConfigError(f"{path} has no adapters to merge; leave out --merge")
+    source = models.open(model.path, revision=model.revision, tokenizer=model.tokenizer)
+    if config.data.chat_template_file:
+        template = read_template(config.data.chat_template_file)
+        source.tokenizer.chat_template = template
+    params = checkpoint.read_policy(path, _here(source.arch, lora))
+    how = recipe(config, int(path.absolute().name))
+    if lora is not None and not merge:
+        kind = dtype or "float32"
+        checkpoint.write_adapters(directory, source, params, lora, how, kind)
+        return f"adapters, {kind}"
+    if lora is not None:
+        params = models.merged(source.load(), params, lora)
+    kind = dtype or "bfloat16"
+    card = models.model_card(source.origin, how)
+    models.save(directory, source.arch, params, source.tokenizer, dtype=kind, card=card)
+    return f"weights, {kind}"
+
+
+def _here(arch: models.Architecture, lora: models.Lora | None) -> Any:
+    """What of the policy is trained, to be read onto one device."""
+    shapes = models.abstract_params(arch)
+    if lora is not None:
+        shapes = models.abstract_adapters(arch, lora)
+    one = SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes
+    )
