@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention.packed import PackedAttention, packed
 from jaxrl_llm.models.decoder import (
+    PRODUCT,
     Decoder,
     Init,
     Lookup,
@@ -361,9 +362,7 @@ def forward(
 
     if remat != "none":
         # Only without a loop could XLA find what is computed again in what was before.
-        policy = _POLICIES[remat]
-        if policy and lora:
-            policy = functools.partial(_but_wide, policy, lora.rank)
+        policy = (_POLICIES if lora is None else _NAMED_POLICIES)[remat]
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=loop is unrolled)
     x = shard(decoder.embed(tokens, dtype, shard, lookup), "rows", "residual", None)
     x = loop(layer, x, (stacked, adapters))
@@ -394,14 +393,20 @@ def _is_dot(primitive, *_, **params) -> bool:
     return "attention" in f"{primitive.name} {params.get('name')}"
 
 
-def _but_wide(policy: Callable, rank: int, primitive, *inputs, **params):
-    """`policy`, but for what an adapter adds to a product: as large as that, and a sum
-    over `rank` numbers only, it is computed again."""
+def _is_named(primitive, *_, **params) -> bool:
+    """`_is_dot` where adapters add to products: these, with what is added, and not the
+    two terms of each."""
     if primitive.name == "dot_general":
-        ((summed, _), _) = params["dimension_numbers"]
-        if [inputs[0].shape[axis] for axis in summed] == [rank]:
-            return False
-    return policy(primitive, *inputs, **params)
+        return False
+    named = primitive.name == "name" and params["name"] == PRODUCT
+    return named or _is_dot(primitive, **params)
+
+
+def _named_to_host(primitive, *inputs, **params):
+    """`_is_named`, with the products in the host's memory."""
+    if primitive.name == "name":
+        return _OFFLOAD_NAMED(primitive, *inputs, **params)
+    return _is_named(primitive, *inputs, **params)
 
 
 def _to_host(primitive, *inputs, **params):
@@ -414,7 +419,14 @@ def _to_host(primitive, *inputs, **params):
 _OFFLOAD_DOTS = jax.checkpoint_policies.offload_dot_with_no_batch_dims(
     "device", "pinned_host"
 )
+_OFFLOAD_NAMED = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[PRODUCT],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 _POLICIES = {"dots": _is_dot, "full": None, "offload": _to_host}
+_NAMED_POLICIES = {"dots": _is_named, "full": None, "offload": _named_to_host}
 
 
 def _pick(tables: list[RotaryTable], table_of_layer, i) -> RotaryTable:

@@ -12,10 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.quantised import product
+
+PRODUCT = "product"
+"""What a product with an adapter is called for rematerialisation."""
 
 # (queries, keys, values) -> (attended, whatever is to be kept of keys and values)
 Attend = Callable[..., tuple[Array, Any]]
@@ -169,7 +173,6 @@ class Layer(nnx.Module):
         Args:
           adapters: of some matrices; for a fused layer those of `fuse_adapters`.
         """
-        adapters = adapters or {}
         inner, outer = ("rows", "tokens", None), ("rows", "residual", None)
         normed = shard(self.attention_norm(x), *inner)
         attended, kept = self._attention(normed, rotary, attend, shard, adapters)
@@ -190,47 +193,47 @@ class Layer(nnx.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         out, kept = attend(q, k, v)
         out = shard(out, *heads)
-        weights = self.o, self.o_bias, self.o_scale, adapters.get("o")
-        return _linear("btnh,dnh->btd", out, *weights), kept
+        equation, weights = "btnh,dnh->btd", (self.o, self.o_bias, self.o_scale)
+        (add,) = _adding(equation, out, adapters, "o")
+        return _linear(equation, out, *weights, add=add), kept
 
     def _heads(self, x, adapters):
         """Queries, keys and values."""
         if not self.fused:
-            q, k, v = (
-                _linear("btd,dnh->btnh", x, weight, bias, adapter=adapters.get(name))
-                for name, weight, bias in (
-                    ("q", self.q, self.q_bias),
-                    ("k", self.k, self.k_bias),
-                    ("v", self.v, self.v_bias),
-                )
-            )
-            return q, k, v
-        weights = self.qkv, self.qkv_bias, self.qkv_scale, adapters.get("qkv")
-        qkv = _linear("btd,dkgh->btkgh", x, *weights)
+            equation = "btd,dnh->btnh"
+            add = _adding(equation, x, adapters, "q", "k", "v")
+            q = _linear(equation, x, self.q, self.q_bias, add=add[0])
+            k = _linear(equation, x, self.k, self.k_bias, add=add[1])
+            return q, k, _linear(equation, x, self.v, self.v_bias, add=add[2])
+        equation = "btd,dkgh->btkgh"
+        (add,) = _adding(equation, x, adapters, "qkv")
+        weights = self.qkv, self.qkv_bias, self.qkv_scale
+        qkv = _linear(equation, x, *weights, add=add)
         q = qkv[..., :-2, :].reshape(*x.shape[:2], -1, self.arch.head_dim)
         return q, qkv[..., -2, :], qkv[..., -1, :]
 
     def _mlp(self, x, shard, adapters):
         if self.fused:
+            equation = "btd,dcf->btcf"
+            (add,) = _adding(equation, x, adapters, "gate_up")
             weights = self.gate_up, self.gate_up_bias, self.gate_up_scale
-            both = _linear("btd,dcf->btcf", x, *weights, adapters.get("gate_up"))
+            both = _linear(equation, x, *weights, add=add)
             gate, up = both[:, :, 0], both[:, :, 1]
         else:
-            gate, up = (
-                _linear("btd,df->btf", x, weight, bias, adapter=adapters.get(name))
-                for name, weight, bias in (
-                    ("gate", self.gate, self.gate_bias),
-                    ("up", self.up, self.up_bias),
-                )
-            )
+            equation = "btd,df->btf"
+            add = _adding(equation, x, adapters, "gate", "up")
+            gate = _linear(equation, x, self.gate, self.gate_bias, add=add[0])
+            up = _linear(equation, x, self.up, self.up_bias, add=add[1])
         match self.arch.activation:
             case "silu":
                 gate = jax.nn.silu(gate)
             case "gelu_tanh":
                 gate = jax.nn.gelu(gate, approximate=True)
         hidden = shard(gate * up, "rows", "tokens", "mlp")
-        weights = self.down, self.down_bias, self.down_scale, adapters.get("down")
-        return _linear("btf,df->btd", hidden, *weights)
+        equation = "btf,df->btd"
+        (add,) = _adding(equation, hidden, adapters, "down")
+        weights = self.down, self.down_bias, self.down_scale
+        return _linear(equation, hidden, *weights, add=add)
 
 
 class Norm(nnx.Module):
@@ -298,28 +301,54 @@ def _linear(
     weight: nnx.Param,
     bias: nnx.Param | None,
     scale: nnx.Param | None = None,
-    adapter: Mapping[str, Array] | None = None,
+    add: Callable[[Array], Array] | None = None,
 ):
     if scale is None:
         out = jnp.einsum(equation, x, weight[...].astype(x.dtype))
     else:
         out = product(equation, x, weight[...], scale[...])
-    if adapter is not None:
-        out = out + _low_rank(equation, x, adapter)
+    if add is not None:
+        out = add(out)
     if bias is None:
         return out
     value = bias[...].astype(x.dtype)
     return out + jnp.expand_dims(value, tuple(range(out.ndim - value.ndim)))
 
 
-def _low_rank(equation: str, x, adapter: Mapping[str, Array]):
-    """(x a) b, for x and a matrix as `equation` has them."""
+def _adding(
+    equation: str, x: Array, adapters: Adapters | None, *names: str
+) -> list[Callable[[Array], Array] | None]:
+    """What makes of the product of x with each of some matrices, as `equation` has
+    them, that with their adapters, if the layer has any.
+
+    Such sums have a name, and so have the products (x a), of all at once: what a
+    backward pass that keeps products keeps. The two terms of a sum have none.
+    """
+    if adapters is None:
+        return [None] * len(names)
     inputs, result = equation.split("->")
     given, _ = inputs.split(",")
     summed = "".join(axis for axis in given if axis not in result)
     made = "".join(axis for axis in result if axis not in given)
-    inner = jnp.einsum(f"{given},{summed}r->btr", x, adapter["a"])
-    return jnp.einsum(f"btr,r{made}->{result}", inner, adapter["b"])
+    there = [name for name in names if name in adapters]
+    parts: list[Array] = []
+    if there:
+        a = [adapters[name]["a"] for name in there]
+        inner = jnp.einsum(f"{given},{summed}r->btr", x, jnp.concatenate(a, axis=-1))
+        parts = jnp.split(checkpoint_name(inner, PRODUCT), len(there), axis=-1)
+    inner_of = dict(zip(there, parts, strict=True))
+
+    def of(name: str) -> Callable[[Array], Array]:
+        def add(product: Array) -> Array:
+            if name in inner_of:
+                b = adapters[name]["b"]
+                more = jnp.einsum(f"btr,r{made}->{result}", inner_of[name], b)
+                product = product + more
+            return checkpoint_name(product, PRODUCT)
+
+        return add
+
+    return [of(name) for name in names]
 
 
 def _maybe(norm: Norm | None, x):

@@ -40,6 +40,11 @@ do its gradients: 1 % faster on two H100 than in parts of 30 MB. Other platforms
 notice."""
 
 
+_ADAPTERS_APART = {"xla_gpu_dot_merger_threshold_mb": 0}
+"""XLA would join the thin products with adapters to those with the weights of the same
+input, and copy the latter out of what both give."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """How a model is computed."""
@@ -302,7 +307,10 @@ class ShardedModel:
         whole = rows.pack_length is None and (rows.longest or _ORDERED) <= _ORDERED
         flash = self._counts_sequences and not rows.share_prompts
         ordered = whole or not flash
-        return COMPILER_OPTIONS | {"xla_gpu_exclude_nondeterministic_ops": ordered}
+        own = {} if self.settings.lora is None else _ADAPTERS_APART
+        return (
+            COMPILER_OPTIONS | own | {"xla_gpu_exclude_nondeterministic_ops": ordered}
+        )
 
     @property
     def _counts_sequences(self) -> bool:

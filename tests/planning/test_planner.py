@@ -66,6 +66,30 @@ def test_what_stays_is_the_size_of_its_arrays(planned):
 
 
 @pytest.mark.slow
+def test_a_base_is_counted_once_for_all_that_train_adapters_beside_it(planned):
+    adapters = {"lora": {"rank": 8}}
+    changed = {"algorithm": {"adv_estimator": "gae"}, "critic": dict(adapters)}
+    [found] = planner.estimate(settings(changed, **adapters), jax.devices())
+    arch = shapes.find("tiny")
+    lora = models.Lora(rank=8)
+    trained = sum(x.size for x in jax.tree.leaves(models.abstract_adapters(arch, lora)))
+    wanted = {
+        "weights": 4 * trained / 8,
+        "optimizer": 8 * trained / 8,
+        "frozen weights": 2 * models.num_params(arch) / 8,
+        "reference": 0,
+        "reference's frozen weights": 0,
+        "critic's weights": 4 * trained / 8,
+        "critic's frozen weights": 0,
+    }
+    for name, size in wanted.items():
+        assert found.held[name] == pytest.approx(size, rel=0.05), name
+    assert {"values", "critic's update"} < set(found.programs)
+    update, whole = (x.programs["update"] for x in (found, planned))
+    assert update.flops < whole.flops and update.extra_bytes < whole.extra_bytes
+
+
+@pytest.mark.slow
 def test_every_program_of_a_step_is_there(planned):
     runs = {name: program.runs for name, program in planned.programs.items()}
     chunk = settings().rollout.decode_chunk

@@ -70,7 +70,7 @@ def test_eight_devices_change_nothing(tiny_model):
     [
         {"pack_length": 32, "micro_batch_size": 2, "remat": "dots"},
         {"micro_batch_size": 3, "remat": "full"},
-        {"pack_length": 32, "share_prompts": True, "unroll": "always"},
+        {"pack_length": 32, "share_prompts": True, "remat": "offload"},
     ],
     ids=str,
 )
