@@ -183,6 +183,8 @@ def tried_out(job: Job) -> dict[str, str]:
     Raises:
       RewardError: one fails.
     """
+    if not job.rewards.functions:
+        return {"none": "no reward function is given"}
     text, prompt = "This response is made up.", job.data.train[0]
     tokens = np.array(job.source.tokenizer(text).input_ids, np.int32)
     said = Turn(
