@@ -34,7 +34,10 @@ def converted(given: Mapping[str, Any]) -> Draft:
       given: by key; see `foreign.read`.
     """
     draft = Draft(TRL, given)
-    for part in (_model, _data, _rollout, _batches, _loss, _optimizer, _rewards, _run):
+    parts = (_model, _data, _rollout, _batches, _loss, _optimizer, _rewards, _run)
+    if "teacher_model_name_or_path" in given:
+        parts = (*parts[:4], _distillation, _optimizer, _run)
+    for part in parts:
         part(draft)
     draft.take_over()
     return draft
@@ -129,7 +132,8 @@ def _batches(draft: Draft) -> None:
     completions, and updates on per_device_train_batch_size x processes x
     gradient_accumulation_steps of them at a time.
     """
-    n = draft.count("num_generations", 8)
+    distils = "teacher_model_name_or_path" in draft.given
+    n = draft.count("num_generations", 1 if distils else 8)
     draft.put("rollout.n", n, "num_generations")
     per_device = draft.count("per_device_train_batch_size", 8)
     accumulated = draft.count("gradient_accumulation_steps", 1)
@@ -221,6 +225,32 @@ def _loss(draft: Draft) -> None:
             draft.todo.append(
                 "actor.ref_refresh_steps: here the policy becomes the reference; TRL "
                 "mixes the two by ref_model_mixup_alpha"
+            )
+
+
+def _distillation(draft: Draft) -> None:
+    """DistillationConfig's, and GKDConfig's where that has keys of its own: a
+    generalised JSD over the vocabulary, and no rewards."""
+    is_gkd = any(name in draft.given for name in ("lmbda", "seq_kd", "max_new_tokens"))
+    path = draft.get("teacher_model_name_or_path")
+    if path is None:
+        draft.todo.append("distillation.teacher.path: which model to learn from")
+    else:
+        draft.put("distillation.teacher.path", path, "teacher_model_name_or_path")
+    draft.put("distillation.mode", "jsd", "what TRL distils with")
+    beta = draft.number("beta", 0.5 if is_gkd else 1.0)
+    draft.put("distillation.jsd_beta", beta, "beta")
+    if is_gkd:
+        draft.put(
+            "rollout.temperature", draft.number("temperature", 0.9), "temperature"
+        )
+        length = draft.number("max_new_tokens", 128)
+        draft.put("rollout.max_response_length", length, "max_new_tokens")
+        if draft.number("lmbda", 0.5) != 1:
+            draft.leave("lmbda", "all responses are the policy's, which is 1")
+            draft.todo.append(
+                "lmbda: TRL takes some responses from the data set; here the policy "
+                "writes all of them, which is lmbda 1"
             )
 
 

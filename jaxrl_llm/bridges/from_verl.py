@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxrl_llm.bridges.draft import Draft
 from jaxrl_llm.config.algorithm import DEFAULT_LOSS, ESTIMATORS, LOSSES
-from jaxrl_llm.config.peers.verl import OVERLONG, VERL
+from jaxrl_llm.config.peers.verl import DISTILLATION, OVERLONG, VERL
 from jaxrl_llm.data.sources import Source, first_row
 
 _ROLLOUT, _ACTOR = "actor_rollout_ref.rollout.", "actor_rollout_ref.actor."
@@ -44,7 +44,8 @@ def converted(given: Mapping[str, Any]) -> Draft:
     """
     draft = Draft(VERL, given)
     for part in (
-        _run, _model, _data, _rollout, _actor, _algorithm, _critic, _rewards, _length
+        _run, _model, _data, _rollout, _actor, _distillation, _algorithm, _critic,
+        _rewards, _length,
     ):  # fmt: skip
         part(draft)
     draft.take_over()
@@ -259,7 +260,57 @@ def _optimizer(draft: Draft, there: str, here: str) -> None:
         draft.put(f"{here}.lr_warmup_steps", ratio, f"{there}lr_warmup_steps_ratio")
 
 
+def _distillation(draft: Draft) -> None:
+    section, loss = "distillation.", f"{DISTILLATION}."
+    if not draft.get(f"{section}enabled"):
+        for name in [name for name in draft.given if name.startswith(section)]:
+            draft.leave(name, "distillation.enabled is false")
+        return
+    paths = {
+        name: draft.get(name)
+        for name in draft.given
+        if name.startswith(f"{section}teacher_models.") and name.endswith(".model_path")
+    }
+    paths = {name: path for name, path in paths.items() if path}
+    if len(paths) == 1:
+        ((name, path),) = paths.items()
+        draft.put("distillation.teacher.path", path, name)
+    else:
+        draft.todo.append(
+            f"distillation.teacher.path: veRL has {len(paths)} teachers, here there is "
+            "one"
+        )
+    rewarded = draft.get(f"{loss}use_task_rewards", True)
+    draft.put("distillation.with_rewards", rewarded, f"{loss}use_task_rewards")
+    coef = draft.get(f"{loss}distillation_loss_coef", 1.0)
+    if rewarded:
+        draft.put("distillation.coef", coef, f"{loss}distillation_loss_coef")
+    kind = draft.word(f"{loss}loss_mode", "k3")
+    gradient = draft.get(f"{loss}use_policy_gradient", False)
+    topk = draft.number(f"{loss}topk", 32)
+    if kind == "forward_kl_topk" and not gradient:
+        draft.put("distillation.mode", kind, f"{loss}loss_mode")
+        draft.put("distillation.topk", topk, f"{loss}topk")
+    elif kind in ("k1", "kl") and gradient:
+        note = f"{loss}loss_mode {kind} and use_policy_gradient"
+        draft.put("distillation.mode", "reverse_kl", note)
+    else:
+        draft.todo.append(
+            f"distillation.mode: veRL's is {kind} with use_policy_gradient {gradient}; "
+            "here reverse_kl is k1 as a policy gradient, forward_kl_topk and jsd are "
+            "differentiated"
+        )
+
+
+def _learns_from_teacher_alone(draft: Draft) -> bool:
+    return draft.values.get("distillation.with_rewards") is False
+
+
 def _algorithm(draft: Draft) -> None:
+    if _learns_from_teacher_alone(draft):
+        for name in [name for name in draft.given if name.startswith("algorithm.")]:
+            draft.leave(name, "nothing is learned from rewards")
+        return
     name = "algorithm.adv_estimator"
     estimator = str(_taken(draft, name)).removesuffix("_vectorized")
     draft.values[name] = estimator
@@ -326,7 +377,7 @@ def _correction(draft: Draft) -> None:
 
 
 def _critic(draft: Draft) -> None:
-    found = ESTIMATORS.get(draft.values["algorithm.adv_estimator"])
+    found = ESTIMATORS.get(draft.values.get("algorithm.adv_estimator"))
     if found is None or not found.has_critic:
         why = "there is no critic with this estimator"
         for name in draft.given:
@@ -372,7 +423,9 @@ def _rewards(draft: Draft) -> None:
             functions, note = [{"name": name}], "what veRL takes for this data_source"
     if functions:
         draft.put("reward.functions", functions, note)
-    elif "reward.model.path" not in draft.values:
+    elif "reward.model.path" not in draft.values and not _learns_from_teacher_alone(
+        draft
+    ):
         draft.todo.append(
             "reward.functions: veRL chooses a function by the column data_source; name "
             "gsm8k, math or module:function"

@@ -291,6 +291,74 @@ def test_what_trl_says_in_another_way_is_said_in_ours(more, key, value):
     parsing.parse(draft.tree(), "")
 
 
+LEARNER = {
+    "model_name_or_path": "some/model",
+    "teacher_model_name_or_path": "some/teacher",
+    "dataset_name": "rows.jsonl",
+    "max_steps": 100,
+}
+
+
+def test_trls_distillation_learns_from_its_teacher_alone():
+    config = parsing.parse(from_trl.converted(LEARNER).tree(), "")
+    found = config.distillation
+    assert (found.teacher.path, found.mode, found.jsd_beta) == (
+        "some/teacher",
+        "jsd",
+        1,
+    )
+    assert (config.rollout.n, config.data.train_batch_size) == (1, 8)
+    assert not found.with_rewards and not config.reward.functions
+    more = {"max_new_tokens": 64, "beta": 0.1, "lmbda": 0.5}
+    draft = from_trl.converted(LEARNER | more)
+    config = parsing.parse(draft.tree(), "")
+    assert config.rollout.temperature == 0.9  # GKD's
+    assert config.rollout.max_response_length == 64
+    assert config.distillation.jsd_beta == 0.1
+    assert any(
+        point.startswith("lmbda: TRL takes some") for point in draft.open_points()
+    )
+
+
+DISTILS = """
+data: {train_files: a.parquet}
+trainer: {total_training_steps: 3}
+actor_rollout_ref: {model: {path: m}}
+algorithm: {adv_estimator: gae, gamma: 0.9}
+distillation:
+  enabled: true
+  teacher_models: {teacher_model: {model_path: some/teacher}}
+  distillation_loss: {loss_mode: LOSS, topk: 64, use_task_rewards: REWARDS,
+    use_policy_gradient: GRADIENT, distillation_loss_coef: 0.5}
+"""
+
+
+@pytest.mark.parametrize(
+    "loss, rewards, gradient, wanted",
+    [
+        ("forward_kl_topk", "false", "false", ("forward_kl_topk", 64, 1.0)),
+        ("k1", "true", "true", ("reverse_kl", 32, 0.5)),
+        ("k3", "false", "false", None),
+    ],
+)
+def test_verls_distillation_is_ours(folder, loss, rewards, gradient, wanted):
+    text = DISTILS.replace("LOSS", loss).replace("REWARDS", rewards)
+    draft = verl(folder, text.replace("GRADIENT", gradient))
+    if wanted is None:
+        (point,) = (p for p in draft.open_points() if p.startswith("distillation.mode"))
+        assert "is k3 with use_policy_gradient False" in point
+        return
+    if rewards == "true":
+        draft.values["reward.functions"] = [{"name": "exact"}]
+    config = parsing.parse(draft.tree(), "")
+    found = config.distillation
+    assert (found.mode, found.topk, found.coef) == wanted
+    assert found.teacher.path == "some/teacher"
+    assert found.with_rewards is (rewards == "true")
+    estimator = config.algorithm.adv_estimator
+    assert estimator == ("gae" if found.with_rewards else "grpo")
+
+
 @pytest.mark.parametrize("value", ["text", 0, ["a"], [{"b": 1}], None, "${x}"])
 @pytest.mark.parametrize("trainer", [from_verl, from_trl])
 def test_a_value_of_another_kind_is_a_point_or_a_problem(trainer, value):

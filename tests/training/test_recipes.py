@@ -55,6 +55,8 @@ def test_a_recipe_trains(name, tiny_model, tmp_path):
         **(local(tmp_path) if name.startswith("gsm8k") else SUMS),
         **FITTING.get(name, {}),
     }
+    if parsing.load(path).distillation:
+        changes["distillation.teacher.path"] = tiny_model
     config = parsing.load(path, [f"--{key}={value}" for key, value in changes.items()])
     assert not run(build(config)).stopped
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()

@@ -92,7 +92,11 @@ KEYS = {
     "gradient_accumulation_steps": Key("actor.ppo_mini_batch_size", _PROMPTS),
     "per_device_eval_batch_size": Key(None, "the engine takes all questions at once"),
     # the loss
-    "beta": Key("actor.kl_loss_coef", "with actor.use_kl_loss: true"),
+    "beta": Key(
+        "actor.kl_loss_coef",
+        "with actor.use_kl_loss: true; of a DistillationConfig or GKDConfig it is "
+        "distillation.jsd_beta",
+    ),
     "num_iterations": Key("actor.ppo_epochs"),
     "epsilon": Key("actor.clip_ratio_low"),
     "epsilon_high": Key("actor.clip_ratio_high"),
@@ -121,6 +125,15 @@ KEYS = {
     "sync_ref_model": Key("actor.ref_refresh_steps", "the policy becomes it, whole"),
     "ref_model_sync_steps": Key("actor.ref_refresh_steps"),
     "ref_model_mixup_alpha": Key(None, "the policy becomes the reference, whole"),
+    # DistillationConfig and GKDConfig
+    "teacher_model_name_or_path": Key("distillation.teacher.path"),
+    "teacher_model_revision": Key("distillation.teacher.revision"),
+    "teacher_model_init_kwargs": Key(
+        None, "distillation.teacher.path and its revision say which weights"
+    ),
+    "max_new_tokens": Key("rollout.max_response_length"),
+    "lmbda": Key(None, "all responses are the policy's, which is 1"),
+    "seq_kd": Key(None, "all responses are the policy's"),
     # rewards
     "reward_funcs": Key("reward.functions", "module:function"),
     "reward_model_name_or_path": Key("reward.model.path"),

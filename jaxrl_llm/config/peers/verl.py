@@ -57,6 +57,9 @@ OVERLONG = (
 )
 """Where DAPO's penalty stands in different versions."""
 
+DISTILLATION = "distillation.distillation_loss"
+TEACHER = "distillation.teacher_models.teacher_model"
+
 _WARMUP = "a number of steps"
 
 
@@ -266,6 +269,45 @@ KEYS = {
     "reward.reward_model.enable": Key("reward.model", "given or not"),
     "reward.reward_model.model_path": Key("reward.model.path"),
     "reward.num_workers": Key(None, "each function has a process of its own"),
+    # distillation; a teacher has a name of its own below teacher_models
+    "distillation.enabled": Key("distillation", "given or not"),
+    f"{DISTILLATION}.loss_mode": Key(
+        "distillation.mode", "k1 with use_policy_gradient is reverse_kl"
+    ),
+    f"{DISTILLATION}.use_policy_gradient": Key(
+        "distillation.mode", "true with k1 is reverse_kl"
+    ),
+    f"{DISTILLATION}.topk": Key("distillation.topk"),
+    f"{DISTILLATION}.use_task_rewards": Key("distillation.with_rewards"),
+    f"{DISTILLATION}.distillation_loss_coef": Key(
+        "distillation.coef", "it counts without rewards, too"
+    ),
+    f"{DISTILLATION}.loss_max_clamp": Key(
+        None, "a clamped loss has no gradient; with its tail class no loss is negative"
+    ),
+    f"{DISTILLATION}.log_prob_min_clamp": Key(
+        None, "a clamped log-probability has no gradient"
+    ),
+    f"{DISTILLATION}.policy_loss_mode": Key("actor.policy_loss.loss_mode"),
+    f"{DISTILLATION}.clip_ratio": Key("actor.clip_ratio_low and actor.clip_ratio_high"),
+    f"{DISTILLATION}.clip_ratio_low": Key("actor.clip_ratio_low"),
+    f"{DISTILLATION}.clip_ratio_high": Key("actor.clip_ratio_high"),
+    f"{DISTILLATION}.use_chunked_topk": Key(None, "it is always in chunks"),
+    f"{DISTILLATION}.chunked_topk_chunk_size": Key(None, "it is always in chunks"),
+    "distillation.n_gpus_per_node": Key(
+        "distillation.teacher.mesh", "and placement.teacher for devices of its own"
+    ),
+    "distillation.nnodes": Key(
+        "distillation.teacher.mesh", "and placement.teacher for devices of its own"
+    ),
+    "distillation.teacher_key": Key(None, "there is one teacher"),
+    f"{TEACHER}.model_path": Key("distillation.teacher.path"),
+    f"{TEACHER}.key": Key(None, "there is one teacher"),
+    f"{TEACHER}.num_replicas": Key("distillation.teacher.mesh", "its axis data"),
+    f"{TEACHER}.inference.tensor_model_parallel_size": Key(
+        "distillation.teacher.mesh.tensor"
+    ),
+    f"{TEACHER}.inference.dtype": Key("distillation.teacher.dtype"),
     # the algorithm
     **{name: Key(name) for name in SAME},
     "algorithm.filter_groups.enable": Key("algorithm.filter_groups", "given or not"),
