@@ -95,7 +95,7 @@ def model_of(name: str, config: Config) -> tuple[Config, Path | None]:
     if not learned.is_checkpoint(path):
         return _with(config, _own(name, config)), None
     settings = learned.run_of(path)
-    lora = settings.actor.lora
+    lora = learned.trained_by(settings).lora
     # What they began with has been trained on: the checkpoint has all of them.
     lora = lora and lora.model_copy(update={"path": None})
     return _with(config, settings.model, lora), path

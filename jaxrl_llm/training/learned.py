@@ -10,7 +10,9 @@ from jaxrl_llm import models
 from jaxrl_llm.config import resume
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
-from jaxrl_llm.training import checkpoint, settings
+from jaxrl_llm.config.schema_offline import OfflineConfig
+from jaxrl_llm.config.schema_training import TrainedConfig
+from jaxrl_llm.training import checkpoint, settings, sft
 from jaxrl_llm.training.build import read_template
 from jaxrl_llm.training.recipe import recipe
 
@@ -22,7 +24,7 @@ def is_checkpoint(path: Path) -> bool:
     return (path / "state").is_dir() and (path / "position").is_dir()
 
 
-def run_of(path: Path) -> Config:
+def run_of(path: Path) -> Config | OfflineConfig:
     """The settings of the run that a checkpoint is of.
 
     Raises:
@@ -35,6 +37,11 @@ def run_of(path: Path) -> Config:
             f"{path}: {run} has no config.yaml to say which model it is of"
         )
     return found
+
+
+def trained_by(config: Config | OfflineConfig) -> TrainedConfig:
+    """The section of what a run trains."""
+    return config.actor if isinstance(config, Config) else config.learner
 
 
 def write(path: Path, directory: Path, *, dtype: Dtype | None, merge: bool) -> str:
@@ -54,7 +61,7 @@ def write(path: Path, directory: Path, *, dtype: Dtype | None, merge: bool) -> s
       CheckpointError: the checkpoint is not as it was saved.
     """
     config = run_of(path)
-    model, lora = config.model, settings.lora(config.actor.lora)
+    model, lora = config.model, settings.lora(trained_by(config).lora)
     if merge and lora is None:
         raise ConfigError(f"{path} has no adapters to merge; leave out --merge")
     source = models.open(model.path, revision=model.revision, tokenizer=model.tokenizer)
@@ -62,7 +69,8 @@ def write(path: Path, directory: Path, *, dtype: Dtype | None, merge: bool) -> s
         template = read_template(config.data.chat_template_file)
         source.tokenizer.chat_template = template
     params = checkpoint.read_policy(path, _here(source.arch, lora))
-    how = recipe(config, int(path.absolute().name))
+    made = recipe if isinstance(config, Config) else sft.recipe
+    how = made(config, int(path.absolute().name))
     if lora is not None and not merge:
         kind = dtype or "float32"
         checkpoint.write_adapters(directory, source, params, lora, how, kind)

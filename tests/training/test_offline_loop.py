@@ -15,7 +15,7 @@ from jaxrl_llm.config import parsing
 from jaxrl_llm.config.schema_offline import SftConfig
 from jaxrl_llm.planning import offline_dry_run
 from jaxrl_llm.tracking import metric_table, run_directory
-from jaxrl_llm.training import offline_loop
+from jaxrl_llm.training import evaluation, offline_loop
 from jaxrl_llm.training.checkpoint import Checkpoints
 from jaxrl_llm.training.offline_build import build
 from jaxrl_llm.training.sft import SftTask
@@ -26,6 +26,12 @@ ROWS = [
     for i in range(6)
     for j in range(6)
 ]
+RL = {
+    "output_dir": "none",
+    "data": {"train": {"path": "none"}},
+    "reward": {"functions": [{"name": "exact"}]},
+    "trainer": {"total_training_steps": 1},
+}
 SETTINGS = {
     "data.train_batch_size": 8,
     "data.max_length": 16,
@@ -98,6 +104,19 @@ def test_the_trained_weights_are_those_of_the_checkpoint(finished, tiny_model):
     titles = [axes.get_title() for axes in finished.plot().axes]
     assert titles == ["training loss", "held-out loss"]
     assert "held-out loss" in finished._repr_html_()
+
+
+def test_others_read_what_a_checkpoint_has_learned(finished, tmp_path):
+    newest = finished.directory / "checkpoints" / str(STEPS)
+    cli.convert(str(newest), str(tmp_path / "out"), dtype="float32")
+    got, wanted = models.load(tmp_path / "out").params, state_of(finished).params
+    jax.tree.map(np.testing.assert_array_equal, got, wanted)
+    assert "| task | `sft` |" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ValueError, match="has no adapters to merge; leave out --merge"):
+        cli.convert(str(newest), str(tmp_path / "none"), merge=True)
+    rl = parsing.parse({"model": {"path": "another"}, **RL}, "test")
+    asked, path = evaluation.model_of(str(newest), rl)
+    assert path == newest and asked.model.path == config_of(finished).model.path
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(finished, tiny_model, tmp_path):
