@@ -5,9 +5,10 @@ They are made from `jaxrl_llm.config.peers`, which the error about an unknown ke
 
 from pathlib import Path
 
-from jaxrl_llm.config.peers.lookup import PEERS
+from jaxrl_llm.config.peers.lookup import OFFLINE, PEERS
 
 DOCS = Path(__file__).parent
+BEGIN_OFFLINE = "<!-- keys of sft, rm and dpo: docs/key_tables.py -->"
 BEGIN, END = "<!-- keys: docs/key_tables.py -->", "<!-- end of keys -->"
 
 
@@ -17,6 +18,10 @@ def pages():
         path = DOCS / f"from_{name}.md"
         before, _, rest = path.read_text().partition(BEGIN)
         after = rest.partition(END)[2]
+        if name in OFFLINE:
+            middle, _, rest = after.partition(BEGIN_OFFLINE)
+            end = rest.partition(END)[2]
+            after = f"{middle}{BEGIN_OFFLINE}\n{table(OFFLINE[name])}{END}{end}"
         yield path, f"{before}{BEGIN}\n{table(peer)}{END}{after}"
 
 

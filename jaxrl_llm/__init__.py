@@ -3,7 +3,8 @@
     import jaxrl_llm
     result = jaxrl_llm.train("Qwen/Qwen2.5-0.5B-Instruct", rows, reward=f, steps=50)
 
-`train`, `sft`, `evaluate`, `generate` and `load_config` run things; `losses`, `kl`,
+`train`, `sft`, `reward_model`, `dpo`, `evaluate`, `generate` and `load_config` run
+things; `losses`, `kl`,
 `advantages`, `masked`, `logprobs`, `grpo`, `ppo` and `preference` are pure functions;
 `sharding` is meshes and the movement of weights between them. Names are imported when
 they are first used, so `import jaxrl_llm` loads nothing, JAX included.
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
         ppo,
         preference,
     )
-    from jaxrl_llm.api import evaluate, generate, sft, train
+    from jaxrl_llm.api import dpo, evaluate, generate, reward_model, sft, train
     from jaxrl_llm.config.parsing import load as load_config
 
     __version__: str
 
 __all__ = [
     "advantages",
+    "dpo",
     "evaluate",
     "generate",
     "grpo",
@@ -42,6 +44,7 @@ __all__ = [
     "masked",
     "ppo",
     "preference",
+    "reward_model",
     "sft",
     "sharding",
     "train",
@@ -55,9 +58,11 @@ _MODULES = {
     )
 } | {"sharding": "jaxrl_llm.sharding"}
 _FUNCTIONS = {
+    "dpo": ("jaxrl_llm.api", "dpo"),
     "evaluate": ("jaxrl_llm.api", "evaluate"),
     "generate": ("jaxrl_llm.api", "generate"),
     "load_config": ("jaxrl_llm.config.parsing", "load"),
+    "reward_model": ("jaxrl_llm.api", "reward_model"),
     "sft": ("jaxrl_llm.api", "sft"),
     "train": ("jaxrl_llm.api", "train"),
 }

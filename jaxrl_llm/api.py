@@ -1,4 +1,5 @@
-"""Verbs of the Python API: `train`, `sft`, `evaluate`, `generate`."""
+"""Verbs of the Python API: `train`, `sft`, `reward_model`, `dpo`, `evaluate`,
+`generate`."""
 
 import functools
 import tempfile
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_llm import models
-from jaxrl_llm.config import checks, parsing, plugins, schema_offline
+from jaxrl_llm.config import checks, parsing, plugins, schema_offline, schemas
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import (
     Config,
@@ -21,7 +22,6 @@ from jaxrl_llm.config.schema import (
     RolloutConfig,
     ValConfig,
 )
-from jaxrl_llm.config.schema_offline import SftConfig
 from jaxrl_llm.config.section import Section
 from jaxrl_llm.data import given as given_rows
 from jaxrl_llm.data import prompts as questions
@@ -38,14 +38,19 @@ from jaxrl_llm.sharding import hardware, mesh, out_of_memory
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.tracking.step_metrics import Validation
-from jaxrl_llm.training import fitting, memory, offline_build, offline_loop
+from jaxrl_llm.training import (
+    fitting,
+    memory,
+    offline_build,
+    offline_loop,
+    offline_tasks,
+)
 from jaxrl_llm.training.build import Rewards, build
 from jaxrl_llm.training.evaluate import validate
 from jaxrl_llm.training.experience import score_together
 from jaxrl_llm.training.loop import run
 from jaxrl_llm.training.opening import held
 from jaxrl_llm.training.settings import server_share
-from jaxrl_llm.training.sft import SftTask
 
 Reward = str | Callable[..., Any]
 Model = str | PathLike[str] | Result
@@ -182,27 +187,133 @@ def sft(
       ValueError, TypeError, jaxrl_llm.training.stopping.Stopped, KeyboardInterrupt: as
         of `train`.
     """
-    _refuse("sft", unknown, SftConfig)
+    sets = {"train": rows, "val": val_rows, "val_prompts": val_prompts}
+    own = _length_of(epochs, steps)
+    return _learn("sft", model, sets, own, reward, output_dir, settings, unknown)
+
+
+def reward_model(
+    model: str | PathLike[str],
+    rows: Prompts,
+    *,
+    val_rows: Prompts | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    output_dir: str | PathLike[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **unknown: Any,
+) -> Result:
+    """Trains a reward model on pairs of answers in one call; the result's `weights` is
+    what `reward.model.path` takes.
+
+    Args:
+      model: a language model, as `model.path` in a configuration file.
+      rows: TRL's preference format, with "chosen" and "rejected", and perhaps "prompt"
+        and "margin" (text or chat messages): as mappings, a pandas.DataFrame or a
+        datasets.Dataset; or a data set's path as in a configuration file.
+      val_rows: held-out pairs, of which it is measured how many it tells right.
+      epochs, steps: as of `sft`.
+      output_dir: of the run; "runs/rm", unless `settings` say otherwise.
+      settings: anything else that a configuration file of `jaxrl rm` can say, by dotted
+        key or in sections: {"center_rewards_coefficient": 0.01}.
+
+    Raises:
+      ValueError, TypeError, jaxrl_llm.training.stopping.Stopped, KeyboardInterrupt: as
+        of `train`.
+    """
+    sets = {"train": rows, "val": val_rows}
+    own = _length_of(epochs, steps)
+    return _learn("rm", model, sets, own, (), output_dir, settings, unknown)
+
+
+def dpo(
+    model: str | PathLike[str],
+    rows: Prompts,
+    *,
+    val_rows: Prompts | None = None,
+    val_prompts: Prompts | None = None,
+    reward: Reward | Sequence[Reward] = (),
+    beta: float | None = None,
+    loss_type: str | Sequence[str] | None = None,
+    epochs: float | None = None,
+    steps: int | None = None,
+    output_dir: str | PathLike[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    **unknown: Any,
+) -> Result:
+    """Direct preference optimization in one call.
+
+    Args:
+      model: to start from, and the reference; as `model.path` in a configuration file.
+      rows, val_rows: pairs of answers, as of `reward_model`.
+      val_prompts, reward: as of `sft`.
+      beta: the larger, the less the policy moves away from the reference; 0.1, unless
+        `settings` say otherwise.
+      loss_type: one of sigmoid, hinge, ipo, robust and sft, or several that are added
+        up; sigmoid, unless `settings` say otherwise.
+      epochs, steps: as of `sft`.
+      output_dir: of the run; "runs/dpo", unless `settings` say otherwise.
+      settings: anything else that a configuration file of `jaxrl dpo` can say, by
+        dotted key or in sections.
+
+    Raises:
+      ValueError, TypeError, jaxrl_llm.training.stopping.Stopped, KeyboardInterrupt: as
+        of `train`.
+    """
+    sets = {"train": rows, "val": val_rows, "val_prompts": val_prompts}
+    own = _length_of(epochs, steps) | {
+        "beta": ("beta", beta),
+        "loss_type": ("loss_type", loss_type),
+    }
+    return _learn("dpo", model, sets, own, reward, output_dir, settings, unknown)
+
+
+def _length_of(epochs: float | None, steps: int | None) -> dict[str, tuple[str, Any]]:
+    return {
+        "epochs": ("trainer.total_epochs", epochs),
+        "steps": ("trainer.total_training_steps", steps),
+    }
+
+
+def _learn(
+    task: str,
+    model: str | PathLike[str],
+    sets: Mapping[str, Prompts | None],
+    own: Mapping[str, tuple[str, Any]],
+    reward: Reward | Sequence[Reward],
+    output_dir: str | PathLike[str] | None,
+    settings: Mapping[str, Any] | None,
+    unknown: Mapping[str, Any],
+) -> Result:
+    """A run that learns from rows that are there.
+
+    Args:
+      task: the verb of the command line.
+      sets: rows by their key in `data`.
+      own: other arguments of the verb: the key of each, and its value.
+    """
+    schema = schemas.of(task)
+    verb = {"rm": "reward_model"}.get(task, task)
+    arguments = {"train": "rows", "val": "val_rows"}
+    _refuse(verb, unknown, schema)
     rewards = _listed(reward)
     given = [_function(one) for one in rewards if callable(one)]
     names = [one if isinstance(one, str) else _function(one).name for one in rewards]
 
-    def described(path: Callable[[Any, str], str | None]) -> SftConfig:
+    def described(path: Callable[[Any, str], str | None]) -> Any:
         values = _nested(settings)
         if names:
             _complete(values, names)
-        own = {
+        said = {
             "model": ("model.path", fspath(model)),
-            "rows": ("data.train.path", path(rows, "train")),
-            "val_rows": ("data.val.path", path(val_rows, "val")),
-            "val_prompts": ("data.val_prompts.path", path(val_prompts, "val_prompts")),
-            "epochs": ("trainer.total_epochs", epochs),
-            "steps": ("trainer.total_training_steps", steps),
             "output_dir": ("output_dir", output_dir and fspath(output_dir)),
+            **own,
         }
-        _put("sft", values, own)
-        values.setdefault("output_dir", "runs/sft")
-        return parsing.parse(values, "sft()", schema=SftConfig)
+        for key, rows in sets.items():
+            said[arguments.get(key, key)] = f"data.{key}.path", path(rows, key)
+        _put(verb, values, said)
+        values.setdefault("output_dir", f"runs/{task}")
+        return parsing.parse(values, f"{verb}()", schema=schema)
 
     def named(rows: Any, name: str) -> str | None:
         return None if rows is None else given_rows.path_of(rows) or f"{name}.jsonl"
@@ -212,15 +323,16 @@ def sft(
     schema_offline.check_functions(checked)
     functions = _with_terms(given, names, checked.reward.functions)
     directory, anew = checked.output_dir, checked.trainer.resume == "force"
+    of_text = "text" if task == "sft" else "chosen"
 
     def stored(rows: Any, name: str) -> str | None:
         if rows is None:
             return None
-        kind = None if name == "val_prompts" else "text"
+        kind = None if name == "val_prompts" else of_text
         return _stored(rows, directory, name, anew, text_key=kind)
 
     with held(Path(directory)):
-        job = offline_build.build(described(stored), SftTask(), functions)
+        job = offline_build.build(described(stored), offline_tasks.of(task), functions)
         return offline_loop.run(job)
 
 
@@ -452,7 +564,10 @@ def _refuse(verb: str, unknown: Mapping[str, Any], schema: type[Section]) -> Non
     for name, value in unknown.items():
         from jaxrl_llm.config.peers import lookup
 
-        advice = lookup.setting(name, value, parsing.keys(schema))
+        known, peers = parsing.keys(schema), lookup.PEERS
+        if schema is not Config:
+            peers = lookup.of_offline(known)
+        advice = lookup.setting(name, value, known, peers)
         raise TypeError(f"{verb}() has no argument {name!r}; {advice}")
 
 

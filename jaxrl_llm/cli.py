@@ -2,7 +2,9 @@
 
     jaxrl train CONFIG.yaml [--dry-run] [--resume auto|never|force]
                             [--profile FIRST:LAST] [--section.key VALUE ...]
-    jaxrl sft CONFIG.yaml   with the options of train
+    jaxrl sft CONFIG.yaml   with the options of train, as also
+    jaxrl rm CONFIG.yaml    a reward model, and
+    jaxrl dpo CONFIG.yaml
     jaxrl evaluate CONFIG.yaml [--models MODEL ...] [--section.key VALUE ...]
         these also with [--coordinator HOST:PORT --num-processes N --process-id I]
                        [--lost-after SECONDS]
@@ -81,7 +83,7 @@ def _nobody_reads() -> bool:
 def _run(given: list[str]) -> int:
     verbs = {
         "train": _train,
-        "sft": functools.partial(_offline, "sft"),
+        **{verb: functools.partial(_offline, verb) for verb in OFFLINE},
         "evaluate": _evaluate,
         **{name: functools.partial(_call, name) for name in _functions()},
         "plan": _plan,
@@ -183,7 +185,7 @@ def _prepare(server: float | None = 0.0) -> None:
             jax.config.update(name, value)
 
 
-OFFLINE = {"sft": flags.Sft}
+OFFLINE = {"sft": flags.Sft, "rm": flags.Rm, "dpo": flags.Dpo}
 """Verbs that learn from rows that are there, and their options."""
 
 _GOOGLE = "0x1ae0"

@@ -64,7 +64,7 @@ def test_without_a_verb_the_verbs_are_listed(capsys, arguments):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["trian"], "unknown verb 'trian'; one of train, sft, evaluate, init,"),
+        (["trian"], "unknown verb 'trian'; one of train, sft, rm, dpo, "),
         (["train"], "jaxrl train needs a configuration file"),
         (["evaluate", "--seed", "1"], "jaxrl evaluate needs a configuration file"),
         (["evaluate", "a.yaml", "--models"], "--models: expected one or more values"),

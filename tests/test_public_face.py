@@ -52,7 +52,15 @@ def test_losses_and_log_probabilities_load_jax_only():
 
 
 def test_every_public_name_is_there_and_is_what_it_says():
-    verbs = {"train", "sft", "evaluate", "generate", "load_config"}
+    verbs = {
+        "train",
+        "sft",
+        "reward_model",
+        "dpo",
+        "evaluate",
+        "generate",
+        "load_config",
+    }
     for name in jaxrl_llm.__all__:
         found = getattr(jaxrl_llm, name)
         assert name in dir(jaxrl_llm)

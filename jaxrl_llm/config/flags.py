@@ -74,6 +74,16 @@ class Sft(Train):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Rm(Train):
+    """Trains a reward model on pairs of a chosen and a rejected answer."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dpo(Train):
+    """Learns from pairs of a chosen and a rejected answer, without a reward model."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate(Processes):
     """Answers and scores the held-out questions; trains nothing."""
 

@@ -358,7 +358,10 @@ def _unknown(
 
     known = _keys(item["loc"][:-1], schema)
     near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-    foreign = lookup.advice(path, item["input"])
+    peers = lookup.PEERS
+    if schema is not Config:
+        peers = lookup.of_offline(keys(schema))
+    foreign = lookup.advice(path, item["input"], peers)
     for key, text in foreign.items():
         hint = f"; or did you mean {near[0]!r}?" if near and key == path else ""
         yield f"{key}: {text}{hint}"

@@ -154,11 +154,11 @@ def preference_loss(name: str | Function) -> tuple[str, Function]:
     Raises:
       ConfigError: there is no such loss, or it asks for what it cannot get.
     """
-    key = "dpo.loss_type"
+    key = "loss_type"
     if name in PREFERENCE_LOSSES:
         return name, find(key, PREFERENCE_LOSSES[name])
     name, function = _named(key, name, PREFERENCE_LOSSES)
-    where = key, "dpo.params"
+    where = key, "params"
     _check(name, function, PREFERENCE_ARRAYS, PREFERENCE_NUMBERS, {}, where)
     return name, function
 

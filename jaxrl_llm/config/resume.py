@@ -140,6 +140,7 @@ def check_inputs(
 _WHAT = {
     "functions": "the source of {name}, or of what it calls, has changed",
     "train": "data.train: {name} of the rows in {source} has changed",
+    "model": "model.path: {name} have changed",
     "val": "data.val: {name} of the held-out questions in {source} has changed",
 }
 

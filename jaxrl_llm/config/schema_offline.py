@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jaxrl_llm.config import plugins
-from jaxrl_llm.config.algorithm import OPTIMIZERS
+from jaxrl_llm.config.algorithm import OPTIMIZERS, PREFERENCE_LOSSES, choice
 from jaxrl_llm.config.checks import check_optimizer, mesh_misfits
 from jaxrl_llm.config.names import ConfigError, Overlong
 from jaxrl_llm.config.schema import (
@@ -159,7 +159,78 @@ class SftConfig(OfflineConfig):
     by its probability (Dynamic Fine-Tuning, arXiv:2508.05629)."""
 
 
-def misfits(config: OfflineConfig) -> Iterator[str]:
+class PairsLearnerConfig(LearnerConfig):
+    """The model's update."""
+
+    share_prompts: Rounding[bool] = False
+    """Packed rows hold the prompt of a pair once: less to compute where prompts are
+    long beside answers. Attention is then the reference's, so rows of a few thousand
+    tokens at most."""
+
+
+class RmOptimConfig(LearnerOptimConfig):
+    """The optimizer and its schedule."""
+
+    lr: float = Field(1e-5, ge=0)
+
+
+class RmLearnerConfig(PairsLearnerConfig):
+    """The reward model's update."""
+
+    optim: RmOptimConfig = RmOptimConfig()
+
+
+class RmConfig(OfflineConfig):
+    """A whole run that trains a reward model on pairs of answers."""
+
+    task: Literal["rm"] = "rm"
+    """That `jaxrl rm` reads this file."""
+    data: OfflineDataConfig
+    learner: RmLearnerConfig = RmLearnerConfig()
+    center_rewards_coefficient: float = Field(0.0, ge=0)
+    """Weight of (chosen + rejected score)^2 in the loss, which keeps scores near 0;
+    0.01 does, 0 leaves them where they are."""
+
+
+class DpoOptimConfig(LearnerOptimConfig):
+    """The optimizer and its schedule."""
+
+    lr: float = Field(1e-6, ge=0)
+
+
+class DpoLearnerConfig(PairsLearnerConfig):
+    """The policy's update."""
+
+    optim: DpoOptimConfig = DpoOptimConfig()
+
+
+class DpoConfig(OfflineConfig):
+    """A whole run of direct preference optimization on pairs of answers."""
+
+    task: Literal["dpo"] = "dpo"
+    """That `jaxrl dpo` reads this file."""
+    data: OfflineDataConfig
+    learner: DpoLearnerConfig = DpoLearnerConfig()
+    loss_type: tuple[str, ...] = ("sigmoid",)
+    """Losses that are added up: sigmoid, hinge, ipo, robust, sft (the negative
+    log-probability of the chosen answers' tokens), or module:function, which takes by
+    name any of chosen_ratios, rejected_ratios, chosen_lengths, rejected_lengths, beta
+    and label_smoothing and returns a number for each pair."""
+    loss_weights: tuple[float, ...] | None = None
+    """What each of them counts; 1 if not given."""
+    beta: float = Field(0.1, gt=0)
+    """The larger, the less the policy moves away from the reference, the model that the
+    run begins with."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """robust: the probability that a pair is the wrong way around."""
+
+    @field_validator("loss_type", mode="before")
+    @classmethod
+    def _several(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given
+
+
+def misfits(config: Any) -> Iterator[str]:
     """Combinations of fields that make no run, each with what would fit."""
     data, learner, trainer = config.data, config.learner, config.trainer
     if learner.pack_length is not None and learner.pack_length < data.max_length:
@@ -190,6 +261,7 @@ def misfits(config: OfflineConfig) -> Iterator[str]:
             "reward.functions says how good answers are, but data.val_prompts, the "
             "questions to answer, is not given"
         )
+    yield from _misfits_of_pairs(config)
     for split in ("train", "val", "val_prompts"):
         source = getattr(data, split)
         if source and source.path.startswith("reasoning_gym:") and not source.size:
@@ -198,19 +270,65 @@ def misfits(config: OfflineConfig) -> Iterator[str]:
             )
 
 
-def check_functions(config: OfflineConfig) -> dict[str, str]:
+def _misfits_of_pairs(config: Any) -> Iterator[str]:
+    """Combinations of fields that make no run on pairs of answers."""
+    if not isinstance(config, RmConfig | DpoConfig):
+        return
+    data, learner = config.data, config.learner
+    packed = learner.pack_length
+    if packed is not None and data.max_length <= packed < 2 * data.max_length:
+        yield (
+            f"learner.pack_length is {packed}, but both answers of a pair share a row, "
+            f"and data.max_length is {data.max_length}; use at least "
+            f"{2 * data.max_length}, or a lower data.max_length"
+        )
+    if learner.share_prompts and packed is None:
+        yield "learner.share_prompts needs learner.pack_length: rows that are shared"
+    if learner.share_prompts and learner.mesh.context != 1:
+        yield (
+            f"learner.share_prompts needs whole rows, but learner.mesh.context is "
+            f"{learner.mesh.context}; use 1"
+        )
+    if isinstance(config, RmConfig):
+        if data.val_prompts:
+            yield "data.val_prompts: a reward model answers no questions; leave it out"
+        return
+    kinds, weights = config.loss_type, config.loss_weights
+    if not kinds:
+        yield "loss_type is empty; name at least one, such as sigmoid"
+    for kind in kinds:
+        try:
+            choice("loss_type", kind, {**PREFERENCE_LOSSES, "sft": ""})
+        except ConfigError as error:
+            yield str(error)
+    if len(set(kinds)) != len(kinds):
+        yield f"loss_type is {list(kinds)}; name each loss once, with its weight"
+    if weights is not None and len(weights) != len(kinds):
+        yield (
+            f"loss_weights has {len(weights)} numbers for the {len(kinds)} losses of "
+            "loss_type; give one for each"
+        )
+    own = any(":" in kind for kind in kinds)
+    if config.label_smoothing and "robust" not in kinds and not own:
+        yield (
+            f"label_smoothing is {config.label_smoothing}, which only loss_type robust "
+            "reads"
+        )
+
+
+def check_functions(config: Any) -> dict[str, str]:
     """Finds the functions of the user's own that a configuration names, before anything
     is read or written, and returns a hash of the source of each by its name.
 
     Raises:
       ConfigError: as of `checks.check_functions`.
     """
-    key, section = "learner.optim", config.learner.optim
-    check_optimizer(key, section)
+    check_optimizer("learner.optim", config.learner.optim)
     found = {}
-    if section.name not in OPTIMIZERS:
-        function = plugins.find(f"{key}.name", section.name)
-        found[section.name] = plugins.fingerprint(function)
+    for key, name in own_functions(config).items():
+        if key.startswith("loss_type"):
+            plugins.preference_loss(name)
+        found[name] = plugins.fingerprint(plugins.find(key, name))
     for name, known in config.function_sources.items():
         if found.get(name) != known:
             raise ConfigError(
@@ -219,3 +337,13 @@ def check_functions(config: OfflineConfig) -> dict[str, str]:
                 "function_sources out and choose another output_dir"
             )
     return found
+
+
+def own_functions(config: Any) -> dict[str, str]:
+    """The functions of the user's own that learning calls, as module:function, by the
+    keys that name them."""
+    names = {"learner.optim.name": config.learner.optim.name}
+    if isinstance(config, DpoConfig):
+        names |= {f"loss_type.{i}": name for i, name in enumerate(config.loss_type)}
+    known = {*OPTIMIZERS, *PREFERENCE_LOSSES, "sft"}
+    return {key: name for key, name in names.items() if name not in known}

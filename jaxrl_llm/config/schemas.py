@@ -13,6 +13,8 @@ from jaxrl_llm.config.section import Section
 _HOMES = {
     None: ("jaxrl_llm.config.schema", "Config"),
     "sft": ("jaxrl_llm.config.schema_offline", "SftConfig"),
+    "rm": ("jaxrl_llm.config.schema_offline", "RmConfig"),
+    "dpo": ("jaxrl_llm.config.schema_offline", "DpoConfig"),
 }
 """By the task: the module and the class."""
 

@@ -9,7 +9,7 @@ is checked.
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -119,6 +119,7 @@ def load(
     val_form: Format | None = None,
     held_out: Iterable[Prompt] = (),
     template: str = "the chat template",
+    reader: Callable[[Source, Encoder, Format, str, str], "Read"] | None = None,
 ) -> ExampleSets:
     """Reads and tokenizes the rows to learn from, and the held-out ones.
 
@@ -128,12 +129,15 @@ def load(
       val_form: of the held-out rows; `form` if not given.
       held_out: prompts that are answered in validations.
       template: what errors call the chat template.
+      reader: of one source; `read` if not given.
 
     Raises:
       ValueError: a source or row that does not fit, or no example that is left.
     """
-    kept = read(train, encoder, form, "data.train", template)
-    others = read(val, encoder, val_form or form, "data.val", template) if val else None
+    reader, others = reader or read, None
+    kept = reader(train, encoder, form, "data.train", template)
+    if val:
+        others = reader(val, encoder, val_form or form, "data.val", template)
     known = {tuple(prompt.tokens) for prompt in held_out}
     known |= {_question(example) for example in (others.examples if others else ())}
     left = [one for one in kept.examples if _question(one) not in known]
@@ -284,7 +288,7 @@ def encode_text(
             rest = encoder.tokenizer(text, add_special_tokens=False).input_ids
             tokens = [*first, *rest]
     if tokens[-1] not in form.stops:
-        tokens = [*tokens, _end(form)]
+        tokens = [*tokens, end_token(form)]
     only = form.completion_only if only is None else only
     learned = [i >= (border if only else 0) for i in range(len(tokens))]
     return Encoded(tokens, learned, apart)
@@ -329,8 +333,8 @@ def encode_messages(
         begin, end = borders[i]
         stop = next((n for n in range(end)[::-1] if tokens[n] in form.stops), -1)
         if stop < begin:
-            _check_unended(i, count, encoder, form, template)
-            stop, tokens = end, [*tokens, _end(form)]
+            check_unended(i, count, encoder, form, template)
+            stop, tokens = end, [*tokens, end_token(form)]
         learned[begin : stop + 1] = [True] * (stop + 1 - begin)
     if form.assistant_only:
         tokens = tokens[: max((n + 1 for n, x in enumerate(learned) if x), default=1)]
@@ -412,7 +416,7 @@ def _tokens(
     return whole[twice:], borders, apart
 
 
-def _check_unended(
+def check_unended(
     i: int, count: int, encoder: Encoder, form: Format, template: str
 ) -> None:
     """Raises ValueError unless message i is the last of `count`, and the template puts
@@ -433,7 +437,12 @@ def _check_unended(
         )
 
 
-def _end(form: Format) -> int:
+def end_token(form: Format) -> int:
+    """What is put behind an answer that nothing ends.
+
+    Raises:
+      ValueError: there is no such token.
+    """
     if form.end is None:
         raise ValueError(
             "nothing ends an answer: neither the model nor its tokenizer names an end "

@@ -83,6 +83,16 @@ class PromptBatches(Generic[Item]):
         for _ in range(state["batches"]):
             self._advance()
 
+    def put(self, prompts: Sequence[Item]) -> None:
+        """Deals out the same prompts, of which more is known by now.
+
+        Raises:
+          ValueError: they are others.
+        """
+        if _fingerprint(prompts) != self._identity["tokens_sha256"]:
+            raise ValueError("other prompts are put in the place of those dealt out")
+        self._prompts = list(prompts)
+
     def _restart(self) -> None:
         self._batches = self._epoch = self._index = 0
         self._order = self._draw(0)

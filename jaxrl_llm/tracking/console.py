@@ -32,7 +32,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from jaxrl_llm.tracking.step_metrics import Validation, accuracy_name
+from jaxrl_llm.tracking.step_metrics import OFFLINE, Validation, accuracy_name
 
 _BARS = "▁▂▃▄▅▆▇█"
 _BESIDES = ("compile", "testing", "save_checkpoint")
@@ -270,9 +270,13 @@ def key_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, number) of the metrics to watch, as far as they are there."""
     names = [
         ("reward", "critic/rewards/mean"),
-        ("loss", "sft/loss"),
-        ("val loss", "val-core/all/sft/loss"),
+        *(("loss", f"{task}/loss") for task in OFFLINE),
+        *(("val loss", f"val-core/all/{task}/loss") for task in OFFLINE),
         ("accuracy", "sft/mean_token_accuracy"),
+        ("accuracy", "rm/accuracy"),
+        ("accuracy", "rewards/accuracies"),
+        ("val acc", "val-core/all/rm/accuracy"),
+        ("val acc", "val-core/all/rewards/accuracies"),
         ("val acc", accuracy_name(list(metrics)) or ""),
         ("length", "response_length/mean"),
         ("cut off", "response_length/clip_ratio"),
@@ -280,7 +284,7 @@ def key_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("kl", "actor/ppo_kl"),
         ("explained", "critic/vf_explained_var"),
         ("grad", "actor/grad_norm"),
-        ("grad", "sft/grad_norm"),
+        *(("grad", f"{task}/grad_norm") for task in OFFLINE),
         ("tok/s/dev", "perf/throughput"),
         ("s/step", "timing_s/step"),
     ]

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxrl_llm.tracking.run_directory import read, table
 from jaxrl_llm.tracking.services import imported
-from jaxrl_llm.tracking.step_metrics import accuracy_name
+from jaxrl_llm.tracking.step_metrics import accuracy_name, loss_name
 
 
 def figure(run_dir: str | Path) -> Any:
@@ -56,8 +56,8 @@ def _panels(columns: dict[str, np.ndarray]) -> dict[str, str]:
     """The metric of each panel by its title."""
     panels = {
         "training reward": "critic/rewards/mean",
-        "training loss": "sft/loss",
-        "held-out loss": "val-core/all/sft/loss",
+        "training loss": loss_name(columns),
+        "held-out loss": f"val-core/all/{loss_name(columns)}",
         "held-out accuracy, 95 % interval": accuracy_name(list(columns)),
         "response length, tokens": "response_length/mean",
     }

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +140,16 @@ def num_tokens(
 def cut_off(episodes: Sequence[Episode]) -> float:
     """The share of episodes that end because a response reached its length limit."""
     return float(np.mean([e.finish_reason == "length" for e in episodes]))
+
+
+OFFLINE = ("sft", "rm", "dpo")
+"""What the metrics of runs begin with that learn from rows that are there."""
+
+
+def loss_name(names: Container[str]) -> str:
+    """The loss of such a run; "" of others."""
+    found = (f"{task}/loss" for task in OFFLINE if f"{task}/loss" in names)
+    return next(found, "")
 
 
 def accuracy_name(names: Sequence[str]) -> str | None:

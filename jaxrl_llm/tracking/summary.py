@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from jaxrl_llm.tracking.console import signed, with_interval
 from jaxrl_llm.tracking.run_directory import advice, table
-from jaxrl_llm.tracking.step_metrics import Validation, accuracy_name
+from jaxrl_llm.tracking.step_metrics import Validation, accuracy_name, loss_name
 
 _WIDTH, _HEIGHT = 300, 80
 
@@ -45,8 +45,8 @@ def page(
         parts.append(_changes(before, after))
     names = {
         "training reward": "critic/rewards/mean",
-        "training loss": "sft/loss",
-        "held-out loss": "val-core/all/sft/loss",
+        "training loss": loss_name(columns),
+        "held-out loss": f"val-core/all/{loss_name(columns)}",
         "held-out accuracy": accuracy_name(list(columns)),
     }
     parts += [

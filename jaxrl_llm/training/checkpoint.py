@@ -525,6 +525,7 @@ def save_weights(
     source: models.Checkpoint,
     params: Any,
     recipe: Mapping[str, Any],
+    write: Callable[..., None] = models.save,
 ) -> None:
     """Writes the policy as a Hugging Face directory, in place of an older one. All
     processes call it.
@@ -532,10 +533,11 @@ def save_weights(
     Args:
       source: what was trained; says the architecture and the tokenizer.
       recipe: how, for the model's card.
+      write: `models.save_classifier` for a reward model.
     """
     card = models.model_card(source.origin, recipe)
     with _in_place_of(Path(run_directory, "huggingface")) as fresh:
-        models.save(fresh, source.arch, params, source.tokenizer, card=card)
+        write(fresh, source.arch, params, source.tokenizer, card=card)
 
 
 def save_adapters(

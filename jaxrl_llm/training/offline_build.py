@@ -49,7 +49,7 @@ from jaxrl_llm.training.build import (
     read_template,
     with_template_time,
 )
-from jaxrl_llm.training.experience import Score, score_together
+from jaxrl_llm.training.experience import Observe, Score, score_together
 
 
 @runtime_checkable
@@ -93,6 +93,35 @@ class Task(Protocol):
     def rows(self, chosen: Sequence[Example], layout: Layout) -> TrainBatch:
         """Examples as rows on the host."""
         return examples.make_rows(chosen, layout)
+
+    def inputs(
+        self, source: models.Checkpoint, data: ExampleSets
+    ) -> dict[str, dict[str, str]]:
+        """Digests of what may not change when a run goes on, see
+        `resume.check_inputs`."""
+        return {
+            "train": examples.digests(data.train),
+            "val": examples.digests(data.val),
+        }
+
+    def begun(
+        self,
+        job: "OfflineJob",
+        state: TrainState,
+        step: int,
+        waiting: Observe,
+        say: Callable[[str], Any],
+    ) -> "OfflineJob":
+        """The job with what has to be known before the first of the steps to come. All
+        processes call it.
+
+        Args:
+          state: to go on from.
+          step: that made it; 0 for a fresh start.
+          waiting: shows what is done, for how long.
+          say: takes a line for the run's log.
+        """
+        return job
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """How good the model is by a validation; the best checkpoint is kept. None if
@@ -258,8 +287,7 @@ def build(
         rewards=rewards_of_run,
         inputs={
             "functions": _digests(config),
-            "train": examples.digests(data.train),
-            "val": examples.digests(data.val),
+            **task.inputs(source, data),
         },
         warnings=(*data.warnings, *rewards_of_run.notes(), *chosen),
     )
@@ -507,8 +535,6 @@ def _with_rows(config: OfflineConfig, size: int | None) -> Any:
 def _digests(config: OfflineConfig) -> dict[str, str]:
     """A digest of every function of the user's own that learning calls."""
     return {
-        f"learner.optim.name {name!r}": user_code.digest(
-            plugins.find("learner.optim.name", name)
-        )
-        for name in config.function_sources
+        f"{key} {name!r}": user_code.digest(plugins.find(key, name))
+        for key, name in schema_offline.own_functions(config).items()
     }

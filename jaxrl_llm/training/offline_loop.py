@@ -68,6 +68,9 @@ def run(job: OfflineJob) -> Result:
         set_aside = block.enter_context(performance.long_lived_objects_set_aside())
         ahead = block.enter_context(Ahead(programs(job, checkpoints.steps)))
         state, first = start_or_go_on(job, stream, checkpoints, log.waiting, log.say)
+        if first < total:
+            job = job.task.begun(job, state, first, log.waiting, log.say)
+            stream.put(job.data.train)
         log.start(first)
         if first >= total:
             log.say(

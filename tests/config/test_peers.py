@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxrl_llm.config import parsing
+from jaxrl_llm.config import parsing, schemas
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.peers import lookup, verl
 
@@ -28,6 +28,29 @@ def test_every_key_of_a_trainer_is_a_key_here_or_says_what_to_do(name):
         assert known.issuperset(here.targets), key
         assert here.targets or here.note, key
         assert here.note == here.note.strip().rstrip("."), key
+
+
+def test_trls_keys_of_other_trainers_are_keys_of_verbs_here():
+    known = {key for task in schemas.OFFLINE for key in parsing.keys(schemas.of(task))}
+    for key, here in lookup.OFFLINE["trl"].keys.items():
+        assert known.issuperset(here.targets), key
+        assert here.targets or here.note, key
+
+
+@pytest.mark.parametrize(
+    "task, key, message",
+    [
+        ("dpo", "learning_rate", "TRL's learning_rate is learner.optim.lr here"),
+        ("rm", "data.batch_size", "unknown key"),
+        ("rm", "beta", "unknown key"),  # which only DPO has
+    ],
+)
+def test_the_error_of_another_verb_says_its_own_keys(task, key, message):
+    values = {k: VALUES[k] for k in ("output_dir", "model", "data")}
+    given = parsing.override(values, [f"--{key}=1"])
+    with pytest.raises(ConfigError, match=message) as error:
+        parsing.parse(given, "run.yaml", schema=schemas.of(task))
+    assert "actor" not in str(error.value)
 
 
 def test_keys_that_keep_their_name_and_place_are_keys_of_a_configuration():

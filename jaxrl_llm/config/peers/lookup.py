@@ -1,19 +1,26 @@
 """Which key of another trainer somebody may have meant."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from jaxrl_llm.config.peers.key import Peer
 from jaxrl_llm.config.peers.openrlhf import OPENRLHF
 from jaxrl_llm.config.peers.trl import TRL
+from jaxrl_llm.config.peers.trl_offline import TRL_OFFLINE
 from jaxrl_llm.config.peers.tunix import TUNIX
 from jaxrl_llm.config.peers.verl import VERL
 
 PEERS = {"verl": VERL, "trl": TRL, "openrlhf": OPENRLHF, "tunix": TUNIX}
 """By the name that their pages have."""
 
+OFFLINE = {"trl": TRL_OFFLINE}
+"""Those with trainers that learn from rows, for the verbs that do."""
 
-def find(path: str, anywhere: bool = False) -> tuple[Peer, str] | None:
+
+def find(
+    path: str, anywhere: bool = False, peers: Mapping[str, Peer] = PEERS
+) -> tuple[Peer, str] | None:
     """The trainer, and its whole name of the key, that a path stands for.
 
     Besides the whole name its end counts, such as actor.grad_clip for veRL's
@@ -22,6 +29,7 @@ def find(path: str, anywhere: bool = False) -> tuple[Peer, str] | None:
 
     Args:
       anywhere: the last word of a name counts too, such as lr.
+      peers: trainers to look at.
     """
     last = path.rpartition(".")[2]
     ways = [
@@ -32,23 +40,23 @@ def find(path: str, anywhere: bool = False) -> tuple[Peer, str] | None:
     if anywhere:
         ways.append(lambda name: name.endswith(f".{last}"))
     for fits in ways:
-        for peer in PEERS.values():
+        for peer in peers.values():
             for name in peer.keys:
                 if fits(name):
                     return peer, name
     return None
 
 
-def advice(path: str, value: Any) -> dict[str, str]:
+def advice(path: str, value: Any, peers: Mapping[str, Peer] = PEERS) -> dict[str, str]:
     """What to say about an unknown key, by its path; nothing if no trainer has it.
 
     A section that only another trainer has, such as actor_rollout_ref, is followed down
     to its keys, each of which gets its own advice.
     """
     if not isinstance(value, Mapping) or path in VERL.keys:
-        found = find(path)
+        found = find(path, peers=peers)
         return {path: found[0].says(found[1])} if found else {}
-    known = {inner: find(inner) for inner in leaves(value, path)}
+    known = {inner: find(inner, peers=peers) for inner in leaves(value, path)}
     if not any(known.values()):
         return {}
     return {
@@ -57,7 +65,28 @@ def advice(path: str, value: Any) -> dict[str, str]:
     }
 
 
-def setting(name: str, value: Any, known: Iterable[str]) -> str:
+def of_offline(known: Iterable[str]) -> dict[str, Peer]:
+    """`OFFLINE` with the keys that a verb's configuration has a counterpart of.
+
+    Args:
+      known: the dotted path of every key of it.
+    """
+    known = set(known)
+    return {
+        name: replace(
+            peer,
+            keys={k: v for k, v in peer.keys.items() if known.issuperset(v.targets)},
+        )
+        for name, peer in OFFLINE.items()
+    }
+
+
+def setting(
+    name: str,
+    value: Any,
+    known: Iterable[str],
+    peers: Mapping[str, Peer] = PEERS,
+) -> str:
     """How a configuration says what somebody gave as an argument of that name.
 
     Args:
@@ -66,7 +95,7 @@ def setting(name: str, value: Any, known: Iterable[str]) -> str:
     own = [key for key in known if key.rpartition(".")[2] == name]
     if own:
         return f"write {' or '.join(_settings(key, value) for key in own)}"
-    found = find(name, anywhere=True)
+    found = find(name, anywhere=True, peers=peers)
     if found is None:
         example = _settings("actor.optim.lr", 1e-5)
         return f"whatever a configuration says stands in settings, such as {example}"

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -76,6 +77,24 @@ class Checkpoint:
         """What is added to the model's own weights, if anything is."""
         tensors = self._tensors
         return tensors.adapter if isinstance(tensors, peft.Merged) else None
+
+    def fingerprint(self) -> str:
+        """The first 16 digits of a sha256 of the weights' names and shapes, and of the
+        first and last megabyte of each file: other weights have another, and the files
+        need not be read whole for it."""
+        adapter, found = self.adapter, hashlib.sha256()
+        for tensors in (self._tensors, *([adapter._tensors] if adapter else [])):
+            shapes = tensors.shapes()
+            found.update(f"{sorted(shapes.items())}\n".encode())
+            for file in sorted({tensors.where(name) for name in shapes}):
+                size = os.path.getsize(file)
+                with Path(file).open("rb") as content:
+                    found.update(f"{size}\n".encode() + content.read(2**20))
+                    content.seek(max(size - 2**20, 0))
+                    found.update(content.read())
+        if adapter:
+            found.update(repr(adapter.lora).encode())
+        return found.hexdigest()[:16]
 
     def load(self, *, dtype: Any = jnp.float32, shardings: Any = None) -> Params:
         """Reads the weights, every device only what it will hold.

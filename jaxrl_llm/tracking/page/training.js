@@ -47,6 +47,8 @@ function interval(run, row) {
   return known(low) ? (100 * low).toFixed(1) + "–" + percent(high) : null;
 }
 /* Means of the first and the last few steps, and of how many. */
+/* Of runs that learn from rows that are there. */
+const OF_LOSS = /^(sft|rm|dpo)\/loss$/, OF_HELD_OUT_LOSS = /^val-core\/all\/(sft|rm|dpo)\/loss$/;
 function edges(run, name) {
   const v = values(run, name), k = Math.max(1, Math.min(5, Math.floor(v.length / 2)));
   return v.length ? [mean(v.slice(0, k)), mean(v.slice(-k)), k, v.length] : null;
@@ -70,7 +72,7 @@ function tiles() {
   if (reward) { const [a, b, k, n] = reward;
     if (n === 1) tile("Training reward", null, number(b), null, 0);
     else tile("Training reward", number(a), number(b), signed(b - a, number), b - a, k > 1 ? "mean of the first and last " + k + " steps" : "first and last step"); }
-  const loss = edges(run, "sft/loss"), held = values(run, "val-core/all/sft/loss");
+  const loss = edges(run, names.find(n => OF_LOSS.test(n))), held = values(run, names.find(n => OF_HELD_OUT_LOSS.test(n)));
   if (loss) tile("Training loss", loss[3] > 1 ? number(loss[0]) : null, number(loss[1]), loss[3] > 1 ? signed(loss[1] - loss[0], number) : null, loss[0] - loss[1], loss[2] > 1 ? "mean of the first and last " + loss[2] + " steps" : null);
   if (held.length) tile("Held-out loss", held.length > 1 ? number(held[0]) : null, number(last(held)), held.length > 1 ? signed(last(held) - held[0], number) : null, held[0] - last(held));
   const length = edges(run, "response_length/mean");
@@ -132,7 +134,10 @@ function unfold() {
 function training() {
   const some = pattern => names.filter(n => pattern.test(n) && has(n));
   const short = n => last(n.split("/")).replaceAll("_", " ");
-  panel("Loss", [["training", "sft/loss"], ["held-out rows", "val-core/all/sft/loss"]]);
+  panel("Loss", [...some(OF_LOSS).map(n => ["training", n]), ...some(OF_HELD_OUT_LOSS).map(n => ["held-out rows", n])]);
+  panel("Pairs told right", [["training", "rm/accuracy"], ["training", "rewards/accuracies"], ["held-out pairs", "val-core/all/rm/accuracy"], ["held-out pairs", "val-core/all/rewards/accuracies"]], {share: true});
+  panel("Chosen less rejected score", [["training", "rm/margin"], ["held-out pairs", "val-core/all/rm/margin"]]);
+  panel("Rewards of the policy's own", [["chosen", "rewards/chosen"], ["rejected", "rewards/rejected"], ["margin", "rewards/margins"]]);
   panel("Share of tokens that are the likeliest", [["training", "sft/mean_token_accuracy"], ["held-out rows", "val-core/all/sft/mean_token_accuracy"]], {share: true});
   panel("Training reward", [["mean of the batch", "critic/rewards/mean"]], {smooth: 6});
   const accuracies = some(/^val-core\/.+\/acc\/(greedy|mean@\d+)$/);
@@ -143,7 +148,7 @@ function training() {
     [(sources.size > 1 ? n.slice(9, n.lastIndexOf("/acc/")) + " " : "") + short(n), n, [n + "/ci95_low", n + "/ci95_high"]]), {share: true});
   panel("Response length, tokens", [["mean", "response_length/mean"], ["longest", "response_length/max"], ["shortest", "response_length/min"]].slice(0, single ? 3 : 1));
   panel("Shares of the batch", [["replies cut off", "response_length/clip_ratio"], ["groups without signal", "training/groups_all_equal"], ["tokens clipped", "actor/pg_clipfrac"]], {share: true});
-  panel("Entropy, nats per token", [["policy", "actor/entropy"], ["model", "sft/entropy"], ["held-out rows", "val-core/all/sft/entropy"]]);
+  panel("Entropy, nats per token", [["policy", "actor/entropy"], ...some(/^(sft|dpo)\/entropy$/).map(n => ["model", n]), ...some(/^val-core\/all\/(sft|dpo)\/entropy$/).map(n => ["held-out rows", n])]);
   /* The reference is the initial policy unless it is taken anew. */
   const initial = runs.every(r => !setting(r, "actor.ref_refresh_steps"));
   panel(initial ? "KL to the initial policy" : "KL to the reference", [["in the loss", "actor/kl_loss"], ["in the reward", "actor/reward_kl_penalty"]]);
@@ -152,8 +157,8 @@ function training() {
   panel("Value loss", [["critic", "critic/vf_loss"]]);
   panel("Groups generated for a step", [["groups", "training/groups_generated"]]);
   panel("Sampler against trainer", some(/mismatch|rollout_probs_diff|rollout_corr/).slice(0, 4).map(n => [short(n), n]));
-  panel("Gradient norm, before clipping", [["policy", "actor/grad_norm"], ["critic", "critic/grad_norm"], ["model", "sft/grad_norm"]]);
-  panel("Learning rate", [["policy", "actor/lr"], ["critic", "critic/lr"], ["model", "sft/lr"]]);
+  panel("Gradient norm, before clipping", [["policy", "actor/grad_norm"], ["critic", "critic/grad_norm"], ...some(/^(sft|rm|dpo)\/grad_norm$/).map(n => ["model", n])]);
+  panel("Learning rate", [["policy", "actor/lr"], ["critic", "critic/lr"], ...some(/^(sft|rm|dpo)\/lr$/).map(n => ["model", n])]);
   const rewards = some(/^reward\/.+\/mean$/);
   if (rewards.length > 1) panel("Reward functions, unweighted", rewards.slice(0, 8).map(n => [n.slice(7, -5), n]));
   panel("Throughput, tokens/s per device", [["prompts and replies", "perf/throughput"]]);
