@@ -600,7 +600,7 @@ def test_weights_beside_adapters_are_taken_once():
     np.testing.assert_array_equal(held[:, 0], other["layers"]["gate"][1])
 
 
-@pytest.mark.parametrize("modules", [("q",), ("k", "up"), models.lora.MODULES])
+@pytest.mark.parametrize("modules", [("k", "up", "down"), ("q", "v", "gate", "o")])
 def test_joined_adapters_are_those_of_each_matrix(modules):
     lora, copies = models.Lora(rank=2, alpha=6.0, modules=modules), 2
     one = jax.tree.map(lambda x: x[0], adapters(lora, 0))["layers"]["lora"]
