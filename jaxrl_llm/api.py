@@ -85,7 +85,8 @@ def train(
       reward: name of a built-in reward, or a function with TRL's signature
         f(prompts, completions, completion_ids, **columns) -> list of numbers, or
         with veRL's f(data_source, solution_str, ground_truth, extra_info) -> number;
-        or several; or [], if `settings` give a reward.model.
+        or several; or [], if `settings` give a reward.model, or a distillation that
+        does without.
       val_prompts: held-out questions, for the validation before and after.
       steps: of training; 20, unless `settings` say otherwise.
       output_dir: of the run; "runs/notebook", unless `settings` say otherwise.

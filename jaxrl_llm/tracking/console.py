@@ -270,6 +270,7 @@ def key_figures(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(name, number) of the metrics to watch, as far as they are there."""
     names = [
         ("reward", "critic/rewards/mean"),
+        ("to teacher", "distillation/loss"),
         *(("loss", f"{task}/loss") for task in OFFLINE),
         *(("val loss", f"val-core/all/{task}/loss") for task in OFFLINE),
         ("accuracy", "sft/mean_token_accuracy"),

@@ -56,6 +56,7 @@ def _panels(columns: dict[str, np.ndarray]) -> dict[str, str]:
     """The metric of each panel by its title."""
     panels = {
         "training reward": "critic/rewards/mean",
+        "distance from the teacher": "distillation/loss",
         "training loss": loss_name(columns),
         "held-out loss": f"val-core/all/{loss_name(columns)}",
         "held-out accuracy, 95 % interval": accuracy_name(list(columns)),

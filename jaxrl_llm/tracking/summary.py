@@ -45,6 +45,7 @@ def page(
         parts.append(_changes(before, after))
     names = {
         "training reward": "critic/rewards/mean",
+        "distance from the teacher": "distillation/loss",
         "training loss": loss_name(columns),
         "held-out loss": f"val-core/all/{loss_name(columns)}",
         "held-out accuracy": accuracy_name(list(columns)),

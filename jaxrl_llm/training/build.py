@@ -83,7 +83,10 @@ class Job:
         config = self.config
         model = config.model.path.rstrip("/").rpartition("/")[2]
         loss = config.actor.policy_loss.loss_mode
-        return [model, config.algorithm.adv_estimator, loss, config.rollout.engine]
+        found = [model, config.algorithm.adv_estimator, loss, config.rollout.engine]
+        if how := config.distillation:
+            found[1:2] = [found[1], how.mode] if how.with_rewards else [how.mode]
+        return found
 
     @property
     def updating(self) -> int:

@@ -32,6 +32,14 @@ def recipe(config: Config, step: int) -> dict[str, Any]:
     }
     if actor.lora:
         found["actor.lora"] = actor.lora.model_dump(exclude={"path"})
+    if how := config.distillation:
+        found |= {
+            "distillation.teacher.path": how.teacher.path,
+            "distillation.mode": how.mode,
+            "distillation.coef": how.coef,
+        }
+        if not how.with_rewards:  # they were measured at most
+            del found["reward.functions"], found["algorithm.adv_estimator"]
     if rewards.model:
         found["reward.model.path"] = rewards.model.path
     if actor.use_kl_loss:

@@ -26,3 +26,11 @@ def test_a_recipe_has_what_was_learned_from_what_by_its_keys():
 def test_what_a_run_does_not_use_is_not_in_its_recipe():
     config = CONFIG | {"actor": {}}
     assert "actor.kl_loss_coef" not in recipe(parsing.parse(config, ""), 0)
+
+
+def test_what_a_teacher_taught_is_no_reward():
+    taught = {"teacher": {"path": "some/teacher"}, "mode": "jsd"}
+    found = recipe(parsing.parse(CONFIG | {"distillation": taught}, ""), 0)
+    assert found["distillation.teacher.path"] == "some/teacher"
+    assert found["distillation.mode"] == "jsd"
+    assert not {"reward.functions", "algorithm.adv_estimator"} & found.keys()

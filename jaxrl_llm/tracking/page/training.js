@@ -139,6 +139,8 @@ function training() {
   panel("Chosen less rejected score", [["training", "rm/margin"], ["held-out pairs", "val-core/all/rm/margin"]]);
   panel("Rewards of the policy's own", [["chosen", "rewards/chosen"], ["rejected", "rewards/rejected"], ["margin", "rewards/margins"]]);
   panel("Share of tokens that are the likeliest", [["training", "sft/mean_token_accuracy"], ["held-out rows", "val-core/all/sft/mean_token_accuracy"]], {share: true});
+  panel("Distance from the teacher, nats per token", [["loss", "distillation/loss"], ["reverse KL", "distillation/reverse_kl"]]);
+  panel("Probability of the teacher's likeliest tokens", [["policy", "distillation/student_mass"], ["teacher", "distillation/teacher_mass"]], {share: true});
   panel("Training reward", [["mean of the batch", "critic/rewards/mean"]], {smooth: 6});
   const accuracies = some(/^val-core\/.+\/acc\/(greedy|mean@\d+)$/);
   const sources = new Set(accuracies.map(n => n.slice(9, n.lastIndexOf("/acc/"))));
@@ -148,7 +150,7 @@ function training() {
     [(sources.size > 1 ? n.slice(9, n.lastIndexOf("/acc/")) + " " : "") + short(n), n, [n + "/ci95_low", n + "/ci95_high"]]), {share: true});
   panel("Response length, tokens", [["mean", "response_length/mean"], ["longest", "response_length/max"], ["shortest", "response_length/min"]].slice(0, single ? 3 : 1));
   panel("Shares of the batch", [["replies cut off", "response_length/clip_ratio"], ["groups without signal", "training/groups_all_equal"], ["tokens clipped", "actor/pg_clipfrac"]], {share: true});
-  panel("Entropy, nats per token", [["policy", "actor/entropy"], ...some(/^(sft|dpo)\/entropy$/).map(n => ["model", n]), ...some(/^val-core\/all\/(sft|dpo)\/entropy$/).map(n => ["held-out rows", n])]);
+  panel("Entropy, nats per token", [["policy", "actor/entropy"], ["teacher", "distillation/teacher_entropy"], ...some(/^(sft|dpo)\/entropy$/).map(n => ["model", n]), ...some(/^val-core\/all\/(sft|dpo)\/entropy$/).map(n => ["held-out rows", n])]);
   /* The reference is the initial policy unless it is taken anew. */
   const initial = runs.every(r => !setting(r, "actor.ref_refresh_steps"));
   panel(initial ? "KL to the initial policy" : "KL to the reference", [["in the loss", "actor/kl_loss"], ["in the reward", "actor/reward_kl_penalty"]]);
