@@ -6,6 +6,7 @@ them; generation keeps one array per layer (`stacked=False`), with the matrices 
 multiply the same input joined (`fused=True`): fewer and larger products.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ Lookup = Callable[[Array, Array, Any], Array]
 RotaryTable = tuple[Float[Array, "B T h"], Float[Array, "B T h"]] | None
 # {"q": {"a": ..., "b": ...}, ...} of one layer, see `lora.scaled`
 Adapters = Mapping[str, Mapping[str, Array]]
+Thin = tuple[Array | None, Array | None]
 
 
 def anywhere(x: Array, *axes: str | None) -> Array:
@@ -194,36 +196,40 @@ class Layer(nnx.Module):
         out, kept = attend(q, k, v)
         out = shard(out, *heads)
         equation, weights = "btnh,dnh->btd", (self.o, self.o_bias, self.o_scale)
-        (add,) = _adding(equation, out, adapters, "o")
-        return _linear(equation, out, *weights, add=add), kept
+        (adapter,) = _thin(equation, out, adapters, "o")
+        return _linear(equation, out, *weights, adapter=adapter), kept
 
     def _heads(self, x, adapters):
         """Queries, keys and values."""
         if not self.fused:
             equation = "btd,dnh->btnh"
-            add = _adding(equation, x, adapters, "q", "k", "v")
-            q = _linear(equation, x, self.q, self.q_bias, add=add[0])
-            k = _linear(equation, x, self.k, self.k_bias, add=add[1])
-            return q, k, _linear(equation, x, self.v, self.v_bias, add=add[2])
+            adapter = _thin(equation, x, adapters, "q", "k", "v")
+            q = _linear(equation, x, self.q, self.q_bias, adapter=adapter[0])
+            k = _linear(equation, x, self.k, self.k_bias, adapter=adapter[1])
+            return q, k, _linear(equation, x, self.v, self.v_bias, adapter=adapter[2])
         equation = "btd,dkgh->btkgh"
-        (add,) = _adding(equation, x, adapters, "qkv")
+        (adapter,) = _thin(equation, x, adapters, "qkv")
         weights = self.qkv, self.qkv_bias, self.qkv_scale
-        qkv = _linear(equation, x, *weights, add=add)
+        qkv = _linear(equation, x, *weights, adapter=adapter)
         q = qkv[..., :-2, :].reshape(*x.shape[:2], -1, self.arch.head_dim)
         return q, qkv[..., -2, :], qkv[..., -1, :]
 
     def _mlp(self, x, shard, adapters):
         if self.fused:
             equation = "btd,dcf->btcf"
-            (add,) = _adding(equation, x, adapters, "gate_up")
+            (adapter,) = _thin(equation, x, adapters, "gate_up")
             weights = self.gate_up, self.gate_up_bias, self.gate_up_scale
-            both = _linear(equation, x, *weights, add=add)
+            both = _linear(equation, x, *weights, adapter=adapter)
             gate, up = both[:, :, 0], both[:, :, 1]
         else:
             equation = "btd,df->btf"
-            add = _adding(equation, x, adapters, "gate", "up")
-            gate = _linear(equation, x, self.gate, self.gate_bias, add=add[0])
-            up = _linear(equation, x, self.up, self.up_bias, add=add[1])
+            adapter = _thin(equation, x, adapters, "gate", "up")
+            gate = _linear(
+                equation, x, self.gate, self.gate_bias, adapter=adapter[0], wide=True
+            )
+            up = _linear(
+                equation, x, self.up, self.up_bias, adapter=adapter[1], wide=True
+            )
         match self.arch.activation:
             case "silu":
                 gate = jax.nn.silu(gate)
@@ -231,9 +237,9 @@ class Layer(nnx.Module):
                 gate = jax.nn.gelu(gate, approximate=True)
         hidden = shard(gate * up, "rows", "tokens", "mlp")
         equation = "btf,df->btd"
-        (add,) = _adding(equation, hidden, adapters, "down")
+        (adapter,) = _thin(equation, hidden, adapters, "down")
         weights = self.down, self.down_bias, self.down_scale
-        return _linear(equation, hidden, *weights, add=add)
+        return _linear(equation, hidden, *weights, adapter=adapter)
 
 
 class Norm(nnx.Module):
@@ -301,54 +307,111 @@ def _linear(
     weight: nnx.Param,
     bias: nnx.Param | None,
     scale: nnx.Param | None = None,
-    add: Callable[[Array], Array] | None = None,
+    adapter: Thin | None = None,
+    wide: bool = False,
 ):
-    if scale is None:
+    """The product with a weight and what its adapter adds.
+
+    With adapters it has a name, as has (x a): what a backward pass that keeps products
+    keeps. The two terms of the sum have none.
+
+    Args:
+      wide: the result is much wider than x, see `_wide`.
+    """
+    more, b = adapter or (None, None)
+    if more is not None and wide:
+        out = _wide(equation, x, weight[...].astype(x.dtype), more, b)
+    elif scale is None:
         out = jnp.einsum(equation, x, weight[...].astype(x.dtype))
     else:
         out = product(equation, x, weight[...], scale[...])
-    if add is not None:
-        out = add(out)
+    if more is not None and not wide:
+        out = out + jnp.einsum(_of_thin(equation), more, b)
+    if adapter is not None:
+        out = checkpoint_name(out, PRODUCT)
     if bias is None:
         return out
     value = bias[...].astype(x.dtype)
     return out + jnp.expand_dims(value, tuple(range(out.ndim - value.ndim)))
 
 
-def _adding(
-    equation: str, x: Array, adapters: Adapters | None, *names: str
-) -> list[Callable[[Array], Array] | None]:
-    """What makes of the product of x with each of some matrices, as `equation` has
-    them, that with their adapters, if the layer has any.
+def _of_thin(equation: str) -> str:
+    """How x a and b are multiplied, where x and the matrix are as in `equation`."""
+    inputs, result = equation.split("->")
+    made = "".join(axis for axis in result if axis not in inputs.split(",")[0])
+    return f"btr,r{made}->{result}"
 
-    Such sums have a name, and so have the products (x a), of all at once: what a
-    backward pass that keeps products keeps. The two terms of a sum have none.
-    """
+
+def _thin(
+    equation: str, x: Array, adapters: Adapters | None, *names: str
+) -> list[Thin | None]:
+    """x a and b of matrices that x is multiplied with as `equation` has it; one product
+    for all of them. Each is None if the layer has no adapters, and (None, None) if it
+    has none for that matrix."""
     if adapters is None:
         return [None] * len(names)
     inputs, result = equation.split("->")
     given, _ = inputs.split(",")
     summed = "".join(axis for axis in given if axis not in result)
-    made = "".join(axis for axis in result if axis not in given)
     there = [name for name in names if name in adapters]
-    parts: list[Array] = []
+    found: dict[str, Thin] = {}
     if there:
-        a = [adapters[name]["a"] for name in there]
-        inner = jnp.einsum(f"{given},{summed}r->btr", x, jnp.concatenate(a, axis=-1))
+        a = jnp.concatenate([adapters[name]["a"] for name in there], axis=-1)
+        inner = jnp.einsum(f"{given},{summed}r->btr", x, a)
         parts = jnp.split(checkpoint_name(inner, PRODUCT), len(there), axis=-1)
-    inner_of = dict(zip(there, parts, strict=True))
+        for name, part in zip(there, parts, strict=True):
+            found[name] = part, adapters[name]["b"]
+    return [found.get(name, (None, None)) for name in names]
 
-    def of(name: str) -> Callable[[Array], Array]:
-        def add(product: Array) -> Array:
-            if name in inner_of:
-                b = adapters[name]["b"]
-                more = jnp.einsum(f"btr,r{made}->{result}", inner_of[name], b)
-                product = product + more
-            return checkpoint_name(product, PRODUCT)
 
-        return add
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wide(equation: str, x: Array, weight: Array, more: Array, b: Array) -> Array:
+    """x weight + more b, without a second result as wide as the first.
 
-    return [of(name) for name in names]
+    On a GPU the sum is one product, of [x, more] and [weight, b]: to write a wide
+    result twice would take as long as a third of that product.
+    """
+
+    def apart(x, weight, more, b):
+        return jnp.einsum(equation, x, weight) + jnp.einsum(_of_thin(equation), more, b)
+
+    def joined(x, weight, more, b):
+        x, weight = jnp.concatenate([x, more], -1), jnp.concatenate([weight, b])
+        return jnp.einsum(equation, x, weight)
+
+    return jax.lax.platform_dependent(x, weight, more, b, cuda=joined, default=apart)
+
+
+def _wide_forward(equation, x, weight, more, b):
+    return _wide(equation, x, weight, more, b), (x, weight, more, b)
+
+
+def _wide_backward(equation, kept, gradient):
+    x, weight, more, b = kept
+    inputs, result = equation.split("->")
+    given, matrix = inputs.split(",")
+    thin = _of_thin(equation).split(",")[1].split("->")[0]
+
+    def apart(gradient, weight, b):
+        return (
+            jnp.einsum(f"{result},{matrix}->{given}", gradient, weight),
+            jnp.einsum(f"{result},{thin}->btr", gradient, b),
+        )
+
+    def joined(gradient, weight, b):
+        whole = jnp.concatenate([weight, b])
+        both = jnp.einsum(f"{result},{matrix}->{given}", gradient, whole)
+        return tuple(jnp.split(both, [len(weight)], axis=-1))
+
+    of_x, of_more = jax.lax.platform_dependent(
+        gradient, weight, b, cuda=joined, default=apart
+    )
+    of_weight = jnp.einsum(f"{given},{result}->{matrix}", x, gradient)
+    of_b = jnp.einsum(f"btr,{result}->{thin}", more, gradient)
+    return of_x, of_weight, of_more, of_b
+
+
+_wide.defvjp(_wide_forward, _wide_backward)
 
 
 def _maybe(norm: Norm | None, x):

@@ -202,7 +202,7 @@ def completed(
 
 
 def _actor(
-    config: Config, source: models.RandomWeights, meshes: Mapping[str, Mesh]
+    config: Config, source: models.WeightSource, meshes: Mapping[str, Mesh]
 ) -> Actor:
     """The policy of a run, with its reference and its teacher, of random weights."""
     teacher = None

@@ -310,6 +310,22 @@ def test_the_stored_numbers_are_pefts(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_gpus_way_to_a_wide_product_gives_the_same(monkeypatch):
+    lora = SETTINGS["all"]
+    params, adapters = example(lora)
+    wanted = loss_and_gradients(arch(), lora)(adapters, params)
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *given, cuda, default: cuda(*given)
+    )
+    found = loss_and_gradients.__wrapped__(arch(), lora)(adapters, params)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert any(
+        not np.array_equal(*pair)
+        for pair in zip(*map(jax.tree.leaves, (found, wanted)), strict=True)
+    )
+
+
+@pytest.mark.slow
 @of_old_name
 @pytest.mark.parametrize("family", transformers_models.FAMILIES)
 def test_every_family_has_the_loss_and_the_gradients_of_peft(family, tmp_path):
