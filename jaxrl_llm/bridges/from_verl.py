@@ -85,6 +85,8 @@ def _model(draft: Draft) -> None:
             draft.put(f"{key}.alpha", alpha, f"{section}lora_alpha")
             whole = "all" if modules == "all-linear" else modules
             draft.put(f"{key}.modules", whole, f"{section}target_modules")
+    if begin := draft.get(f"{_MODEL}lora_adapter_path"):
+        draft.put("actor.lora.path", begin, f"{_MODEL}lora_adapter_path")
     if draft.get(f"{_MODEL}custom_chat_template"):
         draft.left[f"{_MODEL}custom_chat_template"] = (
             "write it to a file and name that in data.chat_template_file"

@@ -164,9 +164,13 @@ def test_groups_differ_in_what_the_users_function_returns(folder, own, metric, w
 
 
 def test_adapters_are_taken_over(folder):
-    lines = "{lora_rank: 8, lora_alpha: 4, target_modules: [q_proj, down_proj]}"
+    lines = (
+        "{lora_rank: 8, lora_alpha: 4, target_modules: [q_proj, down_proj], "
+        "lora_adapter_path: begun}"
+    )
     draft = verl(folder, f"actor_rollout_ref: {{model: {lines}}}")
     wanted = {"rank": 8, "alpha": 4, "modules": ["q_proj", "down_proj"]}
+    wanted |= {"path": "begun"}
     assert draft.tree()["actor"]["lora"] == wanted
     draft = verl(folder, "actor_rollout_ref: {model: {lora_rank: 0}}")
     assert "lora" not in draft.tree()["actor"]

@@ -126,6 +126,9 @@ KEYS = {
     "actor_rollout_ref.model.lora_rank": Key("actor.lora.rank", _NO_LORA),
     "actor_rollout_ref.model.lora_alpha": Key("actor.lora.alpha"),
     "actor_rollout_ref.model.target_modules": Key("actor.lora.modules", _MODULES),
+    "actor_rollout_ref.model.lora_adapter_path": Key(
+        "actor.lora.path", "with the folder's rank, alpha and modules"
+    ),
     "actor_rollout_ref.model.trust_remote_code": Key(None, _NO_CODE),
     "actor_rollout_ref.model.external_lib": Key(None, _NO_CODE),
     "actor_rollout_ref.model.use_liger": Key(None, _COMPILED),
