@@ -148,13 +148,20 @@ def load(
         )
     sets = [kept] if others is None else [kept, others]
     overlong = sum(one.overlong for one in sets)
+    warnings = [text for one in sets for text in one.warnings]
+    if overlong:
+        what = "left out" if form.overlong == "drop" else "cut, or left out"
+        warnings.append(
+            f"{overlong} rows are longer than data.max_length, {form.max_length} "
+            f"tokens, and are {what} (data.overlong: {form.overlong})"
+        )
     return ExampleSets(
         train=left,
         val=others.examples if others else [],
         dropped=overlong if form.overlong == "drop" else 0,
         truncated=overlong if form.overlong == "truncate" else 0,
         train_removed_as_held_out=len(kept.examples) - len(left),
-        warnings=tuple(text for one in sets for text in one.warnings),
+        warnings=tuple(warnings),
     )
 
 

@@ -95,6 +95,10 @@ def read(
             f"{source.path}: {equal} of {len(rows)} rows have the same answer as "
             "chosen and rejected; they are left out"
         )
+    if has_margins and needs_prompt:
+        warnings.append(
+            f"{source.path}: column 'margin' is read for reward models only"
+        )
     return Read(found, overlong, warnings)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxrl_llm import models
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config, ModelConfig
+from jaxrl_llm.config.schema_offline import RmConfig
 from jaxrl_llm.config.schema_training import LoraConfig
 from jaxrl_llm.config.secrets import without_secrets
 from jaxrl_llm.sharding import processes
@@ -95,6 +96,11 @@ def model_of(name: str, config: Config) -> tuple[Config, Path | None]:
     if not learned.is_checkpoint(path):
         return _with(config, _own(name, config)), None
     settings = learned.run_of(path)
+    if isinstance(settings, RmConfig):
+        raise ConfigError(
+            f"{name} is of a reward model, which answers no questions; name it in "
+            "reward.model.path"
+        )
     lora = learned.trained_by(settings).lora
     # What they began with has been trained on: the checkpoint has all of them.
     lora = lora and lora.model_copy(update={"path": None})

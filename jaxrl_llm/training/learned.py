@@ -10,7 +10,7 @@ from jaxrl_llm import models
 from jaxrl_llm.config import resume
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
-from jaxrl_llm.config.schema_offline import OfflineConfig
+from jaxrl_llm.config.schema_offline import OfflineConfig, RmConfig
 from jaxrl_llm.config.schema_training import TrainedConfig
 from jaxrl_llm.training import checkpoint, settings, sft
 from jaxrl_llm.training.build import read_template
@@ -45,8 +45,8 @@ def trained_by(config: Config | OfflineConfig) -> TrainedConfig:
 
 
 def write(path: Path, directory: Path, *, dtype: Dtype | None, merge: bool) -> str:
-    """Writes the policy of a checkpoint: its weights as a Hugging Face directory; of
-    one that trains adapters these, as a directory of PEFT.
+    """Writes the model of a checkpoint: its weights as a Hugging Face directory; of one
+    that trains adapters these, as a directory of PEFT.
 
     Args:
       directory: must not exist, or be empty.
@@ -68,7 +68,8 @@ def write(path: Path, directory: Path, *, dtype: Dtype | None, merge: bool) -> s
     if config.data.chat_template_file:
         template = read_template(config.data.chat_template_file)
         source.tokenizer.chat_template = template
-    params = checkpoint.read_policy(path, _here(source.arch, lora))
+    scores = isinstance(config, RmConfig)
+    params = checkpoint.read_policy(path, _here(source.arch, lora, scores))
     made = recipe if isinstance(config, Config) else sft.recipe
     how = made(config, int(path.absolute().name))
     if lora is not None and not merge:
@@ -79,13 +80,18 @@ def write(path: Path, directory: Path, *, dtype: Dtype | None, merge: bool) -> s
         params = models.merged(source.load(), params, lora)
     kind = dtype or "bfloat16"
     card = models.model_card(source.origin, how)
-    models.save(directory, source.arch, params, source.tokenizer, dtype=kind, card=card)
-    return f"weights, {kind}"
+    save = models.save_classifier if scores else models.save
+    save(directory, source.arch, params, source.tokenizer, dtype=kind, card=card)
+    return f"{'a reward model' if scores else 'weights'}, {kind}"
 
 
-def _here(arch: models.Architecture, lora: models.Lora | None) -> Any:
-    """What of the policy is trained, to be read onto one device."""
-    shapes = models.abstract_params(arch)
+def _here(arch: models.Architecture, lora: models.Lora | None, scores: bool) -> Any:
+    """What of the model is trained, to be read onto one device.
+
+    Args:
+      scores: whether it has a value head in place of the output matrix.
+    """
+    shapes = (models.abstract_critic if scores else models.abstract_params)(arch)
     if lora is not None:
         shapes = models.abstract_adapters(arch, lora)
     one = SingleDeviceSharding(jax.devices()[0])

@@ -142,6 +142,8 @@ def test_a_margin_and_what_digests_tell(read):
     rows[1]["margin"] = 0.6
     changed = preferences.digests(read(rows).examples)
     assert [k for k in told if told[k] != changed[k]] == ["column 'margin'"]
+    assert "'margin' is read for reward models only" in read(rows).warnings[0]
+    assert not read(rows, needs_prompt=False).warnings
     plain = preferences.digests(read([row("ab", "ac")]).examples)
     assert "column 'margin'" not in plain
 

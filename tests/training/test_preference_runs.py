@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from jaxrl_llm import models
+from jaxrl_llm import cli, models
 from jaxrl_llm.config import parsing
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema_offline import DpoConfig, RmConfig
 from jaxrl_llm.data import given, preferences
 from jaxrl_llm.models.value_head import values
 from jaxrl_llm.tracking import metric_table, run_directory
-from jaxrl_llm.training import offline_loop, offline_tasks
+from jaxrl_llm.training import evaluation, offline_loop, offline_tasks
 from jaxrl_llm.training.checkpoint import Checkpoints
 from jaxrl_llm.training.offline_build import build
 from jaxrl_llm.training.reference_logprobs import FILE, Stored
@@ -113,6 +114,24 @@ def test_a_reward_model_tells_right_from_wrong_and_is_written(reward_model, rows
     # bfloat16 files.
     wanted = table["val-core/all/rm/margin"][STEPS]
     assert np.mean(margins) == pytest.approx(wanted, rel=0.03)
+
+
+def test_a_checkpoint_is_written_as_a_reward_model(reward_model, tiny_model, tmp_path):
+    newest = reward_model.directory / "checkpoints" / str(STEPS)
+    cli.convert(str(newest), str(tmp_path / "out"), dtype="bfloat16")
+    got, wanted = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "out", reward_model.weights)
+    )
+    assert got.keys() == wanted.keys() and "score.weight" in got
+    for name, tensor in wanted.items():
+        np.testing.assert_array_equal(got[name], tensor)
+    asked = {"output_dir": "x", "model": {"path": tiny_model}, "data": {}}
+    asked["data"] = {"train": {"path": "a.jsonl"}, "val": {"path": "a.jsonl"}}
+    asked["reward"] = {"functions": [{"name": "exact"}]}
+    asked["trainer"] = {"total_training_steps": 1}
+    with pytest.raises(ConfigError, match="of a reward model, which answers no"):
+        evaluation.model_of(str(newest), parsing.parse(asked, "a test"))
 
 
 @pytest.mark.slow
