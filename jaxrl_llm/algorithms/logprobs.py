@@ -62,7 +62,9 @@ def of_tokens(
       previous: where in its row the token before each stands; to its left if not given.
       logit_softcap: softcap(x) = cap * tanh(x / cap); None for the identity.
       entropy_gradient: if False, the entropy is a constant to differentiation.
-      matrix_gradient: if False, `output_matrix` is one.
+      matrix_gradient: if False, `output_matrix` is one. Without a gradient of the
+        entropy either, the logits are computed once: a token's gradient is then the
+        cotangent of its log-probability times a vector [D] that is known beforehand.
       keep: softmax(logits), [R, T, V] in the dtype of `hidden`, for the backward pass,
         rather than computing the logits again. Only without a gradient of the entropy
         and a score cap, which need the logits themselves.
@@ -87,6 +89,7 @@ def of_tokens(
         split,
         keep=keep,
         matrix_gradient=matrix_gradient,
+        slope=not (matrix_gradient or entropy_gradient or keep),
         likeliest=likeliest,
     )
     with jax.named_scope("logprobs"):
@@ -206,6 +209,7 @@ class _How(NamedTuple):
     split: tuple[str, ...]
     keep: bool = False
     matrix_gradient: bool = True
+    slope: bool = False
     likeliest: bool = False
 
 
@@ -309,7 +313,7 @@ def _met(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _score(hidden, output_matrix, tokens, mask, previous, how: _How):
-    how = how._replace(keep=False)
+    how = how._replace(keep=False, slope=False)
     return _score_forward(hidden, output_matrix, tokens, mask, previous, how)[0]
 
 
@@ -336,12 +340,20 @@ def _score_forward(hidden, output_matrix, tokens, mask, previous, how: _How):
         if how.keep:
             p = jnp.exp(logits - new[1][..., None]).astype(hidden.dtype)
             kept = _put(kept, p, i, how.size)
+        if how.slope:
+            p = jnp.exp(logits - new[1][..., None])
+            own = _columns(tokens, i, how.size)[..., None]
+            slope = _d_logits(p, logits, own, 1.0, 1.0, how).astype(hidden.dtype)
+            slope = jnp.einsum("rtv,vd->rtd", slope, matrix)
+            kept = _put(kept, slope, i, how.size)
         return found, kept
 
     zeros = (jnp.zeros(tokens.shape),) * (3 + how.likeliest)
     kept = None
     if how.keep:
         kept = jnp.zeros((*tokens.shape, len(matrix)), hidden.dtype)
+    if how.slope:
+        kept = jnp.zeros_like(chosen.hidden)
     (own, total, mean, *likeliest), kept = jax.lax.fori_loop(
         0, chosen.chunks, of_chunk, (zeros, kept)
     )
@@ -355,7 +367,7 @@ def _score_backward(how: _How, kept, cotangents):
 
     d logits[v] = g * [v = token] - p[v] * (g + e * (logits[v] - sum(p * logits)))
     """
-    hidden, output_matrix, tokens, mask, previous, total, mean, probabilities = kept
+    hidden, output_matrix, tokens, mask, previous, total, mean, known_before = kept
     matrix = _whole(output_matrix, hidden.dtype, how)
     chosen = _choose(hidden, mask, previous, how.size)
     there = jnp.arange(tokens.shape[1])[None] <= chosen.rank[:, -1:]
@@ -371,17 +383,12 @@ def _score_backward(how: _How, kept, cotangents):
             for x in (tokens, of_logprob, of_entropy, total, mean)
         )
         if how.keep:
-            p = _columns(probabilities, i, how.size).astype(jnp.float32)
+            p, logits = _columns(known_before, i, how.size).astype(jnp.float32), None
         else:
             logits = _logits(known, matrix, how)
             p = jnp.exp(logits - log_norm)
-        is_own = jnp.arange(p.shape[-1])[None, None] == own
         pull = g + e * (logits - expected) if how.entropy_gradient else g
-        d_logits = (jnp.where(is_own, g, 0.0) - p * pull) / how.temperature
-        if how.logit_softcap is not None:
-            capped = logits * (how.temperature / how.logit_softcap)
-            d_logits = d_logits * (1.0 - capped**2)
-        d_logits = d_logits.astype(hidden.dtype)
+        d_logits = _d_logits(p, logits, own, g, pull, how).astype(hidden.dtype)
         d_hidden = jnp.einsum("rtv,vd->rtd", d_logits, matrix)
         if not how.matrix_gradient:
             return _put(grads[0], d_hidden, i, how.size), None
@@ -393,11 +400,25 @@ def _score_backward(how: _How, kept, cotangents):
     zeros = jnp.zeros_like(chosen.hidden), None
     if how.matrix_gradient:
         zeros = zeros[0], jnp.zeros(matrix.shape, jnp.float32)
-    d_known, d_matrix = jax.lax.fori_loop(0, chosen.chunks, of_chunk, zeros)
+    if how.slope:
+        d_known, d_matrix = of_logprob[..., None] * known_before, None
+        d_known = d_known.astype(hidden.dtype)
+    else:
+        d_known, d_matrix = jax.lax.fori_loop(0, chosen.chunks, of_chunk, zeros)
     d_hidden, d_matrix = _met(
         d_known, d_matrix, hidden, output_matrix, chosen, there, mask, previous, how
     )
     return d_hidden, d_matrix, None, None, None
+
+
+def _d_logits(p, logits, own, g, pull, how: _How) -> Float[Array, "R t V"]:
+    """The cotangent of products with the output matrix: see `_score_backward`."""
+    is_own = jnp.arange(p.shape[-1])[None, None] == own
+    found = (jnp.where(is_own, g, 0.0) - p * pull) / how.temperature
+    if how.logit_softcap is None:
+        return found
+    capped = logits * (how.temperature / how.logit_softcap)
+    return found * (1.0 - capped**2)
 
 
 _score.defvjp(_score_forward, _score_backward)

@@ -55,7 +55,7 @@ def test_equals_the_naive_log_softmax_and_its_gradient(chunk, temperature, softc
 
     def loss(score):
         def f(hidden, output_matrix):
-            own, entropy = score(hidden, output_matrix)
+            own, entropy = score(hidden, output_matrix)[:2]
             return jnp.sum(own * jnp.cos(own)) + jnp.sum(jnp.sin(entropy)), own
 
         return jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
@@ -149,6 +149,30 @@ def test_kept_probabilities_give_the_same_gradient(chunk):
         for keep in (True, False)
     )
     chex.assert_trees_all_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk, softcap", [(1000, 2.0), (6, None)])
+def test_without_a_gradient_of_the_matrix_logits_are_computed_once(chunk, softcap):
+    hidden, output_matrix, tokens = make()
+    before = jnp.maximum(jnp.arange(T)[None] - 1, 0) + jnp.zeros((R, 1), jnp.int32)
+
+    def loss(hidden, previous, matrix_gradient):
+        own = logprobs.of_tokens(
+            hidden, output_matrix, tokens, POSITIONS, MASK,
+            previous=previous, temperature=0.7, logit_softcap=softcap, chunk=chunk,
+            entropy_gradient=False, matrix_gradient=matrix_gradient,
+        ).logprobs  # fmt: skip
+        return jnp.sum(own * jnp.cos(own))
+
+    grad = jax.value_and_grad(loss)
+    for previous in (None, before):
+        got = grad(hidden, previous, False)
+        chex.assert_trees_all_close(
+            got, grad(hidden, previous, True), rtol=1e-5, atol=1e-6
+        )
+    for matrix_gradient, products in ((False, 2), (True, 4)):
+        lowered = jax.jit(grad, static_argnums=2).lower(hidden, None, matrix_gradient)
+        assert lowered.as_text().count("stablehlo.dot_general") == products
 
 
 @pytest.mark.parametrize("how", [{}, {"logit_softcap": 2.0, "entropy_gradient": False}])
