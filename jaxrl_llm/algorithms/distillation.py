@@ -86,7 +86,15 @@ def forward_kl_topk(
       top_ids: K < V different tokens.
       top_logprobs: of the teacher; not differentiated.
     """
-    top_logprobs = jax.lax.stop_gradient(top_logprobs)
+    return _topk_kl(logits, top_ids, top_logprobs)
+
+
+@jax.custom_vjp
+def _topk_kl(logits, top_ids, top_logprobs):
+    return _topk_kl_forward(logits, top_ids, top_logprobs)[0]
+
+
+def _topk_kl_forward(logits, top_ids, top_logprobs):
     total = jax.nn.logsumexp(logits, axis=-1)
     own = jnp.take_along_axis(logits, top_ids, axis=-1) - total[..., None]
     others = jnp.put_along_axis(logits, top_ids, -jnp.inf, axis=-1, inplace=False)
@@ -94,7 +102,23 @@ def forward_kl_topk(
     p = jnp.exp(top_logprobs)
     left = jnp.maximum(1.0 - jnp.sum(p, axis=-1), 0.0)
     of_rest = jax.scipy.special.xlogy(left, left) - left * rest
-    return jnp.sum(p * (top_logprobs - own), axis=-1) + of_rest
+    found = jnp.sum(p * (top_logprobs - own), axis=-1) + of_rest
+    return found, (logits, top_ids, p, left, total, rest)
+
+
+def _topk_kl_backward(kept, g):
+    """d logits[v] = q[v] - p[v] of the likeliest tokens, q[v] (1 - P / Q) of others."""
+    logits, top_ids, p, left, total, rest = kept
+    g, left, total, rest = (x[..., None] for x in (g, left, total, rest))
+    of_rest = jnp.exp(jnp.minimum(logits - total - rest, 0.0))  # 1 at most, of others
+    d_others = g * (jnp.exp(logits - total) - left * of_rest)
+    q = jnp.exp(jnp.take_along_axis(logits, top_ids, axis=-1) - total)
+    d_top = g * (q - p)
+    d_logits = jnp.put_along_axis(d_others, top_ids, d_top, axis=-1, inplace=False)
+    return d_logits, None, None
+
+
+_topk_kl.defvjp(_topk_kl_forward, _topk_kl_backward)
 
 
 def generalized_jsd(
@@ -151,9 +175,11 @@ def taught(
 
 
 def _taught(logits, _, tokens, *, topk: int | None) -> Taught:
-    logp = jax.nn.log_softmax(logits)
-    top, ids = (None, None) if topk is None else jax.lax.top_k(logp, topk)
-    return Taught(_of(logp, tokens), _entropy(logp), ids, top)
+    total, top, ids = jax.nn.logsumexp(logits, axis=-1), None, None
+    if topk is not None:
+        top, ids = jax.lax.top_k(logits, topk)
+        top = top - total[..., None]
+    return Taught(_of(logits, total, tokens), _entropy(logits, total), ids, top)
 
 
 def with_topk(
@@ -183,11 +209,11 @@ def with_topk(
 
 def _with_topk(logits, _, beside, *, entropy_gradient: bool) -> Distilled:
     tokens, said = beside
-    logp = jax.nn.log_softmax(logits)
-    own = jnp.take_along_axis(logp, said.top_ids, axis=-1)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    own = jnp.take_along_axis(logits, said.top_ids, axis=-1) - total[..., None]
     return Distilled(
-        _of(logp, tokens),
-        _entropy(logp, entropy_gradient),
+        _of(logits, total, tokens),
+        _entropy(logits, total, entropy_gradient),
         forward_kl_topk(logits, said.top_ids, said.top_logprobs),
         said.logprobs,
         said.entropy,
@@ -225,26 +251,32 @@ def with_teacher(
 
 
 def _with_teacher(logits, teacher_logits, tokens, *, beta, entropy_gradient):
-    logq = jax.nn.log_softmax(logits)
-    logp = jax.nn.log_softmax(jax.lax.stop_gradient(teacher_logits))
+    teacher_logits = jax.lax.stop_gradient(teacher_logits)
+    total, teachers = (jax.nn.logsumexp(x, axis=-1) for x in (logits, teacher_logits))
     whole, known = jnp.ones(tokens.shape), teacher_logits.shape[-1]
     return Distilled(
-        _of(logq, tokens),
-        _entropy(logq, entropy_gradient),
+        _of(logits, total, tokens),
+        _entropy(logits, total, entropy_gradient),
         generalized_jsd(logits[..., :known], teacher_logits, beta),
-        _of(logp, tokens),
-        _entropy(logp),
+        _of(teacher_logits, teachers, tokens),
+        _entropy(teacher_logits, teachers),
         whole,
         whole,
     )
 
 
-def _of(logp: Float[Array, "*n V"], tokens: Int[Array, "*n"]) -> Float[Array, "*n"]:
-    """-inf for a token that is not there."""
-    own = jnp.take_along_axis(logp, tokens[..., None], axis=-1, mode="clip")[..., 0]
-    return jnp.where(tokens < logp.shape[-1], own, -jnp.inf)
+def _of(
+    logits: Float[Array, "*n V"], total: Float[Array, "*n"], tokens: Int[Array, "*n"]
+) -> Float[Array, "*n"]:
+    """Log-probability of tokens; -inf for one that is not there."""
+    own = jnp.take_along_axis(logits, tokens[..., None], axis=-1, mode="clip")[..., 0]
+    return jnp.where(tokens < logits.shape[-1], own - total, -jnp.inf)
 
 
-def _entropy(logp: Float[Array, "*n V"], gradient: bool = True) -> Float[Array, "*n"]:
-    logp = logp if gradient else jax.lax.stop_gradient(logp)
-    return -jnp.sum(jnp.exp(logp) * logp, axis=-1)
+def _entropy(
+    logits: Float[Array, "*n V"], total: Float[Array, "*n"], gradient: bool = True
+) -> Float[Array, "*n"]:
+    if not gradient:
+        logits, total = jax.lax.stop_gradient((logits, total))
+    surprise = total[..., None] - logits
+    return jnp.sum(jnp.exp(-surprise) * surprise, axis=-1)

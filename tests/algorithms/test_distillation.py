@@ -188,6 +188,11 @@ def test_the_tail_class_is_counted():
     wanted = 0.5 * np.log(2) + 0.25 * np.log(1) + 0.25 * np.log(0.25 / 0.5)
     np.testing.assert_allclose(got, wanted, rtol=1e-6)
     # A teacher that knows: nothing is left, and a student far off costs no infinity.
+    sure, gradient = jax.value_and_grad(distillation.forward_kl_topk)(
+        jnp.array([0.0, 150.0, 0.0]), jnp.array([1]), jnp.log(jnp.array([0.5]))
+    )
+    np.testing.assert_allclose(sure, 75 - 1.5 * np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(gradient, [-0.25, 0.5, -0.25], atol=1e-6)
     sure = distillation.forward_kl_topk(
         jnp.array([0.0, 50.0, 0.0]), jnp.array([0]), jnp.zeros(1)
     )
