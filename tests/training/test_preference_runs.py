@@ -83,11 +83,25 @@ def learned(result, verb):
         return jax.device_get(checkpoints.restore(job.abstract_state()).state.params)
 
 
+@pytest.mark.parametrize("verb", SCHEMAS)
+def test_a_run_is_built_of_pairs(verb, tiny_model, rows, tmp_path):
+    config = config_of(verb, tiny_model, tmp_path, rows)
+    job = build(config, offline_tasks.of(verb))
+    batch = job.rows(next(job.stream()))
+    assert batch.num_sequences == 2 * config.data.train_batch_size
+    assert (batch.ref_logprobs is None) == (verb == "rm")
+    assert job.learner.name == verb and len(job.data.val) == len(ROWS) - 14
+    assert ("model" in job.inputs) == (verb == "dpo")
+    ends = [e.tokens[-1] for pair in job.data.train for e in pair.episodes]
+    assert {*ends} == {*job.source.arch.eos_token_ids}
+
+
 @pytest.fixture(scope="module")
 def reward_model(tiny_model, rows, tmp_path_factory):
     return trained("rm", tiny_model, tmp_path_factory.mktemp("rm") / "run", rows)
 
 
+@pytest.mark.slow
 def test_a_reward_model_tells_right_from_wrong_and_is_written(reward_model, rows):
     table = reward_model.table()
     assert table["rm/loss"][1] == pytest.approx(np.log(2))  # the head starts at 0
@@ -116,6 +130,7 @@ def test_a_reward_model_tells_right_from_wrong_and_is_written(reward_model, rows
     assert np.mean(margins) == pytest.approx(wanted, rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_written_as_a_reward_model(reward_model, tiny_model, tmp_path):
     newest = reward_model.directory / "checkpoints" / str(STEPS)
     cli.convert(str(newest), str(tmp_path / "out"), dtype="bfloat16")
