@@ -30,8 +30,8 @@ def misfits(config) -> Iterator[str]:
             f"actor.entropy_coeff is {actor.entropy_coeff}, whose gradient needs the "
             "logits; set actor.keep_probabilities to false"
         )
-    kept = actor.ref_refresh_steps is not None or actor.ref_mesh is not None
-    if actor.lora and "reference" in actor.offload and not kept:
+    kept = (actor.ref_refresh_steps, actor.ref_mesh, actor.lora and actor.lora.path)
+    if actor.lora and "reference" in actor.offload and not any(kept):
         yield (
             "actor.offload has reference, but with actor.lora the reference is the "
             "policy without its adapters and takes no memory of its own; leave it out"

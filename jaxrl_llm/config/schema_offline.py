@@ -238,8 +238,6 @@ def misfits(config: Any) -> Iterator[str]:
             f"learner.pack_length is {learner.pack_length} but data.max_length is "
             f"{data.max_length}; use at least {data.max_length}"
         )
-    if learner.lora:
-        yield "learner.lora is given, but jaxrl sft trains all weights; leave it out"
     first, _, last = (trainer.profile or "1:1").partition(":")
     if int(first) > int(last):
         yield f"trainer.profile is {first}:{last}, which is no step"

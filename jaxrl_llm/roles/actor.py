@@ -28,10 +28,10 @@ from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.data.types import Completion, Episode, Prompt
 from jaxrl_llm.models import Architecture, WeightSource
 from jaxrl_llm.models.apply import Params
+from jaxrl_llm.roles import merging
 from jaxrl_llm.roles.policy import Policy
 from jaxrl_llm.roles.reference import Reference
 from jaxrl_llm.roles.sharded_model import (
-    COMPILER_OPTIONS,
     named,
     to_devices,
     to_host,
@@ -100,14 +100,8 @@ class Actor:
         self.schedule, self.source, self.teacher = schedule, source, teacher
         self._adapters, self._lora = adapters, policy.settings.lora
         if self._lora is not None:
-            is_trained = models.is_adapter
-            of_layers = policy.param_shardings()["layers"]
-            matrices = {name: of_layers[name] for name in self._lora.modules}
-            self._merge = jax.jit(
-                functools.partial(models.merged, lora=self._lora),
-                out_shardings={"layers": matrices},
-                compiler_options=COMPILER_OPTIONS,
-            )
+            is_trained = merging.is_trained
+            self._merge = merging.Merging(policy)
 
         how = dataclasses.replace(
             settings.update, micro_batch_size=policy.layout.micro_batch_size
@@ -193,11 +187,12 @@ class Actor:
 
     def read_weights(self, dtype: Any) -> Params:
         """The weights before training, laid out for training."""
-        _, of_base = self._split_off(self.policy.param_shardings())
-        params = self.source.load(dtype=jnp.dtype(dtype), shardings=of_base)
+        params = self.source.load(
+            dtype=jnp.dtype(dtype), shardings=self.policy.base_shardings()
+        )
         if self._lora is None:
             return params
-        return self._merged(params, self._read_adapters())
+        return self._merge(params, self._read_adapters())
 
     def start(self) -> grpo.TrainState:
         """The state before the first update. Reads the weights that are trained."""
@@ -211,9 +206,8 @@ class Actor:
         """The weights that are not trained; None if all are. Reads them."""
         if self._trained.is_trained is None:
             return None
-        _, of_base = self._split_off(self.policy.param_shardings())
         dtype = jnp.dtype(self.policy.settings.dtype)
-        params = self.source.load(dtype=dtype, shardings=of_base)
+        params = self.source.load(dtype=dtype, shardings=self.policy.base_shardings())
         return params if self._lora else self._trained.split(params)[1]
 
     def abstract_frozen(self) -> Params:
@@ -229,7 +223,7 @@ class Actor:
         """
         if self._lora is None:
             return models.merge(params, self.frozen)
-        return self._merged(self.frozen, params)
+        return self._merge(self.frozen, params)
 
     def computed(self, params: Params) -> Params:
         """The weights that the policy is computed with: as `weights`, but adapters
@@ -246,7 +240,7 @@ class Actor:
         """Shapes, dtypes and shardings of what of `weights` is made anew each time."""
         if self._lora is None:
             return {}
-        return self._matrices(self.abstract_weights())
+        return self._merge.matrices(self.abstract_weights())
 
     def _abstract_computed(self) -> Params:
         """Shapes, dtypes and shardings of the weights that the policy is computed
@@ -254,20 +248,7 @@ class Actor:
         return models.merge(self.abstract_state().params, self.abstract_frozen())
 
     def _read_adapters(self) -> Params:
-        shardings, _ = self._trained.split(self.policy.param_shardings())
-        return self._adapters.load(shardings=shardings)
-
-    def _split_off(self, tree: Params) -> tuple[Params, Params]:
-        """The adapters of a tree like the weights, and the rest."""
-        return models.split_params(tree, models.is_adapter)
-
-    def _merged(self, params: Params, adapters: Params) -> Params:
-        found = self._merge(self._matrices(params), adapters)
-        return params | {"layers": params["layers"] | found["layers"]}
-
-    def _matrices(self, params: Params) -> Params:
-        layers = params["layers"]
-        return {"layers": {name: layers[name] for name in self._lora.modules}}
+        return merging.before_training(self.policy, self._adapters)
 
     def is_finite(self, state: grpo.TrainState) -> bool:
         """Whether all weights that are trained are finite."""
@@ -450,7 +431,7 @@ class Actor:
     def lower_merging(self) -> jax.stages.Lowered:
         """What adds adapters to their matrices."""
         adapters = self.abstract_state().params
-        return self._merge.lower(self.abstract_merged(), adapters)
+        return self._merge.lower(self.abstract_weights(), adapters)
 
     def lower_scoring(self, batch: TrainBatch) -> jax.stages.Lowered:
         """Log-probabilities of the policy itself of rows of these shapes."""

@@ -25,6 +25,7 @@ from jaxrl_llm.algorithms import grpo, logprobs, ppo
 from jaxrl_llm.data.rows import TrainBatch, bare, previous_tokens
 from jaxrl_llm.models import Architecture, WeightSource
 from jaxrl_llm.models.apply import Params
+from jaxrl_llm.roles import merging
 from jaxrl_llm.roles.sharded_model import ShardedModel, named
 from jaxrl_llm.roles.trained_model import Meanwhile, MiniBatches, TrainedModel, nothing
 from jaxrl_llm.sharding import processes
@@ -81,7 +82,7 @@ class Critic:
             update_critic,
             optimizer=optimizer,
             mini_batches=settings.mini_batches,
-            is_trained=_is_trained if model.settings.lora else None,
+            is_trained=merging.is_trained if model.settings.lora else None,
         )
         self._judge = model.in_micro_batches(self.values)
 
@@ -97,18 +98,13 @@ class Critic:
 
     def start(self) -> grpo.TrainState:
         """The state before the first update. Reads the weights that are trained."""
-        shardings, _ = self._trained.split(self.model.param_shardings())
-        if self._adapters is None:
-            params = models.init_critic(self.arch, self._read("float32"))
-        else:
-            adapters = self._adapters.load(shardings=shardings["decoder"])
-            width = self.arch.hidden_size
-            head = {"weight": jnp.zeros(width), "bias": jnp.zeros(())}
-            params = {"decoder": adapters, **head}
+        if self._adapters is not None:
+            params = merging.before_training(self.model, self._adapters)
+            return self._trained.first_state(params)
         params = jax.tree.map(
             lambda x, s: x if x.sharding == s else processes.place(x, s),
-            params,
-            shardings,
+            models.init_critic(self.arch, self._read("float32")),
+            self.model.param_shardings(),
         )
         return self._trained.first_state(params)
 
@@ -227,8 +223,3 @@ class Critic:
     def abstract_state(self) -> grpo.TrainState:
         """Shapes, dtypes and shardings of the state."""
         return self._trained.abstract_state()
-
-
-def _is_trained(name: str) -> bool:
-    """Adapters and the head are, if there are adapters."""
-    return models.is_adapter(name) or not name.startswith("decoder.")

@@ -22,8 +22,9 @@ from jaxrl_llm.algorithms import update as updates
 from jaxrl_llm.algorithms.objectives import Objective, Outputs
 from jaxrl_llm.algorithms.update import TrainState
 from jaxrl_llm.data.rows import TrainBatch
-from jaxrl_llm.models import Architecture
+from jaxrl_llm.models import Architecture, WeightSource
 from jaxrl_llm.models.apply import Params
+from jaxrl_llm.roles import merging
 from jaxrl_llm.roles.sharded_model import COMPILER_OPTIONS, ShardedModel, named
 from jaxrl_llm.roles.trained_model import Meanwhile, MiniBatches, TrainedModel, nothing
 
@@ -44,6 +45,9 @@ class Learner:
       is_trained: whether a parameter is trained, by its name: see
         `models.split_params`. All are if not given; the others stay as they are read,
         in the compute dtype.
+      adapters: source of those to start from, which are trained with a value head if
+        there is one, and nothing else; needed if and only if the model's settings have
+        any.
     """
 
     def __init__(
@@ -57,10 +61,14 @@ class Learner:
         schedule: optax.Schedule,
         largest: TrainBatch,
         is_trained: Callable[[str], bool] | None = None,
+        adapters: WeightSource | None = None,
     ):
         self.model, self.objective, self.schedule = model, objective, schedule
-        self.largest_rows = largest
+        self.largest_rows, self._adapters = largest, adapters
         self._read = read
+        if adapters is not None:
+            is_trained = merging.is_trained
+            self._merge = merging.Merging(model)
         rows = model.layout.micro_batch_size
 
         def prepare(params):
@@ -108,9 +116,17 @@ class Learner:
         return self.model.mesh
 
     def start(self) -> TrainState:
-        """The state before the first update. Reads the weights."""
-        params, _ = self._trained.split(self._read("float32"))
-        return self._trained.first_state(params)
+        """The state before the first update. Reads the weights that are trained."""
+        return self._trained.first_state(self._before())
+
+    def _before(self) -> Params:
+        if self._adapters is not None:
+            return merging.before_training(self.model, self._adapters)
+        return self._trained.split(self._read("float32"))[0]
+
+    def first_weights(self) -> Params:
+        """All weights before training, as the model is computed with. Reads them."""
+        return models.merge(self._before(), self.frozen)
 
     @functools.cached_property
     def frozen(self) -> Params:
@@ -120,8 +136,14 @@ class Learner:
         return self._trained.split(self._read(self.model.settings.dtype))[1]
 
     def weights(self, state: TrainState) -> Params:
-        """All weights of the model."""
-        return models.merge(state.params, self.frozen)
+        """All weights of the model, as others may read them: adapters are added to
+        their matrices."""
+        if self._adapters is None:
+            return models.merge(state.params, self.frozen)
+        if self.model.head == "tokens":
+            return self._merge(self.frozen, state.params)
+        base, adapters = self.frozen["decoder"], state.params["decoder"]
+        return state.params | {"decoder": self._merge(base, adapters)}
 
     def is_finite(self, state: TrainState) -> bool:
         """Whether all weights that are trained are finite."""
@@ -171,7 +193,7 @@ class Learner:
 
     def lower_largest_update(self) -> Lowered:
         """The update with rows in which everything is as long as it may be."""
-        return self._trained.lower(self.largest_rows, self._abstract_frozen())
+        return self._trained.lower(self.largest_rows, self.abstract_frozen())
 
     def programs(self, measures: bool) -> dict[str, Callable[[], Lowered]]:
         """Every program that the steps of a run need, whatever lengths there are, each
@@ -181,7 +203,7 @@ class Learner:
           measures: whether there are held-out rows.
         """
         found: dict[str, Callable[[], Lowered]] = {}
-        params, frozen = self.abstract_state().params, self._abstract_frozen()
+        params, frozen = self.abstract_state().params, self.abstract_frozen()
         for rows in self.model.shapes_of_rows(self.largest_rows):
             found[f"update {named(rows)}"] = functools.partial(
                 self._trained.lower_step, rows, frozen
@@ -192,5 +214,6 @@ class Learner:
                 )
         return found
 
-    def _abstract_frozen(self) -> Params:
+    def abstract_frozen(self) -> Params:
+        """Shapes, dtypes and shardings of `frozen`."""
         return self._trained.split(self.model.abstract_params())[1]

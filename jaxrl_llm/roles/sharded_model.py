@@ -144,6 +144,10 @@ class ShardedModel:
         """The sharding of every weight."""
         return self.partition.shardings(self.axes)
 
+    def base_shardings(self) -> Params:
+        """The sharding of every weight that is no adapter's."""
+        return models.split_params(self.param_shardings(), models.is_adapter)[1]
+
     def abstract_params(self, dtype: Any = None) -> Params:
         """Shapes, dtypes and shardings of all weights.
 

@@ -25,7 +25,8 @@ from jaxrl_llm.config.schema import (
     EngineConfig,
     RewardConfig,
 )
-from jaxrl_llm.config.schema_offline import OfflineDataConfig
+from jaxrl_llm.config.schema_offline import OfflineConfig, OfflineDataConfig
+from jaxrl_llm.config.schema_training import TrainedConfig
 from jaxrl_llm.data import prompts
 from jaxrl_llm.data.chat_template import Encoder
 from jaxrl_llm.data.sources import Source, first_row
@@ -208,7 +209,7 @@ def build(
     )
     check_lengths(config, source.arch)
     check_stop_tokens(config, source)
-    check_base(config, source)
+    check_base(config, "actor", source)
     if config.data.chat_template_file:
         source.tokenizer.chat_template = read_template(config.data.chat_template_file)
     section = with_template_time(config, source.tokenizer)
@@ -276,7 +277,9 @@ def build(
         warnings=(
             *data.warnings,
             *stop_warnings(config, source.arch, source.tokenizer),
-            *adapter_notes(config, source.arch),
+            *adapter_notes(
+                config, {"actor": config.actor, "critic": config.critic}, source.arch
+            ),
             *rewards_of_run.notes(),
             *chosen,
         ),
@@ -615,7 +618,9 @@ def actor_of(
 
 
 def adapters_of(
-    config: Config, role: Literal["actor", "critic"], arch: models.Architecture
+    config: Config | OfflineConfig,
+    role: Literal["actor", "critic", "learner"],
+    arch: models.Architecture,
 ) -> models.WeightSource | None:
     """The adapters that a role begins with, if it has any.
 
@@ -631,8 +636,9 @@ def adapters_of(
         return None
     lora, key = settings.lora(section), f"{role}.lora"
     if section.path is None:
-        whose = Purpose.ACTOR_ADAPTERS if role == "actor" else Purpose.CRITIC_ADAPTERS
-        return models.NewAdapters(arch, lora, seed(config.seed, whose, 0))
+        whose = {"actor": Purpose.ACTOR_ADAPTERS, "critic": Purpose.CRITIC_ADAPTERS}
+        purpose = whose.get(role, Purpose.LEARNER_ADAPTERS)
+        return models.NewAdapters(arch, lora, seed(config.seed, purpose, 0))
     found = models.open_adapter(section.path, arch)
     here, there = (
         dataclasses.asdict(one)
@@ -648,15 +654,21 @@ def adapters_of(
     return found
 
 
-def adapter_notes(config: Config, arch: models.Architecture) -> Iterator[str]:
-    """What is to be known of adapters that are given, a line each."""
-    for role, key in (
-        (config.actor, "actor.lora.path"),
-        (config.critic, "critic.lora.path"),
-    ):
-        if not (role.lora and role.lora.path):
+def adapter_notes(
+    config: Config | OfflineConfig,
+    roles: Mapping[str, TrainedConfig],
+    arch: models.Architecture,
+) -> Iterator[str]:
+    """What is to be known of adapters that are given, a line each.
+
+    Args:
+      roles: those that may have such, by their keys.
+    """
+    for role, section in roles.items():
+        if not (section.lora and section.lora.path):
             continue
-        path, found = role.lora.path, models.open_adapter(role.lora.path, arch)
+        key, path = f"{role}.lora.path", section.lora.path
+        found = models.open_adapter(path, arch)
         if found.dropout:
             yield (
                 f"{key} {path} was trained with lora_dropout {found.dropout}; here "
@@ -670,14 +682,16 @@ def adapter_notes(config: Config, arch: models.Architecture) -> Iterator[str]:
             )
 
 
-def check_base(config: Config, source: models.Checkpoint) -> None:
+def check_base(
+    config: Config | OfflineConfig, role: str, source: models.Checkpoint
+) -> None:
     """Raises ConfigError if adapters are to be trained beside an adapter."""
-    if config.actor.lora and source.adapter is not None:
+    if getattr(config, role).lora and source.adapter is not None:
         raise ConfigError(
             f"model.path {config.model.path} is an adapter of {source.adapter.base}, "
-            "and actor.lora asks for another one. To go on with it, let model.path be "
-            "that model and actor.lora.path the adapter; else merge it first: jaxrl "
-            "convert --merge ADAPTER DIRECTORY"
+            f"and {role}.lora asks for another one. To go on with it, let model.path "
+            f"be that model and {role}.lora.path the adapter; else merge it first: "
+            "jaxrl convert --merge ADAPTER DIRECTORY"
         )
 
 

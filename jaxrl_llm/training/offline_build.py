@@ -43,6 +43,9 @@ from jaxrl_llm.tracking import services as loggers
 from jaxrl_llm.training import fitting, settings
 from jaxrl_llm.training.build import (
     Rewards,
+    adapter_notes,
+    adapters_of,
+    check_base,
     compiling,
     encoder_of,
     jax_engine_of,
@@ -242,6 +245,7 @@ def build(
         check_signatures(functions, columns, "data.val_prompts")
         isolation.start(functions, where)  # they import while the rest is loaded
     source = opened(config)
+    check_base(config, "learner", source)
     check_length(config, source.arch)
     section = with_template_time(config, source.tokenizer)
     reading = reading_of(section, source)
@@ -289,7 +293,12 @@ def build(
             "functions": _digests(config),
             **task.inputs(source, data),
         },
-        warnings=(*data.warnings, *rewards_of_run.notes(), *chosen),
+        warnings=(
+            *data.warnings,
+            *rewards_of_run.notes(),
+            *adapter_notes(config, {"learner": config.learner}, source.arch),
+            *chosen,
+        ),
     )
 
 
@@ -441,6 +450,7 @@ def learner_of(
         optimizer=optimizer.make(*numbers),
         schedule=optimizer.schedule(*numbers),
         largest=largest,
+        adapters=adapters_of(config, "learner", source.arch),
     )
 
 
@@ -487,6 +497,8 @@ def kept(
         "weights": fitting.bytes_of(state.params),
         "optimizer": fitting.bytes_of(state.opt_state),
     }
+    if frozen := learner.abstract_frozen():
+        found[fitting.FROZEN] = fitting.bytes_of(frozen)
     if engine:
         share, samples = -(-questions // jax.process_count()), config.val.n
         longest = config.data.max_prompt_length + config.rollout.max_response_length

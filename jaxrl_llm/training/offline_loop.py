@@ -29,11 +29,13 @@ from jaxrl_llm.training import (
     advice,
     checkpoint,
     compiling,
+    fitting,
     offline_memory,
     offline_validation,
 )
 from jaxrl_llm.training.offline_build import OfflineJob
 from jaxrl_llm.training.opening import opened
+from jaxrl_llm.training.sft import recipe
 from jaxrl_llm.training.state import start_or_go_on
 from jaxrl_llm.training.stopping import asked_to_stop
 from jaxrl_llm.training.update import check_weights, flops_of
@@ -98,7 +100,11 @@ def run(job: OfflineJob) -> Result:
             log.rows(
                 num_tokens=int(batch.lengths.sum()),
                 epoch=batch.epoch,
-                update_flops=flops_of(job.source.arch, batch.lengths),
+                update_flops=flops_of(
+                    job.source.arch,
+                    batch.lengths,
+                    adapters=config.learner.lora is not None,
+                ),
             )
             with log.phase("update_actor"):
                 ahead_of = batches.prepare if step < total else nothing
@@ -130,6 +136,11 @@ def run(job: OfflineJob) -> Result:
             checkpoints.wait()
             if trainer.save_hf:
                 job.task.save(job, learner.weights(state), step)
+                lora = learner.model.settings.lora
+                if lora and learner.model.head == "tokens":
+                    adapters = config.output_dir, job.source, state.params
+                    how = recipe(config, step)
+                    checkpoint.save_adapters(*adapters, lora, how)
         log.end()
     stopped = stop and step < total
     result = Result(Path(config.output_dir), stopped=stopped)
@@ -191,7 +202,8 @@ def programs(
     found = job.learner.programs(measures=bool(job.data.val))
     if job.engine:
         sizes = offline_memory.held(job)
-        beside = sum(sizes[name] for name in ("weights", "optimizer"))
+        kept = ("weights", "optimizer", fitting.FROZEN)
+        beside = sum(sizes.get(name, 0) for name in kept)
         uses = compiling.validating(config.rollout, config.val, len(job.questions))
         tokens = (prompt.tokens for prompt in job.questions)
         found |= job.engine.programs(uses, tokens, lambda _: beside)

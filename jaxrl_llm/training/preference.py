@@ -72,6 +72,7 @@ class RewardModelTask(Task):
             unroll=learner.unroll,
             rules=learner.rules,
             rows=_shared(rows, learner),
+            lora=settings.lora(learner.lora),
         )
         keys = settings.keys("learner.mesh", "learner")
         model = ShardedModel(arch, on, how, head="value", keys=keys)
@@ -94,7 +95,7 @@ class RewardModelTask(Task):
         return jax.tree.map(
             lambda x, s: x if x.sharding == s else processes.place(x, s),
             models.init_critic(model.arch, decoder),
-            model.param_shardings(),
+            model.base_shardings(),
         )
 
     def rows(self, chosen: Sequence[Example], layout: Layout) -> TrainBatch:
@@ -207,8 +208,8 @@ class DpoTask(SftTask):
     ) -> list[Float32[np.ndarray, " _"]]:
         """What the model that the run begins with says of each pair's answers."""
         learner, size = job.learner, job.config.data.train_batch_size
-        if step:  # the weights of the state have learned since
-            weights = self.weights(learner.model, job.source, "float32")
+        if step or job.config.learner.lora:  # the state may have learned since
+            weights = learner.first_weights()
         else:
             weights = learner.weights(state)
         found = []

@@ -23,6 +23,8 @@ class Purpose(enum.IntEnum):
     """The policy's adapters before the first step."""
     CRITIC_ADAPTERS = 5
     """The critic's."""
+    LEARNER_ADAPTERS = 6
+    """Those of a model that learns from rows."""
 
 
 def seed(run_seed: int, purpose: Purpose, step: int, attempt: int = 0) -> int:

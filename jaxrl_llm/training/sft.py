@@ -73,7 +73,7 @@ class SftTask(Task):
         self, model: ShardedModel, source: models.WeightSource, dtype: Any
     ) -> Params:
         """Those of the model to start from."""
-        return source.load(dtype=jnp.dtype(dtype), shardings=model.param_shardings())
+        return source.load(dtype=jnp.dtype(dtype), shardings=model.base_shardings())
 
     def score(self, metrics: Mapping[str, float]) -> float | None:
         """The accuracy of answers, or the negative held-out loss."""
@@ -111,6 +111,7 @@ def policy_of(
         unroll=learner.unroll,
         rules=learner.rules,
         rows=rows,
+        lora=settings.lora(learner.lora),
         likeliest=likeliest,
     )
     return Policy(arch, on, how, keys=settings.keys("learner.mesh", "learner"))
@@ -134,6 +135,8 @@ def recipe(config: OfflineConfig, step: int) -> dict[str, Any]:
         "learner.optim.name": optim.name,
         "learner.optim.lr": optim.lr,
     }
+    if lora := config.learner.lora:
+        found["learner.lora"] = lora.model_dump(exclude={"path"})
     if hasattr(config, "loss_type"):
         found["loss_type"] = config.loss_type
     return found

@@ -178,7 +178,6 @@ def config(model, directory, **changed):
         ({"data__max_length": 4}, r"row 0 .* it has 10 tokens, data.max_length is 4"),
         ({"learner__pack_length": 8}, "learner.pack_length is 8 but data.max_length"),
         ({"learner__optm": 1}, "learner.optm: unknown key; did you mean 'optim'"),
-        ({"learner__lora": {}}, "learner.lora is given, but jaxrl sft"),
         ({"data__val_prompts": {"path": "q.jsonl"}}, "reward.functions is empty"),
         ({"data__end_of_turn": "nobody"}, "data.end_of_turn is 'nobody', which is no"),
         ({"data__max_length": 99999}, "is over the model's"),
