@@ -46,7 +46,7 @@ def trained_by(config: Config | OfflineConfig) -> TrainedConfig:
 
 def write(path: Path, directory: Path, *, dtype: Dtype | None, merge: bool) -> str:
     """Writes the model of a checkpoint: its weights as a Hugging Face directory; of one
-    that trains adapters these, as a directory of PEFT.
+    that trains adapters these, as a directory of PEFT, but a reward model whole.
 
     Args:
       directory: must not exist, or be empty.
@@ -72,11 +72,14 @@ def write(path: Path, directory: Path, *, dtype: Dtype | None, merge: bool) -> s
     params = checkpoint.read_policy(path, _here(source.arch, lora, scores))
     made = recipe if isinstance(config, Config) else sft.recipe
     how = made(config, int(path.absolute().name))
-    if lora is not None and not merge:
+    if lora is not None and not merge and not scores:
         kind = dtype or "float32"
         checkpoint.write_adapters(directory, source, params, lora, how, kind)
         return f"adapters, {kind}"
-    if lora is not None:
+    if lora is not None and scores:
+        base = models.init_critic(source.arch, source.load())["decoder"]
+        params["decoder"] = models.merged(base, params["decoder"], lora)
+    elif lora is not None:
         params = models.merged(source.load(), params, lora)
     kind = dtype or "bfloat16"
     card = models.model_card(source.origin, how)
@@ -93,7 +96,8 @@ def _here(arch: models.Architecture, lora: models.Lora | None, scores: bool) -> 
     """
     shapes = (models.abstract_critic if scores else models.abstract_params)(arch)
     if lora is not None:
-        shapes = models.abstract_adapters(arch, lora)
+        adapters = models.abstract_adapters(arch, lora)
+        shapes = shapes | {"decoder": adapters} if scores else adapters
     one = SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes

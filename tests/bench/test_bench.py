@@ -56,6 +56,23 @@ def test_the_update_is_measured_once_per_variant_on_equal_work(measured):
 
 
 @pytest.mark.slow
+def test_the_update_of_adapters_is_measured_beside_that_of_all_weights(measured):
+    def line(*rank):
+        (found,) = measured(
+            "train", "--model", "tiny", "--dtype", "float32", "--steps", "1",
+            "--sequences", "16", "--length", "32", "--prompt-length", "4",
+            "--micro-batch-size", "8", "--remat", "dots", "--fsdp", "8", *rank,
+        )  # fmt: skip
+        return found
+
+    whole, adapters = line(), line("--lora-rank", "2")
+    assert (whole["lora_rank"], adapters["lora_rank"]) == (None, 2)
+    # Both have learned next to nothing.
+    assert adapters["loss"] == pytest.approx(whole["loss"], rel=1e-3)
+    assert adapters["peak_bytes"] < whole["peak_bytes"]
+
+
+@pytest.mark.slow
 def test_the_phases_of_a_measured_step_add_up(measured):
     (line,) = measured(
         "step", "--model", "tiny", "--dtype", "float32", "--steps", "1",

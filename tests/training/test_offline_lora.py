@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm import models
+from jaxrl_llm import cli, models
 from jaxrl_llm.config import parsing
 from jaxrl_llm.config.schema_offline import DpoConfig, RmConfig, SftConfig
 from jaxrl_llm.data import given
@@ -93,9 +93,19 @@ def test_adapters_learn_from_rows_and_go_on_bit_for_bit(verb, tiny_model, tmp_pa
     shardings = jax.tree.map(lambda x: x.sharding, job.abstract_state())
     placed = jax.tree.map(jax.device_put, state, shardings)
     wanted = jax.device_get(job.learner.weights(placed))
-    opened = models.open_classifier if verb == "rm" else models.open
-    assert opened(result.weights).arch.num_layers == 2
-    if verb != "rm":
+    newest = str(result.directory / "checkpoints" / str(STEPS))
+    cli.convert(newest, str(tmp_path / "out"), dtype="float32", merge=verb != "rm")
+    if verb == "rm":
+        opened = models.open_classifier(tmp_path / "out")
+        shardings = jax.tree.map(
+            lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]),
+            models.abstract_critic(opened.arch),
+        )
+        got = opened.load(dtype="float32", shardings=shardings)
+        chex.assert_trees_all_close(got, wanted, rtol=1e-6, atol=1e-7)
+    else:
+        whole = models.load(tmp_path / "out").params
+        chex.assert_trees_all_close(whole, wanted, rtol=1e-6, atol=1e-7)
         _, saved, _ = models.load(result.weights)
         chex.assert_trees_all_close(saved, wanted, rtol=1e-2, atol=1e-4)
         adapters = models.open_adapter(result.directory / "adapter", job.source.arch)
