@@ -159,6 +159,22 @@ def test_the_quickstart_trains_a_model(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
+def test_adapters_learn_beside_all_weights(tiny_model, tmp_path):
+    notebook, shown = run(
+        "07_lora.ipynb",
+        tmp_path,
+        MODEL=tiny_model,
+        STEPS=2,
+        OUTPUT_DIR="runs",
+        SETTINGS={**SETTINGS, "actor.optim.lr": 1e-4},
+    )
+    found = re.findall(r"(?:weights|adapters): (\S+) MB", shown)
+    assert len(found) == 2 and outputs(notebook, "image/png")
+    files = "".join(outputs(notebook, "text/plain"))
+    assert "adapter_model.safetensors" in files and "huggingface" in files
+
+
+@pytest.mark.slow
 def test_a_reward_of_ones_own_is_tried_and_paid_for(tiny_model, tmp_path):
     notebook, shown = run(
         "04_own_reward.ipynb",
