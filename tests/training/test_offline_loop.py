@@ -4,10 +4,14 @@ import dataclasses
 import json
 import pathlib
 import re
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+import waiting
 
 import jaxrl_llm
 from jaxrl_llm import cli, models
@@ -15,6 +19,7 @@ from jaxrl_llm.config import parsing
 from jaxrl_llm.config.schema_offline import SftConfig
 from jaxrl_llm.planning import offline_dry_run
 from jaxrl_llm.tracking import metric_table, run_directory
+from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.training import evaluation, offline_loop
 from jaxrl_llm.training.checkpoint import Checkpoints
 from jaxrl_llm.training.offline_build import build
@@ -257,3 +262,33 @@ def test_held_out_questions_are_answered(tiny_model, tmp_path):
     assert pathlib.Path(found.directory, "checkpoints").is_dir()
     evaluated = jaxrl_llm.evaluate(found, questions, shows_a, max_tokens=4)
     assert evaluated.metrics[accuracy] == found.after.metrics[accuracy]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+def test_a_process_that_is_ended_goes_on_bit_for_bit(
+    number, status, tiny_model, tmp_path
+):
+    def command(folder):
+        folder.mkdir()
+        how = {"trainer__total_training_steps": 300, "trainer__save_freq": 5}
+        return [sys.executable, "-m", "jaxrl_llm", "sft", str(
+            config(tiny_model, folder, learner__dtype="float32", **how)
+        )]  # fmt: skip
+
+    whole, ended = command(tmp_path / "whole"), command(tmp_path / "ended")
+    subprocess.run(whole, check=True, capture_output=True)
+    run = tmp_path / "ended" / "run"
+    process = subprocess.Popen(ended, stdout=subprocess.DEVNULL)
+    waiting.until(lambda: (run / "checkpoints" / "10").is_dir())
+    process.send_signal(number)
+    assert process.wait() == status
+    reached = run_directory.read(run)[-1]["step"]
+    assert reached < 300
+    subprocess.run(ended, check=True, capture_output=True)
+    done, wanted = (Result(tmp_path / n / "run") for n in ("ended", "whole"))
+    assert lines_of(done) == lines_of(wanted)
+    for a, b in zip(
+        *map(jax.tree.leaves, (state_of(done), state_of(wanted))), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
