@@ -155,3 +155,14 @@ def test_the_teacher_is_counted_and_compiled_before_a_run(
     (plan,) = planner.estimate(config, build.jax.devices())
     assert plan.held["teacher"] == held["teacher"]
     assert ("teacher's log-probabilities" in plan.programs) is (mode != "jsd")
+
+
+def test_an_evaluation_needs_no_teacher(tiny_model, tmp_path):
+    changed = changes("gone", "jsd", **{"reward.functions": [{"name": "exact"}]})
+    questions = {"data.val": {"path": str(tmp_path / "questions.jsonl")}}
+    config = short_run.make_config(tiny_model, tmp_path, **changed | questions)
+    job = build.build(config, learns=False)
+    assert job.actor.teacher is None and len(job.data.val) == 16
+    config = short_run.make_config(tiny_model, tmp_path, **changed)
+    with pytest.raises(ValueError, match="distillation.teacher.path gone"):
+        build.build(config)
