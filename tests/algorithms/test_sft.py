@@ -42,7 +42,9 @@ def measured(params, batch, size=None):
     return updates.measure(params, batch, Sft(), outputs_fn=told, micro_batch_size=size)
 
 
-@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+@pytest.mark.parametrize(
+    "loss_type", ["nll", pytest.param("dft", marks=pytest.mark.slow)]
+)
 def test_the_loss_is_a_mean_over_all_tokens_to_learn(loss_type):
     params = toy_policy.make_state().params
     mask = np.asarray(BATCH.response_mask)
@@ -81,6 +83,7 @@ def test_micro_batches_packing_and_order_make_no_difference():
             np.testing.assert_allclose(found[key], value, rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow  # two more programs
 def test_held_out_rows_in_parts_are_measured_as_a_whole():
     params = toy_policy.make_state().params
     whole = statistics.join([jax.device_get(measured(params, BATCH))])
