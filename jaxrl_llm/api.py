@@ -158,7 +158,7 @@ def sft(
     val_rows: Prompts | None = None,
     val_prompts: Prompts | None = None,
     reward: Reward | Sequence[Reward] = (),
-    epochs: float | None = None,
+    epochs: float | int | None = None,
     steps: int | None = None,
     output_dir: str | PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -198,7 +198,7 @@ def reward_model(
     rows: Prompts,
     *,
     val_rows: Prompts | None = None,
-    epochs: float | None = None,
+    epochs: float | int | None = None,
     steps: int | None = None,
     output_dir: str | PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -236,7 +236,7 @@ def dpo(
     reward: Reward | Sequence[Reward] = (),
     beta: float | None = None,
     loss_type: str | Sequence[str] | None = None,
-    epochs: float | None = None,
+    epochs: float | int | None = None,
     steps: int | None = None,
     output_dir: str | PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -269,7 +269,9 @@ def dpo(
     return _learn("dpo", model, sets, own, reward, output_dir, settings, unknown)
 
 
-def _length_of(epochs: float | None, steps: int | None) -> dict[str, tuple[str, Any]]:
+def _length_of(
+    epochs: float | int | None, steps: int | None
+) -> dict[str, tuple[str, Any]]:
     return {
         "epochs": ("trainer.total_epochs", epochs),
         "steps": ("trainer.total_training_steps", steps),
