@@ -134,7 +134,7 @@ def test_an_update_makes_good_responses_likelier_and_bad_ones_rarer():
 def test_the_metrics_are_those_of_a_loop_over_tokens():
     batch = make_batch()
     _, metrics = step(batch, loss_agg_mode="seq-mean-token-mean", **ALL_TERMS)
-    own, entropies = logprob_fn(make_state().params, batch)
+    own, entropies, _ = logprob_fn(make_state().params, batch)
     pg, kl, ent, clipped, lower, ppo_kl, diff, k3 = ([] for _ in range(8))
     for s in range(6):
         where = np.nonzero((batch.sequence_ids == s) & batch.response_mask)

@@ -83,6 +83,7 @@ def test_adapters_that_have_learned_nothing_change_no_bit(over, dtype, remat):
     chex.assert_trees_all_equal(*both(fresh))
 
 
+@pytest.mark.slow
 def test_a_merged_base_computes_what_base_and_adapters_do():
     lora = models.Lora(rank=3, alpha=5.0, modules=("k", "o", "down"), rslora=True)
 

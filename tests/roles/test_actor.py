@@ -182,6 +182,7 @@ def test_a_gpus_loops_change_nothing(tiny_model, monkeypatch, over, sizes):
     assert_same(got, step(tiny_model, **ALL_TERMS))
 
 
+@pytest.mark.slow
 def test_what_waits_on_the_host_changes_nothing(tiny_model, tmp_path):
     here = {"micro_batch_size": 4, **ALL_TERMS}
     away = {"offload": ("optimizer", "reference"), **here}
@@ -201,6 +202,7 @@ def test_what_waits_on_the_host_changes_nothing(tiny_model, tmp_path):
     chex.assert_trees_all_equal(state, restored)
 
 
+@pytest.mark.slow
 def test_a_frozen_half_stays_and_the_other_learns_as_if_all_did(tiny_model):
     whole = learner(tiny_model, EIGHT, micro_batch_size=4, **ALL_TERMS)
     before = jax.device_get(whole.start().params)  # in float32, as is computed

@@ -117,6 +117,7 @@ def test_ppo_raises_the_reward_and_its_critic_learns(weights, tmp_path):
     assert all(np.isfinite(line["critic/vf_loss"]) for line in lines if line["step"])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_is_the_run_that_was_not(weights, tmp_path):
     changed = {
         "algorithm.use_kl_in_reward": True,

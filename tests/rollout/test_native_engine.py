@@ -94,6 +94,7 @@ def assert_same(some, others, atol=1e-5):
 REQUESTS = [request(i) for i in range(5)]
 
 
+@pytest.mark.slow
 def test_weights_come_from_devices_in_another_order():
     # As from a TPU's training mesh, whose axes walk the torus another way.
     turned = mesh.make({"data": 8}, jax.devices()[::-1])
@@ -545,6 +546,7 @@ def test_adapters_beside_the_weights_are_adapters_added_to_them():
     assert sent == {"rollout/adapters_mib": size / 2**20}
 
 
+@pytest.mark.slow
 def test_adapters_beside_a_fused_layer_are_adapters_added_to_it():
     lora, copies = models.Lora(rank=3, alpha=5.0), 2
     held = dataclasses.replace(ARCH, num_kv_heads=copies * ARCH.num_kv_heads)

@@ -167,12 +167,12 @@ def test_adapters_to_begin_with_must_be_of_the_form_that_is_trained(
     right = config(rank=2, alpha=6.0, modules=["down_proj", "q_proj"])
     given = adapters_of(right, "actor", arch)
     chex.assert_trees_all_equal(jax.device_get(given.load()), adapters)
-    [note] = adapter_notes(right, arch)
+    [note] = adapter_notes(right, {"actor": right.actor}, arch)
     assert "says that it belongs to another; it is put beside model.path" in note
     change = {"base_model_name_or_path": tiny_model, "lora_dropout": 0.1}
     said = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(said | change))
-    [note] = adapter_notes(right, arch)
+    [note] = adapter_notes(right, {"actor": right.actor}, arch)
     assert "was trained with lora_dropout 0.1; here nothing is dropped" in note
     with pytest.raises(ConfigError, match="is an adapter of .* let model.path be that"):
-        check_base(right, models.open(folder))
+        check_base(right, "actor", models.open(folder))

@@ -124,6 +124,7 @@ def test_others_read_what_a_checkpoint_has_learned(finished, tmp_path):
     assert path == newest and asked.model.path == config_of(finished).model.path
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit(finished, tiny_model, tmp_path):
     directory = tmp_path / "run"
     stopped = trained(tiny_model, directory, **{"trainer.max_hours": 1e-9})
