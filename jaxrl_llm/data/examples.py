@@ -116,28 +116,26 @@ def load(
     encoder: Encoder,
     form: Format,
     *,
-    val_form: Format | None = None,
     held_out: Iterable[Prompt] = (),
     template: str = "the chat template",
-    reader: Callable[[Source, Encoder, Format, str, str], "Read"] | None = None,
+    reader: Callable[[Source, Encoder, Format, str, str], "Read"],
 ) -> ExampleSets:
     """Reads and tokenizes the rows to learn from, and the held-out ones.
 
     Args:
       train: rows to learn from; those whose prompt (or whose whole text, without one)
         is also held out are left out.
-      val_form: of the held-out rows; `form` if not given.
       held_out: prompts that are answered in validations.
       template: what errors call the chat template.
-      reader: of one source; `read` if not given.
+      reader: of one source, such as `read`.
 
     Raises:
       ValueError: a source or row that does not fit, or no example that is left.
     """
-    reader, others = reader or read, None
+    others = None
     kept = reader(train, encoder, form, "data.train", template)
     if val:
-        others = reader(val, encoder, val_form or form, "data.val", template)
+        others = reader(val, encoder, form, "data.val", template)
     known = {tuple(prompt.tokens) for prompt in held_out}
     known |= {_question(example) for example in (others.examples if others else ())}
     left = [one for one in kept.examples if _question(one) not in known]

@@ -19,11 +19,10 @@ from jaxrl_llm.config.schema_offline import (
     PairsLearnerConfig,
     RmConfig,
 )
-from jaxrl_llm.data import examples, preferences
-from jaxrl_llm.data.examples import Example, ExampleSets, Format
+from jaxrl_llm.data import preferences
+from jaxrl_llm.data.examples import Example, ExampleSets
 from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.data.rows import TrainBatch
-from jaxrl_llm.data.sources import Source
 from jaxrl_llm.data.types import Prompt
 from jaxrl_llm.models.apply import Params
 from jaxrl_llm.roles.learner import OutputsOf
@@ -34,7 +33,7 @@ from jaxrl_llm.training import checkpoint, settings
 from jaxrl_llm.training.experience import Observe
 from jaxrl_llm.training.offline_build import OfflineJob, Reading, Task
 from jaxrl_llm.training.reference_logprobs import Stored
-from jaxrl_llm.training.sft import SftTask, policy_of, recipe
+from jaxrl_llm.training.sft import SftTask, load, policy_of, recipe
 
 
 class RewardModelTask(Task):
@@ -232,23 +231,8 @@ def _read(
     held_out: Sequence[Prompt],
     needs_prompt: bool,
 ) -> ExampleSets:
-    data = config.data
-    form = Format(
-        chat_template=data.chat_template,
-        stops=reading.stops,
-        end=reading.end,
-        max_length=data.max_length,
-        overlong=data.overlong,
-    )
-    return examples.load(
-        Source(**data.train.model_dump()),
-        Source(**data.val.model_dump()) if data.val else None,
-        reading.encoder,
-        form,
-        held_out=held_out,
-        template=reading.template,
-        reader=functools.partial(preferences.read, needs_prompt=needs_prompt),
-    )
+    reader = functools.partial(preferences.read, needs_prompt=needs_prompt)
+    return load(config, reading, held_out, reader)
 
 
 def _shared(rows: Layout, learner: PairsLearnerConfig) -> Layout:

@@ -1,6 +1,6 @@
 """Supervised fine-tuning as a task of the offline loop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jaxrl_llm import models
 from jaxrl_llm.algorithms.sft import Sft
 from jaxrl_llm.config.schema_offline import OfflineConfig, SftConfig
 from jaxrl_llm.data import examples
-from jaxrl_llm.data.examples import ExampleSets, Format
+from jaxrl_llm.data.examples import ExampleSets, Format, Read
 from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.data.sources import Source
 from jaxrl_llm.data.types import Prompt
@@ -33,25 +33,15 @@ class SftTask(Task):
     ) -> ExampleSets:
         """Rows in TRL's formats."""
         data = config.data
-        form = Format(
-            chat_template=data.chat_template,
+        return load(
+            config,
+            reading,
+            held_out,
             completion_key=data.completion_key,
             messages_key=data.messages_key,
             text_key=data.text_key,
             completion_only=data.completion_only_loss,
             assistant_only=data.assistant_only_loss,
-            stops=reading.stops,
-            end=reading.end,
-            max_length=data.max_length,
-            overlong=data.overlong,
-        )
-        return examples.load(
-            Source(**data.train.model_dump()),
-            Source(**data.val.model_dump()) if data.val else None,
-            reading.encoder,
-            form,
-            held_out=held_out,
-            template=reading.template,
         )
 
     def objective(self, config: SftConfig) -> Sft:
@@ -88,6 +78,39 @@ class SftTask(Task):
         checkpoint.save_weights(
             config.output_dir, job.source, params, recipe(config, step)
         )
+
+
+def load(
+    config: OfflineConfig,
+    reading: Reading,
+    held_out: Sequence[Prompt],
+    reader: Callable[..., Read] = examples.read,
+    **form: Any,
+) -> ExampleSets:
+    """The rows that a configuration of an offline run names; see `examples.load`.
+
+    Args:
+      reader: makes examples of one source's rows.
+      form: fields of `Format` that belong to a task.
+    """
+    data = config.data
+    shared = Format(
+        chat_template=data.chat_template,
+        stops=reading.stops,
+        end=reading.end,
+        max_length=data.max_length,
+        overlong=data.overlong,
+        **form,
+    )
+    return examples.load(
+        Source(**data.train.model_dump()),
+        Source(**data.val.model_dump()) if data.val else None,
+        reading.encoder,
+        shared,
+        held_out=held_out,
+        template=reading.template,
+        reader=reader,
+    )
 
 
 def policy_of(

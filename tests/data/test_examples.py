@@ -175,7 +175,8 @@ def write(path, rows):
 
 def load(train, val=None, **changed):
     form = dataclasses.replace(FORM, **changed)
-    return examples.load(train, val, Encoder(tokenizer=TOKENIZER), form)
+    encoder = Encoder(tokenizer=TOKENIZER)
+    return examples.load(train, val, encoder, form, reader=examples.read)
 
 
 def test_long_rows_are_refused_cut_or_left_out_and_counted(tmp_path):
