@@ -36,13 +36,12 @@ from jaxrl_llm.tracking import performance
 from jaxrl_llm.training import credit as estimate
 from jaxrl_llm.training import fitting
 from jaxrl_llm.training.build import (
-    actor_of,
     engine_of,
     has_critic,
     make_meshes,
     reward_functions,
-    shared,
 )
+from jaxrl_llm.training.roles import actor_of, shared
 
 
 class _Numbers:

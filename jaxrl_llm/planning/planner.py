@@ -27,14 +27,9 @@ from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.critic import Critic
 from jaxrl_llm.sharding import hardware, mesh, processes
 from jaxrl_llm.training import fitting
-from jaxrl_llm.training.build import (
-    actor_of,
-    engine_of,
-    has_critic,
-    make_meshes,
-    shared,
-)
+from jaxrl_llm.training.build import engine_of, has_critic, make_meshes
 from jaxrl_llm.training.fitting import bytes_of
+from jaxrl_llm.training.roles import actor_of, shared
 from jaxrl_llm.training.settings import placed
 
 Watch = Callable[[str], AbstractContextManager[Any]]

@@ -26,7 +26,7 @@ from jaxrl_llm.sharding import checksum, processes, reshard
 from jaxrl_llm.sharding import compiled_traffic as collectives
 from jaxrl_llm.sharding import transfer_plan as plan
 from jaxrl_llm.tracking import performance
-from jaxrl_llm.training import build, settings
+from jaxrl_llm.training import roles, settings
 from jaxrl_llm.training.fitting import bytes_of, peak
 
 _GIB = 2**30
@@ -168,7 +168,7 @@ def teacher_of(config: Config, arch: models.Architecture, on: Mesh) -> Teacher:
     wanted = config.distillation.teacher
     own = architecture(wanted.path, wanted.revision)
     shared = min(own.vocab_size, arch.vocab_size)
-    return build.teacher_of(config, models.RandomWeights(own), shared, on)
+    return roles.teacher_of(config, models.RandomWeights(own), shared, on)
 
 
 def teaching(config: Config, learner: Actor, size: int) -> dict[str, Work]:
@@ -202,7 +202,7 @@ def critic_of(config: Config, source: models.WeightSource, on: Mesh) -> Critic:
     if wanted.path is not None:
         arch = architecture(wanted.path, wanted.revision)
         source = models.RandomWeights(arch)
-    return build.critic_of(config, source, on)
+    return roles.critic_of(config, source, on)
 
 
 def judging(config: Config, critic: Critic, learner: Actor) -> dict[str, Work]:

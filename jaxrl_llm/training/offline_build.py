@@ -43,9 +43,6 @@ from jaxrl_llm.tracking import services as loggers
 from jaxrl_llm.training import fitting, settings
 from jaxrl_llm.training.build import (
     Rewards,
-    adapter_notes,
-    adapters_of,
-    check_base,
     compiling,
     encoder_of,
     jax_engine_of,
@@ -53,6 +50,7 @@ from jaxrl_llm.training.build import (
     with_template_time,
 )
 from jaxrl_llm.training.experience import Observe, Score, score_together
+from jaxrl_llm.training.roles import adapter_notes, adapters_of, check_base
 
 
 @runtime_checkable

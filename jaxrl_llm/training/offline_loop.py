@@ -17,6 +17,7 @@ import numpy as np
 from jax.stages import Lowered
 from jaxtyping import Int
 
+from jaxrl_llm.algorithms.update import TrainState
 from jaxrl_llm.data.examples import Example
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.data.stream import PromptBatches
@@ -25,16 +26,19 @@ from jaxrl_llm.sharding import processes
 from jaxrl_llm.sharding.ahead import Ahead
 from jaxrl_llm.tracking import performance
 from jaxrl_llm.tracking.result import Result
+from jaxrl_llm.tracking.step_metrics import Validation
 from jaxrl_llm.training import (
     advice,
     checkpoint,
     compiling,
+    evaluate,
     fitting,
     offline_memory,
-    offline_validation,
 )
+from jaxrl_llm.training.experience import Observe
 from jaxrl_llm.training.offline_build import OfflineJob
 from jaxrl_llm.training.opening import opened
+from jaxrl_llm.training.randomness import Purpose, seed
 from jaxrl_llm.training.sft import recipe
 from jaxrl_llm.training.state import start_or_go_on
 from jaxrl_llm.training.stopping import asked_to_stop
@@ -91,7 +95,7 @@ def run(job: OfflineJob) -> Result:
             max_skipped_steps=trainer.max_skipped_steps,
         )
         if first == 0:
-            log.step(0, {}, offline_validation.if_due(job, state, 0, log.phase))
+            log.step(0, {}, validated_if_due(job, state, 0, log.phase))
         batches = Batches(job, stream)
         stop, step = False, first
         for step in range(first + 1, total + 1):
@@ -110,7 +114,7 @@ def run(job: OfflineJob) -> Result:
                 ahead_of = batches.prepare if step < total else nothing
                 state, learned = learner.update(state, batch.rows, ahead_of)
             check_weights(learner, state, name, learned, step, "learner")
-            validation = offline_validation.if_due(job, state, step, log.phase)
+            validation = validated_if_due(job, state, step, log.phase)
             log.step(
                 step,
                 {"training/learned_tokens": float(batch.num_learned), **learned},
@@ -189,6 +193,39 @@ class Batches:
         self.prepare()
         found, self._next = self._next, None
         return found
+
+
+def validated_if_due(
+    job: OfflineJob, state: TrainState, step: int, observe: Observe
+) -> Validation | None:
+    """What is measured after this step, if it is time for it and there is something.
+
+    Metrics of held-out rows are those of the objective by the names
+    `val-core/all/NAME`, such as `val-core/all/sft/loss`; those of answers are those of
+    `evaluate.validate`.
+    """
+    if not (job.data.val or job.engine) or not evaluate.due(job.config.trainer, step):
+        return None
+    with observe("testing"):
+        metrics: dict[str, float] = {}
+        records: list[dict[str, Any]] = []
+        if job.data.val:
+            found = job.learner.measure(state.params, job.held_out_rows())
+            metrics |= {f"val-core/all/{name}": x for name, x in found.items()}
+        if job.engine:
+            metrics |= job.engine.load(job.learner.weights(state), step)
+            answers = evaluate.validate(
+                job.engine,
+                job.questions,
+                job.score,
+                config=job.config.val,
+                rollout=job.config.rollout,
+                seed=seed(job.config.seed, Purpose.VALIDATION, 0),
+                step=step,
+            )
+            metrics |= answers.metrics
+            records = answers.records
+    return Validation(metrics=metrics, records=records)
 
 
 def programs(

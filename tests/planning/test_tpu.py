@@ -13,7 +13,7 @@ from jaxrl_llm.models import known_shapes as shapes
 from jaxrl_llm.planning import planner
 from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.sharding import mesh
-from jaxrl_llm.training.build import actor_of
+from jaxrl_llm.training.roles import actor_of
 
 pytest.importorskip("libtpu", reason="the TPU compiler is the package libtpu")
 

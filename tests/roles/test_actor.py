@@ -21,8 +21,8 @@ from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.policy import Policy
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.training import settings
-from jaxrl_llm.training.build import actor_of
 from jaxrl_llm.training.checkpoint import Checkpoints
+from jaxrl_llm.training.roles import actor_of
 
 
 @functools.cache

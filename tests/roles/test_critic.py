@@ -20,7 +20,8 @@ from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop as train
-from jaxrl_llm.training.build import build, critic_of, open_critic
+from jaxrl_llm.training.build import build
+from jaxrl_llm.training.roles import critic_of, open_critic
 
 ARCH = tiny.arch(num_layers=1, max_positions=64, eos_token_ids=(258,))
 HIGH = 200  # token ids from here on are rewarded

@@ -16,8 +16,8 @@ from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.models.attention import flash
 from jaxrl_llm.roles.sharded_model import ModelSettings, ShardedModel
 from jaxrl_llm.sharding import mesh, rules
-from jaxrl_llm.training.build import actor_of
 from jaxrl_llm.training.checkpoint import Checkpoints
+from jaxrl_llm.training.roles import actor_of
 
 LAYOUTS = {
     "FSDP": {"fsdp": 8},

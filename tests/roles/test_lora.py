@@ -14,7 +14,7 @@ from fixed_rollouts import ADVANTAGES, EIGHT, ONE, make_config, make_rollouts
 from jaxrl_llm import models
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.training import fitting
-from jaxrl_llm.training.build import actor_of, critic_of, shared
+from jaxrl_llm.training.roles import actor_of, critic_of, shared
 
 LORA = {"rank": 4, "alpha": 8.0}
 TERMS = {"use_kl_loss": True, "kl_loss_coef": 0.5, "lora": LORA}

@@ -21,8 +21,9 @@ from jaxrl_llm.roles.reward_model import RewardModel
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.training import loop as train
-from jaxrl_llm.training.build import build, open_reward_model, reward_model_of
+from jaxrl_llm.training.build import build
 from jaxrl_llm.training.experience import score_together
+from jaxrl_llm.training.roles import open_reward_model, reward_model_of
 
 VOCABULARY = 264  # of tiny.checkpoint
 COMMON = {

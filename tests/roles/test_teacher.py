@@ -17,7 +17,7 @@ from jaxrl_llm.config import parsing
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.data.packing import Layout, make_rows
 from jaxrl_llm.sharding import mesh
-from jaxrl_llm.training import build
+from jaxrl_llm.training import roles
 
 NUM_TOKENS = 259
 """In the tiny tokenizer; models have padding rows behind them."""
@@ -82,18 +82,18 @@ def test_a_teacher_of_other_tokens_is_refused(teacher, own, message, monkeypatch
     with pytest.raises(
         ConfigError, match=f"distillation.teacher.path other.*{message}"
     ):
-        build.open_teacher(config, opened(own))
+        roles.open_teacher(config, opened(own))
 
 
 def test_rows_of_padding_make_no_other_vocabulary(monkeypatch):
     teacher = opened(WORDS, vocab_size=128)
     monkeypatch.setattr(models, "open", lambda path, **how: teacher)
     config = settings("student", "other", **{"distillation.topk": 2})
-    found, count = build.open_teacher(config, opened(dict(WORDS)))
+    found, count = roles.open_teacher(config, opened(dict(WORDS)))
     assert found is teacher and count == 3
     config = settings("student", "other", **{"distillation.topk": 3})
     with pytest.raises(ConfigError, match="topk is 3, .* has only 3 tokens"):
-        build.open_teacher(config, opened(dict(WORDS)))
+        roles.open_teacher(config, opened(dict(WORDS)))
 
 
 def teacher_on(config, path, axes):
@@ -101,7 +101,7 @@ def teacher_on(config, path, axes):
         {name: axes.get(name, 1) for name in mesh.AXES},
         jax.devices()[: math.prod(axes.values())],
     )
-    return build.teacher_of(config, models.open(path), NUM_TOKENS, on), on
+    return roles.teacher_of(config, models.open(path), NUM_TOKENS, on), on
 
 
 def rows(**layout):
@@ -154,7 +154,7 @@ def test_a_teacher_says_what_its_logits_do_without_padding(
 def learned(config, model, wider, axes):
     """Metrics and weights after an update."""
     teacher, on = teacher_on(config, wider, axes)
-    actor = build.actor_of(config, models.open(model), on, teacher=teacher)
+    actor = roles.actor_of(config, models.open(model), on, teacher=teacher)
     batch = actor.make_rows(*fixed_rollouts.make_rollouts(), fixed_rollouts.ADVANTAGES)
     state, metrics = actor.update(actor.start(), batch, seed=0)
     return metrics, jax.device_get(state.params)

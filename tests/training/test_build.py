@@ -12,7 +12,7 @@ from short_run import GRPO, make_config
 
 from jaxrl_llm import models
 from jaxrl_llm.config.names import ConfigError
-from jaxrl_llm.training import build
+from jaxrl_llm.training import build, roles
 
 END = tiny.tokenizer().eos_token_id
 DATED = "{{ strftime_now('%d %b %Y') }}" + tiny.CHAT_TEMPLATE
@@ -118,18 +118,18 @@ def test_what_reads_the_policys_tokens_knows_them_by_the_same_text(model, tiny_m
     config = make_config(
         tiny_model, model.parent / "q", **{"critic.model.path": critic}
     )
-    assert build.open_critic(config, policy).arch == policy.arch
+    assert roles.open_critic(config, policy).arch == policy.arch
     tokenizer = tiny.tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|policy|>"]})
     policy = models.open(tiny_model, tokenizer=tokenizer)
-    assert build.open_critic(config, policy)
+    assert roles.open_critic(config, policy)
     other = tiny.tokenizer()
     other.add_special_tokens({"additional_special_tokens": ["<|critic|>"]})
     other.save_pretrained(model)
     with pytest.raises(
         ConfigError, match=r"token 259 is '<\|critic\|>', of the policy"
     ):
-        build.open_critic(config, policy)
+        roles.open_critic(config, policy)
 
 
 def test_a_run_goes_on_with_the_date_that_its_prompts_have(tiny_model, tmp_path):

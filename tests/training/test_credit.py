@@ -17,7 +17,7 @@ from jaxrl_llm.data import packing
 from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.training import credit as estimate
-from jaxrl_llm.training.build import actor_of
+from jaxrl_llm.training.roles import actor_of
 
 PROMPTS, EPISODES = make_rollouts()
 LENGTHS = np.array([[5, 2], [7, 3], [1, 8], [4, 4]])

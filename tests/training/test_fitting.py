@@ -19,7 +19,7 @@ from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.roles.actor import StepSize
 from jaxrl_llm.roles.policy import PolicySettings
 from jaxrl_llm.sharding import hardware, mesh
-from jaxrl_llm.training import build, compiling, fitting, loop
+from jaxrl_llm.training import build, compiling, fitting, loop, roles
 
 # 32 rows of 16 tokens on eight devices: 8, 16 or 32 at a time.
 ROWS = GRPO | {"rollout.n": 4, "trainer.val_before_train": False}
@@ -168,7 +168,7 @@ def test_a_run_takes_as_many_rows_as_fit_and_keeps_them(
     def needed(size):
         section = config.actor.model_copy(update={"micro_batch_size": size})
         changed = config.model_copy(update={"actor": section})
-        actor = build.actor_of(changed, source, on)
+        actor = roles.actor_of(changed, source, on)
         return fitting.peak(actor.lower_largest_update().compile())
 
     fits = needed(16)

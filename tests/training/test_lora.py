@@ -14,7 +14,8 @@ from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.training import evaluation
 from jaxrl_llm.training import loop as train
-from jaxrl_llm.training.build import adapter_notes, adapters_of, build, check_base
+from jaxrl_llm.training.build import build
+from jaxrl_llm.training.roles import adapter_notes, adapters_of, check_base
 
 LORA = {"rank": 4, "alpha": 8.0}
 
