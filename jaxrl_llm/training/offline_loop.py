@@ -137,14 +137,14 @@ def run(job: OfflineJob) -> Result:
                 break
             set_aside()
         with log.phase("save_checkpoint"):
-            checkpoints.wait()
-            if trainer.save_hf:
+            if trainer.save_hf:  # while the last checkpoint is written
                 job.task.save(job, learner.weights(state), step)
                 lora = learner.model.settings.lora
                 if lora and learner.model.head == "tokens":
                     adapters = config.output_dir, job.source, state.params
                     how = recipe(config, step)
                     checkpoint.save_adapters(*adapters, lora, how)
+            checkpoints.wait()
         log.end()
     stopped = stop and step < total
     result = Result(Path(config.output_dir), stopped=stopped)
