@@ -43,6 +43,11 @@ def evaluate_all(
       CheckpointError: a checkpoint is not as it was saved.
       OutOfMemory: a device's memory does not suffice.
     """
+    if not names and config.actor.lora and config.actor.lora.path:
+        raise ConfigError(
+            f"actor.lora.path {config.actor.lora.path} is what a run would begin with; "
+            "which model is to answer? Name it: --models MODEL or the adapter's folder"
+        )
     names = list(names) or [config.model.path]
     if not processes.leads():
         say = _nothing

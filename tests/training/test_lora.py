@@ -175,5 +175,7 @@ def test_adapters_to_begin_with_must_be_of_the_form_that_is_trained(
     (folder / "adapter_config.json").write_text(json.dumps(said | change))
     [note] = adapter_notes(right, {"actor": right.actor}, arch)
     assert "was trained with lora_dropout 0.1; here nothing is dropped" in note
+    with pytest.raises(ConfigError, match="which model is to answer"):
+        evaluation.evaluate_all(right)  # the base alone is not what it names
     with pytest.raises(ConfigError, match="is an adapter of .* let model.path be that"):
         check_base(right, "actor", models.open(folder))
