@@ -45,6 +45,10 @@ from jaxrl_llm.training.stopping import asked_to_stop
 from jaxrl_llm.training.update import check_weights, flops_of
 
 
+EVERY = "all"
+"""What metrics call the source of held-out rows."""
+
+
 def run(job: OfflineJob) -> Result:
     """Trains to the end, or until SIGTERM, Ctrl-C or `trainer.max_hours` asks for an
     early one: the step under way is then the last, and its checkpoint is saved.
@@ -211,7 +215,7 @@ def validated_if_due(
         records: list[dict[str, Any]] = []
         if job.data.val:
             found = job.learner.measure(state.params, job.held_out_rows())
-            metrics |= {f"val-core/all/{name}": x for name, x in found.items()}
+            metrics |= {f"val-core/{EVERY}/{name}": x for name, x in found.items()}
         if job.engine:
             metrics |= job.engine.load(job.learner.weights(state), step)
             answers = evaluate.validate(
