@@ -44,7 +44,6 @@ from jaxrl_llm.training.state import start_or_go_on
 from jaxrl_llm.training.stopping import asked_to_stop
 from jaxrl_llm.training.update import check_weights, flops_of
 
-
 EVERY = "all"
 """What metrics call the source of held-out rows."""
 
