@@ -239,6 +239,7 @@ def test_the_losses_by_hand_are_as_they_say(tmp_path):
     assert len(outputs(notebook, "image/png")) == 3
 
 
+@pytest.mark.slow
 def test_two_meshes_shows_who_holds_what_and_what_moved(tmp_path):
     # What moved, and that no less would do, it asserts.
     notebook, shown = run("03_two_meshes.ipynb", tmp_path)

@@ -45,6 +45,7 @@ def assert_same(one, other):
     chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_adapters_alone_learn(tiny_model):
     (adapters, weights), metrics = step(tiny_model)
     before = jax.device_get(learner(tiny_model).read_weights("float32"))

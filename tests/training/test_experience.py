@@ -80,6 +80,7 @@ def test_only_groups_that_differ_are_trained_on(weights, tmp_path):
     chex.assert_trees_all_equal(newest(tmp_path / "run", like), newest(parts, like))
 
 
+@pytest.mark.slow
 def test_a_task_without_differences_gives_up_after_the_bound(weights, tmp_path):
     changed = GRPO | {"algorithm.filter_groups": {"max_num_gen_batches": 2}}
     config = make_config(weights, tmp_path, **changed)
