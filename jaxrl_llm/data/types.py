@@ -93,6 +93,9 @@ class Completion:
     prompt_logprobs: np.ndarray | None = None
     """float32 [p - 1], nats: of the prompt's tokens but the first, under the model's
     own distribution; None where they were not asked for."""
+    prefilled: int | None = None
+    """Tokens that were computed before the first could be sampled: those of the prompt
+    that no page of the cache held. None where an engine does not tell."""
 
 
 @dataclass(frozen=True, kw_only=True)

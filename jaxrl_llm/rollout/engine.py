@@ -1,7 +1,7 @@
 """What every generation engine offers.
 
 `load` weights, `submit` requests, take completions as they finish. The JAX engine's
-response is a function of (weights, prompt, sampling, seed, prompt id, sample index)
+response is a function of (weights, prompt, sampling, seed, prompt id, sample, turn)
 alone: it does not depend on which slot, batch or order produced it. vLLM's is one too
 where `rollout.vllm.reproducible` asks for it.
 """
@@ -95,14 +95,27 @@ class Request:
     tokens: tuple[int, ...]
     num_samples: int
     seed: int
-    """With `prompt_id` and the sample index, the key of the random numbers; 32 bits."""
+    """With `prompt_id`, sample and turn, the key of the random numbers; 32 bits."""
     sampling: Sampling
+    first_sample: int = 0
+    """Number of the first of the samples; the others follow it."""
+    turn: int = 0
+    """Which turn of the policy in an episode this is, where `tokens` hold those before
+    it."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+        for name in ("first_sample", "turn"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"a seed is from 0 to {2**32 - 1}, got {self.seed}")
+
+    @property
+    def samples(self) -> range:
+        """The numbers of its samples."""
+        return range(self.first_sample, self.first_sample + self.num_samples)
 
     def check(self, vocab_size: int, max_model_len: int) -> None:
         """Raises ValueError for a request that can never be answered.
@@ -128,6 +141,16 @@ class Request:
             )
 
 
+More = Callable[[bool], Sequence[Request]]
+"""Requests that came up while others were answered. It is told whether the engine is
+idle: then it may wait for one, and nothing means that there will be none."""
+
+
+def no_more(idle: bool) -> Sequence[Request]:
+    """`More` for those who have asked everything."""
+    return ()
+
+
 @runtime_checkable
 class Engine(Protocol):
     """A generator of completions. See the module docstring for the promise it makes."""
@@ -145,8 +168,14 @@ class Engine(Protocol):
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues requests. Raises ValueError for one that can never fit."""
 
-    def completions(self) -> Iterator[Completion]:
-        """Yields completions as they finish, until nothing submitted is outstanding."""
+    def completions(self, more: More = no_more) -> Iterator[Completion]:
+        """Yields completions as they finish, until nothing submitted is outstanding.
+
+        Args:
+          more: asked again and again for what is to be submitted besides. A request
+            that begins with the tokens of an answered one is prefilled only from where
+            they end, where an engine keeps what it knows of them.
+        """
 
     def memory(self, num_rows: int, num_tokens: int) -> dict[str, int]:
         """Bytes by purpose on each of the trainer's devices, while `num_rows` responses
@@ -187,7 +216,7 @@ def generate(engine: Engine, requests: Sequence[Request]) -> list[list[Completio
         (c.prompt_id, c.sample): c for c in engine.completions()
     }
     return [
-        [found[request.prompt_id, sample] for sample in range(request.num_samples)]
+        [found[request.prompt_id, sample] for sample in request.samples]
         for request in requests
     ]
 

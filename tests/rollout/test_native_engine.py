@@ -344,24 +344,51 @@ def test_a_long_prompt_is_read_in_pieces():
     assert_same(generate(pieces, asked), generate(plain(), asked))
 
 
-def test_a_beginning_that_is_known_is_not_read_again():
-    made = engine(max_model_len=256)
-    first = request(1, n=2, length=150, max_tokens=20)
-    made.submit([first, request(2, n=1, max_tokens=90)])  # the second keeps it busy
-    answers = {}
-    for completion in made.completions():
-        answers[completion.prompt_id, completion.sample] = completion
-        if completion.prompt_id == 1 and completion.sample == 0:
-            turn = first.tokens + tuple(completion.tokens.tolist()) + (44, 45)
-            second = Request(
-                prompt_id=3, tokens=turn, num_samples=1, seed=3, sampling=first.sampling
+def test_one_sample_can_be_asked_for_and_another_turn_draws_anew():
+    both = generate(plain(), [request(4)])[0]
+    for sample, wanted in enumerate(both):
+        alone = dataclasses.replace(request(4, n=1), first_sample=sample)
+        assert_same(generate(plain(), [alone]), [[wanted]])
+        later = dataclasses.replace(alone, turn=1)
+        [[found]] = generate(plain(), [later])
+        assert found.sample == sample
+        assert (found.tokens != wanted.tokens).any()
+        assert_same(generate(plain(), [later]), [[found]])
+
+
+@pytest.mark.parametrize(
+    "axes", [None, pytest.param({"data": 2, "tensor": 1}, marks=pytest.mark.slow)]
+)
+def test_turns_that_come_up_meanwhile_are_read_from_where_they_differ(axes):
+    made = engine(axes=axes) if axes else plain()
+    first = [request(i, n=1, length=95 + i, max_tokens=10) for i in range(2)]
+    asked = {r.prompt_id: r for r in first}
+    answers, ready, waited = {0: [], 1: []}, [], []
+
+    def more(idle):
+        waited.append(idle)
+        # Nothing is left to do at first: pages must outlast that.
+        return [ready.pop()] if ready and idle else []
+
+    made.submit(first)
+    for completion in made.completions(more):
+        before = asked[completion.prompt_id]
+        answers[completion.prompt_id].append(completion)
+        if before.turn < 2:
+            tokens = (*before.tokens, *completion.tokens.tolist(), 44)
+            asked[before.prompt_id] = dataclasses.replace(
+                before, tokens=tokens, turn=before.turn + 1
             )
-            [scheduler] = made._session._schedulers
-            # 169 of its 172 tokens are in the cache: two whole pages are found.
-            assert len(scheduler.pool.match_prefix(turn)) == 2
-            made.submit([second])
-    assert set(answers) == {(1, 0), (1, 1), (2, 0), (3, 0)}
-    assert_same([[answers[3, 0]]], generate(engine(max_model_len=256), [second]))
+            ready.append(asked[before.prompt_id])
+    assert True in waited and False in waited
+    assert made._session is None
+    for last, turns in zip(asked.values(), answers.values(), strict=True):
+        assert len(turns) == 3
+        prefilled = [turn.prefilled for turn in turns]
+        assert prefilled[0] == 94 + last.prompt_id
+        assert all(n <= 1 + running.PAGE_SIZE for n in prefilled[1:])
+        # Reading everything again gives the same.
+        assert_same([[turns[-1]]], generate(plain(), [last]))
 
 
 def test_aborted_responses_do_not_come():

@@ -20,7 +20,10 @@ def draw_many(
     n=20_000, *, temperature=1.0, top_k=-1, top_p=1.0, min_p=0.0, mode=None, top=0
 ):
     keys = sampling.row_keys(
-        jnp.zeros(n, jnp.uint32), jnp.zeros(n, jnp.int32), jnp.arange(n)
+        jnp.zeros(n, jnp.uint32),
+        jnp.zeros(n, jnp.int32),
+        jnp.arange(n),
+        jnp.zeros(n, jnp.int32),
     )
     if mode is None:
         mode = "truncated" if top_k != -1 or top_p < 1 or min_p > 0 else "tempered"
@@ -144,11 +147,16 @@ def test_truncate_keeps_ties_and_never_everything_away():
     np.testing.assert_array_equal(np.isfinite(kept), [[True, False, False]])
 
 
-def test_keys_tell_every_response_apart():
-    seeds, prompts, samples = np.meshgrid([0, 1], [0, 1, 2], [0, 1], indexing="ij")
+def test_keys_tell_every_turn_of_every_response_apart():
+    grid = np.meshgrid([0, 1], [0, 1, 2], [0, 1], [0, 1, 2], indexing="ij")
+    seeds, prompts, samples, turns = (x.ravel() for x in grid)
     keys = sampling.row_keys(
-        jnp.asarray(seeds.ravel(), jnp.uint32),
-        jnp.asarray(prompts.ravel(), jnp.int32),
-        jnp.asarray(samples.ravel(), jnp.int32),
+        jnp.asarray(seeds, jnp.uint32),
+        jnp.asarray(prompts, jnp.int32),
+        jnp.asarray(samples, jnp.int32),
+        jnp.asarray(turns, jnp.int32),
     )
-    assert len(np.unique(jax.random.key_data(keys), axis=0)) == 12
+    assert len(np.unique(jax.random.key_data(keys), axis=0)) == 36
+    first = jax.random.fold_in(jax.random.fold_in(jax.random.key(1), 0), 1)
+    [at] = np.flatnonzero((seeds == 1) & (prompts == 0) & (samples == 1) & (turns == 0))
+    assert (jax.random.key_data(keys[at]) == jax.random.key_data(first)).all()

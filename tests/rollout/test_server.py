@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from contextlib import closing
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm import models
+from jaxrl_llm.data.types import Completion
 from jaxrl_llm.rollout.engine import Request, Sampling
 from jaxrl_llm.rollout.servers.server import Server, ServerError
 from jaxrl_llm.rollout.servers.vllm import VllmEngine, VllmSettings
@@ -197,9 +199,9 @@ def test_a_server_is_started_for_adapters(tiny_model, tmp_path):
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in told
 
 
-def engine(loaded, directory, *command, lora=None):
+def engine(loaded, directory, *command, lora=None, kind=VllmEngine):
     """A vLLM engine whose servers are other programs."""
-    return VllmEngine(
+    return kind(
         loaded.arch,
         loaded.tokenizer,
         [(1, 2, 3)],
@@ -232,3 +234,45 @@ def test_a_request_that_no_server_takes_is_refused(tiny_model, tmp_path):
     with closing(engine(models.load(tiny_model), tmp_path, "sh")) as made:
         with pytest.raises(ValueError, match="prompt 7 has 3 tokens .*6 more.* is 8"):
             made.submit([request])
+
+
+def test_requests_that_come_up_are_sent_while_others_are_answered(tiny_model, tmp_path):
+    class Answered(VllmEngine):
+        """Its servers answer at once."""
+
+        async def _answer(self, waiting, found):
+            for request, samples in waiting:
+                for sample in samples:
+                    found.put(answer(request, sample))
+
+    def answer(request, sample):
+        values = np.zeros(1, np.float32)
+        return Completion(
+            prompt_id=request.prompt_id,
+            sample=sample,
+            tokens=np.array([request.turn], np.int32),
+            logprobs=values,
+            raw_logprobs=values,
+            finish_reason="stop",
+            weight_version=0,
+            text="",
+        )
+
+    def more(idle):
+        return [ready.pop()] if ready and idle else []
+
+    first = Request(
+        prompt_id=7,
+        tokens=(1, 2, 3),
+        num_samples=2,
+        first_sample=3,
+        seed=0,
+        sampling=Sampling(max_tokens=2),
+    )
+    ready = [replace(first, turn=1, num_samples=1)]
+    made = engine(models.load(tiny_model), tmp_path, "sh", kind=Answered)
+    with closing(made):
+        made._version = 0
+        made.submit([first])
+        found = [(c.sample, c.tokens[0]) for c in made.completions(more)]
+    assert found == [(3, 0), (4, 0), (3, 1)]

@@ -106,7 +106,7 @@ class ScriptedEngine:
     def close(self):
         pass
 
-    def completions(self):
+    def completions(self, more=None):
         for request in reversed(self.batches[-1]):
             for sample in range(request.num_samples):
                 greedy = request.sampling.temperature == 0

@@ -179,7 +179,7 @@ class Echo(Engine):
     def submit(self, requests):
         self.requests = requests
 
-    def completions(self):
+    def completions(self, more=None):
         for request in self.requests:
             for sample in range(request.num_samples):
                 token = sample if request.sampling.temperature else 9

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxrl_llm import models
 from jaxrl_llm.data.types import Completion
 from jaxrl_llm.models import Architecture
-from jaxrl_llm.rollout.engine import Request, Use
+from jaxrl_llm.rollout.engine import More, Request, Use, no_more
 from jaxrl_llm.rollout.native import programs as decode
 from jaxrl_llm.rollout.native.sampling import Mode
 from jaxrl_llm.rollout.native.scheduler import Response
@@ -497,24 +497,33 @@ class JaxEngine:
         """
         for request in requests:
             request.check(self.arch.vocab_size, self._max_model_len)
-        made = [Response(r, i) for r in requests for i in range(r.num_samples)]
-        (self._session.add if self._session else self._waiting.extend)(made)
+        made = [Response(r, i) for r in requests for i in r.samples]
+        if made:
+            (self._session.add if self._session else self._waiting.extend)(made)
 
-    def completions(self) -> Iterator[Completion]:
+    def completions(self, more: More = no_more) -> Iterator[Completion]:
         """Yields completions as they finish, until nothing submitted is outstanding.
 
         More may be submitted meanwhile: what begins like a sequence before it, as the
-        next turn of a conversation does, is prefilled only from where it differs.
+        next turn of a conversation does, is prefilled only from where it differs. Pages
+        are kept until the last completion is taken.
+
+        Args:
+          more: asked once a chunk for what is to be submitted besides.
         """
         if self._params is None:
             raise ValueError("no weights are loaded; call load(params) first")
-        if self._waiting:
-            self._session = self._start(len(self._waiting))
-            self._session.add(self._waiting)
-            self._waiting = []
-        while self._session and (self._finished or self._session.outstanding):
+        while True:
             while self._finished:
                 yield self._finished.popleft()
+            busy = self._session.outstanding if self._session else self._waiting
+            self.submit(more(not busy))
+            if self._waiting:
+                self._session = self._start(len(self._waiting))
+                self._session.add(self._waiting)
+                self._waiting = []
+            if not (self._session and self._session.outstanding):
+                break
             self._finished.extend(self._advance(self._session))
         if self._session:
             self._session.close()
@@ -681,6 +690,7 @@ class JaxEngine:
                 text=text if cut is None else cut,
                 **_most_likely(response),
                 prompt_logprobs=self._of_prompt(response.request),
+                prefilled=response.prefilled,
             )
             for (response, cut, by_token), text in zip(ended, whole, strict=True)
         ]

@@ -55,6 +55,7 @@ class Tables:
     seeds: UInt[Array, " N"]
     prompt_ids: Int[Array, " N"]
     samples: Int[Array, " N"]
+    turns: Int[Array, " N"]
     temperature: Float[Array, " N"]
     top_k: Int[Array, " N"]
     top_p: Float[Array, " N"]
@@ -150,7 +151,7 @@ def decode(
 
     def replica(params, tables, rows, pages, enough):
         B = rows.slots.shape[0]
-        keys = row_keys(tables.seeds, tables.prompt_ids, tables.samples)
+        keys = row_keys(tables.seeds, tables.prompt_ids, tables.samples, tables.turns)
         nothing = Steps(
             slots=jnp.full((chunk, B), -1, jnp.int32),
             tokens=jnp.zeros((chunk, B), jnp.int32),

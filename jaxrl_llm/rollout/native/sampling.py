@@ -34,16 +34,21 @@ class Sampled(NamedTuple):
 
 
 def row_keys(
-    seeds: UInt[Array, " B"], prompt_ids: Int[Array, " B"], samples: Int[Array, " B"]
+    seeds: UInt[Array, " B"],
+    prompt_ids: Int[Array, " B"],
+    samples: Int[Array, " B"],
+    turns: Int[Array, " B"],
 ) -> Key[Array, " B"]:
-    """One key per response: a function of what is asked, not of where it runs."""
+    """One key per response: a function of what is asked, not of where it runs. What a
+    later turn folds in is no number of a token."""
 
-    def key(seed, prompt_id, sample):
-        return jax.random.fold_in(
+    def key(seed, prompt_id, sample, turn):
+        first = jax.random.fold_in(
             jax.random.fold_in(jax.random.key(seed), prompt_id), sample
         )
+        return jax.lax.select(turn == 0, first, jax.random.fold_in(first, -turn))
 
-    return jax.vmap(key)(seeds, prompt_ids, samples)
+    return jax.vmap(key)(seeds, prompt_ids, samples, turns)
 
 
 def sample(

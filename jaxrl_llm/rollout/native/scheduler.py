@@ -36,6 +36,8 @@ class Response:
     """[N] each."""
     top_logprobs: list[np.ndarray] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
+    prefilled: int = 0
+    """Tokens that were computed besides those that were sampled."""
     slot: int = -1
     """-1: it waits."""
 
@@ -274,6 +276,7 @@ class Scheduler:
             made.copies.append((source[0], response.pages[whole]))
         else:
             start = len(shared) * size
+            response.prefilled += known - start
             number = 1 + max((round_of.get(page, 0) for page in shared), default=-1)
             while start < known:
                 piece = beginning[start : start + self._max_prefill]

@@ -181,10 +181,16 @@ class Session:
 
     def add(self, responses: Sequence[Response]) -> None:
         """Adds responses. Those to one prompt come to one replica: it is prefilled
-        once."""
-        for _, group in itertools.groupby(responses, lambda r: id(r.request)):
-            least = min(self._schedulers, key=lambda s: s.outstanding)
-            least.waiting.extend(group)
+        once. A later turn comes to the replica that holds most of those before it."""
+
+        def least(scheduler: Scheduler, first: Response) -> tuple[int, int]:
+            known = first.request.tokens if first.request.turn else ()
+            return -len(scheduler.pool.match_prefix(known)), scheduler.outstanding
+
+        for _, each in itertools.groupby(responses, lambda r: id(r.request)):
+            group = list(each)
+            chosen = min(self._schedulers, key=lambda s: least(s, group[0]))
+            chosen.waiting.extend(group)
         asked = {r.request.sampling for r in responses}
         self._mode = max({self._mode, *map(mode_of, asked)}, key=_MODES.index)
         self._top = max(self._top, *(sampling.logprobs for sampling in asked))
@@ -377,6 +383,7 @@ class SlotTables:
             "max_tokens": sampling.max_tokens,
             "prompt_ids": request.prompt_id,
             "samples": response.sample,
+            "turns": request.turn,
             "top_k": sampling.top_k,
         }
         for name, value in line.items():
@@ -421,6 +428,7 @@ _INTS = (
     "max_tokens",
     "prompt_ids",
     "samples",
+    "turns",
     "top_k",
 )
 

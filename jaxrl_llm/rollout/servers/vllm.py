@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from rich.console import Console
 
 from jaxrl_llm import models
 from jaxrl_llm.data.types import Completion
-from jaxrl_llm.rollout.engine import Request, Use
+from jaxrl_llm.rollout.engine import More, Request, Use, no_more
 from jaxrl_llm.rollout.servers import verify_weights as probe
 from jaxrl_llm.rollout.servers.server import (
     Lost,
@@ -45,6 +46,8 @@ from jaxrl_llm.rollout.servers.server import (
 _Asked = tuple[Request, range]
 """A request, and which of its samples are asked for together."""
 _NUM_PROBES, _PROBE_TOKENS = 16, 32
+_LOOK_S = 0.02
+"""Longest time for which a later turn of an episode waits to be sent."""
 _REMOVE = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], True)"
 """Removes a folder when standard input closes, even if by the end of a killed trainer:
 it may be gigabytes of shared memory."""
@@ -247,32 +250,49 @@ class VllmEngine:
         for request in requests:
             request.check(self.arch.vocab_size, self._max_len)
         for request in requests:
-            samples = range(request.num_samples)
+            samples = request.samples
             if request.sampling.temperature == 0:  # vLLM: no two at a time
-                self._waiting += [(request, samples[i : i + 1]) for i in samples]
+                self._waiting += [(request, range(i, i + 1)) for i in samples]
             else:
                 self._waiting.append((request, samples))
 
-    def completions(self) -> Iterator[Completion]:
+    def completions(self, more: More = no_more) -> Iterator[Completion]:
         """Yields completions as they finish, until nothing submitted is outstanding.
+
+        Args:
+          more: asked every few hundredths of a second for what is to be submitted
+            besides.
 
         Raises:
           ServerError: a server refuses, or was lost too often.
         """
         if self._version < 0:
             raise ValueError("no weights are loaded; call load(params) first")
-        asked, self._waiting = self._waiting, []
-        found: queue.SimpleQueue[Completion | None] = queue.SimpleQueue()
-        running = asyncio.run_coroutine_threadsafe(
-            self._answer(deque(asked), found), self._loop
-        )
-        running.add_done_callback(lambda _: found.put(None))
+        found: queue.SimpleQueue[Completion | Future] = queue.SimpleQueue()
+        running: set[Future] = set()
         try:
-            while (completion := found.get()) is not None:
-                yield completion
-            running.result()
+            while True:
+                self.submit(more(not (running or self._waiting)))
+                if self._waiting:
+                    asked, self._waiting = self._waiting, []
+                    answers = self._answer(deque(asked), found)
+                    begun = asyncio.run_coroutine_threadsafe(answers, self._loop)
+                    running.add(begun)
+                    begun.add_done_callback(found.put)
+                if not running:
+                    return
+                try:
+                    one = found.get(timeout=None if more is no_more else _LOOK_S)
+                except queue.Empty:
+                    continue
+                if isinstance(one, Completion):
+                    yield one
+                else:
+                    running.remove(one)
+                    one.result()
         finally:
-            running.cancel()
+            for one in running:
+                one.cancel()
 
     def memory(self, num_rows: int, num_tokens: int) -> dict[str, int]:
         """Nothing: servers have memory of their own."""
@@ -596,6 +616,7 @@ class VllmEngine:
         }
         if self.settings.reproducible:
             words = [request.seed, request.prompt_id, samples[0]]
+            words += [request.turn] if request.turn else []
             seed = np.random.SeedSequence(words).generate_state(1)[0]
             options["seed"] = int(seed >> 1)
         if sampling.prompt_logprobs:
