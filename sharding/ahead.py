@@ -6,15 +6,14 @@
 
 XLA compiles outside of Python's lock, but to lower is Python: one program is lowered at
 a time, so that whoever does something else meanwhile waits for one thread and not for
-many. A jitted function that was lowered and compiled
-for shapes and shardings neither traces nor compiles when it is called with arrays of
-these.
+many. A jitted function that was lowered and compiled for shapes and shardings neither
+traces nor compiles when it is called with arrays of these.
 """
 
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from types import TracebackType
 
@@ -66,13 +65,21 @@ class Ahead:
         """All programs."""
         return len(self._programs)
 
+    @property
+    def pending(self) -> bool:
+        """Whether any is still to be compiled."""
+        return not all(future.done() for future in self._futures)
+
     def wait(
-        self, tell: Callable[[int, int], None] = lambda done, count: None
+        self,
+        tell: Callable[[int, int], None] = lambda done, count: None,
+        among: Collection[str] | None = None,
     ) -> dict[str, Compiled]:
-        """Waits until all are compiled.
+        """Waits until programs are compiled.
 
         Args:
-          tell: is told how many are, and how many there are.
+          tell: is told how many are, and how many are waited for.
+          among: their names; all if not given.
 
         Returns:
           The programs by name, for their memory; they are kept while this is.
@@ -80,12 +87,14 @@ class Ahead:
         Raises:
           Exception: whatever the lowering or compilation of one raised.
         """
-        tell(sum(future.done() for future in self._futures), self.count)
+        names = self._programs if among is None else among
+        wanted = {f: name for f, name in self._futures.items() if name in names}
+        tell(sum(future.done() for future in wanted), len(wanted))
         found = {}
-        for future in as_completed(self._futures):
-            found[self._futures[future]] = future.result()
-            tell(len(found), self.count)
-        return {name: found[name] for name in self._programs}
+        for future in as_completed(wanted):
+            found[wanted[future]] = future.result()
+            tell(len(found), len(wanted))
+        return {name: found[name] for name in self._programs if name in found}
 
     def _compiled(self, lower: Callable[[], Lowered]) -> Compiled | None:
         # Once another has failed, nobody waits for this one.

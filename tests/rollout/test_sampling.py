@@ -59,6 +59,7 @@ def draw_many(
         # top_k 3 leaves .5/.9 = .556, .278, .167; .556 + .278 = .83 >= .6
         ({"top_k": 3, "top_p": 0.6}, [2 / 3, 1 / 3, 0, 0]),
         ({"temperature": 0.0}, [1, 0, 0, 0]),
+        ({"temperature": 0.0, "mode": "plain"}, [1, 0, 0, 0]),
     ],
     ids=str,
 )
@@ -93,6 +94,7 @@ def test_raw_logprobs_ignore_temperature_and_truncation():
         ({"top_p": 0.7}, PROBS),
         ({"min_p": 0.29, "top_k": 3}, PROBS),
         ({"temperature": 0.0}, PROBS),
+        ({"temperature": 0.0, "mode": "plain"}, PROBS),
     ],
     ids=str,
 )
@@ -131,7 +133,9 @@ def test_draw_inverts_the_distribution_function():
     ]
     for first, second, token in cases:
         drawn, logprob = jax.jit(sampling.draw)(
-            jnp.asarray(LOGITS)[None], jnp.array([[first, second]], jnp.float32)
+            jnp.asarray(LOGITS)[None],
+            jnp.array([[first, second]], jnp.float32),
+            jnp.array([False]),
         )
         assert drawn[0] == token, (first, second)
         expected = np.log(PROBS[TOKENS == token])

@@ -108,6 +108,7 @@ def prefill(
     *,
     dtype: Any,
     attention: PackedAttention,
+    inline: bool = True,
 ) -> tuple[Float[Array, "R T D"], Pages]:
     """Prefills the beginnings of sequences, packed in rows.
 
@@ -116,6 +117,8 @@ def prefill(
       sequence_ids: a token sees its own sequence; padding has an id of its own.
       places: where each token's key and value belong, page * S + place within it.
         No two tokens share one.
+      inline: lower every layer by itself, and not one of a kind that is called. Needed
+        where XLA partitions the layers.
 
     Returns:
       Final hidden states, and the pages with what was read.
@@ -136,7 +139,7 @@ def prefill(
         )
         return found, (keep(keys, k, places), keep(values, v, places))
 
-    return _run(arch, params, tokens, positions, pages, attend_row, dtype)
+    return _run(arch, params, tokens, positions, pages, attend_row, dtype, inline)
 
 
 def extend(
@@ -149,6 +152,7 @@ def extend(
     *,
     dtype: Any,
     attention: PagedAttention,
+    inline: bool = True,
 ) -> tuple[Float[Array, "B T D"], Pages]:
     """More tokens of sequences whose beginnings are in the pages: one each to decode,
     many to read a long prompt piece by piece.
@@ -156,6 +160,7 @@ def extend(
     Args:
       params: fused or unstacked.
       positions: where each token stands in its sequence; -1 for padding.
+      inline: as of `prefill`.
 
     Returns:
       Final hidden states, and the pages with these tokens.
@@ -177,7 +182,7 @@ def extend(
         )
         return found, kept
 
-    return _run(arch, params, tokens, positions, pages, attend_pages, dtype)
+    return _run(arch, params, tokens, positions, pages, attend_pages, dtype, inline)
 
 
 def attend(
@@ -264,7 +269,7 @@ def rotated(q, k, rotary: RotaryTable):
     return (q, k) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary))
 
 
-def _run(arch, params, tokens, positions, pages, attend_layer, dtype):
+def _run(arch, params, tokens, positions, pages, attend_layer, dtype, inline):
     adapters = [layer.get("lora") for _, layer in sorted(params["layers"].items())]
     layers = {
         i: {name: x for name, x in layer.items() if name != "lora"}
@@ -275,9 +280,10 @@ def _run(arch, params, tokens, positions, pages, attend_layer, dtype):
     x, keys, values = decoder.embed(tokens, dtype), [], []
 
     # Layers of a kind are traced once: Python takes longer to trace all of them than
-    # the compiler to make a program of them, which is the same program as without. Not
-    # one with calls: partitioned over "tensor" by each replica, XLA aborts at them.
-    @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+    # the compiler to make a program of them, which is the same program as without. With
+    # calls, they are lowered once too; partitioned over "tensor" by each replica, XLA
+    # aborts at them.
+    @functools.partial(jax.jit, static_argnums=(0, 1), inline=inline)
     def run_layer(like, graph, weights, adapters, x, keys, values):
         def attend_and_keep(q, k, v):
             rotary = tables[arch.rope_of_layer[like]]

@@ -27,6 +27,7 @@ from jaxrl_llm.rollout.native.sampling import Mode
 from jaxrl_llm.rollout.native.scheduler import Response
 from jaxrl_llm.rollout.native.session import (
     FEWEST_CONTINUED,
+    MODES,
     PAGE_SIZE,
     SEQUENCES_PER_ROW,
     Session,
@@ -156,6 +157,7 @@ class JaxEngine:
             longest_prompt=1,
             longest=max_model_len,
         )
+        self._greedy: Mode = "plain"
         self._num_pages: dict[int, int] = {}
         self._compiled_later: Callable[[int], dict[str, Any]] | None = None
         self._scored: tuple[Request, np.ndarray] | None = None  # the newest prompt
@@ -363,6 +365,9 @@ class JaxEngine:
                 first = tuple(tokens[:PAGE_SIZE])
                 shared |= first in beginnings
                 beginnings.add(first)
+        drawn = {mode_of(u.sampling) for u in uses if u.sampling.temperature > 0}
+        # Greedy rows need no programs of their own beside those of others.
+        self._greedy = min(drawn, key=MODES.index, default="plain")
         most = max(use.num_responses for use in uses)
         sizes = self._sizes = self._sized(most, longest)
         made = functools.partial(self._programs, uses, sizes, shared)
@@ -433,7 +438,8 @@ class JaxEngine:
             shrinks = use.sampling.max_tokens > self._chunk
             for rows in sizes.row_counts:
                 if rows == first or (shrinks and rows < first):
-                    found.add((mode_of(use.sampling), use.sampling.logprobs, rows))
+                    mode = mode_of(use.sampling, self._greedy)
+                    found.add((mode, use.sampling.logprobs, rows))
         return found
 
     def _lower_decode(
@@ -569,6 +575,7 @@ class JaxEngine:
             num_pages=self._num_pages[sizes.num_rows],
             width=self._width,
             chunk=self._chunk,
+            greedy=self._greedy,
         )
 
     def _sized(self, num_responses: int, longest_prompt: int = 1) -> Sizes:

@@ -112,6 +112,11 @@ class Run:
     attend: paged.PagedAttention
     attend_rows: PackedAttention
 
+    @property
+    def inline(self) -> bool:
+        """Whether every layer is lowered by itself, as where layers are split."""
+        return self.mesh.shape["tensor"] > 1
+
 
 def no_rows(count: int, replicas: int = 1) -> Rows:
     """Rows without sequences, on the host."""
@@ -226,6 +231,7 @@ def prefill(
             pages,
             dtype=run.dtype,
             attention=run.attend_rows,
+            inline=run.inline,
         )[1]
 
     return _on_replicas(
@@ -260,6 +266,7 @@ def extend(
             pages,
             dtype=run.dtype,
             attention=run.attend,
+            inline=run.inline,
         )[1]
 
     return _on_replicas(
@@ -288,6 +295,7 @@ def score(
             paged.empty(run.arch, 1, 1, run.cache_dtype),  # nothing is kept
             dtype=run.dtype,
             attention=run.attend_rows,
+            inline=run.inline,
         )
         return logprobs.of_tokens(
             hidden,
@@ -356,6 +364,7 @@ def _step(
         pages,
         dtype=run.dtype,
         attention=run.attend,
+        inline=run.inline,
     )
     new = _by_rows(
         functools.partial(sample, mode=mode, top=top),

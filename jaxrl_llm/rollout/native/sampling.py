@@ -7,11 +7,12 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 Mode = Literal["plain", "tempered", "truncated"]
 """What rows may ask for. plain: temperature 1, nothing cut off. tempered: any
-temperature. truncated: top_k, top_p and min_p too, which need a sort."""
+temperature. truncated: top_k, top_p and min_p too, which need a sort. The most likely
+token, temperature 0, in all of them."""
 _BLOCK = 128  # tokens per block of the two-level inverse of the distribution function
 
 
@@ -75,15 +76,15 @@ def sample(
     uniforms = jax.vmap(
         lambda key, count: jax.random.uniform(jax.random.fold_in(key, count), (2,))
     )(keys, counts)
-    if mode == "plain":
-        tokens, logprobs = draw(logits, uniforms)
-        return Sampled(tokens, logprobs, logprobs, logprobs, *most_likely(logits, top))
     greedy = temperature == 0.0
+    if mode == "plain":
+        tokens, logprobs = draw(logits, uniforms, greedy)
+        certain = jnp.where(greedy, 0.0, logprobs)
+        return Sampled(tokens, certain, logprobs, logprobs, *most_likely(logits, top))
     full = scaled = logits / jnp.where(greedy, 1.0, temperature)[:, None]
     if mode == "truncated":
         scaled = truncate(full, top_k, top_p, min_p)
-    drawn, logprobs = draw(scaled, uniforms)
-    tokens = jnp.where(greedy, jnp.argmax(logits, axis=-1), drawn).astype(jnp.int32)
+    tokens, logprobs = draw(scaled, uniforms, greedy)
     raw_logprobs = _logprobs(logits, tokens)
     full_logprobs = _logprobs(full, tokens) if mode == "truncated" else logprobs
     return Sampled(
@@ -137,10 +138,12 @@ def truncate(
 
 
 def draw(
-    logits: Float[Array, "B V"], uniforms: Float[Array, "B 2"]
+    logits: Float[Array, "B V"],
+    uniforms: Float[Array, "B 2"],
+    greedy: Bool[Array, " B"],
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """A token from softmax(logits), and its log-probability, by inverting the
-    distribution function twice.
+    distribution function twice; where `greedy`, the most likely token.
 
     The first uniform number picks a block of 128 neighbouring tokens with its total
     probability, the second a token within it. One pass over the vocabulary, and two
@@ -154,8 +157,10 @@ def draw(
     peak = peaks.max(axis=-1, keepdims=True)
     totals *= jnp.exp(peaks - peak)
     block = _invert(totals, uniforms[:, 0])
+    block = jnp.where(greedy, jnp.argmax(peaks, axis=-1), block)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0] - peak
     place = _invert(jnp.exp(inside), uniforms[:, 1])
+    place = jnp.where(greedy, jnp.argmax(inside, axis=-1), place)
     chosen = jnp.take_along_axis(inside, place[:, None], axis=1)[:, 0]
     return block * _BLOCK + place, chosen - jnp.log(totals.sum(axis=-1))
 

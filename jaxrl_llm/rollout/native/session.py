@@ -38,7 +38,7 @@ FEWEST_CONTINUED = 16
 """Rows of continued prefill that are computed together: they are rare."""
 _FEWEST_TOKENS = 64
 """Length of the shortest rows of prefill."""
-_MODES: tuple[Mode, ...] = ("plain", "tempered", "truncated")
+MODES: tuple[Mode, ...] = ("plain", "tempered", "truncated")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +126,7 @@ class Session:
       num_pages: of a replica.
       width: pages of the longest sequence.
       chunk: steps per dispatch.
+      greedy: see `mode_of`.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Session:
         num_pages: int,
         width: int,
         chunk: int,
+        greedy: Mode = "plain",
     ):
         self._run, self._params = run, params
         self._chunk, self._sizes = chunk, sizes
@@ -159,6 +161,7 @@ class Session:
             SlotTables(sizes.num_slots, eos) for _ in range(self._replicas)
         ]
         self._mode: Mode = "plain"
+        self._greedy = greedy
         self._top = 0
         self._longest = 0  # of all responses asked for, at most
         self._num_rows = num_rows
@@ -192,7 +195,8 @@ class Session:
             chosen = min(self._schedulers, key=lambda s: least(s, group[0]))
             chosen.waiting.extend(group)
         asked = {r.request.sampling for r in responses}
-        self._mode = max({self._mode, *map(mode_of, asked)}, key=_MODES.index)
+        modes = (mode_of(sampling, self._greedy) for sampling in asked)
+        self._mode = max({self._mode, *modes}, key=MODES.index)
         self._top = max(self._top, *(sampling.logprobs for sampling in asked))
         self._longest = max(self._longest, *(s.max_tokens for s in asked))
         longest = max(len(r.request.tokens) for r in responses)
@@ -554,8 +558,14 @@ def stop_ids(arch: Architecture, request: Request) -> tuple[int, ...]:
     return arch.eos_token_ids + request.sampling.stop_token_ids
 
 
-def mode_of(sampling: Sampling) -> Mode:
-    """How tokens are drawn, as far as it is compiled."""
+def mode_of(sampling: Sampling, greedy: Mode = "plain") -> Mode:
+    """How tokens are drawn, as far as it is compiled.
+
+    Args:
+      greedy: where the most likely one is taken, which is the same in every mode.
+    """
+    if sampling.temperature == 0:
+        return greedy
     if sampling.top_k != -1 or sampling.top_p < 1 or sampling.min_p > 0:
         return "truncated"
     return "plain" if sampling.temperature == 1 else "tempered"
