@@ -76,11 +76,11 @@ def make_rows(
             f"{groups} episodes"
         )
     for prompt, group in zip(prompts, episodes, strict=True):
-        if not prompt.tokens:
-            raise ValueError(
-                f"prompt {prompt.id} has no tokens; nothing to condition on"
-            )
         for episode in group:
+            if not episode.first_tokens(prompt):
+                raise ValueError(
+                    f"prompt {prompt.id} has no tokens; nothing to condition on"
+                )
             if episode.prompt_id != prompt.id:
                 raise ValueError(
                     f"an episode of prompt {episode.prompt_id} stands with prompt "
@@ -271,16 +271,19 @@ def _one_row(
 ) -> TrainBatch:
     """All sequences one after the other, without padding."""
     flat = [episode for group in episodes for episode in group]
-    tokens = [np.asarray(prompt.tokens, np.int32) for prompt in prompts]
-    before = np.repeat([len(x) for x in tokens], advantages.shape[1])
+    begun = []
+    for prompt, group in zip(prompts, episodes, strict=True):
+        own = np.asarray(prompt.tokens, np.int32)
+        begun += [
+            own if e.opening_tokens is None else np.asarray(e.opening_tokens, np.int32)
+            for e in group
+        ]
+    before = np.array([len(tokens) for tokens in begun])
     lengths = before + [len(episode.tokens) for episode in flat]
     ids = np.repeat(np.arange(len(flat), dtype=np.int32), lengths)
     positions = np.arange(len(ids)) - np.repeat(lengths.cumsum() - lengths, lengths)
     is_prompt = positions < np.repeat(before, lengths)
-    each = zip(
-        np.repeat(np.arange(len(tokens)), advantages.shape[1]), flat, strict=True
-    )
-    whole = [part for p, episode in each for part in (tokens[p], episode.tokens)]
+    whole = [x for b, e in zip(begun, flat, strict=True) for x in (b, e.tokens)]
     mask, logprobs = np.zeros(len(ids), bool), np.zeros(len(ids), np.float32)
     mask[~is_prompt] = np.concatenate([episode.response_mask for episode in flat])
     logprobs[~is_prompt] = np.concatenate([episode.logprobs for episode in flat])

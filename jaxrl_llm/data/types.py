@@ -126,6 +126,8 @@ class Turn:
     """float32 [t], 0 to 1: the probability of all tokens that top-k, top-p and min-p
     left to draw from; NaN where an engine does not tell. Not read where the mask is
     False; None if nothing was to be cut off."""
+    reward: float | None = None
+    """What its environment gave the policy for this turn alone; None for nothing."""
 
     @classmethod
     def sampled(cls, completion: Completion) -> "Turn":
@@ -151,7 +153,8 @@ class Turn:
     def observed(
         cls, role: str, tokens: Sequence[int] | np.ndarray, text: str
     ) -> "Turn":
-        """A turn that the policy reads and did not write, such as a tool's answer."""
+        """A turn that the policy did not write, such as a tool's answer. Without tokens
+        it did not read it either: the episode was over."""
         count = len(tokens)
         return cls(
             role=role,
@@ -165,6 +168,31 @@ class Turn:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Played:
+    """What an environment did in an episode."""
+
+    reward: float | None = None
+    """What it gave for the whole episode, the rewards of turns included; None for
+    nothing."""
+    calls: int = 0
+    """Tools that were called."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """How often something went wrong, by kind."""
+    seconds: float = 0.0
+    """How long it took for its answers."""
+    why: str = ""
+    """What happened, where the episode ended by a failure."""
+    attempt: int = 0
+    """How often the episode was begun anew because it failed."""
+    prefilled: int | None = None
+    """Tokens that the engine computed besides those that it sampled; None where it does
+    not tell."""
+    environment: Any = None
+    """The environment itself, for reward functions that look at it; None where it lives
+    in another process."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Episode:
     """A prompt's id and the turns that followed it. Lives on the host.
 
@@ -175,6 +203,15 @@ class Episode:
     sample: int
     """0 .. G-1: which of the episodes that begin with this prompt."""
     turns: tuple[Turn, ...]
+    status: Status = "completed"
+    opening: tuple[Message, ...] = ()
+    """The conversation before the first turn, of an episode with an environment."""
+    opening_tokens: tuple[int, ...] | None = None
+    """Tokens of `opening`; None if they are the prompt's."""
+    played: Played | None = None
+    """None without an environment."""
+    masked: bool = False
+    """Nothing is learned from it, and its reward says nothing of the policy."""
 
     def __post_init__(self) -> None:
         for index, turn in enumerate(self.turns):
@@ -198,7 +235,18 @@ class Episode:
             prompt_id=completion.prompt_id,
             sample=completion.sample,
             turns=(Turn.sampled(completion),),
+            status="max_tokens"
+            if completion.finish_reason == "length"
+            else "completed",
         )
+
+    def first_tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        """The tokens before its first turn.
+
+        Args:
+          prompt: that it begins with.
+        """
+        return prompt.tokens if self.opening_tokens is None else self.opening_tokens
 
     @functools.cached_property
     def tokens(self) -> np.ndarray:
@@ -209,6 +257,16 @@ class Episode:
     def response_mask(self) -> np.ndarray:
         """bool [t]: whether the policy sampled the token."""
         return self._joined("response_mask")
+
+    @functools.cached_property
+    def num_sampled(self) -> int:
+        """Tokens that the policy sampled."""
+        return int(self.response_mask.sum())
+
+    @property
+    def policy_turns(self) -> tuple[Turn, ...]:
+        """The turns that the policy has a part in."""
+        return tuple(turn for turn in self.turns if turn.finish_reason is not None)
 
     @functools.cached_property
     def logprobs(self) -> np.ndarray:

@@ -252,7 +252,7 @@ METRICS = (
     ),
     Metric(
         "response_length/{mean,max,min}",
-        "tokens behind the prompt, observations among them",
+        "tokens that the policy sampled; of an episode, in all its turns",
         "steady, or growing with the reward",
         "if it grows without the reward: reward.overlong_buffer, or Dr. GRPO "
         "(actor.loss_agg_mode seq-mean-token-sum-norm)",

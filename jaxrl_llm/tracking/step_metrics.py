@@ -91,8 +91,8 @@ def batch_metrics(
       prompts, episodes, scores: of all that was generated.
       advantages: of what is trained on.
 
-    `response_length` counts all tokens behind the prompt, observations among them, as
-    veRL does; `clip_ratio` is the share of responses cut off at their limit;
+    `response_length` counts what the policy sampled (veRL adds what tools answered);
+    `clip_ratio` is the share of responses cut off at their limit;
     `training/groups_all_equal` the share of prompts whose responses all got the same
     reward, so that they teach GRPO nothing; `reward/NAME/mean` the mean of one
     function, or of a number that one returns beside its score, over the responses that
@@ -100,13 +100,15 @@ def batch_metrics(
     top-k, top-p and min-p cut anything off, of the tokens that they left to draw from.
     """
     flat = [episode for group in episodes for episode in group]
-    lengths = [len(episode.tokens) for episode in flat]
+    begun = zip(prompts, episodes, strict=True)
     total = scores.total
     metrics = {
         **_spread("critic/advantages", advantages),
-        **_spread("response_length", lengths),
+        **_spread("response_length", [episode.num_sampled for episode in flat]),
         "response_length/clip_ratio": cut_off(flat),
-        **_spread("prompt_length", [len(prompt.tokens) for prompt in prompts]),
+        **_spread(
+            "prompt_length", [len(group[0].first_tokens(p)) for p, group in begun]
+        ),
     }
     if scores.by_function:  # else nothing is judged
         metrics |= {
@@ -131,10 +133,15 @@ def num_tokens(
     prompts: Sequence[Prompt], episodes: Sequence[Sequence[Episode]]
 ) -> tuple[int, int]:
     """Tokens that were read, each prompt once for every episode that begins with it,
-    and tokens behind the prompts."""
-    each = list(zip(prompts, episodes, strict=True))
-    read = sum(len(prompt.tokens) * len(group) for prompt, group in each)
-    return read, sum(len(one.tokens) for _, group in each for one in group)
+    and tokens that were sampled."""
+    each = zip(prompts, episodes, strict=True)
+    whole = sum(
+        len(one.first_tokens(prompt)) + len(one.tokens)
+        for prompt, group in each
+        for one in group
+    )
+    new = sum(one.num_sampled for group in episodes for one in group)
+    return whole - new, new
 
 
 def cut_off(episodes: Sequence[Episode]) -> float:

@@ -89,7 +89,7 @@ def update_flops(job: Job, groups: Groups) -> float:
     """Operations of all passes of the policy's update over the groups of a step."""
     lengths = np.array(
         [
-            len(prompt.tokens) + len(one.tokens)
+            len(one.first_tokens(prompt)) + len(one.tokens)
             for prompt, group in zip(groups.asked, groups.rollouts, strict=True)
             for one in group
         ]

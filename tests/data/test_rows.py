@@ -310,6 +310,20 @@ def test_observations_stand_where_they_were_read():
     np.testing.assert_array_equal(rows.advantages[1, :7], [0, 0, 0, -1, 0, 0, -1])
 
 
+def test_an_episode_may_begin_with_words_of_its_environment():
+    begun = dataclasses.replace(OBSERVED[0][1], opening_tokens=(10, 15, 16))
+    groups = [[OBSERVED[0][0], begun], OBSERVED[1]]
+    layout = packing.Layout(pack_length=16, share_prompts=True)
+    rows = packing.make_rows(PROMPTS, groups, ADVANTAGES, layout=layout)
+    found = sequences(packing.take(rows, [1, 0]))
+    assert found[0]["tokens"] == [10, 15, 16, 91, 13, 92, 93, 14]
+    assert found[0]["is_prompt"] == [True] * 3 + [False] * 5
+    assert found[1]["tokens"] == [10, 11, 90, 12]
+    none = dataclasses.replace(begun, opening_tokens=())
+    with pytest.raises(ValueError, match=f"prompt {begun.prompt_id} has no tokens"):
+        packing.make_rows(PROMPTS[:1], [[OBSERVED[0][0], none]], ADVANTAGES[:1])
+
+
 LAYOUTS = {
     "rows": {},
     "packed": {"pack_length": 16, "rows_multiple": 4},

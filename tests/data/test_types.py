@@ -25,6 +25,9 @@ def test_a_completion_is_an_episode_of_one_turn():
     assert episode.response_mask.tolist() == [True, True]
     assert episode.weight_versions.tolist() == [5, 5] and episode.weight_version == 5
     assert (episode.text, episode.finish_reason) == ("ab", "stop")
+    assert episode.status == "completed" and episode.num_sampled == 2
+    cut = Episode.of(dataclasses.replace(COMPLETION, finish_reason="length"))
+    assert cut.status == "max_tokens"
 
 
 def test_an_episode_joins_its_turns():
@@ -43,6 +46,11 @@ def test_an_episode_joins_its_turns():
     assert episode.weight_versions[episode.response_mask].tolist() == [6, 6, 5, 5]
     assert episode.weight_version == 5  # the oldest
     assert (episode.text, episode.finish_reason) == ("?ab42abend", "stop")
+    assert episode.policy_turns == (turns[1], turns[3]) and episode.num_sampled == 4
+    prompt = Prompt(id=7, content="", tokens=(5,), columns={})
+    assert episode.first_tokens(prompt) == (5,)
+    begun = dataclasses.replace(episode, opening_tokens=(5, 6))
+    assert begun.first_tokens(prompt) == (5, 6)
 
 
 def test_what_was_cut_off_does_not_count_as_the_policy_s_probability():

@@ -408,4 +408,11 @@ def test_a_record_of_several_turns_has_all_that_follows_the_prompt():
     assert record["completion"] == "reply 5.042reply 5.0"
     assert record["finish_reason"] == "stop" and record["weight_version"] == 7
     found = step_metrics.batch_metrics(PROMPTS, episodes, SCORES, SCORES.total)
-    assert found["response_length/mean"] == (6 + 6 + 3 + 1) / 4
+    assert found["response_length/mean"] == (4 + 6 + 3 + 1) / 4
+    read, new = step_metrics.num_tokens(PROMPTS, episodes)
+    before = step_metrics.num_tokens(PROMPTS, EPISODES)
+    assert (read, new) == (before[0] + 2, before[1] + 2)  # two read, two sampled
+    begun = dataclasses.replace(several, opening_tokens=(1, 2, 3, 4, 5, 6, 7))
+    longer = len(begun.opening_tokens) - len(PROMPTS[0].tokens)
+    again = step_metrics.num_tokens(PROMPTS, [[begun, episodes[0][1]], episodes[1]])
+    assert again == (read + longer, new)
