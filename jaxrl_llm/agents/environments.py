@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jaxrl_llm.data.types import Message, Prompt, Status
 
@@ -55,6 +55,7 @@ class Outcome:
     where it lives in another process. Valid until the next episode is opened."""
 
 
+@runtime_checkable
 class Environments(Protocol):
     """All environments of a run. Its futures may be made ready by other threads, and
     their results are the same for any number of episodes side by side.
