@@ -9,6 +9,7 @@ import pytest
 import templates
 import tiny
 
+from jaxrl_llm.agents import tools
 from jaxrl_llm.agents.template import Splicer
 from jaxrl_llm.data.chat_template import Encoder
 
@@ -222,9 +223,12 @@ def published():
 def test_published_templates_keep_a_conversation(path):
     known = encoder(path.read_text())
     splicer = Splicer(known, described)
-    tools = TOOLS if path.stem.startswith(("qwen", "llama")) else ()
-    tokens, messages = play(splicer, known.tokenizer, TURNS, tools)
-    whole = splicer.begin(messages, tools)
+    shown = TOOLS if path.stem.startswith(("qwen", "llama")) else ()
+    tokens, messages = play(splicer, known.tokenizer, TURNS, shown)
+    whole = splicer.begin(messages, shown)
     assert known.tokenizer.decode(tokens) == known.tokenizer.decode(whole)
-    assert splicer.rewritten(messages, tools, tokens) is None
+    assert splicer.rewritten(messages, shown, tokens) is None
     assert splicer.rewrites_history == (path.stem == "qwen3")
+    format, taught = tools.choose("auto", path.read_text())
+    assert format.name == ("llama" if path.stem.startswith("llama") else "hermes")
+    assert taught == path.stem.startswith(("qwen", "llama"))
