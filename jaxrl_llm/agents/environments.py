@@ -52,7 +52,7 @@ class Outcome:
     """None from an environment that leaves rewards to reward functions."""
     environment: Any = None
     """The instance that played it, for reward functions that take `environments`; None
-    where it lives in another process. Valid until the next episode is opened."""
+    where it lived in another process, or there is none."""
 
 
 @runtime_checkable

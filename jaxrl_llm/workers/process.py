@@ -76,7 +76,7 @@ class Process:
     def __init__(
         self, payload: bytes, name: str, limits: Limits, preload: Sequence[str] = ()
     ):
-        self._payload, self._name, self._limits = payload, name, limits
+        self._payload, self._name, self.limits = payload, name, limits
         self._server_key = tuple(preload)
         self._connection: Connection | None = None
         self._output: socket.socket | None = None
@@ -96,12 +96,17 @@ class Process:
         self._output = ours
         setup = {
             "path": sys.path,
-            "memory_bytes": self._limits.memory_bytes,
-            "output_bytes": self._limits.output_bytes,
+            "memory_bytes": self.limits.memory_bytes,
+            "output_bytes": self.limits.output_bytes,
         }
         with contextlib.suppress(BrokenPipeError):  # found out when it is waited for
             self._connection.send_bytes(dump_plain(setup))
             self._connection.send_bytes(self._payload)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has its function, as far as `poll` has found out."""
+        return self._ready
 
     def wait_until_ready(self) -> None:
         """Waits until the process has its function, or says why not.
@@ -111,7 +116,7 @@ class Process:
         """
         if self._connection is None:
             self.start()
-        deadline = time.monotonic() + self._limits.start_s
+        deadline = time.monotonic() + self.limits.start_s
         while not self._ready:
             wait(self.connections, max(0.0, deadline - time.monotonic()))
             found = self._receive()
@@ -121,7 +126,7 @@ class Process:
             if found is None and time.monotonic() >= deadline:
                 self.close()
                 raise WorkerError(
-                    f"its imports took longer than {self._limits.start_s:g} s"
+                    f"its imports took longer than {self.limits.start_s:g} s"
                 )
 
     def begin(self, arguments: Arguments, limit_s: float) -> None:
@@ -191,7 +196,7 @@ class Process:
         if not self._connection.poll():
             return None
         try:
-            data = self._connection.recv_bytes(self._limits.output_bytes + 2**16)
+            data = self._connection.recv_bytes(self.limits.output_bytes + 2**16)
             kind, *rest = load_plain(data)
         except (EOFError, ConnectionResetError):
             return Failed(_ended(self._end(0.5)))
@@ -222,7 +227,7 @@ class Process:
                 self._output.close()
                 self._output = None
                 return
-            most = self._limits.printed_bytes
+            most = self.limits.printed_bytes
             room, before = most - self._printed, self._printed
             self._printed += len(data)
             if room > 0:

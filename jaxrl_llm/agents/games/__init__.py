@@ -1,0 +1,1 @@
+"""Small games whose floor and optimum are known; they need nothing but Python."""
