@@ -136,7 +136,7 @@ class _Playing:
 
     @property
     def num_turns(self) -> int:
-        """Of the policy."""
+        """Turns of the policy so far."""
         return sum(turn.finish_reason is not None for turn in self.turns)
 
     def seed(self, *more: int) -> int:

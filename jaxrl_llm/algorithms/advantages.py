@@ -70,6 +70,43 @@ def grpo_passk(
     return best * lead
 
 
+def turn_grpo(
+    turn_rewards: Float[Array, "P G K"],
+    num_turns: Int[Array, "P G"],
+    *,
+    gamma: float,
+    normalize_by_std: bool,
+    eps: float = 1e-6,
+) -> Float[Array, "P G K"]:
+    """Turn by turn, what came from there on, relative to the others of the group.
+
+        returns[k]   = turn_rewards[k] + gamma * returns[k + 1]
+        advantage[k] = (returns[k] - mean) [/ (std + eps)]
+
+    with mean and unbiased deviation over the episodes of the group that have a turn k.
+    One that nobody else has gets 0. With one turn, it is `grpo`.
+
+    Args:
+      turn_rewards: 0 where an episode has no turn any more.
+      normalize_by_std: as of `grpo`.
+
+    Source: Zeng et al. 2025 (arXiv:2505.11821), the comparison within a turn; the
+    rewards of later turns as in REINFORCE.
+    """
+    there = jax.lax.broadcasted_iota(jnp.int32, turn_rewards.shape, 2)
+    there = there < num_turns[..., None]
+
+    def step(after, rewards):
+        here = rewards + gamma * after
+        return here, here
+
+    along = jnp.moveaxis(turn_rewards, 2, 0)
+    start = jnp.zeros(turn_rewards.shape[:2])
+    _, returns = jax.lax.scan(step, start, along, reverse=True)
+    each, std = _among(jnp.moveaxis(returns, 0, 2), there, axis=1)
+    return each / (std + eps) if normalize_by_std else each
+
+
 def gdpo(
     rewards_by_function: Float[Array, "K P G"],
     reward_weights: Float[Array, " K"],
@@ -94,16 +131,9 @@ def gdpo(
     """
     if judged is None:
         judged = ~jnp.isnan(rewards_by_function)
-    # As `_centred` and `_std`, of those that are judged.
-    first = jnp.argmax(judged, axis=2, keepdims=True)
-    reference = jnp.take_along_axis(rewards_by_function, first, axis=2)
-    shifted = jnp.where(judged, rewards_by_function - reference, 0.0)
-    count = jnp.sum(judged, axis=2, keepdims=True)
-    mean = shifted.sum(axis=2, keepdims=True) / jnp.maximum(count, 1)
-    each = jnp.where(judged, shifted - mean, 0.0)
+    each, std = _among(rewards_by_function, judged, axis=2)
     if normalize_by_std:
-        squares = jnp.sum(jnp.square(each), axis=2, keepdims=True)
-        each = each / (jnp.sqrt(squares / jnp.maximum(count - 1, 1)) + eps)
+        each = each / (std + eps)
     found = masked.whiten(jnp.einsum("k,kpg->pg", reward_weights, each), lengths)
     return jnp.where(jnp.any(judged, axis=0), found, 0.0)
 
@@ -320,6 +350,32 @@ def at_last_token(
     return jnp.where(is_last, rewards[sequence_ids], 0.0)
 
 
+def turns(
+    mask: Bool[Array, "R T"], sequence_ids: Int[Array, "R T"]
+) -> Int[Array, "R T"]:
+    """Which turn of the policy a token belongs to, from 0: each begins behind tokens
+    that it did not sample. 0 where the mask is False."""
+    begins = mask & ~(_of_left(mask) & (_of_left(sequence_ids) == sequence_ids))
+    count = _running_sum(begins.astype(jnp.float32), mask, sequence_ids)
+    return jnp.maximum(count.astype(jnp.int32) - 1, 0)
+
+
+def at_turn_ends(
+    turn_rewards: Float[Array, "S K"],
+    mask: Bool[Array, "R T"],
+    sequence_ids: Int[Array, "R T"],
+) -> Float[Array, "R T"]:
+    """The reward of every turn, on the last token of it that was sampled.
+
+    Args:
+      turn_rewards: of every turn that `turns` counts.
+    """
+    right = jnp.flip(_of_left(jnp.flip(mask, 1)), 1)
+    same = jnp.flip(_of_left(jnp.flip(sequence_ids, 1)), 1) == sequence_ids
+    found = turn_rewards[sequence_ids, turns(mask, sequence_ids)]
+    return jnp.where(mask & ~(right & same), found, 0.0)
+
+
 def pf_ppo_weights(
     rewards: Float[Array, " B"],
     method: Literal["pow", "max_min", "max_random"],
@@ -367,6 +423,23 @@ def _std(rewards):
     """Unbiased deviation of each group; 0 for a group of one."""
     shifted = rewards - rewards[:, :1]
     return shifted.std(axis=1, ddof=min(1, rewards.shape[1] - 1), keepdims=True)
+
+
+def _among(values, there, axis):
+    """As `_centred` and `_std` along an axis, of those that are there."""
+    first = jnp.argmax(there, axis=axis, keepdims=True)
+    reference = jnp.take_along_axis(values, first, axis=axis)
+    shifted = jnp.where(there, values - reference, 0.0)
+    count = jnp.sum(there, axis=axis, keepdims=True)
+    mean = shifted.sum(axis=axis, keepdims=True) / jnp.maximum(count, 1)
+    each = jnp.where(there, shifted - mean, 0.0)
+    squares = jnp.sum(jnp.square(each), axis=axis, keepdims=True)
+    return each, jnp.sqrt(squares / jnp.maximum(count - 1, 1))
+
+
+def _of_left(x):
+    """What stands one place to the left in a row; 0 at its beginning."""
+    return jnp.pad(x, ((0, 0), (1, 0)))[:, :-1]
 
 
 def _scan(step, columns, mask, sequence_ids, *, reverse):

@@ -71,6 +71,8 @@ ESTIMATOR_ARRAYS = (
     "group_ids",
     "sequence_baselines",
     "num_sequences",
+    "turn_rewards",
+    "num_turns",
 )
 """What an estimator may take. Of P prompts with G responses each: `rewards` and
 `lengths` [P, G], `baselines` [P] (the reward of a greedy response to each prompt),
@@ -79,7 +81,9 @@ None, and its reward is 0) and `reward_weights` [K]. Of R rows of T tokens:
 `token_rewards` (the reward on the last token of its response, less a KL penalty),
 `mask`, `sequence_ids`, `positions`, `is_prompt`, `logprobs` (of the policy before the
 update), `values` (of the critic) and `sum_pi_squared`. Of S = P * G sequences:
-`group_ids` (which prompt) and `sequence_baselines`, [S]; and their number."""
+`group_ids` (which prompt) and `sequence_baselines`, [S]; and their number. With an
+agent: `turn_rewards` [P, G, K] of every turn of the policy, 0 where there is none, and
+`num_turns` [P, G]; an estimator may give advantages of the shape of the former."""
 
 ESTIMATOR_NUMBERS = ("gamma", "lam", "normalize_by_std")
 """Numbers of `algorithm` that an estimator may take; the last one is
@@ -304,6 +308,13 @@ ESTIMATORS = {
             function=_ADVANTAGES + "grpo_passk",
             needs=("rewards",),
             parameters=("normalize_by_std",),
+            group=True,
+        ),
+        Estimator(
+            name="turn_grpo",
+            function=_ADVANTAGES + "turn_grpo",
+            needs=("turn_rewards", "num_turns"),
+            parameters=("gamma", "normalize_by_std"),
             group=True,
         ),
         Estimator(

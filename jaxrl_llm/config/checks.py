@@ -25,6 +25,7 @@ def misfits(config) -> Iterator[str]:
         )
     yield from _algorithm_misfits(config)
     yield from _distillation_misfits(config)
+    yield from _agent_misfits(config)
     if actor.keep_probabilities and actor.entropy_coeff:
         yield (
             f"actor.entropy_coeff is {actor.entropy_coeff}, whose gradient needs the "
@@ -62,11 +63,11 @@ def misfits(config) -> Iterator[str]:
             f"placement.reward is {config.placement.reward}, but there is no "
             "reward.model to place"
         )
-    longest = data.max_prompt_length + rollout.max_response_length
+    longest = config.longest_sequence
     if actor.pack_length is not None and actor.pack_length < longest:
         yield (
-            f"actor.pack_length is {actor.pack_length} but data.max_prompt_length + "
-            f"rollout.max_response_length is {longest}; use at least {longest}"
+            f"actor.pack_length is {actor.pack_length} but {config.sequence_keys} is "
+            f"{longest}; use at least {longest}"
         )
     if actor.share_prompts and actor.pack_length is None:
         yield "actor.share_prompts needs actor.pack_length: tokens in a row"
@@ -110,11 +111,38 @@ def misfits(config) -> Iterator[str]:
         for name, source in getattr(data, key).items()
     )
     for split, source in (("train", data.train), ("val", data.val), *more):
-        kind = source.path.partition(":")[0] if source else ""
-        if kind in ("reasoning_gym", "episodes") and not source.size:
+        if source and source.path.startswith("reasoning_gym:") and not source.size:
             yield (
-                f"data.{split}.size is needed for {kind}: how many questions to draw"
+                f"data.{split}.size is needed for reasoning_gym: how many questions to "
+                "draw"
             )
+
+
+def _agent_misfits(config: Any) -> Iterator[str]:
+    """What makes no episodes, or has no meaning with them."""
+    agent, turn = config.agent, config.rollout.max_response_length
+    if agent is None:
+        return
+    if agent.max_tokens is not None and agent.max_tokens < turn:
+        yield (
+            f"agent.max_tokens is {agent.max_tokens}, of a whole episode, but "
+            f"rollout.max_response_length, of one turn, is {turn}; raise the one or "
+            "lower the other"
+        )
+    if not agent.tools and not agent.environment:
+        yield "agent has neither tools nor an environment; give one of them"
+    if agent.params and agent.environment is None:
+        yield "agent.params are for agent.environment, which is not given"
+    if not config.data.chat_template:
+        yield (
+            "data.chat_template is false, but an agent's turns are told apart by the "
+            "chat template; set it to true"
+        )
+    if config.reward.overlong_buffer:
+        yield (
+            "reward.overlong_buffer is about the length of one response, and with an "
+            "agent there are several; leave it out"
+        )
 
 
 def mesh_misfits(meshes: Mapping[str, Any]) -> Iterator[str]:
@@ -204,11 +232,20 @@ def estimator_misfits(config, estimator: Estimator) -> Iterator[str]:
             f"{name} does not divide by a deviation; use one of "
             f"{_those(lambda e: e.normalises)}"
         )
-    by_function = "rewards_by_function" in estimator.needs
-    if by_function and algorithm.use_kl_in_reward:
+    for need, how in (
+        ("rewards_by_function", "each reward function by itself"),
+        ("turn_rewards", "the rewards of turns"),
+    ):
+        if need in estimator.needs and algorithm.use_kl_in_reward:
+            yield (
+                "algorithm.use_kl_in_reward has no meaning with "
+                f"algorithm.adv_estimator={name}, which reads {how}; set "
+                "actor.use_kl_loss"
+            )
+    if "turn_rewards" in estimator.needs and config.agent is None:
         yield (
-            "algorithm.use_kl_in_reward has no meaning with algorithm.adv_estimator="
-            f"{name}, which reads each reward function by itself; set actor.use_kl_loss"
+            f"algorithm.adv_estimator={name} judges the turns of episodes, and there "
+            "is no agent; give one, or use grpo"
         )
     correction = algorithm.rollout_correction
     weighs = correction and correction.rollout_is
@@ -232,7 +269,8 @@ def learns_from_rewards(config) -> bool:
 def _distillation_misfits(config) -> Iterator[str]:
     """What has no meaning with a teacher, or none without one."""
     reward, placement, how = config.reward, config.placement, config.distillation
-    judged = bool(reward.functions or reward.model)
+    rewarding = config.agent and config.agent.environment
+    judged = bool(reward.functions or reward.model or rewarding)
     if not judged and learns_from_rewards(config):
         yield "reward.functions is empty; give at least one, or a model"
     if how is None:

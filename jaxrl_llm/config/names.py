@@ -46,6 +46,20 @@ TrainRules = dict[Dimension, TrainAxis | tuple[TrainAxis, ...] | None]
 Overlong = Literal["error", "truncate", "drop"]
 
 
+Status = Literal[
+    "completed",
+    "max_turns",
+    "max_tokens",
+    "context",
+    "parse_error",
+    "tool_timeout",
+    "env_error",
+]
+"""Why an episode ended: by itself; at the most turns, at the most tokens, or at the
+longest sequence that it may have; by a call that could not be read; because its
+environment took too long, or broke."""
+
+
 class ConfigError(ValueError):
     """A configuration that makes no run; the message has one line per problem."""
 

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from jaxrl_llm.config.checks import misfits
 from jaxrl_llm.config.names import Overlong, device_numbers
+from jaxrl_llm.config.schema_agent import AgentConfig
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.config.schema_training import (
     ActorConfig,
@@ -46,18 +47,16 @@ class SourceConfig(Section):
 
     path: PathText
     """FILE.jsonl, FILE.parquet, hub:ID, disk:DIR (a saved Hugging Face data set), or
-    reasoning_gym:TASK; or episodes:TEXT, what is said before an environment's first
-    words, which may be nothing."""
+    reasoning_gym:TASK."""
     params: dict[str, Any] = {}
     """reasoning_gym: the task's parameters. hub: arguments of `datasets.load_dataset`
     such as `name` and `revision`."""
     split: Name = "train"
     """hub and disk only."""
     size: int | None = Field(None, gt=0)
-    """At most this many questions; all if not given (reasoning_gym and episodes need
-    it)."""
+    """At most this many questions; all if not given (reasoning_gym needs it)."""
     seed: int = Field(0, ge=0)
-    """reasoning_gym and episodes only: which questions are drawn."""
+    """reasoning_gym only: which questions are drawn."""
     prompt_key: Name = "prompt"
     """The column that holds the question: text, or a list of chat messages."""
     prompt_template: str | None = None
@@ -403,6 +402,8 @@ class Config(Section):
     critic: CriticConfig = CriticConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     reward: RewardConfig = RewardConfig()
+    agent: AgentConfig | None = None
+    """Episodes of several turns; a prompt has one response if not given."""
     distillation: DistillationConfig | None = None
     """Off if not given."""
     val: Free[ValConfig] = ValConfig()
@@ -411,6 +412,25 @@ class Config(Section):
     function_sources: dict[str, str] = {}
     """A hash of the source of every module:function above that learning calls; filled
     in by the run, which goes on only with the same."""
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens behind a prompt, at most: of a response, or of all turns."""
+        if self.agent is None:
+            return self.rollout.max_response_length
+        turns = self.agent.max_turns * self.rollout.max_response_length
+        return self.agent.max_tokens or turns
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of a prompt and what follows it, at most."""
+        return self.data.max_prompt_length + self.longest_response
+
+    @property
+    def sequence_keys(self) -> str:
+        """What `longest_sequence` is the sum of."""
+        response = "agent.max_tokens" if self.agent else "rollout.max_response_length"
+        return f"data.max_prompt_length + {response}"
 
     @model_validator(mode="after")
     def _check(self) -> "Config":

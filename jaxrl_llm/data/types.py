@@ -4,25 +4,14 @@ and what those are worth."""
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float32
 
-Message = Mapping[str, Any]
+from jaxrl_llm.config.names import Status
 
-Status = Literal[
-    "completed",
-    "max_turns",
-    "max_tokens",
-    "context",
-    "parse_error",
-    "tool_timeout",
-    "env_error",
-]
-"""Why an episode ended: by itself; at the most turns, at the most tokens, or at the
-longest sequence that it may have; by a call that could not be read; because its
-environment took too long, or broke."""
+Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)

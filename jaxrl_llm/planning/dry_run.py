@@ -73,7 +73,7 @@ def show(job: Job) -> bool:
     console.print(text, markup=False, highlight=False)
 
     rows = config.data.train_batch_size * config.rollout.n
-    longest = config.data.max_prompt_length + config.rollout.max_response_length
+    longest = config.longest_sequence
     prompts = np.array([len(prompt.tokens) for prompt in job.data.train])
     facts = {
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -254,7 +254,7 @@ def generating(
     size = engine.memory(wave, longest, free)
     weights, cache = size["generation weights"], size["generation cache"]
     prompts, prompt = config.data.train_batch_size, config.data.max_prompt_length
-    responses, response = prompts * rollout.n, rollout.max_response_length
+    responses, response = prompts * rollout.n, config.longest_response
     matrix, heads = models.num_matmul_params(arch), arch.num_heads * arch.head_dim
     shape = arch.num_layers, arch.num_heads, arch.head_dim
     read = performance.train_flops(
@@ -387,7 +387,7 @@ def _weights_read(arch: models.Architecture, on: Mesh, dtype: str) -> int:
 
 def _longest(config: Config) -> int:
     """Tokens of a prompt with its response."""
-    return config.data.max_prompt_length + config.rollout.max_response_length
+    return config.longest_sequence
 
 
 def wave_of(config: Config, on: Mesh) -> tuple[int, int]:

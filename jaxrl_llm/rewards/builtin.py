@@ -17,7 +17,7 @@ from typing import Any
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.names import near
 from jaxrl_llm.rewards.function import RewardFunction
-from jaxrl_llm.rewards.per_response import PerResponse
+from jaxrl_llm.rewards.per_response import PerResponse, last_said
 from jaxrl_llm.workers.judge import judge
 
 Completions = Sequence[str | list]
@@ -200,7 +200,7 @@ def reasoning_gym(
 
 
 def _texts(completions: Completions) -> list[str]:
-    return [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [c if isinstance(c, str) else last_said(c) for c in completions]
 
 
 def _golds(answer: Sequence) -> list[str]:

@@ -11,7 +11,7 @@ from jaxrl_llm.rewards.per_response import adapted
 
 GIVEN = ("prompts", "completions", "completion_ids")
 """What every function is offered besides the columns of the data."""
-BY_NAME = ("finish_reason",)
+BY_NAME = ("finish_reason", "environments")
 """What a function gets only if its signature names it and no column is called so."""
 
 
@@ -56,6 +56,15 @@ def accepted(
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         taken |= given.keys()
     return {k: v for k, v in given.items() if k in taken - bound(function)}
+
+
+def takes_environments(function: Callable[..., Any]) -> bool:
+    """Whether it looks at what episodes were played against."""
+    try:
+        names = inspect.signature(function).parameters
+    except ValueError:  # none to read
+        return False
+    return "environments" in names and "environments" not in bound(function)
 
 
 def bound(function: Callable[..., Any]) -> set[str]:

@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxrl_llm.rewards.function import RewardError, RewardFunction
+from jaxrl_llm.rewards.function import (
+    RewardError,
+    RewardFunction,
+    takes_environments,
+)
 from jaxrl_llm.workers import judge
 from jaxrl_llm.workers.messages import NotPortable, dump_function
 from jaxrl_llm.workers.pool import Inline, Thread, Worker
@@ -21,6 +25,9 @@ class Isolation:
     for one that cannot be sent there. auto: that one in a thread. thread: all."""
     memory_gib: float | None = 8.0
     """Address space of each process; None for all there is."""
+    played: bool = False
+    """Whether there are environments. A function that takes them has a thread of this
+    process, where they are; process is an error for it."""
 
 
 @dataclass
@@ -93,7 +100,13 @@ def release(functions: Sequence[RewardFunction]) -> None:
 def _made(function: RewardFunction, how: Isolation) -> _Home:
     if function.trusted:
         return _Home(Inline(function.function))
-    if how.kind == "thread":
+    looks = how.played and takes_environments(function.function)
+    if looks and how.kind == "process":
+        raise RewardError(
+            f"reward function {function.name!r} takes environments, which are in this "
+            "process; set reward.isolation to auto or thread"
+        )
+    if looks or how.kind == "thread":
         return _Home(Thread(function.function, function.name))
     memory = None if how.memory_gib is None else int(how.memory_gib * GIB)
     try:

@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _RESPONSE, _ANSWER, _MORE = "solution_str", "ground_truth", "extra_info"
@@ -83,8 +83,13 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature:
 def _given(name: str, value: Any) -> Any:
     """One argument of one call."""
     if name == _RESPONSE and not isinstance(value, str):
-        return value[-1]["content"]
+        return last_said(value)
     return {} if name == _MORE and value is None else value
+
+
+def last_said(messages: Sequence[Mapping[str, Any]]) -> str:
+    """The text of the policy's last message."""
+    return next(m["content"] for m in reversed(messages) if m["role"] == "assistant")
 
 
 async def _gathered(results: Sequence[Any]) -> list[Any]:

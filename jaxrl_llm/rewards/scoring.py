@@ -7,11 +7,12 @@ P = prompts, G = responses per prompt. A reward function has TRL's signature
 with one entry per response everywhere: the G responses to the first prompt, then those
 to the second; or veRL's, see `per_response`. It may be `async`, and gets only the
 arguments its signature names, unless that ends in **kwargs. For a prompt that is text
-in the data set, be a chat template put around it or not, a completion is text; for chat
-messages it is `[{"role": "assistant", "content": text}]`, with a message for each turn.
-`completion_ids` are all tokens behind the prompt. A function that names `finish_reason`
-is told why each response ended: "stop", or "length" for one that was cut off; unless
-that is a column.
+in the data set, be a chat template put around it or not, a completion is text, of an
+episode that of its last turn; for chat messages it is `[{"role": "assistant",
+"content": text}]`, with a message for each turn. `completion_ids` are all tokens behind
+the prompt. A function that names `finish_reason` is told why each response ended:
+"stop", or "length" for one that was cut off; one that names `environments`, what each
+episode was played against; unless those are columns.
 
 An entry may be a dictionary: its "score" is the score, and other numbers in it are
 `details`, which are logged. They keep their names; beside other functions that may have
@@ -101,12 +102,15 @@ def score(
     ]
     offered, calls = _arguments(samples), []
     by_name = {"finish_reason": [episode.finish_reason for _, episode in samples]}
+    if samples[0][1].played:
+        by_name["environments"] = [one.played.environment for _, one in samples]
     for function, worker in zip(
         functions, homes.ready(functions, isolation or Isolation()), strict=True
     ):
         arguments = accepted(function.function, offered, by_name)
         if not (function.trusted or isinstance(worker, Process)):
-            arguments = pickle.loads(pickle.dumps(arguments))  # copies of its own
+            seen = {k: arguments.pop(k) for k in ("environments",) if k in arguments}
+            arguments = pickle.loads(pickle.dumps(arguments)) | seen  # own copies
         calls.append((worker, arguments))
     try:
         outcomes = call(calls, timeout_s)
@@ -170,7 +174,7 @@ def _arguments(samples: Sequence[tuple[Prompt, Episode]]) -> dict[str, list[Any]
     return dict(
         prompts=[prompt.for_rewards for prompt, _ in samples],
         completions=[
-            episode.text
+            _said(episode)
             if isinstance(prompt.for_rewards, str)
             else [{"role": turn.role, "content": turn.text} for turn in episode.turns]
             for prompt, episode in samples
@@ -178,6 +182,11 @@ def _arguments(samples: Sequence[tuple[Prompt, Episode]]) -> dict[str, list[Any]
         completion_ids=[episode.tokens.tolist() for _, episode in samples],
         **{name: [p.columns.get(name) for p, _ in samples] for name in columns},
     )
+
+
+def _said(episode: Episode) -> str:
+    """What the policy said last, of an episode with an environment; else all text."""
+    return episode.policy_turns[-1].text if episode.played else episode.text
 
 
 def _read(

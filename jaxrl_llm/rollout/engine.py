@@ -75,6 +75,8 @@ class Use:
     num_samples: int
     """Responses to each."""
     sampling: Sampling
+    continued: int = 0
+    """Tokens that are read between two turns, at most; 0 where there is one turn."""
 
     def __post_init__(self) -> None:
         for name in ("num_prompts", "num_samples"):

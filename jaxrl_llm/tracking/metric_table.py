@@ -43,6 +43,7 @@ GROUPS = {
     "reward_errors": "Reward functions",
     "response_length": "Lengths",
     "prompt_length": "Lengths",
+    "agent": "Episodes with an environment",
     "rollout": "Generation",
     "mismatch": "Sampler against trainer",
     "rollout_corr": "Rollout correction",
@@ -266,6 +267,45 @@ METRICS = (
     ),
     Metric(
         "prompt_length/{mean,max,min}", "tokens of the prompts, chat template included"
+    ),
+    Metric("agent/turns/{mean,max,min}", "turns of the policy in an episode"),
+    Metric("agent/tool_calls", "tools called in an episode, on average"),
+    Metric(
+        "agent/observation_tokens",
+        "tokens of an episode that were read between turns, on average",
+    ),
+    Metric(
+        "agent/prefilled_tokens",
+        "tokens of an episode that the engine computed besides those it sampled, on "
+        "average; where it tells",
+        "those of the first prompt and of observations, and a page a turn",
+        "pages of a conversation are lost between its turns: raise rollout.cache_gib",
+    ),
+    Metric(
+        "agent/environment_s/{mean,max}",
+        "seconds of an episode that went to its environment's answers",
+        "small beside timing_s/gen",
+        "raise agent.workers; make the environment quicker",
+    ),
+    Metric(
+        "agent/status/NAME",
+        "share of episodes that ended so; see agent.on_status",
+        "completed near 1",
+        "max_tokens, context: raise agent.max_tokens; max_turns: raise "
+        "agent.max_turns; env_error, tool_timeout: completions.jsonl tells why",
+    ),
+    Metric(
+        "agent/failures/KIND",
+        "how often that went wrong in the episodes of a step",
+        "falls",
+        "look at episodes where it did, in the report",
+    ),
+    Metric("agent/retries", "episodes that were begun anew, see agent.on_status"),
+    Metric(
+        "agent/masked",
+        "share of episodes that nothing is learned from, see agent.on_status",
+        "0",
+        "their field why tells what broke",
     ),
     Metric(
         "rollout/kept_mass_{mean,min}",
@@ -548,6 +588,11 @@ METRICS = (
     Metric(
         "val-aux/SOURCE/NAME/mean@N",
         "mean score of one reward function on held-out questions",
+    ),
+    Metric(
+        "val-aux/agent/NAME",
+        "as agent/NAME, of the sampled episodes; questions with a masked one are in no "
+        "other metric of the validation",
     ),
     Metric("val-aux/response_length/mean", "tokens of a sampled answer"),
     Metric(

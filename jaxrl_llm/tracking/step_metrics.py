@@ -2,13 +2,15 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float
 
+from jaxrl_llm.config.names import Status
 from jaxrl_llm.data.types import Episode, Prompt, Scores
 from jaxrl_llm.tracking.run_directory import _finite
 
@@ -62,10 +64,38 @@ def rollout_records(
             "num_tokens": len(episode.tokens),
             "tokens": episode.tokens.tolist(),
             "weight_version": episode.weight_version,
+            **_played(episode),
         }
         for p, prompt in enumerate(prompts)
         for g, episode in enumerate(episodes[p])
     ]
+
+
+def _played(episode: Episode) -> dict[str, Any]:
+    """What a record has of an episode with an environment besides."""
+    did = episode.played
+    if did is None:
+        return {}
+    turns = [
+        {
+            "role": turn.role,
+            "text": turn.text,
+            "num_tokens": len(turn.tokens),
+            "sampled": turn.finish_reason is not None,
+            "reward": turn.reward,
+        }
+        for turn in episode.turns
+    ]
+    return {
+        "status": episode.status,
+        "masked": episode.masked,
+        "opening": [dict(message) for message in episode.opening],
+        "turns": turns,
+        "tool_calls": did.calls,
+        "failures": dict(did.failures),
+        "why": did.why,
+        "attempt": did.attempt,
+    }
 
 
 def last_user_message(prompt: Prompt) -> str:
@@ -116,6 +146,8 @@ def batch_metrics(
             "critic/score/mean": float(total.mean()),
             "training/groups_all_equal": float((np.ptp(total, axis=1) == 0).mean()),
         }
+    if flat[0].played:
+        metrics |= agent_metrics(flat)
     masses = np.concatenate([episode.kept_mass for episode in flat])
     if np.isfinite(masses).any():
         metrics["rollout/kept_mass_mean"] = float(np.nanmean(masses))
@@ -127,6 +159,42 @@ def batch_metrics(
         if count:
             metrics[f"reward_errors/{name}"] = float(count)
     return metrics
+
+
+def agent_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """What became of episodes with an environment.
+
+    agent/turns/{mean,max,min}       turns of the policy
+    agent/tool_calls                 of an episode, on average
+    agent/observation_tokens         read between turns
+    agent/prefilled_tokens           computed besides what was sampled, where an
+                                     engine tells
+    agent/environment_s/{mean,max}   seconds of an episode that went to answers
+    agent/status/NAME                share of episodes that ended so
+    agent/failures/KIND              how often, over all episodes
+    agent/retries, agent/masked      episodes begun anew; share that is not learned
+                                     from
+    """
+    played = [episode.played for episode in episodes]
+    seconds = [one.seconds for one in played]
+    read = [len(one.tokens) - one.num_sampled for one in episodes]
+    found = {
+        **_spread("agent/turns", [len(one.policy_turns) for one in episodes]),
+        "agent/tool_calls": float(np.mean([one.calls for one in played])),
+        "agent/observation_tokens": float(np.mean(read)),
+        "agent/environment_s/mean": float(np.mean(seconds)),
+        "agent/environment_s/max": float(np.max(seconds)),
+        "agent/retries": float(sum(one.attempt for one in played)),
+        "agent/masked": float(np.mean([one.masked for one in episodes])),
+    }
+    prefilled = [one.prefilled for one in played if one.prefilled is not None]
+    if prefilled:
+        found["agent/prefilled_tokens"] = float(np.mean(prefilled))
+    for status in get_args(Status):
+        share = np.mean([one.status == status for one in episodes])
+        found[f"agent/status/{status}"] = float(share)
+    failures = sum((Counter(one.failures) for one in played), Counter())
+    return found | {f"agent/failures/{k}": float(n) for k, n in failures.items()}
 
 
 def num_tokens(

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxrl_llm import models
+from jaxrl_llm.agents import hosting
 from jaxrl_llm.algorithms.ppo import TrainState
 from jaxrl_llm.config import checks, plugins, resume, user_code
 from jaxrl_llm.config.names import ConfigError, device_numbers
@@ -30,7 +31,7 @@ from jaxrl_llm.data.sources import Source, first_row
 from jaxrl_llm.data.stream import PromptBatches
 from jaxrl_llm.rewards import Isolation, RewardFunction, Term, isolation, resolve
 from jaxrl_llm.rewards.builtin import overlong_penalty
-from jaxrl_llm.rewards.function import check_signatures
+from jaxrl_llm.rewards.function import check_signatures, takes_environments
 from jaxrl_llm.roles import placement
 from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.critic import Critic
@@ -41,6 +42,7 @@ from jaxrl_llm.tracking import console
 from jaxrl_llm.tracking import services as loggers
 from jaxrl_llm.training import fitting, settings
 from jaxrl_llm.training.experience import Score, score_together
+from jaxrl_llm.training.playing import ENVIRONMENT, Agent, agent_of
 from jaxrl_llm.training.roles import (
     actor_of,
     adapter_notes,
@@ -77,6 +79,8 @@ class Job:
     """None for estimators without one."""
     reward_model: RewardModel | None
     """None if the reward is made of functions alone."""
+    agent: Agent | None = None
+    """None if prompts are answered in one turn."""
     inputs: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Digests of the user's functions and of the data, see `resume.check_inputs`."""
     warnings: tuple[str, ...]
@@ -193,6 +197,8 @@ def build(
     functions = reward_functions(config.reward) if rewards is None else rewards
     names = [function.name for function in functions]
     names += [RewardModel.name] if config.reward.model else []
+    plays = bool(config.agent and config.agent.environment)
+    names += [ENVIRONMENT] if plays else []
     if len(set(names)) != len(names):
         raise ConfigError(f"reward functions need different names, got {names}")
     wanted = config.algorithm.filter_groups
@@ -203,7 +209,11 @@ def build(
             f"algorithm.filter_groups.metric is {wanted.metric}; use reward or one of "
             f"the reward functions {', '.join(names)}"
         )
-    where = Isolation(kind=config.reward.isolation, memory_gib=config.reward.memory_gib)
+    where = Isolation(
+        kind=config.reward.isolation,
+        memory_gib=config.reward.memory_gib,
+        played=config.agent is not None,
+    )
     splits = ("train", "val") if learns else ("val",)
     check_columns(config.data, functions, splits)
     isolation.start(functions, where)  # they import while the rest is loaded
@@ -219,6 +229,13 @@ def build(
         source.tokenizer.chat_template = read_template(config.data.chat_template_file)
     section = with_template_time(config, source.tokenizer)
     data = read_data(section, source.tokenizer, source.arch.vocab_size, train=learns)
+    agent = config.agent and agent_of(
+        config,
+        encoder_of(section, source.tokenizer, source.arch.vocab_size),
+        seen=any(takes_environments(one.function) for one in functions),
+    )
+    if agent:
+        agent.environments.check([*data.train, *data.val])
     shaped = [*functions, *shaping(config)]
     judge = valued = taught = None
     if config.distillation and learns:
@@ -245,6 +262,7 @@ def build(
         "timeout_s": config.reward.timeout_s,
         "on_error": config.reward.on_error,
         "isolation": where,
+        "environment": plays,
     }
     rewards_of_run = Rewards(functions=tuple(functions), isolation=where)
     rewards_of_run.ready()
@@ -272,13 +290,17 @@ def build(
         source=source,
         data=data,
         score=functools.partial(score_together, shaped, model, **how),
-        weights=tuple(term.weight for term in (*shaped, model) if term is not None),
+        weights=tuple(
+            [term.weight for term in (*shaped, model) if term is not None]
+            + [1.0] * plays
+        ),
         score_held_out=functools.partial(score_together, functions, model, **how),
         rewards=rewards_of_run,
         engine=engine,
         actor=actor,
         critic=critic,
         reward_model=model,
+        agent=agent,
         warnings=(
             *data.warnings,
             *stop_warnings(config, source.arch, source.tokenizer),
@@ -286,6 +308,7 @@ def build(
                 config, {"actor": config.actor, "critic": config.critic}, source.arch
             ),
             *rewards_of_run.notes(),
+            *(agent.environments.notes if agent else ()),
             *chosen,
         ),
         inputs={
@@ -308,6 +331,12 @@ def _digests(config: Config, functions: Sequence[RewardFunction]) -> dict[str, s
         for one in functions
         if user_code.is_users(one.function)
     }
+    agent = config.agent
+    given = agent.environment if agent else None
+    made = given.values() if isinstance(given, Mapping) else [given] * bool(given)
+    for name in (*(agent.tools if agent else ()), *made):
+        if user_code.is_users(one := hosting.find("agent", name)):
+            found[f"agent {name!r}"] = user_code.digest(one)
     for key, name in checks.own_functions(config).items():
         found[f"{key} {name!r}"] = user_code.digest(plugins.find(key, name))
     return found
@@ -496,7 +525,7 @@ def engine_of(
                 arch,
                 tokenizer,
                 on,
-                config.data.max_prompt_length,
+                config.longest_sequence,
                 lora,
             )
         case "vllm":
@@ -510,8 +539,7 @@ def engine_of(
                 VllmSettings(**rollout.vllm.model_dump()),
                 directory=config.output_dir,
                 dtype=rollout.dtype,
-                max_model_len=config.data.max_prompt_length
-                + rollout.max_response_length,
+                max_model_len=config.longest_sequence,
                 max_num_seqs=rollout.max_num_seqs,
                 skip_special_tokens=rollout.skip_special_tokens,
                 lora=lora,
@@ -523,12 +551,13 @@ def jax_engine_of(
     arch: models.Architecture,
     tokenizer: Any,
     on: jax.sharding.Mesh,
-    max_prompt_length: int,
+    max_model_len: int,
     lora: models.Lora | None = None,
 ) -> Engine:
-    """The generator of this package, for prompts of so many tokens at most.
+    """The generator of this package.
 
     Args:
+      max_model_len: tokens of the longest sequence.
       lora: the adapters that it is sent, if it is sent such.
 
     Raises:
@@ -546,7 +575,7 @@ def jax_engine_of(
         tokenizer,
         mesh=on,
         dtype=jnp.dtype(rollout.dtype),
-        max_model_len=max_prompt_length + rollout.max_response_length,
+        max_model_len=max_model_len,
         max_num_seqs=rollout.max_num_seqs,
         decode_chunk=rollout.decode_chunk,
         prefill_tokens=rollout.prefill_tokens,
@@ -622,9 +651,10 @@ def _check_processes(config: Config, rollout: jax.sharding.Mesh) -> None:
 
 def check_lengths(config: Config, arch: models.Architecture) -> None:
     """Raises ConfigError if prompt and response cannot fit the model."""
-    prompt, response = config.data.max_prompt_length, config.rollout.max_response_length
+    prompt, response = config.data.max_prompt_length, config.longest_response
     if prompt + response > arch.max_positions:
+        key = config.sequence_keys.rpartition(" ")[2]
         raise ConfigError(
-            f"data.max_prompt_length {prompt} + rollout.max_response_length {response} "
-            f"is over the model's {arch.max_positions} positions"
+            f"data.max_prompt_length {prompt} + {key} {response} is over the model's "
+            f"{arch.max_positions} positions"
         )

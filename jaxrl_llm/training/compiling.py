@@ -49,6 +49,9 @@ def programs(job: Job, done: Sequence[int] = ()) -> Programs:
         found["copy of the policy"] = actor.reference.lower_copy
     questions = itertools.chain(job.data.train, job.data.val)
     tokens = (prompt.tokens for prompt in questions)
+    if job.agent:  # environments say more before the first turn, each its own
+        length = job.config.data.max_prompt_length
+        tokens = ((i % 2,) * length for i in range(2))
 
     def resident(_: jax.Device) -> int:
         return fitting.beside(job.config, memory.held(job), "rollout")
@@ -68,7 +71,9 @@ def uses(job: Job) -> list[Use]:
     greedy = replace(drawn, temperature=0.0)
     if plugins.estimator_of(config.algorithm).asks_greedily:
         found.append(Use(num_prompts=prompts, num_samples=1, sampling=greedy))
-    return found + validating(config.rollout, config.val, held_out)
+    found += validating(config.rollout, config.val, held_out)
+    between = config.longest_response if config.agent else 0
+    return [replace(use, continued=between) for use in found]
 
 
 def validating(rollout: EngineConfig, val: ValConfig, questions: int) -> list[Use]:

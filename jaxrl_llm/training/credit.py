@@ -9,7 +9,7 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 from jaxrl_llm.algorithms import advantages, kl, masked, ppo
 from jaxrl_llm.config import checks, plugins
@@ -22,6 +22,7 @@ from jaxrl_llm.sharding import processes
 from jaxrl_llm.tracking import token_details
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.experience import Groups, Observe
+from jaxrl_llm.training.playing import turn_rewards
 from jaxrl_llm.training.randomness import Purpose, seed
 
 
@@ -48,6 +49,11 @@ class Judged:
     """Sum of the squares of the distribution each token is from."""
     kl_coef: Num[Array, ""] | None = None
     """Weight of the KL penalty in the reward; None for none."""
+    turn_rewards: Float[Array, "P G K"] | None = None
+    """The rewards of the policy's turns, which add up to `rewards`; 0 where there is no
+    turn. None where episodes have one."""
+    num_turns: Int[Array, "P G"] | None = None
+    """Turns of the policy; None where there is one."""
 
 
 def advantages_of(
@@ -135,6 +141,8 @@ def _offered(
         "group_ids": lambda: jnp.repeat(jnp.arange(P), G),
         "sequence_baselines": lambda: jnp.repeat(judged.baselines, G),
         "num_sequences": lambda: count,
+        "turn_rewards": lambda: judged.turn_rewards,
+        "num_turns": lambda: judged.num_turns,
     }
 
 
@@ -151,8 +159,12 @@ def _and_returns(name: str, found: Any) -> tuple[Any, Any]:
 def _over_tokens(
     name: str, found: Any, batch: TrainBatch, judged: Judged
 ) -> Float[Array, "R T"]:
-    """Every response token gets the advantage of its response, or its own."""
+    """Every response token gets the advantage of its response or turn, or its own."""
     mask, shape = batch.response_mask, jnp.shape(found)
+    if judged.turn_rewards is not None and shape == judged.turn_rewards.shape:
+        ids = batch.sequence_ids
+        of_turns = found.reshape(-1, shape[-1])[ids, advantages.turns(mask, ids)]
+        return jnp.where(mask, of_turns, 0.0)
     if shape == judged.rewards.shape:
         return jnp.where(mask, found.ravel()[batch.sequence_ids], 0.0)
     if shape == mask.shape:
@@ -166,9 +178,12 @@ def _over_tokens(
 
 def _token_rewards(batch: TrainBatch, judged: Judged, kl_penalty: str):
     mask, ids = batch.response_mask, batch.sequence_ids
-    rewards = advantages.at_last_token(
-        judged.rewards.ravel(), mask, ids, batch.positions
-    )
+    if judged.turn_rewards is None:
+        worth = judged.rewards.ravel()
+        rewards = advantages.at_last_token(worth, mask, ids, batch.positions)
+    else:
+        of_turns = judged.turn_rewards.reshape(batch.num_sequences, -1)
+        rewards = advantages.at_turn_ends(of_turns, mask, ids)
     if judged.kl_coef is None:
         return rewards, {}
     compared = batch.old_logprobs, batch.ref_logprobs
@@ -207,6 +222,7 @@ def assign_credit(
     algorithm, params = config.algorithm, state.actor.params
     unknown = np.zeros_like(scores.total)
     rows = actor.make_rows(groups.asked, groups.rollouts, unknown)
+    rows = without(rows, [one.masked for group in groups.rollouts for one in group])
     values = squares = None
     if actor.asks_other_policies:
         with observe("old_log_prob"):
@@ -223,6 +239,10 @@ def assign_credit(
     with observe("adv"):
         found: dict[str, Any] = {}
         if checks.learns_from_rewards(config):
+            of_turns = None, None
+            if config.agent:
+                most = config.agent.max_turns
+                of_turns = turn_rewards(groups.rollouts, scores.total, most)
             judged = Judged(
                 rewards=scores.total,
                 by_function=np.stack([*scores.by_function.values()]),
@@ -231,6 +251,8 @@ def assign_credit(
                 values=values,
                 sum_pi_squared=squares,
                 kl_coef=jax.device_get(state.kl_coef),
+                turn_rewards=of_turns[0],
+                num_turns=of_turns[1],
             )
             said, rows = rows.taught, dataclasses.replace(rows, taught=None)
             rows, found = jax.device_get(
@@ -319,11 +341,23 @@ def without_truncated(
 
     Source: DAPO (arXiv:2503.14476), section 3.4, overlong filtering.
     """
-    cut = np.array([e.finish_reason == "length" for group in rollouts for e in group])
-    mask = rows.response_mask & ~(cut[rows.sequence_ids] & (rows.sequence_ids >= 0))
+    cut = [e.finish_reason == "length" for group in rollouts for e in group]
+    return without(rows, cut), float(np.mean(cut))
+
+
+def without(rows: TrainBatch, left_out: Sequence[bool]) -> TrainBatch:
+    """`rows` in which no token of some sequences counts as a response.
+
+    Args:
+      rows: NumPy arrays.
+      left_out: which, for each sequence.
+    """
+    if not any(left_out):
+        return rows
+    out = np.array(left_out)[rows.sequence_ids] & (rows.sequence_ids >= 0)
+    mask = rows.response_mask & ~out
     worth = np.where(mask, rows.advantages, np.float32(0))
-    kept = dataclasses.replace(rows, response_mask=mask, advantages=worth)
-    return kept, float(cut.mean())
+    return dataclasses.replace(rows, response_mask=mask, advantages=worth)
 
 
 def per_response(rows: TrainBatch, shape: tuple[int, int]) -> np.ndarray:

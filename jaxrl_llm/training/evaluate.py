@@ -16,12 +16,13 @@ from jaxrl_llm.config.schema import (
     SamplingConfig,
     ValConfig,
 )
-from jaxrl_llm.data.types import Prompt, single_turn
-from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate_together
+from jaxrl_llm.data.types import Episode, Prompt
+from jaxrl_llm.rollout.engine import Engine, Request, Sampling
 from jaxrl_llm.tracking import step_metrics
 from jaxrl_llm.tracking.step_metrics import Validation
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.experience import Observe, Score
+from jaxrl_llm.training.playing import Agent, episodes_of
 from jaxrl_llm.training.randomness import Purpose, seed
 
 
@@ -34,6 +35,7 @@ def validate(
     rollout: EngineConfig,
     seed: int,
     step: int,
+    agent: Agent | None = None,
 ) -> Validation:
     """Answers every question n times sampled and, if asked to, once greedily. All
     processes call it.
@@ -52,6 +54,9 @@ def validate(
                                          judges
         val-aux/response_length/mean     tokens, sampled answers
         val-aux/response_length/clip_ratio
+        val-aux/agent/...                as in training; masked tells the share of
+                                         questions that are left out of all others, as
+                                         an environment failed
 
     veRL estimates best@k by drawing k of the n answers with replacement, which is too
     low; this is the unbiased estimator.
@@ -59,6 +64,7 @@ def validate(
     Args:
       rollout: says where a response ends; how it is drawn stands in `config`.
       step: goes into the records.
+      agent: what the policy plays against; it answers if not given.
 
     Raises:
       ValueError: there are no questions, or two share an id.
@@ -86,7 +92,7 @@ def validate(
             )
             for prompt in prompts
         ]
-        episodes = single_turn(generate_together(engine, requests))
+        episodes = episodes_of(engine, agent, prompts, requests)
         scores = score(prompts, episodes)
         correct = scores.total >= config.threshold
         records = step_metrics.rollout_records(
@@ -102,7 +108,7 @@ def validate(
         return episodes, scores, correct, records
 
     episodes, scores, correct, records = answer(config, config.n, "sampled")
-    groups = _groups(prompts)
+    groups = _groups(prompts, episodes)
     metrics: dict[str, float] = {}
     for source, rows in groups.items():
         core, aux = f"val-core/{source}", f"val-aux/{source}"
@@ -115,13 +121,17 @@ def validate(
                 judged = float(np.nanmean(value[rows]))
                 metrics[f"{aux}/{name}/mean@{config.n}"] = judged
     flat = [episode for group in episodes for episode in group]
-    lengths = [len(episode.tokens) for episode in flat]
+    lengths = [episode.num_sampled for episode in flat]
     metrics["val-aux/response_length/mean"] = float(np.mean(lengths))
     metrics["val-aux/response_length/clip_ratio"] = step_metrics.cut_off(flat)
+    if agent:
+        for name, value in step_metrics.agent_metrics(flat).items():
+            metrics[f"val-aux/agent/{name.removeprefix('agent/')}"] = value
     if config.greedy:
-        _, _, correct, more = answer(SamplingConfig(temperature=0.0), 1, "greedy")
+        greedy = SamplingConfig(temperature=0.0)
+        episodes, _, correct, more = answer(greedy, 1, "greedy")
         records += more
-        for source, rows in groups.items():
+        for source, rows in _groups(prompts, episodes).items():
             metrics |= _share(f"val-core/{source}/acc/greedy", correct[rows])
     return Validation(metrics=metrics, records=records)
 
@@ -154,6 +164,7 @@ def answer_held_out(job: Job, step: int) -> Validation:
         rollout=job.config.rollout,
         seed=seed(job.config.seed, Purpose.VALIDATION, 0),
         step=step,
+        agent=job.agent,
     )
 
 
@@ -239,11 +250,15 @@ def source_of(prompt: Prompt) -> str:
     return str(prompt.columns.get("data_source", "all"))
 
 
-def _groups(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
-    """Which rows belong to each data source."""
+def _groups(
+    prompts: Sequence[Prompt], episodes: Sequence[Sequence[Episode]]
+) -> dict[str, list[int]]:
+    """Which rows belong to each data source, without those that have a masked
+    episode."""
     groups: dict[str, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        groups.setdefault(source_of(prompt), []).append(row)
+    for row, (prompt, group) in enumerate(zip(prompts, episodes, strict=True)):
+        if not any(episode.masked for episode in group):
+            groups.setdefault(source_of(prompt), []).append(row)
     return groups
 
 

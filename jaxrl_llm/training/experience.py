@@ -13,12 +13,13 @@ from jaxrl_llm.config import plugins
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config, EngineConfig, SamplingConfig
 from jaxrl_llm.data.stream import PromptBatches
-from jaxrl_llm.data.types import Episode, Generated, Prompt, Scores, single_turn
+from jaxrl_llm.data.types import Episode, Generated, Prompt, Scores
 from jaxrl_llm.rewards import Isolation, RewardFunction, score
 from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.roles.reward_model import RewardModel
-from jaxrl_llm.rollout.engine import Engine, Request, Sampling, generate_together
+from jaxrl_llm.rollout.engine import Engine, Request, Sampling
 from jaxrl_llm.sharding import processes
+from jaxrl_llm.training.playing import Agent, episodes_of, reward_term, without_masked
 from jaxrl_llm.training.randomness import Purpose, seed
 
 Score = Callable[[Sequence[Prompt], Sequence[Sequence[Episode]]], Scores]
@@ -51,12 +52,17 @@ def collect(
     stream: PromptBatches,
     observe: Observe,
     step: int,
+    *,
+    agent: Agent | None = None,
 ) -> Groups:
     """The groups of one step, in all processes the same.
 
     With `algorithm.filter_groups` (dynamic sampling), batches are generated until there
     are enough groups whose responses differ in worth; what is more than enough is not
     trained on.
+
+    Args:
+      agent: what the policy plays against; it answers prompts if not given.
 
     Raises:
       ConfigError: what must differ is nothing that reward functions return.
@@ -71,7 +77,7 @@ def collect(
         with observe("gen"):
             asked = next(stream)
             of_step = requests(config, asked, step, attempt)
-            rollouts = single_turn(generate_together(engine, of_step))
+            rollouts = episodes_of(engine, agent, asked, of_step)
         with observe("reward"):
             scores = score(asked, rollouts)
         made = Generated(asked=asked, rollouts=rollouts, scores=scores)
@@ -103,7 +109,7 @@ def collect(
     asked = list({prompt.id: prompt for prompt in groups.asked}.values())
     with observe("gen"):
         of_step = greedily(requests(config, asked, step))
-        greedy = single_turn(generate_together(engine, of_step))
+        greedy = episodes_of(engine, agent, asked, of_step)
     with observe("reward"):
         totals = score(asked, greedy).total[:, 0]
     of_prompt = {prompt.id: total for prompt, total in zip(asked, totals, strict=True)}
@@ -121,6 +127,7 @@ def score_together(
     timeout_s: float,
     on_error: Literal["raise", "zero"],
     isolation: Isolation | None = None,
+    environment: bool = False,
 ) -> Scores:
     """What responses are worth. Of many processes, each runs the functions on its share
     of the prompts; all call it with the same ones and get all scores.
@@ -132,11 +139,14 @@ def score_together(
       timeout_s: as of `rewards.score`, of the functions.
       on_error: as of `rewards.score`.
       isolation: where the functions run.
+      environment: whether what the policy plays against gives rewards.
 
     Raises:
       RewardError: a function or the model failed and on_error is "raise".
+      ConfigError: nothing else judges, and environments give no rewards.
     """
     terms = list(functions)
+    mine, answers = processes.share(prompts), processes.share(episodes)
     if model is not None:
         known = processes.share(model.score(prompts, episodes).tolist())
         scores = [x for group in known for x in group]
@@ -148,7 +158,8 @@ def score_together(
                 trusted=True,
             )
         )
-    mine, answers = processes.share(prompts), processes.share(episodes)
+    if environment:
+        terms.append(reward_term(answers, bool(terms)))
     made = None
     if mine and not terms:  # nothing is judged, and nothing learns from it
         zeros = np.zeros((len(mine), len(answers[0])), np.float32)
@@ -162,7 +173,8 @@ def score_together(
             on_error=on_error,
             isolation=isolation,
         )
-    return join([part for part in processes.gather(made) if part])
+    found = join([part for part in processes.gather(made) if part])
+    return without_masked(found, episodes)
 
 
 def differing(scores: Scores, metric: str) -> list[int]:

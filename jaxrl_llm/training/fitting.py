@@ -57,7 +57,7 @@ def kept(
     add("actor", {"weights": bytes_of(state.params)})
     add("actor", {"optimizer": bytes_of(state.opt_state)})
     responses = -(-config.data.train_batch_size // jax.process_count())
-    longest = config.data.max_prompt_length + config.rollout.max_response_length
+    longest = config.longest_sequence
     add("rollout", engine.memory(responses * config.rollout.n, longest))
     if critic:
         judge = critic.abstract_state()

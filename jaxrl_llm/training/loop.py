@@ -8,7 +8,7 @@ generation.
 
 import functools
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from jaxrl_llm.sharding import processes
@@ -50,6 +50,7 @@ def run(
     with (
         closing(engine),
         closing(job.rewards),
+        closing(job.agent) if job.agent else nullcontext(),
         opened(job) as (stream, log, checkpoints),
         memory.explained(job, lambda: log.during, checkpoints),
         asked_to_stop(log.say, trainer.stop_grace_s, trainer.max_hours) as stopping,
@@ -69,7 +70,7 @@ def run(
             ahead.wait(tell, needed.first)
         watch = advice.Watch(config)
         collected = functools.partial(
-            collect, config, engine, job.score, stream, log.phase
+            *(collect, config, engine, job.score, stream, log.phase), agent=job.agent
         )
         schedule = schedule_of(collected, engine.load)
         sent = schedule.publish(job.served(state.actor.params), first)

@@ -262,7 +262,7 @@ def build(
             source.arch,
             source.tokenizer,
             meshes["rollout"],
-            config.data.max_prompt_length,
+            config.data.max_prompt_length + config.rollout.max_response_length,
         )
     longest = longest_example(data)
 

@@ -259,11 +259,11 @@ def open_critic(config: Config, source: models.WeightSource) -> models.WeightSou
             f"critic.model.path {model.path} has {found.arch.vocab_size} tokens in its "
             f"vocabulary, the policy {wanted}; they must read the same tokens"
         )
-    needed = config.data.max_prompt_length + config.rollout.max_response_length
+    needed = config.longest_sequence
     if needed > longest:
         raise ConfigError(
             f"critic.model.path {model.path} has {longest} positions, but "
-            f"data.max_prompt_length + rollout.max_response_length is {needed}"
+            f"{config.sequence_keys} is {needed}"
         )
     return found
 
@@ -290,11 +290,11 @@ def open_reward_model(config: Config, source: models.Checkpoint) -> models.Class
             f"{wanted}; they must read the same tokens"
         )
     _check_same_tokens(key, found, source)
-    needed = config.data.max_prompt_length + config.rollout.max_response_length
+    needed = config.longest_sequence
     if needed > arch.max_positions:
         raise ConfigError(
-            f"{key} has {arch.max_positions} positions, but data.max_prompt_length + "
-            f"rollout.max_response_length is {needed}"
+            f"{key} has {arch.max_positions} positions, but "
+            f"{config.sequence_keys} is {needed}"
         )
     return found
 
@@ -348,11 +348,11 @@ def open_teacher(
             f"distillation.topk is {section.topk}, but the vocabulary has only {count} "
             "tokens"
         )
-    needed = config.data.max_prompt_length + config.rollout.max_response_length
+    needed = config.longest_sequence
     if needed > found.arch.max_positions:
         raise ConfigError(
             f"{key} has {found.arch.max_positions} positions, but "
-            f"data.max_prompt_length + rollout.max_response_length is {needed}"
+            f"{config.sequence_keys} is {needed}"
         )
     return found, count
 

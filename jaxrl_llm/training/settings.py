@@ -50,7 +50,7 @@ def rows(config: Config, micro_batch_size: int | None) -> Layout:
         pack_length=config.actor.pack_length,
         micro_batch_size=micro_batch_size,
         share_prompts=config.actor.share_prompts,
-        longest=config.data.max_prompt_length + config.rollout.max_response_length,
+        longest=config.longest_sequence,
     )
 
 
@@ -98,7 +98,7 @@ def actor(config: Config) -> ActorSettings:
             num_prompts=data.train_batch_size,
             group_size=rollout.n,
             prompt_length=data.max_prompt_length,
-            response_length=rollout.max_response_length,
+            response_length=config.longest_response,
         ),
         needs_old_logprobs=needs_old_logprobs(config),
         offload="optimizer" in actor.offload,
@@ -274,8 +274,7 @@ def update_settings(config: Config) -> grpo.Settings:
         tau_pos=actor.tau_pos,
         tau_neg=actor.tau_neg,
         loss_agg_mode=actor.loss_agg_mode,
-        loss_scale_factor=actor.loss_scale_factor
-        or float(config.rollout.max_response_length),
+        loss_scale_factor=actor.loss_scale_factor or float(config.longest_response),
         entropy_coeff=actor.entropy_coeff,
         kl_loss_coef=actor.kl_loss_coef if actor.use_kl_loss else 0.0,
         kl_loss_type=actor.kl_loss_type,

@@ -35,10 +35,7 @@ def start_or_go_on(
         checkpoints.check_room(like)
     if found is None:
         with waiting("reading the weights"):
-            state = job.start()
-        checkpoints.reserve(state)
-        return state, 0
-    checkpoints.reserve(found.state)
+            return job.start(), 0
     stream.restore(found.position["prompts"])
     return found.state, found.step
 

@@ -272,3 +272,50 @@ def test_steps_of_the_optimal_token_baseline_begin_behind_the_prompt(packed):
     # The second response has sampled more; its third token is compared with nobody.
     expected[1, 2] = 1
     np.testing.assert_allclose(got[:, 1:], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_turns_are_compared_with_the_same_turn_of_others():
+    rewards = jnp.array(
+        [[[1, 0, 4], [3, 2, 0], [0, 0, 0]], [[5, 0, 0]] * 3], jnp.float32
+    )
+    counts = jnp.array([[3, 2, 2], [1, 1, 1]])
+    # To go: 1 + 0.5 * (0 + 0.5 * 4), 3 + 0.5 * 2, 0; then 2, 2, 0; then 4 alone.
+    expected = np.zeros((2, 3, 3))
+    expected[0, :, 0] = np.array([2, 4, 0]) - 2
+    expected[0, :, 1] = np.array([2, 2, 0]) - 4 / 3
+    got = advantages.turn_grpo(rewards, counts, gamma=0.5, normalize_by_std=False)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    expected[0, :, 0] /= np.std([2, 4, 0], ddof=1)
+    expected[0, :, 1] /= np.std([2, 2, 0], ddof=1)
+    got = advantages.turn_grpo(rewards, counts, gamma=0.5, normalize_by_std=True)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert not got[1].any()  # all equal: exactly 0
+    once = jnp.array([[1.0, 2, 4], [0, 0, 1]])
+    np.testing.assert_allclose(
+        advantages.turn_grpo(
+            once[..., None],
+            jnp.ones((2, 3), jnp.int32),
+            gamma=0.5,
+            normalize_by_std=True,
+        )[..., 0],
+        advantages.grpo(once, normalize_by_std=True),
+        rtol=1e-6,
+    )
+
+
+def test_turns_are_told_apart_by_what_was_read_between():
+    # A prompt, two responses that share it, padding; the second begins with a tool.
+    ids = jnp.array([[0, 0, 0, 0, 0, 0, 1, 1, 1, -1]])
+    mask = jnp.array([[0, 1, 1, 0, 1, 1, 0, 1, 1, 0]], bool)
+    found = advantages.turns(mask, ids)
+    np.testing.assert_array_equal(found[mask], [0, 0, 1, 1, 0, 0])
+    neighbours = jnp.array([[0, 0, 1, 1, -1, -1]])
+    both = jnp.array([[1, 1, 1, 1, 0, 0]], bool)
+    assert not advantages.turns(both, neighbours).any()
+    rewards = jnp.array([[1.0, 2.0], [3.0, 0.0]])
+    np.testing.assert_array_equal(
+        advantages.at_turn_ends(rewards, mask, ids), [[0, 0, 1, 0, 0, 2, 0, 0, 3, 0]]
+    )
+    np.testing.assert_array_equal(
+        advantages.at_turn_ends(rewards, both, neighbours), [[0, 1, 0, 3, 0, 0]]
+    )

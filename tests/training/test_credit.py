@@ -17,6 +17,7 @@ from jaxrl_llm.data import packing
 from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.sharding import mesh
 from jaxrl_llm.training import credit as estimate
+from jaxrl_llm.training import playing
 from jaxrl_llm.training.roles import actor_of
 
 PROMPTS, EPISODES = make_rollouts()
@@ -204,6 +205,11 @@ def test_every_estimator_is_the_same_in_any_layout(estimator):
         rows, **{name: drawn().astype(np.float32) for name in names}
     )
     rows = dataclasses.replace(rows, old_logprobs=-rows.old_logprobs)
+    of_turns, counts = playing.turn_rewards(EPISODES, REWARDS, 6)
+    assert counts.min() == 1 and counts.max() > 2
+    np.testing.assert_array_equal(of_turns.sum(axis=2), REWARDS)
+    there = np.arange(6) < counts[..., None]
+    of_turns[there] = rng.normal(size=there.sum())
 
     def credited(layout):
         there = packing.take(rows, range(rows.num_sequences), layout=layout)
@@ -214,6 +220,8 @@ def test_every_estimator_is_the_same_in_any_layout(estimator):
             baselines=np.array([1, 2, 3, 4], np.float32),
             values=there.values,
             sum_pi_squared=there.returns,
+            turn_rewards=of_turns,
+            num_turns=counts,
         )
         algorithm = AlgorithmConfig(adv_estimator=estimator, gamma=0.9, lam=0.8)
         found, _ = jax.device_get(

@@ -401,6 +401,7 @@ class JaxEngine:
                 self._lower_decode, sizes, pages, rows, mode, top, ends
             )
         count = -(-max(use.num_prompts for use in uses) // self.replicas)
+        each = -(-max(use.num_responses for use in uses) // self.replicas)
         longest, lengths = sizes.longest_prompt, [sizes.prefill_length()]
         scarce = pages < self._wanted_pages(sizes.num_rows)
         if scarce:  # preempted ones are prefilled again, with their response so far
@@ -411,15 +412,18 @@ class JaxEngine:
                 found[f"prefill {rows} x {length}"] = functools.partial(
                     self._lower_prefill, pages, rows, length
                 )
-        if longest > PAGE_SIZE:  # its whole pages may be known, and its last one not
-            behind = PAGE_SIZE
+        between = max(use.continued for use in uses)
+        # Whole pages of it may be known, and its last one not.
+        if longest > PAGE_SIZE or between:
+            behind = PAGE_SIZE + between
             if scarce:
                 behind = self._max_model_len
             elif shared or longest > sizes.prefill_tokens:
-                behind = longest
+                behind = max(behind, longest)
             for length in sizes.continued_lengths(min(behind, sizes.prefill_tokens)):
                 for rows in _up_to(
-                    sizes.prefill_counts(length, FEWEST_CONTINUED), count
+                    sizes.prefill_counts(length, FEWEST_CONTINUED),
+                    max(count, each) if between else count,
                 ):
                     found[f"continued prefill {rows} x {length}"] = functools.partial(
                         self._lower_extend, pages, rows, length

@@ -199,7 +199,9 @@ class Session:
         self._mode = max({self._mode, *modes}, key=MODES.index)
         self._top = max(self._top, *(sampling.logprobs for sampling in asked))
         self._longest = max(self._longest, *(s.max_tokens for s in asked))
-        longest = max(len(r.request.tokens) for r in responses)
+        # What comes before a later turn is known, and not read as a prompt is.
+        first = [len(r.request.tokens) for r in responses if not r.request.turn]
+        longest = max(first, default=0)
         if longest > self._sizes.longest_prompt:
             self._sizes = dataclasses.replace(self._sizes, longest_prompt=longest)
 
