@@ -5,6 +5,8 @@ from typing import Any
 
 from jaxrl_llm.agents.seat import taken
 
+_PLAYER = 0
+
 
 class TextArena:
     """A game of textarena for one player.
@@ -38,14 +40,15 @@ class TextArena:
         _, observation = self._game.get_observation()
         if isinstance(observation, str):
             return observation
-        return "\n".join(str(part[1]) for part in observation)  # (speaker, text, kind)
+        # (speaker, text, kind): the policy's own words, it knows.
+        return "\n".join(text for who, text, _ in observation if who != _PLAYER)
 
 
 class Gem:
     """An environment of GEM.
 
     Args:
-      env_id: such as game:GuessTheNumber-v0.
+      env_id: such as game:GuessTheNumber-v0-easy.
       params: arguments of `gem.make`.
     """
 

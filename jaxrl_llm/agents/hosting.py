@@ -626,7 +626,7 @@ def _opened(
         between = "\n\n" if kind.steps and last["content"] else ""
         content = f"{last['content']}{between}{_clean(words)}"
         return (*messages[:-1], {**last, "content": content})
-    said = _said(words)
+    said = _said(words) or messages
     system = messages[:1] if messages[0]["role"] == "system" else ()
     return said if said[0]["role"] == "system" else (*system, *said)
 
