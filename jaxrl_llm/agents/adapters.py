@@ -62,7 +62,7 @@ class Gem:
         return self._env.reset(seed=seed)
 
     def step(self, text: str) -> Any:
-        """As Gymnasium has it."""
+        """Observation, reward, and whether the episode is over."""
         return self._env.step(text)
 
 
@@ -88,7 +88,7 @@ class SkyRL:
         return list(messages)
 
     def step(self, text: str) -> Any:
-        """As `BaseTextEnv` has it."""
+        """The observations, the reward, and whether the episode is over."""
         result = self._env.step(text)
         if result["done"]:
             self._env.close()

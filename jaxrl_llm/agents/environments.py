@@ -30,7 +30,7 @@ class Reply:
     messages: tuple[Message, ...] = ()
     """What follows that turn, in this order. Roles are "tool" or "user"."""
     reward: float | None = None
-    """Of that turn alone; None where it has none."""
+    """What that turn alone was worth; None where it has none."""
     ended: Status | None = None
     """Why the episode is over; None if it goes on, which takes a message."""
     calls: int = 0

@@ -168,7 +168,7 @@ class Hosted(Environments):
             self._kind_of(prompt)
 
     def open(self, key: Key, prompt: Prompt, seed: int) -> Future[Opening]:
-        """As of `Environments`."""
+        """Begins an episode, as soon as a worker is free."""
         if key in self._episodes:
             raise ValueError(f"episode {key} is open already")
         episode = self._episodes[key] = _Episode(self._kind_of(prompt))
@@ -204,7 +204,7 @@ class Hosted(Environments):
         return opening
 
     def answer(self, key: Key, text: str) -> Future[Reply]:
-        """As of `Environments`."""
+        """Carries out what the policy calls, or has an environment read its words."""
         episode = self._episodes[key]
         episode.text = text
         found = tools.calls(self._format, text, episode.kind.schemas)
@@ -218,7 +218,7 @@ class Hosted(Environments):
         return reply
 
     def close(self, key: Key) -> Future[Outcome]:
-        """As of `Environments`."""
+        """Asks what an episode was worth, and frees its worker."""
         episode = self._episodes.pop(key)
         kind = episode.kind
         if episode.broken or kind.make is None or kind.steps or not kind.rewards:
@@ -240,7 +240,7 @@ class Hosted(Environments):
         return outcome
 
     def shutdown(self) -> None:
-        """As of `Environments`."""
+        """Ends all workers; futures that are not ready are cancelled."""
         self._board.close()
         self._rooms.close()
 
