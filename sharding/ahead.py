@@ -5,15 +5,17 @@
         ahead.wait(lambda done, count: print(f"compiling {done} of {count}"))
 
 XLA compiles outside of Python's lock, but to lower is Python: one program is lowered at
-a time, so that whoever does something else meanwhile waits for one thread and not for
-many. A jitted function that was lowered and compiled for shapes and shardings neither
-traces nor compiles when it is called with arrays of these.
+a time, and gives up the lock soon, so that whoever does something else meanwhile waits
+for one thread and not for many, and not long. A jitted function that was lowered and
+compiled for shapes and shardings neither traces nor compiles when it is called with
+arrays of these.
 """
 
+import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from types import TracebackType
 
@@ -102,11 +104,24 @@ class Ahead:
             return None
         _under_way.append(lower)
         try:
-            with self._lowering:
+            with self._lowering, _short_turns():
                 lowered = lower()
             return lowered.compile()
         finally:
             _under_way.remove(lower)
+
+
+@contextlib.contextmanager
+def _short_turns() -> Iterator[None]:
+    """A thread that computes in Python gives up its lock after 0.1 ms, if others wait
+    for it: of 5 ms each, those who read weights and come back from NumPy thousands of
+    times would wait for minutes."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, 1e-4))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 _under_way: list[Callable[[], Lowered]] = []

@@ -111,10 +111,10 @@ def misfits(config) -> Iterator[str]:
         for name, source in getattr(data, key).items()
     )
     for split, source in (("train", data.train), ("val", data.val), *more):
-        if source and source.path.startswith("reasoning_gym:") and not source.size:
+        kind = source.path.partition(":")[0] if source else ""
+        if kind in ("reasoning_gym", "episodes") and not source.size:
             yield (
-                f"data.{split}.size is needed for reasoning_gym: how many questions to "
-                "draw"
+                f"data.{split}.size is needed for {kind}: how many questions to draw"
             )
 
 

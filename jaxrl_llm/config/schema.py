@@ -47,16 +47,18 @@ class SourceConfig(Section):
 
     path: PathText
     """FILE.jsonl, FILE.parquet, hub:ID, disk:DIR (a saved Hugging Face data set), or
-    reasoning_gym:TASK."""
+    reasoning_gym:TASK; or episodes:TEXT, what is said before an environment's first
+    words, which may be nothing."""
     params: dict[str, Any] = {}
     """reasoning_gym: the task's parameters. hub: arguments of `datasets.load_dataset`
     such as `name` and `revision`."""
     split: Name = "train"
     """hub and disk only."""
     size: int | None = Field(None, gt=0)
-    """At most this many questions; all if not given (reasoning_gym needs it)."""
+    """At most this many questions; all if not given (reasoning_gym and episodes need
+    it)."""
     seed: int = Field(0, ge=0)
-    """reasoning_gym only: which questions are drawn."""
+    """reasoning_gym and episodes only: which questions are drawn."""
     prompt_key: Name = "prompt"
     """The column that holds the question: text, or a list of chat messages."""
     prompt_template: str | None = None

@@ -18,7 +18,15 @@ from pydantic import (
 _LARGEST, _MOST = 3.4e38, 2**32 - 1
 
 # What a path may begin with: a kind of data set in a folder, or of what has a name.
-_SAVED, _NAMED = ("disk:",), ("hub:", "package:", "reasoning_gym:")
+_SAVED, _NAMED = (
+    ("disk:",),
+    (
+        "hub:",
+        "package:",
+        "reasoning_gym:",
+        "episodes:",
+    ),
+)
 
 
 Value = TypeVar("Value")

@@ -213,7 +213,7 @@ def _tokenize_all(
                 case "truncate":
                     tokens = tokens[-limit:]
         columns = {key: value for key, value in row.items() if key != "prompt"}
-        question = content_of(column(row, source.prompt_key), source.prompt_key)
+        question = _asked(row, source)
         text = None
         if isinstance(question, str) and not isinstance(content, str):
             text = content[-1]["content"]
@@ -230,7 +230,11 @@ def _tokenize_all(
 
 def _identities(content: Content, row: Row, source: Source) -> Iterator[str]:
     """What a question is known by: as it is asked, and as it was before it was put into
-    a template that holds nothing else of the row."""
+    a template that holds nothing else of the row. An episode is known by its seed: what
+    is asked comes from it."""
+    if _begins_episodes(source):
+        yield f"episodes:{row['seed']}"
+        return
     yield identity(content)
     template = source.prompt_template
     if template is not None and _placeholders(template) == {source.prompt_key}:
@@ -265,7 +269,7 @@ def render(row: Row, source: Source, *, chat_template: bool) -> Content:
       ValueError: no question, a template that does not fit the columns, or messages
         where only text is possible.
     """
-    question = content_of(column(row, source.prompt_key), source.prompt_key)
+    question = _asked(row, source)
     if source.prompt_template is not None:
         if not isinstance(question, str):
             raise ValueError("prompt_template cannot be put around chat messages")
@@ -287,6 +291,18 @@ def render(row: Row, source: Source, *, chat_template: bool) -> Content:
     if messages[0]["role"] in ("system", "developer"):
         raise ValueError("system_prompt is set, but the row has a system message")
     return [{"role": "system", "content": source.system_prompt}, *messages]
+
+
+def _asked(row: Row, source: Source) -> Content:
+    """The question in a row; empty where an environment will say all of it."""
+    question = column(row, source.prompt_key)
+    if _begins_episodes(source) and not question:
+        return ""
+    return content_of(question, source.prompt_key)
+
+
+def _begins_episodes(source: Source) -> bool:
+    return source.path.startswith("episodes:")
 
 
 def _fill(template: str, row: Row) -> str:

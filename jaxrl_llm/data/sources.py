@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import random
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,16 +23,18 @@ class Source:
     """A set of questions: where its rows are and what is put around each question."""
 
     path: str
-    """FILE.jsonl, FILE.parquet, hub:ID, disk:DIR or reasoning_gym:TASK."""
+    """FILE.jsonl, FILE.parquet, hub:ID, disk:DIR, reasoning_gym:TASK, or episodes:TEXT,
+    what is said before an environment's first words."""
     params: Mapping[str, Any] = field(default_factory=dict)
     """The task's parameters (reasoning_gym), or arguments of `datasets.load_dataset`
     (hub)."""
     split: str = "train"
     """Which split to read (hub, disk)."""
     size: int | None = None
-    """At most this many rows; all if None (reasoning_gym needs a number)."""
+    """At most this many rows; all if None (reasoning_gym and episodes need a
+    number)."""
     seed: int = 0
-    """Which questions are drawn (reasoning_gym)."""
+    """Which questions are drawn (reasoning_gym, episodes)."""
     prompt_key: str = "prompt"
     """The column that holds the question: text, or a list of chat messages."""
     answer_key: str = "answer"
@@ -90,6 +93,8 @@ def rows_as_they_are(source: Source) -> list[Row]:
             used, read = {"split"}, _read_disk
         case "reasoning_gym":
             used, read = {"params", "seed"}, _read_reasoning_gym
+        case "episodes":
+            used, read = {"seed"}, _read_episodes
         case _:
             used, read, name = set(), _read_file, source.path
     unset = Source(path=source.path)
@@ -149,8 +154,8 @@ def _read_file(name: str, source: Source) -> Iterator[Row]:
     path = Path(name).expanduser()
     if path.suffix not in (".jsonl", ".parquet"):
         raise ValueError(
-            f"data path {name!r} is neither FILE.jsonl, FILE.parquet, hub:ID, disk:DIR "
-            "nor reasoning_gym:TASK"
+            f"data path {name!r} is neither FILE.jsonl, FILE.parquet, hub:ID, "
+            "disk:DIR, reasoning_gym:TASK nor episodes:TEXT"
         )
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob(f"*{path.suffix}"))
@@ -229,8 +234,7 @@ def _read_reasoning_gym(name: str, source: Source) -> Iterator[Row]:
     known = _import("reasoning_gym.factory").DATASETS
     if name not in known:
         raise ValueError(f"{source.path}: no such task{_near(name, known)}")
-    if source.size is None:
-        raise ValueError(f"{source.path}: set `size`, how many questions to draw")
+    _check_size(source)
     fields = {f.name for f in dataclasses.fields(known[name][1])} - {"seed", "size"}
     for key in source.params:
         if key not in fields:
@@ -248,6 +252,18 @@ def _read_reasoning_gym(name: str, source: Source) -> Iterator[Row]:
         {**entry, "prompt": entry["question"], "dataset_params": source.params}
         for entry in entries
     )
+
+
+def _read_episodes(text: str, source: Source) -> Iterator[Row]:
+    """Rows that differ in their column `seed`, from which an environment begins."""
+    _check_size(source)
+    seeds = random.Random(source.seed).sample(range(2**32), source.size)
+    return ({"prompt": text, "answer": "", "seed": seed} for seed in seeds)
+
+
+def _check_size(source: Source) -> None:
+    if source.size is None:
+        raise ValueError(f"{source.path}: set `size`, how many questions to draw")
 
 
 def _import(module: str) -> Any:

@@ -35,7 +35,10 @@ def start_or_go_on(
         checkpoints.check_room(like)
     if found is None:
         with waiting("reading the weights"):
-            return job.start(), 0
+            state = job.start()
+        checkpoints.reserve(state)
+        return state, 0
+    checkpoints.reserve(found.state)
     stream.restore(found.position["prompts"])
     return found.state, found.step
 

@@ -488,3 +488,19 @@ def test_verls_parquet_needs_no_options(tmp_path):
     assert read[1]["extra_info"] == {"split": "train", "index": 1}
     with pytest.raises(ValueError, match="no column 'gold'"):
         read_rows(Source(path=str(path), answer_key="gold"))
+
+
+@pytest.mark.parametrize("text", ["Let us play:", ""])
+def test_episodes_differ_in_the_seed_that_they_begin_from(text):
+    def source(seed, size=20):
+        return Source(path=f"episodes:{text}", size=size, seed=seed)
+
+    found = load(source(1), source(2, 5), max_prompt_length=40)
+    seeds = [prompt.columns["seed"] for prompt in found.train]
+    assert len(found.train) == len({*seeds}) == 20 and len(found.val) == 5
+    assert {prompt.content[-1]["content"] for prompt in found.train} == {text}
+    assert all(prompt.for_rewards == text for prompt in found.train)
+    assert [p.columns["seed"] for p in load(source(1)).train] == seeds
+    assert load(source(1), source(1, 5)).train_removed_as_held_out == 5
+    with pytest.raises(ValueError, match="episodes:.*set `size`"):
+        load(Source(path=f"episodes:{text}"))

@@ -9,6 +9,7 @@ from tokenizers import pre_tokenizers
 
 from jaxrl_llm import models
 from jaxrl_llm.models.architecture import Rope
+from jaxrl_llm.models.checkpoints import gguf as files_of_llama_cpp
 from jaxrl_llm.models.checkpoints import peft
 from jaxrl_llm.models.lora import Lora, abstract_adapters
 
@@ -145,6 +146,17 @@ def test_a_model_from_gguf_is_saved_for_transformers(tmp_path):
     text = "hello <|im_start|> 12"
     assert again.tokenizer(text).input_ids == loaded.tokenizer(text).input_ids
     assert (again.tokenizer.bos_token_id, again.tokenizer.eos_token_id) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q6_K", "Q8_0", "IQ3_S", "BF16", "F16"])
+def test_parts_side_by_side_are_what_llama_cpp_reads(kind, monkeypatch):
+    monkeypatch.setattr(files_of_llama_cpp, "_PART", 700)
+    kind = gguf.GGMLQuantizationType[kind]
+    bits = np.random.default_rng(0).integers(0, 60, (37, 4096), np.uint8)
+    rows = bits[:, : 6 * gguf.GGML_QUANT_SIZES[kind][1]]
+    np.testing.assert_array_equal(
+        files_of_llama_cpp._dequantised(rows, kind), gguf.quants.dequantize(rows, kind)
+    )
 
 
 def test_q4_1_is_minimum_plus_step_times_nibble(tmp_path):
