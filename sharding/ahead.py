@@ -15,7 +15,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from types import TracebackType
 
@@ -67,21 +67,15 @@ class Ahead:
         """All programs."""
         return len(self._programs)
 
-    @property
-    def pending(self) -> bool:
-        """Whether any is still to be compiled."""
-        return not all(future.done() for future in self._futures)
-
     def wait(
-        self,
-        tell: Callable[[int, int], None] = lambda done, count: None,
-        among: Collection[str] | None = None,
+        self, tell: Callable[[int, int], None] = lambda done, count: None
     ) -> dict[str, Compiled]:
-        """Waits until programs are compiled.
+        """Waits until all are compiled. Nothing else should run on a GPU meanwhile: to
+        compile for one, and to begin to run a program, both capture what is sent to it,
+        and fail where they meet.
 
         Args:
-          tell: is told how many are, and how many are waited for.
-          among: their names; all if not given.
+          tell: is told how many are, and how many there are.
 
         Returns:
           The programs by name, for their memory; they are kept while this is.
@@ -89,14 +83,12 @@ class Ahead:
         Raises:
           Exception: whatever the lowering or compilation of one raised.
         """
-        names = self._programs if among is None else among
-        wanted = {f: name for f, name in self._futures.items() if name in names}
-        tell(sum(future.done() for future in wanted), len(wanted))
+        tell(sum(future.done() for future in self._futures), self.count)
         found = {}
-        for future in as_completed(wanted):
-            found[wanted[future]] = future.result()
-            tell(len(found), len(wanted))
-        return {name: found[name] for name in self._programs if name in found}
+        for future in as_completed(self._futures):
+            found[self._futures[future]] = future.result()
+            tell(len(found), self.count)
+        return {name: found[name] for name in self._programs}
 
     def _compiled(self, lower: Callable[[], Lowered]) -> Compiled | None:
         # Once another has failed, nobody waits for this one.

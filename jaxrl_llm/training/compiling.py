@@ -4,7 +4,6 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import jax
 from jax.stages import Lowered
@@ -17,25 +16,11 @@ from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.experience import sampling
 
 
-class Programs(NamedTuple):
-    """What lowers each program that steps and validations need, by its name."""
-
-    first: dict[str, Callable[[], Lowered]]
-    """What makes responses and judges them."""
-    then: dict[str, Callable[[], Lowered]]
-    """What learns from them, and keeps what was learned: nobody waits for it before
-    the first step has its responses."""
-
-    @property
-    def all(self) -> dict[str, Callable[[], Lowered]]:
-        """Both, in the order in which they are needed."""
-        return self.first | self.then
-
-
-def programs(job: Job, done: Sequence[int] = ()) -> Programs:
-    """All programs of a run; none if its last step is among those done."""
+def programs(job: Job, done: Sequence[int] = ()) -> dict[str, Callable[[], Lowered]]:
+    """What lowers each program that steps and validations need, by its name; those
+    that take long to compile come first. None if the last step is among those done."""
     if max(done, default=0) >= job.config.trainer.total_training_steps:
-        return Programs({}, {})
+        return {}
     actor, largest = job.actor, job.actor.largest_rows()
     found = dict(actor.programs())
     if job.critic:
@@ -45,6 +30,8 @@ def programs(job: Job, done: Sequence[int] = ()) -> Programs:
             found[f"sums of squares {list(rows.tokens.shape)}"] = functools.partial(
                 actor.lower_sum_pi_squared, rows
             )
+    if job.reward_model:
+        found |= job.reward_model.programs(largest)
     if job.config.actor.ref_refresh_steps and actor.reference:
         found["copy of the policy"] = actor.reference.lower_copy
     questions = itertools.chain(job.data.train, job.data.val)
@@ -56,10 +43,8 @@ def programs(job: Job, done: Sequence[int] = ()) -> Programs:
     def resident(_: jax.Device) -> int:
         return fitting.beside(job.config, memory.held(job), "rollout")
 
-    first = dict(job.engine.programs(uses(job), tokens, resident))
-    if job.reward_model:
-        first |= job.reward_model.programs(largest)
-    return Programs(first, found | checkpoint.programs(job.abstract_state()))
+    found |= job.engine.programs(uses(job), tokens, resident)
+    return found | checkpoint.programs(job.abstract_state())
 
 
 def uses(job: Job) -> list[Use]:

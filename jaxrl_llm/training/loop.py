@@ -55,7 +55,7 @@ def run(
         memory.explained(job, lambda: log.during, checkpoints),
         asked_to_stop(log.say, trainer.stop_grace_s, trainer.max_hours) as stopping,
         performance.long_lived_objects_set_aside() as set_aside,
-        Ahead((needed := compiling.programs(job, checkpoints.steps)).all) as ahead,
+        Ahead(compiling.programs(job, checkpoints.steps)) as ahead,
     ):
         state, first = start_or_go_on(job, stream, checkpoints, log.waiting, log.say)
         log.start(first)
@@ -67,7 +67,7 @@ def run(
             )
         log.advise({warning: warning for warning in job.warnings})
         with log.compiling() as tell:
-            ahead.wait(tell, needed.first)
+            ahead.wait(tell)
         watch = advice.Watch(config)
         collected = functools.partial(
             *(collect, config, engine, job.score, stream, log.phase), agent=job.agent
@@ -80,9 +80,6 @@ def run(
         for step in range(first + 1, total + 1):
             log.begin(step)
             groups = schedule.experience(step)
-            if ahead.pending:
-                with log.compiling() as tell:
-                    ahead.wait(tell)
             state, credited = assign_credit(job, state, groups, step, log.phase)
             log.rollouts(
                 step,

@@ -27,23 +27,6 @@ def test_what_was_compiled_ahead_is_not_compiled_when_it_is_called():
     assert len(traced) == 2
 
 
-def test_only_what_is_needed_next_is_waited_for():
-    may_go_on, told = threading.Event(), []
-
-    def later():
-        may_go_on.wait()
-        return jax.jit(lambda x: x).lower(1.0)
-
-    soon = jax.jit(lambda x: x + 1).lower
-    with Ahead({"soon": lambda: soon(1.0), "later": later}) as it:
-        assert list(it.wait(lambda *x: told.append(x), ["soon"])) == ["soon"]
-        assert told[-1] == (1, 1)
-        assert it.pending
-        may_go_on.set()
-        assert list(it.wait()) == ["soon", "later"]
-        assert not it.pending
-
-
 def test_an_error_of_one_is_raised_where_all_are_waited_for():
     def fail():
         raise ValueError("no such program")
