@@ -56,6 +56,8 @@ Reward = str | Callable[..., Any]
 Model = str | PathLike[str] | Result
 """A model's path as in a configuration file, a run's directory, or what `train`
 returned."""
+Environment = str | Callable[..., Any] | Mapping[str, str | Callable[..., Any]]
+"""What `agent.environment` takes, or the class itself; or several by name."""
 Prompts = str | PathLike[str] | Any
 """A data set's path as in a configuration file; rows with "prompt" and whatever the
 reward needs ("answer", ...), as mappings, a pandas.DataFrame or a datasets.Dataset; or
@@ -64,10 +66,13 @@ texts."""
 
 def train(
     model: str | PathLike[str],
-    prompts: Prompts,
-    reward: Reward | Sequence[Reward],
+    prompts: Prompts | int,
+    reward: Reward | Sequence[Reward] = (),
     *,
-    val_prompts: Prompts | None = None,
+    tools: Sequence[Callable[..., Any] | str] = (),
+    environment: Environment | None = None,
+    environment_factory: Environment | None = None,
+    val_prompts: Prompts | int | None = None,
     steps: int | None = None,
     output_dir: str | PathLike[str] | None = None,
     loss: str | Callable[..., Any] | None = None,
@@ -81,12 +86,19 @@ def train(
       model: as `model.path` in a configuration file.
       prompts: rows with "prompt" and whatever the reward needs ("answer", ...), as
         mappings, a pandas.DataFrame or a datasets.Dataset; or texts; or a data set's
-        path as in a configuration file.
+        path as in a configuration file; or how many different episodes there are, of
+        an environment that asks its questions itself.
       reward: name of a built-in reward, or a function with TRL's signature
         f(prompts, completions, completion_ids, **columns) -> list of numbers, or
         with veRL's f(data_source, solution_str, ground_truth, extra_info) -> number;
-        or several; or [], if `settings` give a reward.model, or a distillation that
-        does without.
+        or several; or [], if the environment gives rewards, or `settings` give a
+        reward.model, or a distillation that does without.
+      tools: functions that the policy may call, over several turns, with types and a
+        docstring in Google's style; or their names, module:function.
+      environment: what every episode is played against: a class with `step`, which
+        reads text, or with methods that are tools; or what `agent.environment` has a
+        name for; or several by name, of which the column `environment` chooses.
+      environment_factory: the same, by the name that TRL has for it.
       val_prompts: held-out questions, for the validation before and after.
       steps: of training; 20, unless `settings` say otherwise.
       output_dir: of the run; "runs/notebook", unless `settings` say otherwise.
@@ -118,12 +130,22 @@ def train(
     rewards = _listed(reward)
     given = [_function(one) for one in rewards if callable(one)]
     names = [one if isinstance(one, str) else _function(one).name for one in rewards]
+    if environment is not None and environment_factory is not None:
+        raise ConfigError(
+            "train(): environment and environment_factory are two names of one "
+            "argument; give one of them"
+        )
+    played = environment if environment_factory is None else environment_factory
 
     def described(path: Callable[[Any, str], str]) -> Config:
         values = _nested(settings)
         _complete(values, names)
         own = {
             "model": ("model.path", fspath(model)),
+            "tools": ("agent.tools", [*map(_offered, tools)] or None),
+            "environment": ("agent.environment", _offered_by_name(played)),
+            **_counted("prompts", "data.train", prompts),
+            **_counted("val_prompts", "data.val", val_prompts),
             "prompts": ("data.train.path", path(prompts, "train")),
             "val_prompts": (
                 "data.val.path",
@@ -141,7 +163,7 @@ def train(
         return parsing.parse(values, "train()")
 
     # All that can be wrong without the rows is said before they are written down.
-    checked = described(lambda rows, name: given_rows.path_of(rows) or f"{name}.jsonl")
+    checked = described(lambda rows, name: _path_of(rows) or f"{name}.jsonl")
     hardware.use_memory(server_share(checked))
     checks.check_functions(checked)
     functions = _with_terms(given, names, checked.reward.functions)
@@ -620,6 +642,34 @@ def _offered(function: str | Callable[..., Any] | None) -> str | None:
     return plugins.offer(function) if callable(function) else function
 
 
+def _offered_by_name(environment: Environment | None) -> Any:
+    """What a configuration calls an environment, or several."""
+    if isinstance(environment, Mapping):
+        return {name: _offered(one) for name, one in environment.items()}
+    return _offered(environment)
+
+
+def _counted(argument: str, key: str, rows: Any) -> dict[str, tuple[str, Any]]:
+    """What says how many episodes a data set has, where `rows` is their number. Those
+    that are held out begin from other seeds."""
+    if _path_of(rows) != _EPISODES:
+        return {}
+    seed = int(argument == "val_prompts")
+    return {
+        f"{argument} (a number)": (f"{key}.size", rows),
+        f"{argument} (its seed)": (f"{key}.seed", seed or None),
+    }
+
+
+def _path_of(rows: Any) -> str | None:
+    """The path of a data set that need not be written down."""
+    counted = isinstance(rows, int) and not isinstance(rows, bool)
+    return _EPISODES if counted else given_rows.path_of(rows)
+
+
+_EPISODES = "episodes:"
+
+
 def _complete(values: dict[str, Any], names: Sequence[str]) -> None:
     """Adds those of `names` that `reward.functions` does not list. Settings of entries
     by their number, such as {"0": {"weight": 2}}, are of the functions passed."""
@@ -675,7 +725,7 @@ def _stored(
       anew: in place of other rows, if a run of this directory had such.
       text_key: the column that a text is, of rows that are no questions.
     """
-    if (path := given_rows.path_of(rows)) is not None:
+    if (path := _path_of(rows)) is not None:
         return path
     text = "".join(given_rows.json_lines(rows, name, text_key))
     path = Path(directory) / f"{name}.jsonl"

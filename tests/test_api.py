@@ -8,6 +8,7 @@ import scored_texts
 
 import jaxrl_llm
 from jaxrl_llm import api
+from jaxrl_llm.config import plugins
 from jaxrl_llm.data.sources import Source, read_rows
 from jaxrl_llm.tracking.result import Result
 
@@ -243,3 +244,74 @@ def test_train_takes_paths_and_texts(monkeypatch, tmp_path):
         "1 + 1?",
         "2 + 2?",
     ]
+
+
+def double(number: int) -> int:
+    """Doubles a number.
+
+    Args:
+        number: to be doubled.
+    """
+    return 2 * number
+
+
+class Guess:
+    """A game."""
+
+    def reset(self, seed: int) -> str:
+        """Begins."""
+        return "guess"
+
+    def step(self, text: str):
+        """Answers."""
+        return "no", 0.0, True, False, {}
+
+
+def test_tools_and_environments_become_a_configuration(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(api, "build", lambda config, functions: made.append(config))
+    monkeypatch.setattr(api, "run", lambda job: Result(tmp_path))
+    options = {"output_dir": tmp_path / "run"}
+    api.train("/nowhere", ROWS, "exact", tools=[double], **options)
+    several = {"a": Guess, "b": "higher_lower"}
+    rows = [row | {"environment": "a"} for row in ROWS]
+    api.train("/nowhere", rows, environment_factory=several, output_dir=tmp_path / "b")
+    api.train("/nowhere", 64, environment=Guess, val_prompts=8, **options)
+    first, second, third = made
+    assert first.agent.tools == (f"{__name__}:double",)
+    assert plugins.find("agent.tools", first.agent.tools[0]) is double
+    assert second.agent.environment == {"a": f"{__name__}:Guess", "b": "higher_lower"}
+    assert second.reward.functions == ()
+    train, val = third.data.train, third.data.val
+    assert (train.path, train.size, train.seed) == ("episodes:", 64, 0)
+    assert (val.path, val.size, val.seed) == ("episodes:", 8, 1)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"environment": Guess, "environment_factory": Guess}, "two names of one"),
+        ({}, "reward.functions is empty"),
+        ({"tools": [double]}, "reward.functions is empty"),
+        (
+            {"environment": Guess, "settings": {"agent.max_tokens": 5}},
+            "agent.max_tokens is 5, of a whole episode, but rollout.max_response_",
+        ),
+        (
+            {"environment": Guess, "settings": {"data.chat_template": False}},
+            "an agent's turns are told apart by the chat template",
+        ),
+        (
+            {"environment": Guess, "settings": {"reward.overlong_buffer": {"len": 4}}},
+            "with an agent there are several",
+        ),
+        (
+            {"settings": {"agent": {"params": {"a": 1}}}},
+            "agent has neither tools nor an environment",
+        ),
+        ({"environment": "highr_lower"}, "no 'highr_lower', did you mean 'higher_l"),
+    ],
+)
+def test_what_makes_no_agent_is_refused(given, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        jaxrl_llm.train("/nowhere", ROWS, output_dir=str(tmp_path), **given)

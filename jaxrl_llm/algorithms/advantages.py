@@ -426,7 +426,7 @@ def _std(rewards):
 
 
 def _among(values, there, axis):
-    """As `_centred` and `_std` along an axis, of those that are there."""
+    """What `_centred` and `_std` give, along an axis, of those that are there."""
     first = jnp.argmax(there, axis=axis, keepdims=True)
     reference = jnp.take_along_axis(values, first, axis=axis)
     shifted = jnp.where(there, values - reference, 0.0)

@@ -13,7 +13,6 @@ import numpy as np
 from rich.console import Console
 
 from jaxrl_llm import models
-from jaxrl_llm.agents import hosting
 from jaxrl_llm.algorithms.ppo import TrainState
 from jaxrl_llm.config import checks, plugins, resume, user_code
 from jaxrl_llm.config.names import ConfigError, device_numbers
@@ -42,7 +41,13 @@ from jaxrl_llm.tracking import console
 from jaxrl_llm.tracking import services as loggers
 from jaxrl_llm.training import fitting, settings
 from jaxrl_llm.training.experience import Score, score_together
-from jaxrl_llm.training.playing import ENVIRONMENT, Agent, agent_of
+from jaxrl_llm.training.playing import (
+    ENVIRONMENT,
+    Agent,
+    agent_names,
+    agent_of,
+    named,
+)
 from jaxrl_llm.training.roles import (
     actor_of,
     adapter_notes,
@@ -193,6 +198,8 @@ def build(
     sources = checks.check_functions(config)
     for name in config.trainer.loggers:
         loggers.find(name)
+    for name in agent_names(config.agent):
+        named(name)
     meshes = make_meshes(config)
     functions = reward_functions(config.reward) if rewards is None else rewards
     names = [function.name for function in functions]
@@ -331,11 +338,8 @@ def _digests(config: Config, functions: Sequence[RewardFunction]) -> dict[str, s
         for one in functions
         if user_code.is_users(one.function)
     }
-    agent = config.agent
-    given = agent.environment if agent else None
-    made = given.values() if isinstance(given, Mapping) else [given] * bool(given)
-    for name in (*(agent.tools if agent else ()), *made):
-        if user_code.is_users(one := hosting.find("agent", name)):
+    for name in agent_names(config.agent):
+        if user_code.is_users(one := named(name)):
             found[f"agent {name!r}"] = user_code.digest(one)
     for key, name in checks.own_functions(config).items():
         found[f"{key} {name!r}"] = user_code.digest(plugins.find(key, name))

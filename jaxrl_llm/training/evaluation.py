@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from jaxrl_llm import models
@@ -137,6 +137,7 @@ def _answered(config: Config, saved: Path | None, say: Say) -> Validation:
     with (
         closing(job.engine),
         closing(job.rewards),
+        closing(job.agent) if job.agent else nullcontext(),
         memory.explained(job, lambda: "testing"),
     ):
         if saved is None:

@@ -14,6 +14,7 @@ from jaxrl_llm.agents.loop import Limits, Template, play
 from jaxrl_llm.agents.template import Splicer
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
+from jaxrl_llm.config.schema_agent import AgentConfig
 from jaxrl_llm.data.chat_template import Encoder
 from jaxrl_llm.data.types import Episode, Prompt, Scores, single_turn
 from jaxrl_llm.rewards import RewardFunction
@@ -56,15 +57,10 @@ def agent_of(config: Config, encoder: Encoder, *, seen: bool) -> Agent:
             "which must be in this process for that; set it to thread or auto"
         )
 
-    def found(key: str, names: Any) -> Any:
-        if isinstance(names, Mapping):
-            return {name: hosting.find(key, path) for name, path in names.items()}
-        return hosting.find(key, names)
-
     form, taught = tools.choose(agent.parser, encoder.tokenizer.chat_template or "")
     settings = hosting.Settings(
-        tools=[found("agent.tools", name) for name in agent.tools],
-        environment=agent.environment and found("agent.environment", agent.environment),
+        tools=named(agent.tools),
+        environment=named(agent.environment),
         params=agent.params,
         max_tool_calls=agent.max_tool_calls,
         turn_timeout_s=agent.turn_timeout_s,
@@ -77,6 +73,27 @@ def agent_of(config: Config, encoder: Encoder, *, seen: bool) -> Agent:
         template=Splicer(encoder, None if taught else form.describe),
         limits=limits_of(config),
     )
+
+
+def named(given: Any) -> Any:
+    """What stands behind names of section `agent`: one, several in a row or by their
+    keys, or none.
+
+    Raises:
+      ConfigError: there is no such tool or environment.
+    """
+    if isinstance(given, Mapping):
+        return {name: named(one) for name, one in given.items()}
+    if isinstance(given, tuple):
+        return [named(one) for one in given]
+    return given and hosting.find("agent", given)
+
+
+def agent_names(section: AgentConfig | None) -> list[str]:
+    """All tools and environments that it names."""
+    given = section and section.environment
+    several = given.values() if isinstance(given, Mapping) else [given] * bool(given)
+    return [*(section.tools if section else ()), *several]
 
 
 def limits_of(config: Config) -> Limits:
