@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 
-.PHONY: quickstart pipeline test test-all test-faults test-vllm vllm-cpu constraints docs notebooks site clean
+.PHONY: quickstart pipeline agents test test-all test-faults test-vllm vllm-cpu constraints docs notebooks site clean
 
 ## Train SmolLM2-135M-Instruct to add, on two CPU cores, in a few minutes.
 quickstart: .venv/quickstart
@@ -19,6 +19,15 @@ pipeline: .venv/quickstart
 	$(BIN)/python examples/pipeline/pairs.py runs/pipeline_smollm2/pairs
 	$(BIN)/jaxrl rm configs/pipeline_smollm2_cpu/rm.yaml
 	$(BIN)/jaxrl train configs/pipeline_smollm2_cpu/ppo.yaml
+
+## SmolLM2-135M learns to use a calculator, and to find a number by halving, on two CPU
+## cores. See docs/tasks/agents.md.
+agents: .venv/quickstart
+	for game in calculator higher_lower; do \
+	  $(BIN)/python examples/agents/traces.py $$game runs/$$game/traces && \
+	  $(BIN)/jaxrl sft configs/agents_smollm2_cpu/$${game}_sft.yaml && \
+	  $(BIN)/jaxrl train configs/$${game}_smollm2_cpu.yaml || exit 1; \
+	done
 
 ## The default test suite.
 test: .venv/test

@@ -42,7 +42,10 @@ def test_an_unknown_name_lists_those_that_are_known(capsys):
     assert cli.main(["train", "quikstart"]) == 2
     said = capsys.readouterr().err
     assert "quikstart: neither a file nor a bundled configuration" in said
-    assert "did you mean 'quickstart'? bundled: dapo, distil, dr_grpo, grpo, " in said
+    assert (
+        "did you mean 'quickstart'? bundled: calculator, dapo, distil, dr_grpo, grpo, "
+        in said
+    )
 
 
 @pytest.mark.parametrize("name", bundled.names())

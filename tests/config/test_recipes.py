@@ -32,6 +32,16 @@ def test_the_stages_of_a_pipeline_hand_on_what_they_make():
         assert f" configs/pipeline_smollm2_cpu/{name}.yaml\n" in commands
 
 
+@pytest.mark.parametrize("game", ["calculator", "higher_lower"])
+def test_a_game_is_shown_before_it_is_played(game):
+    file = f"configs/agents_smollm2_cpu/{game}_sft.yaml"
+    shown = parsing.load(recipes.ROOT / file, schema=schemas.of("sft"))
+    played = parsing.load(recipes.ROOT / f"configs/{game}_smollm2_cpu.yaml")
+    assert played.agent.environment == game
+    assert played.model.path == f"{shown.output_dir}/huggingface"
+    assert shown.data.train.path == f"runs/{game}/traces/train.jsonl"
+
+
 @pytest.mark.parametrize("name, about, run, test", ROWS, ids=[row[0] for row in ROWS])
 def test_a_recipe_says_what_it_is_and_which_test_checks_it(name, about, run, test):
     stem = bundled.names()[name].stem

@@ -25,7 +25,15 @@ SMALL = {
 ALONE = {"data.train_batch_size": "8", "rollout.n": "1"}
 GROUPS = {"data.train_batch_size": "4", "rollout.n": "4"}
 SUMS = {"data.max_prompt_length": "112", "data.val.size": "4"}
+PLAYED = {
+    "data.max_prompt_length": "300",
+    "agent.max_tokens": "200",
+    "actor.pack_length": "512",
+}
+"""The words of a game are more tokens to a tokenizer of bytes."""
 FITTING = {
+    "calculator_smollm2_cpu": PLAYED,
+    "higher_lower_smollm2_cpu": PLAYED,
     "dapo_smollm2_cpu": {"algorithm.filter_groups.metric": "small_ids"},
     "ppo_smollm2_cpu": {"trainer.critic_warmup": "1"},
     "reinforce_pp_smollm2_cpu": {"actor.ppo_mini_batch_size": "4"},
