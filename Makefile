@@ -95,7 +95,7 @@ VLLM_LEFT_OUT := torch|torchvision|torchaudio|torchcodec
 
 .venv/test: .venv/quickstart pyproject.toml
 	$(if $(TORCH),$(BIN)/python -m pip install --quiet '$(TORCH)')
-	$(BIN)/python -m pip install --quiet -e '.[tasks,notebooks,docs,dev]' tensorboardX
+	$(BIN)/python -m pip install --quiet -e '.[tasks,sandbox,notebooks,docs,dev]' tensorboardX
 	touch $@
 
 ## The versions of this environment, which the suite ran with, for `pip install -c`.
