@@ -18,7 +18,6 @@ from jaxrl_llm.config import checks, parsing, plugins, schema_offline, schemas
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import (
     Config,
-    RewardFunctionConfig,
     RolloutConfig,
     ValConfig,
 )
@@ -51,6 +50,7 @@ from jaxrl_llm.training.experience import score_together
 from jaxrl_llm.training.loop import run
 from jaxrl_llm.training.opening import held
 from jaxrl_llm.training.settings import server_share
+from jaxrl_llm.workers.sandbox.levels import Sandbox
 
 Reward = str | Callable[..., Any]
 Model = str | PathLike[str] | Result
@@ -166,7 +166,7 @@ def train(
     checked = described(lambda rows, name: _path_of(rows) or f"{name}.jsonl")
     hardware.use_memory(server_share(checked))
     checks.check_functions(checked)
-    functions = _with_terms(given, names, checked.reward.functions)
+    functions = _with_terms(given, names, checked)
     directory, anew = checked.output_dir, checked.trainer.resume == "force"
     with held(Path(directory)):
         config = described(lambda rows, name: _stored(rows, directory, name, anew))
@@ -346,7 +346,7 @@ def _learn(
     checked = described(named)
     hardware.use_memory()
     schema_offline.check_functions(checked)
-    functions = _with_terms(given, names, checked.reward.functions)
+    functions = _with_terms(given, names, checked)
     directory, anew = checked.output_dir, checked.trainer.resume == "force"
     of_text = "text" if task == "sft" else "chosen"
 
@@ -687,14 +687,15 @@ def _complete(values: dict[str, Any], names: Sequence[str]) -> None:
 def _with_terms(
     given: Sequence[RewardFunction],
     passed: Sequence[str],
-    terms: Sequence[RewardFunctionConfig],
+    config: Any,
 ) -> list[RewardFunction]:
-    """A function for each term: of those given, the one of its name, with the term's
-    weight and params; else the one that the name stands for.
+    """A function for each entry of `reward.functions`: of those given, the one of its
+    name, with the entry's weight and params; else the one that the name stands for.
 
     Raises:
       ConfigError: something passed has the name of something else.
     """
+    terms = config.reward.functions
     for names in (passed, [term.name for term in terms]):
         for name in passed:
             if names.count(name) > 1:
@@ -704,7 +705,8 @@ def _with_terms(
                 )
     known = {function.name: function for function in given}
     found = [Term(**term.model_dump()) for term in terms]
-    others = iter(resolve([term for term in found if term.name not in known]))
+    sandbox = Sandbox(**config.sandbox.model_dump())
+    others = iter(resolve([one for one in found if one.name not in known], sandbox))
     return [
         with_term(known[term.name], term) if term.name in known else next(others)
         for term in found

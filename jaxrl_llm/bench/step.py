@@ -210,7 +210,7 @@ def measure(
     setup = Setup(
         actor=actor_of(config, source, meshes["actor"], meshes["reference"]),
         engine=engine_of(config, _endless(arch), _Numbers(), meshes["rollout"], []),
-        rewards=reward_functions(config.reward),
+        rewards=reward_functions(config),
         algorithm=config.algorithm,
     )
     for _ in run(setup, steps):

@@ -46,8 +46,9 @@ class SourceConfig(Section):
     """Where rows come from."""
 
     path: PathText
-    """FILE.jsonl, FILE.parquet, hub:ID, disk:DIR (a saved Hugging Face data set), or
-    reasoning_gym:TASK; or episodes:TEXT, what is said before an environment's first
+    """FILE.jsonl, FILE.jsonl.gz, FILE.parquet, package:NAME/FILE for one of these that
+    an installed Python package ships, hub:ID, disk:DIR (a saved Hugging Face data set),
+    or reasoning_gym:TASK; or episodes:TEXT, what is said before an environment's first
     words, which may be nothing."""
     params: dict[str, Any] = {}
     """reasoning_gym: the task's parameters. hub: arguments of `datasets.load_dataset`
@@ -230,7 +231,7 @@ class RewardFunctionConfig(Section):
     """One term of the reward."""
 
     name: Name
-    """exact, numeric, gsm8k, math, reasoning_gym, or module:function with TRL's
+    """exact, numeric, gsm8k, math, reasoning_gym, code, or module:function with TRL's
     signature f(prompts, completions, completion_ids, **columns), or with veRL's
     f(data_source, solution_str, ground_truth, extra_info)."""
     weight: float = 1.0
@@ -251,6 +252,40 @@ class RewardModelConfig(ComputeConfig):
     """Its scores are multiplied by it."""
     offload: Free[bool] = False
     """Weights wait in the host's memory while nothing is scored."""
+
+
+class SandboxConfig(Section):
+    """Where programs that a model wrote run, and what each run of one may use."""
+
+    level: Free[Literal["auto", "bwrap", "landlock", "url", "none"]] = "auto"
+    """bwrap: bubblewrap, in name spaces of their own; and below that Landlock and
+    seccomp, which landlock is alone. In both a program reads Python's library and
+    nothing else, writes no file, starts no process and has no network. auto: the first
+    of these that holds here; an error if none does. url: a service elsewhere. none: a
+    process that may do all that this one may."""
+    url: Free[Name | None] = None
+    """level url: the address of a SandboxFusion service, such as http://host:8080."""
+    cpu_s: Course[float] = Field(5.0, gt=0)
+    """Seconds of processor time of one run, rounded up to whole ones."""
+    wall_s: Course[float] = Field(10.0, gt=0)
+    """Seconds from its start."""
+    memory_gib: Course[float] = Field(1.0, gt=0)
+    """Address space of one run."""
+    output_mib: Course[float] = Field(8.0, gt=0)
+    """Most that one run prints."""
+    jobs: Free[int | None] = Field(None, gt=0)
+    """Programs that run at a time; as many as there are processors if not given."""
+    packages: Course[tuple[PathText, ...]] = ()
+    """Folders that programs can read and import from, besides Python's library."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SandboxConfig":
+        if (self.url is not None) != (self.level == "url"):
+            raise ValueError(
+                f"level is {self.level} and url is {self.url}; level url needs a url, "
+                "and no other level reads one"
+            )
+        return self
 
 
 class OverlongBufferConfig(Section):
@@ -406,6 +441,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     agent: AgentConfig | None = None
     """Episodes of several turns; a prompt has one response if not given."""
+    sandbox: SandboxConfig = SandboxConfig()
     distillation: DistillationConfig | None = None
     """Off if not given."""
     val: Free[ValConfig] = ValConfig()

@@ -19,6 +19,7 @@ from jaxrl_llm.config.schema import (
     LoopConfig,
     ModelConfig,
     RewardFunctionConfig,
+    SandboxConfig,
     SourceConfig,
     ValConfig,
 )
@@ -134,6 +135,7 @@ class OfflineConfig(Section):
     rollout: Free[EngineConfig] = EngineConfig()
     """How data.val_prompts are answered."""
     reward: Free[ValRewardConfig] = ValRewardConfig()
+    sandbox: Free[SandboxConfig] = SandboxConfig()
     val: Free[ValConfig] = ValConfig()
     trainer: Free[OfflineTrainerConfig] = OfflineTrainerConfig()
     function_sources: dict[str, str] = {}

@@ -2,7 +2,8 @@
 
 import dataclasses
 import difflib
-import importlib
+import gzip
+import importlib.util
 import json
 import random
 import warnings
@@ -23,8 +24,9 @@ class Source:
     """A set of questions: where its rows are and what is put around each question."""
 
     path: str
-    """FILE.jsonl, FILE.parquet, hub:ID, disk:DIR, reasoning_gym:TASK, or episodes:TEXT,
-    what is said before an environment's first words."""
+    """FILE.jsonl, FILE.jsonl.gz, FILE.parquet, package:NAME/FILE, hub:ID, disk:DIR,
+    reasoning_gym:TASK, or episodes:TEXT, what is said before an environment's first
+    words."""
     params: Mapping[str, Any] = field(default_factory=dict)
     """The task's parameters (reasoning_gym), or arguments of `datasets.load_dataset`
     (hub)."""
@@ -87,6 +89,8 @@ def rows_as_they_are(source: Source) -> list[Row]:
     """
     kind, _, name = source.path.partition(":")
     match kind:
+        case "package":
+            used, read = set(), _read_packaged
         case "hub":
             used, read = {"params", "split"}, _read_hub
         case "disk":
@@ -152,25 +156,39 @@ def _answer(row: Row, key: str) -> Any:
 
 def _read_file(name: str, source: Source) -> Iterator[Row]:
     path = Path(name).expanduser()
-    if path.suffix not in (".jsonl", ".parquet"):
+    if not path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
         raise ValueError(
-            f"data path {name!r} is neither FILE.jsonl, FILE.parquet, hub:ID, "
-            "disk:DIR, reasoning_gym:TASK nor episodes:TEXT"
+            f"data path {name!r} is neither FILE.jsonl, FILE.jsonl.gz, FILE.parquet, "
+            "package:NAME/FILE, hub:ID, disk:DIR, reasoning_gym:TASK nor episodes:TEXT"
         )
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob(f"*{path.suffix}"))
         raise ValueError(f"{name}: no such file; {path.parent} has {near}")
-    read = read_jsonl if path.suffix == ".jsonl" else _read_parquet
+    read = _read_parquet if path.suffix == ".parquet" else read_jsonl
     return islice(read(path), source.size)
+
+
+def _read_packaged(name: str, source: Source) -> Iterator[Row]:
+    package, _, file = name.partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"{source.path}: no package {package!r} is installed here; the path is "
+            "package:NAME/FILE"
+        )
+    return _read_file(
+        str(Path(next(iter(spec.submodule_search_locations)), file)), source
+    )
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
     """The objects in a file that has one on each line; empty lines count as none.
+    A name that ends in .gz is of a compressed file.
 
     Raises:
       ValueError: a line is no JSON object; the message names file and line.
     """
-    with path.open("rb") as lines:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

@@ -16,9 +16,11 @@ from typing import Any
 
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.names import near
+from jaxrl_llm.rewards.code import code
 from jaxrl_llm.rewards.function import RewardFunction
 from jaxrl_llm.rewards.per_response import PerResponse, last_said
 from jaxrl_llm.workers.judge import judge
+from jaxrl_llm.workers.sandbox.levels import Sandbox
 
 Completions = Sequence[str | list]
 """Text, or the chat messages of a reply."""
@@ -224,7 +226,7 @@ def overlong_penalty(
 
 BUILTIN: dict[str, Callable[..., list[float]]] = {
     function.__name__: function
-    for function in (exact, numeric, gsm8k, math, reasoning_gym)
+    for function in (exact, numeric, gsm8k, math, reasoning_gym, code)
 }
 
 
@@ -240,11 +242,16 @@ class Term:
     """Keyword arguments passed to the function."""
 
 
-def resolve(terms: Sequence[Term]) -> list[RewardFunction]:
+def resolve(
+    terms: Sequence[Term], sandbox: Sandbox | None = None
+) -> list[RewardFunction]:
     """The functions that `terms` name, with their params bound.
 
     `module:function` is imported, also from the current directory. A name used twice
     gets a number: gsm8k, gsm8k_2.
+
+    Args:
+      sandbox: where built-in functions run programs that a model wrote.
 
     Raises:
       ValueError: an unknown name or parameter, a parameter's value that does not fit a
@@ -259,7 +266,7 @@ def resolve(terms: Sequence[Term]) -> list[RewardFunction]:
         functions.append(
             RewardFunction(
                 name=name if counts[name] == 1 else f"{name}_{counts[name]}",
-                function=_bind(term.name, function, term.params),
+                function=_bind(term.name, function, term.params, sandbox),
                 weight=term.weight,
                 trusted=function in BUILTIN.values(),
             )
@@ -291,9 +298,13 @@ def _find(name: str) -> Callable[..., Any]:
 
 
 def _bind(
-    name: str, function: Callable[..., Any], params: Mapping[str, Any]
+    name: str,
+    function: Callable[..., Any],
+    params: Mapping[str, Any],
+    sandbox: Sandbox | None = None,
 ) -> Callable[..., Any]:
-    """`function` with its params; a built-in's defaults too.
+    """`function` with its params; a built-in's defaults too, and the sandbox if it has
+    one.
 
     Bound arguments are never filled from a column that happens to have their name.
     """
@@ -312,6 +323,12 @@ def _bind(
         for key, p in parameters.items()
         if name in BUILTIN and p.kind is p.KEYWORD_ONLY
     }
+    if "sandbox" in defaults:
+        if "sandbox" in params:
+            raise ValueError(
+                f"reward.functions: {name!r} takes its sandbox from the section sandbox"
+            )
+        defaults["sandbox"] = sandbox
     bound = functools.partial(function, **{**defaults, **params})
     if name in BUILTIN:
         # No responses: it only checks its params and that what it needs is installed.

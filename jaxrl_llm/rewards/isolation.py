@@ -1,5 +1,6 @@
 """Where reward functions run: in processes of their own, or in threads of this one."""
 
+import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from jaxrl_llm.workers import judge
 from jaxrl_llm.workers.messages import NotPortable, dump_function
 from jaxrl_llm.workers.pool import Inline, Thread, Worker
 from jaxrl_llm.workers.process import GIB, Limits, Process, WorkerError, close_idle
+from jaxrl_llm.workers.sandbox import levels, programs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +85,14 @@ def ready(functions: Sequence[RewardFunction], how: Isolation) -> list[Worker]:
 
 def notes(functions: Sequence[RewardFunction], how: Isolation) -> list[str]:
     """A line for each function that runs in a thread though it was to have a process:
-    why, and what that means."""
+    why, and what that means; and where functions run programs that a model wrote."""
     homes = [_homes.get((id(f.function), f.name, how)) for f in functions]
-    return [home.note for home in homes if home and home.note]
+    inner = [f.function for f in functions if isinstance(f.function, functools.partial)]
+    boxes = {f.keywords["sandbox"] for f in inner if "sandbox" in f.keywords}
+    return [
+        *(home.note for home in homes if home and home.note),
+        *(levels.describe(box or levels.Sandbox()) for box in boxes),
+    ]
 
 
 def release(functions: Sequence[RewardFunction]) -> None:
@@ -94,6 +101,7 @@ def release(functions: Sequence[RewardFunction]) -> None:
     for key in [key for key in _homes if key[0] in mine]:
         _homes.pop(key).worker.close()
     judge.release()
+    programs.release()
     close_idle()
 
 

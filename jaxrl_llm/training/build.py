@@ -21,7 +21,6 @@ from jaxrl_llm.config.schema import (
     DataConfig,
     DatasetConfig,
     EngineConfig,
-    RewardConfig,
 )
 from jaxrl_llm.config.schema_offline import OfflineDataConfig
 from jaxrl_llm.data import prompts
@@ -61,6 +60,7 @@ from jaxrl_llm.training.roles import (
     shared,
     teacher_of,
 )
+from jaxrl_llm.workers.sandbox.levels import Sandbox
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +201,7 @@ def build(
     for name in agent_names(config.agent):
         named(name)
     meshes = make_meshes(config)
-    functions = reward_functions(config.reward) if rewards is None else rewards
+    functions = reward_functions(config) if rewards is None else rewards
     names = [function.name for function in functions]
     names += [RewardModel.name] if config.reward.model else []
     plays = bool(config.agent and config.agent.environment)
@@ -346,9 +346,10 @@ def _digests(config: Config, functions: Sequence[RewardFunction]) -> dict[str, s
     return found
 
 
-def reward_functions(section: RewardConfig) -> list[RewardFunction]:
+def reward_functions(config: Config) -> list[RewardFunction]:
     """The functions that `reward.functions` names."""
-    return resolve([Term(**term.model_dump()) for term in section.functions])
+    terms = [Term(**term.model_dump()) for term in config.reward.functions]
+    return resolve(terms, Sandbox(**config.sandbox.model_dump()))
 
 
 def check_columns(

@@ -51,6 +51,7 @@ from jaxrl_llm.training.build import (
 )
 from jaxrl_llm.training.experience import Observe, Score, score_together
 from jaxrl_llm.training.roles import adapter_notes, adapters_of, check_base
+from jaxrl_llm.workers.sandbox.levels import Sandbox
 
 
 @runtime_checkable
@@ -235,7 +236,7 @@ def build(
     functions = rewards
     if functions is None:
         terms = [Term(**term.model_dump()) for term in config.reward.functions]
-        functions = resolve(terms)
+        functions = resolve(terms, Sandbox(**config.sandbox.model_dump()))
     where = Isolation(kind=config.reward.isolation, memory_gib=config.reward.memory_gib)
     if config.data.val_prompts:
         asked = Source(**config.data.val_prompts.model_dump())

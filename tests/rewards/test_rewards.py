@@ -554,7 +554,7 @@ def test_a_config_names_built_in_functions_and_imported_ones(tmp_path, monkeypat
     "function, message",
     [
         ({"name": "numerik"}, "'numerik' is not built in, did you mean 'numeric'"),
-        ({"name": "zzz"}, r"use one of \['exact', 'gsm8k', 'math'"),
+        ({"name": "zzz"}, r"use one of \['code', 'exact', 'gsm8k'"),
         ({"name": "no_such_module:f"}, "No module named 'no_such_module'"),
         (
             {"name": "numeric", "params": {"tolerence": 1}},

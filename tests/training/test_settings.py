@@ -10,6 +10,7 @@ from jaxrl_llm.data.sources import Source
 from jaxrl_llm.rewards import Term
 from jaxrl_llm.rollout.servers.vllm import VllmSettings
 from jaxrl_llm.training import settings
+from jaxrl_llm.workers.sandbox.levels import Sandbox
 
 
 @pytest.mark.parametrize(
@@ -18,6 +19,7 @@ from jaxrl_llm.training import settings
         (schema.DatasetConfig(path="a.jsonl"), Source(path="a.jsonl")),
         (schema.RewardFunctionConfig(name="exact"), Term(name="exact")),
         (schema.VllmConfig(), VllmSettings()),
+        (schema.SandboxConfig(), Sandbox()),
     ],
     ids=lambda value: type(value).__name__,
 )

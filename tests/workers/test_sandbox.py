@@ -109,7 +109,7 @@ def test_whatever_does_not_end_is_ended(level):
     assert time.monotonic() - start < 60.0
     assert run("print(1)", "", sandbox).stdout == b"1\n"
     programs.release()
-    assert not [name for name in children() if b"worker" not in name]
+    assert not list(children())
 
 
 def children():
@@ -118,7 +118,7 @@ def children():
     for pid in path.read_text().split():
         with contextlib.suppress(OSError):
             line = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"sandbox" in line:
+            if b"told = json.loads" in line:
                 yield line
 
 

@@ -32,7 +32,7 @@ class Sandbox:
     seccomp, which landlock is alone. auto: the first of these that holds here. url: a
     service elsewhere. none: a process that may do all that this one may."""
     url: str | None = None
-    """Of a SandboxFusion service, such as http://host:8080."""
+    """The address of a SandboxFusion service, such as http://host:8080."""
     cpu_s: float = 5.0
     """Seconds of processor time of one run, rounded up to whole ones."""
     wall_s: float = 10.0

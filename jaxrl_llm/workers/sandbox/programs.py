@@ -322,7 +322,10 @@ def _calling(
             return None
         return Verdict(passed=0, of=of, why="took too long, or ended its process")
     if said["broken"]:
-        raise BrokenTests(said["broken"])
+        raise BrokenTests(
+            f"tests fail that ask nothing of the program ({said['broken']}); the first "
+            f"is {tests.tests[0][:200]!r}"
+        )
     return Verdict(passed=sum(said["passed"]), of=of, why=said["why"])
 
 
