@@ -17,10 +17,32 @@ OWN = {
 }
 
 
+ENVIRONMENT = "custom_environment.py"
+
+
 def test_every_example_is_run_here_and_short():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == OWN.keys()
-    for name in OWN:
-        assert len((EXAMPLES / name).read_text().splitlines()) < 25
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*OWN, ENVIRONMENT}
+    for name in (*OWN, ENVIRONMENT):
+        assert len((EXAMPLES / name).read_text().splitlines()) <= 25
+
+
+@pytest.mark.slow
+def test_an_environment_trains_and_its_run_goes_on_with_no_other(
+    tiny_model, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", [ENVIRONMENT, tiny_model, str(out)])
+    runpy.run_path(str(EXAMPLES / ENVIRONMENT), run_name="__main__")
+    table = Result(out).table()
+    assert (table["agent/turns/mean"].dropna() >= 1).all()
+    assert (table["agent/status/env_error"].dropna() == 0).all()
+    said = yaml.safe_load((out / "config.yaml").read_text())
+    assert said["agent"]["environment"] == "__main__:Echo"
+
+    changed = (EXAMPLES / ENVIRONMENT).read_text().replace("float(", "2 * float(", 1)
+    (tmp_path / ENVIRONMENT).write_text(changed)
+    with pytest.raises(ValueError, match="agent '__main__:Echo'"):
+        runpy.run_path(str(tmp_path / ENVIRONMENT), run_name="__main__")
 
 
 @pytest.mark.parametrize("name", OWN)
