@@ -2,6 +2,7 @@
 and what it was worth."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import random
@@ -10,12 +11,15 @@ import threading
 import time
 
 import pytest
+import scripted
 
-from jaxrl_llm.agents import hosting, tools
+from jaxrl_llm.agents import hosting, loop, tools
 from jaxrl_llm.agents.games.higher_lower import HigherLower
 from jaxrl_llm.agents.hosting import BrokenEnvironment, Hosted, Settings
+from jaxrl_llm.agents.loop import Limits
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.data.types import Prompt
+from jaxrl_llm.rollout.engine import Request, Sampling
 
 S = 30.0
 """No test waits so long for what comes."""
@@ -441,6 +445,52 @@ def test_a_process_of_its_own_is_seeded_and_takes_no_other_with_it(hosted):
         environments.close((0, i)).result(S)
     again, process = numbers((1, 0), 7)
     assert again == one and process in processes  # one that was free
+
+
+class Dice:
+    """Throws with the random numbers of its process, which instances would share."""
+
+    def reset(self):
+        return f"{random.random()}"
+
+    def step(self, text):
+        time.sleep(0.01 * random.random())
+        return f"{random.random()} {text}", random.random(), False, False, {}
+
+
+def test_the_same_episodes_are_played_whatever_else_is_under_way(hosted):
+    found, limits = [], Limits(max_turns=3, max_tokens=500, max_prompt_length=99)
+    requests = [
+        Request(
+            prompt_id=i,
+            tokens=(1,),
+            num_samples=4,
+            seed=5,
+            sampling=Sampling(max_tokens=4),
+        )
+        for i in range(2)
+    ]
+    for at_once in (1, 8):
+        environments = hosted(environment=Dice, isolation="process")
+        engine = scripted.Engine(order=at_once, cut=lambda request: False)
+        prompts = [prompt(id=i) for i in range(2)]
+        how = dataclasses.replace(limits, at_once=at_once)
+        groups = loop.play(
+            engine, environments, scripted.Template(), prompts, requests, how
+        )
+        found.append(
+            [
+                (
+                    one.status,
+                    one.played.reward,
+                    [(turn.role, turn.text, turn.reward) for turn in one.turns],
+                )
+                for group in groups
+                for one in group
+            ]
+        )
+    assert found[0] == found[1]
+    assert len({reward for _, reward, _ in found[0]}) > 2
 
 
 @pytest.mark.slow
