@@ -122,6 +122,8 @@ def test_the_settings_of_a_notebook_are_those_of_a_configuration(path):
         if line.targets[0].id in ("SETTINGS", "SOURCES"):
             for key, value in ast.literal_eval(line.value).items():
                 parsing.put(values, key.split("."), value)
+    if "agent" in values:  # train() is given its own
+        values["agent"]["environment"] = "higher_lower"
     parsed = parsing.parse(values, path.name)
     assert parsed.rollout.n == values["rollout"]["n"]
 
@@ -172,6 +174,28 @@ def test_adapters_learn_beside_all_weights(tiny_model, tmp_path):
     assert len(found) == 2 and outputs(notebook, "image/png")
     files = "".join(outputs(notebook, "text/plain"))
     assert "adapter_model.safetensors" in files and "huggingface" in files
+
+
+@pytest.mark.slow
+def test_episodes_are_played_and_looked_at(tiny_model, tmp_path):
+    notebook, shown = run(
+        "08_agents.ipynb",
+        tmp_path,
+        MODEL=tiny_model,
+        STEPS=2,
+        OUTPUT_DIR="run",
+        SETTINGS={
+            **SETTINGS,
+            "data.max_prompt_length": 192,
+            "agent.max_turns": 3,
+            "agent.max_tokens": 192,
+        },
+    )
+    halving, always = map(float, re.findall(r"(?m)^([01]\.\d+)$", shown)[:2])
+    assert halving > 0.9 > always
+    assert len(re.findall("    said ['\"]", shown)) >= 3
+    assert "agent/turns/mean" in "".join(outputs(notebook, "text/html"))
+    assert shown.count("Call(name='add', arguments={'a': 1, 'b': 2})") == 2
 
 
 @pytest.mark.slow
