@@ -231,8 +231,8 @@ class RewardFunctionConfig(Section):
     """One term of the reward."""
 
     name: Name
-    """exact, numeric, gsm8k, math, reasoning_gym, code, or module:function with TRL's
-    signature f(prompts, completions, completion_ids, **columns), or with veRL's
+    """exact, numeric, gsm8k, math, reasoning_gym, code, judge, or module:function with
+    TRL's signature f(prompts, completions, completion_ids, **columns), or with veRL's
     f(data_source, solution_str, ground_truth, extra_info)."""
     weight: float = 1.0
     params: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from typing import Any
 
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.names import near
+from jaxrl_llm.rewards import served
 from jaxrl_llm.rewards.code import code
 from jaxrl_llm.rewards.function import RewardFunction
 from jaxrl_llm.rewards.per_response import PerResponse, last_said
@@ -226,7 +227,7 @@ def overlong_penalty(
 
 BUILTIN: dict[str, Callable[..., list[float]]] = {
     function.__name__: function
-    for function in (exact, numeric, gsm8k, math, reasoning_gym, code)
+    for function in (exact, numeric, gsm8k, math, reasoning_gym, code, served.judge)
 }
 
 

@@ -22,7 +22,7 @@ from jaxrl_llm.tracking import step_metrics
 from jaxrl_llm.tracking.step_metrics import Validation
 from jaxrl_llm.training.build import Job
 from jaxrl_llm.training.experience import Observe, Score
-from jaxrl_llm.training.playing import Agent, episodes_of
+from jaxrl_llm.training.playing import Agent, episodes_of, mask_unjudged
 from jaxrl_llm.training.randomness import Purpose, seed
 
 
@@ -94,6 +94,7 @@ def validate(
         ]
         episodes = episodes_of(engine, agent, prompts, requests)
         scores = score(prompts, episodes)
+        episodes = mask_unjudged(episodes, scores)
         correct = scores.total >= config.threshold
         records = step_metrics.rollout_records(
             step,

@@ -19,7 +19,13 @@ from jaxrl_llm.rewards.scoring import join
 from jaxrl_llm.roles.reward_model import RewardModel
 from jaxrl_llm.rollout.engine import Engine, Request, Sampling
 from jaxrl_llm.sharding import processes
-from jaxrl_llm.training.playing import Agent, episodes_of, reward_term, without_masked
+from jaxrl_llm.training.playing import (
+    Agent,
+    episodes_of,
+    mask_unjudged,
+    reward_term,
+    without_masked,
+)
 from jaxrl_llm.training.randomness import Purpose, seed
 
 Score = Callable[[Sequence[Prompt], Sequence[Sequence[Episode]]], Scores]
@@ -80,6 +86,8 @@ def collect(
             rollouts = episodes_of(engine, agent, asked, of_step)
         with observe("reward"):
             scores = score(asked, rollouts)
+            rollouts = mask_unjudged(rollouts, scores)
+            scores = without_masked(scores, rollouts)
         made = Generated(asked=asked, rollouts=rollouts, scores=scores)
         parts.append(made)
         kept.append(_take(made, differing(made.scores, how.metric)) if how else made)

@@ -163,6 +163,24 @@ def reward_term(episodes: Sequence[Sequence[Episode]], others: bool) -> RewardFu
     )
 
 
+def mask_unjudged(
+    episodes: Sequence[Sequence[Episode]], scores: Scores
+) -> list[list[Episode]]:
+    """Episodes of which those are masked that nothing judges, as when a judge gave no
+    verdict. A penalty of their length judges none."""
+    terms = [v for n, v in scores.by_function.items() if n != "overlong_penalty"]
+    if not terms:
+        return [list(group) for group in episodes]
+    unjudged = np.all(np.isnan(np.stack(terms)), axis=0)
+    return [
+        [
+            replace(one, masked=True) if nothing else one
+            for one, nothing in zip(group, of_group, strict=True)
+        ]
+        for group, of_group in zip(episodes, unjudged, strict=True)
+    ]
+
+
 def without_masked(scores: Scores, episodes: Sequence[Sequence[Episode]]) -> Scores:
     """Scores in which an episode that is masked is judged by nothing and stands where
     the others of its group are on average, so that they are compared with one another
