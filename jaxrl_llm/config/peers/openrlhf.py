@@ -20,7 +20,9 @@ KEYS = {
     "reward.remote_url": Key(
         "reward.functions", "module:function, which may call a server"
     ),
-    "train.agent_func_path": Key(None, "a response is one turn"),
+    "train.agent_func_path": Key(
+        None, "agent.environment takes a class with reset and step"
+    ),
     "data.prompt_dataset": Key("data.train.path", "hub:NAME for the hub"),
     "data.prompt_split": Key("data.train.split"),
     "data.prompt_probs": Key(

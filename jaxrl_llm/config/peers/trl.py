@@ -84,7 +84,9 @@ KEYS = {
         "algorithm.rollout_correction.rollout_is_threshold", _BOUND
     ),
     "use_transformers_paged": Key(None, "the jax engine always has pages"),
-    "max_tool_calling_iterations": Key(None, "a response is one turn"),
+    "max_tool_calling_iterations": Key(
+        None, "agent.max_turns counts turns, one more than rounds of tools"
+    ),
     # batches
     "per_device_train_batch_size": Key("data.train_batch_size", _PROMPTS),
     "generation_batch_size": Key("data.train_batch_size", _PROMPTS),

@@ -225,7 +225,7 @@ KEYS = {
     f"{_ROLLOUT}val_kwargs.do_sample": Key(
         "val.greedy", "false is true; val.n sampled answers come besides"
     ),
-    f"{_ROLLOUT}multi_turn.enable": Key(None, "a response is one turn"),
+    f"{_ROLLOUT}multi_turn.enable": Key(None, "section agent: tools or an environment"),
     # the critic
     **{f"critic.{name}": Key(f"critic.{name}") for name in _SAME_IN_CRITIC},
     **_optimizer("critic.optim", "critic.optim"),
