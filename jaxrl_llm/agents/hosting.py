@@ -44,8 +44,10 @@ BUILT_IN: Mapping[str, str] = {
     "higher_lower": f"{_GAMES}.higher_lower:HigherLower",
     "wordle3": f"{_GAMES}.wordle3:Wordle3",
     "blackjack": f"{_GAMES}.blackjack:Blackjack",
+    "python": "jaxrl_llm.workers.sandbox.tool:python",
 }
-"""Environments of the package by the names that a configuration has for them."""
+"""Environments and tools of the package by the names that a configuration has for
+them."""
 
 _MOST_UNREADABLE = 3
 """Turns in a row whose calls cannot be read, before an episode ends."""

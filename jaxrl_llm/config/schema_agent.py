@@ -33,8 +33,8 @@ class AgentConfig(Section):
     """What the policy acts on, turn by turn: tools, an environment, or both."""
 
     tools: tuple[Name, ...] = ()
-    """Functions that it may call, module:function each, with types and a docstring in
-    Google's style."""
+    """Functions that it may call: python, which runs programs by the section sandbox,
+    or module:function, with types and a docstring in Google's style."""
     environment: Name | dict[Name, Name] | None = None
     """calculator, higher_lower, wordle3, blackjack, textarena:ID, gem:ID, or the
     module:Class of an environment, of which every episode gets its own: with `step`, it

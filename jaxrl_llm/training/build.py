@@ -46,6 +46,7 @@ from jaxrl_llm.training.playing import (
     agent_names,
     agent_of,
     named,
+    tool_notes,
 )
 from jaxrl_llm.training.roles import (
     actor_of,
@@ -314,7 +315,7 @@ def build(
             *adapter_notes(
                 config, {"actor": config.actor, "critic": config.critic}, source.arch
             ),
-            *rewards_of_run.notes(),
+            *dict.fromkeys([*rewards_of_run.notes(), *tool_notes(config)]),
             *(agent.environments.notes if agent else ()),
             *chosen,
         ),

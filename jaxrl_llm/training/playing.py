@@ -20,6 +20,9 @@ from jaxrl_llm.data.types import Episode, Prompt, Scores, single_turn
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.rollout.engine import Engine, Request, generate_together
 from jaxrl_llm.sharding import processes
+from jaxrl_llm.workers.sandbox import levels
+from jaxrl_llm.workers.sandbox.levels import Sandbox
+from jaxrl_llm.workers.sandbox.tool import python, python_tool
 
 ENVIRONMENT = "environment"
 """The term of the reward that environments give."""
@@ -57,9 +60,15 @@ def agent_of(config: Config, encoder: Encoder, *, seen: bool) -> Agent:
             "which must be in this process for that; set it to thread or auto"
         )
 
+    functions = named(agent.tools)
+    if python in functions:
+        sandbox = Sandbox(**config.sandbox.model_dump())
+        levels.describe(sandbox)  # says now if there is none
+        boxed = python_tool(sandbox)
+        functions = [boxed if one is python else one for one in functions]
     form, taught = tools.choose(agent.parser, encoder.tokenizer.chat_template or "")
     settings = hosting.Settings(
-        tools=named(agent.tools),
+        tools=functions,
         environment=named(agent.environment),
         params=agent.params,
         max_tool_calls=agent.max_tool_calls,
@@ -94,6 +103,13 @@ def agent_names(section: AgentConfig | None) -> list[str]:
     given = section and section.environment
     several = given.values() if isinstance(given, Mapping) else [given] * bool(given)
     return [*(section.tools if section else ()), *several]
+
+
+def tool_notes(config: Config) -> list[str]:
+    """Where programs run that the policy writes as calls of a tool."""
+    if "python" not in agent_names(config.agent):
+        return []
+    return [levels.describe(Sandbox(**config.sandbox.model_dump()))]
 
 
 def limits_of(config: Config) -> Limits:
