@@ -94,7 +94,7 @@ class Encoder:
         found: list[Any] = [self._text(*question) for question in questions]
         texts = [i for i, text in enumerate(found) if isinstance(text, str)]
         plain = [i for i in texts if isinstance(questions[i][0], str)]
-        alone = self._tokens([found[i] for i in texts], add_special_tokens=False)
+        alone = self.tokens_of([found[i] for i in texts])
         # Text gets what the tokenizer puts before it; a chat template says its own.
         given = self._tokens([found[i] for i in plain])
         around = dict(zip(plain, given, strict=True))
@@ -103,6 +103,11 @@ class Encoder:
                 _begun(tokens, around[i]) if i in around else tokens
             )
         return found
+
+    def tokens_of(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of texts by themselves, nothing put before or behind them, on all
+        cores at once."""
+        return self._tokens(texts, add_special_tokens=False)
 
     def _text(self, content: Content, tools: Sequence[Any] | None) -> str | ValueError:
         try:

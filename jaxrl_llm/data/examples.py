@@ -9,7 +9,8 @@ is checked.
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -185,9 +186,14 @@ def read(
       ValueError: a row does not fit, or none is short enough.
     """
     found, overlong, apart = [], 0, 0
-    for i, row in enumerate(rows_as_they_are(source)):
+    rows = rows_as_they_are(source)
+    steps = (_encoding(row, source, encoder, form, template) for row in rows)
+    for i, (row, encoded) in enumerate(
+        zip(rows, _together(steps, encoder), strict=True)
+    ):
         try:
-            encoded = encode(row, source, encoder, form, template)
+            if isinstance(encoded, ValueError):
+                raise encoded
             if len(encoded.tokens) > form.max_length:
                 overlong += 1
                 if form.overlong == "error":
@@ -228,6 +234,59 @@ def encode(
     Raises:
       ValueError: the row has no such columns, or they do not fit.
     """
+    steps = [_encoding(row, source, encoder, form, template)]
+    (found,) = _together(steps, encoder)
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+_Asked = list[tuple[str, bool]]
+"""Texts, and whether each is whole, with what the tokenizer puts before a text."""
+_Steps = Generator[_Asked, list[Any], Encoded]
+"""How one row is encoded: asks for the tokens of texts, and goes on with them. So the
+texts of many rows are tokenized together, on all cores."""
+
+_AT_ONCE = 10_000
+"""Rows whose texts are held at a time."""
+
+
+def _together(
+    steps: Iterable[_Steps], encoder: Encoder
+) -> Iterator[Encoded | ValueError]:
+    """What comes of each row, or what is wrong with it."""
+    rest = iter(steps)
+    while part := list(itertools.islice(rest, _AT_ONCE)):
+        found: list[Any] = [None] * len(part)
+        asked, answers = {}, dict.fromkeys(range(len(part)))
+        while answers:
+            asked.clear()
+            for i, answer in answers.items():
+                try:
+                    asked[i] = part[i].send(answer)
+                except StopIteration as end:
+                    found[i] = end.value
+                except ValueError as error:
+                    found[i] = error
+            answers = _answered(asked, encoder)
+        yield from found
+
+
+def _answered(asked: Mapping[int, _Asked], encoder: Encoder) -> dict[int, list[Any]]:
+    """The tokens of all texts that rows ask for, or what is wrong with a text."""
+    every = [one for texts in asked.values() for one in texts]
+    whole = iter(encoder.encode_all([(text, None) for text, is_all in every if is_all]))
+    parts = iter(encoder.tokens_of([text for text, is_all in every if not is_all]))
+    return {
+        i: [next(whole if is_all else parts) for _, is_all in texts]
+        for i, texts in asked.items()
+    }
+
+
+def _encoding(
+    row: Row, source: Source, encoder: Encoder, form: Format, template: str
+) -> _Steps:
+    """`encode`, step by step."""
     completion = _column(row, form.completion_key)
     if completion is not None:
         completion = content_of(completion, form.completion_key)
@@ -241,11 +300,11 @@ def encode(
         chat = form.chat_template == "all" or not is_text
         before = prompts.render(row, source, chat_template=chat)
         if not chat:
-            encoded = encode_text(before, completion, encoder, form)
+            encoded = yield from _text_steps(before, completion, form)
         else:
             if isinstance(completion, str):
                 completion = [{"role": "assistant", "content": completion}]
-            encoded = encode_messages(
+            encoded = yield from _message_steps(
                 [*before, *completion],
                 tools_of(row),
                 encoder,
@@ -258,9 +317,10 @@ def encode(
         if isinstance(messages, str):
             raise ValueError(f"column {form.messages_key!r} must be chat messages")
         messages = _with_system(messages, source)
-        encoded = encode_messages(messages, tools_of(row), encoder, form, template)
+        tools = tools_of(row)
+        encoded = yield from _message_steps(messages, tools, encoder, form, template)
     elif isinstance(text := _column(row, form.text_key), str) and text:
-        encoded = encode_text("", text, encoder, form)
+        encoded = yield from _text_steps("", text, form)
     else:
         raise ValueError(
             f"it has the columns {list(row)}; an example has {source.prompt_key!r} and "
@@ -273,33 +333,38 @@ def encode(
     return encoded
 
 
-def encode_text(
-    before: str, text: str, encoder: Encoder, form: Format, only: bool | None = None
-) -> Encoded:
+def _text_steps(before: str, text: str, form: Format) -> _Steps:
     """Text behind other text, as a tokenizer has them together if no token reaches over
     the border, then the token that ends an answer, if it is not there.
 
     Args:
       before: "" for none.
-      only: whether `text` alone is learned; `form.completion_only` if not given.
+
+    Raises:
+      ValueError: there is no text, or a token that the model does not know.
     """
-    border, tokens = 0, list(encoder.encode(before + text))
-    apart = False
+    border, apart = 0, False
+    asked = [
+        (before + text, True),
+        *([(before, True), (text, False)] if before else []),
+    ]
+    found = yield asked
+    if wrong := [one for one in found if isinstance(one, ValueError)]:
+        raise wrong[0]
+    tokens = list(found[0])
     if before:
-        first = list(encoder.encode(before))
+        first = list(found[1])
         border = len(first)
         apart = tokens[:border] != first
         if apart:
-            rest = encoder.tokenizer(text, add_special_tokens=False).input_ids
-            tokens = [*first, *rest]
+            tokens = [*first, *found[2]]
     if tokens[-1] not in form.stops:
         tokens = [*tokens, end_token(form)]
-    only = form.completion_only if only is None else only
-    learned = [i >= (border if only else 0) for i in range(len(tokens))]
+    learned = [i >= (border if form.completion_only else 0) for i in range(len(tokens))]
     return Encoded(tokens, learned, apart)
 
 
-def encode_messages(
+def _message_steps(
     messages: Sequence[Message],
     tools: Sequence[Any] | None,
     encoder: Encoder,
@@ -307,7 +372,7 @@ def encode_messages(
     template: str,
     *,
     first: int = 0,
-) -> Encoded:
+) -> _Steps:
     """Messages in the chat template, and which of their tokens are learned.
 
     Each answer of the assistant that is learned ends with a stop token of the model's,
@@ -329,7 +394,7 @@ def encode_messages(
     spans = {
         i: _span(messages, i, text, tools, encoder, template) for i in sorted(asked)
     }
-    tokens, borders, apart = _tokens(text, spans, encoder)
+    tokens, borders, apart = yield from _tokens(text, spans, encoder)
     learned = [False] * len(tokens)
     if not form.assistant_only:
         begin = borders[start][0] if start else 0
@@ -396,24 +461,22 @@ def _span(
 
 def _tokens(
     text: str, spans: Mapping[int, tuple[int, int]], encoder: Encoder
-) -> tuple[list[int], dict[int, tuple[int, int]], bool]:
+) -> Generator[_Asked, list[Any], tuple[list[int], dict[int, tuple[int, int]], bool]]:
     """The tokens of a text, those that each span begins and ends at, and whether text
     within and outside of spans was tokenized apart because tokens reach over it."""
-
-    def tokens_of(part: str) -> list[int]:
-        return list(encoder.tokenizer(part, add_special_tokens=False).input_ids)
-
     marks = sorted({mark for span in spans.values() for mark in span} | {len(text)})
-    whole, counts, apart = tokens_of(text), {}, False
-    for mark in marks:
-        found = tokens_of(text[:mark]) if mark < len(text) else whole
+    beginnings = yield [(text[:mark], False) for mark in marks]
+    whole, counts, apart = list(beginnings[-1]), {}, False
+    for mark, found in zip(marks, beginnings, strict=True):
         apart |= whole[: len(found)] != found
         counts[mark] = len(found)
     if apart:
-        whole, last = [], 0
-        for mark in marks:
-            whole += tokens_of(text[last:mark]) if mark > last else []
-            counts[mark], last = len(whole), mark
+        ends = list(itertools.pairwise([0, *marks]))
+        pieces = yield [(text[begin:end], False) for begin, end in ends]
+        whole = []
+        for mark, piece in zip(marks, pieces, strict=True):
+            whole += piece
+            counts[mark] = len(whole)
     bos = encoder.tokenizer.bos_token_id
     twice = bos is not None and whole[:2] == [bos, bos]
     borders = {i: tuple(counts[mark] - twice for mark in span)

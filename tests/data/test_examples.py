@@ -235,3 +235,29 @@ def test_tokens_that_reach_over_the_border_are_taken_apart():
     found = examples.encode(row, source, encoder, form, "t")
     assert (found.tokens, found.apart) == ([0, 1, 2, 0, 4], True)
     assert found.learned == [False, False, True, True, True]
+
+
+def test_rows_of_all_formats_are_tokenized_together_as_one_by_one(
+    tmp_path, monkeypatch
+):
+    kinds = [
+        {"messages": TURNS},
+        {"prompt": "1+1=", "completion": "2"},
+        {"text": "a b"},
+        {"prompt": [USER], "completion": [TURNS[1]]},
+    ]
+    rows = [kinds[i % 4] for i in range(40)]
+    source = write(tmp_path / "rows.jsonl", rows)
+    encoder, calls = Encoder(tokenizer=TOKENIZER), []
+    alone = [examples.encode(row, source, encoder, FORM, "t") for row in rows]
+    whole = Encoder._tokens
+    monkeypatch.setattr(
+        Encoder, "_tokens", lambda *a, **k: calls.append(1) or whole(*a, **k)
+    )
+    found = load(source).train
+    assert [e.tokens for e in found] == [tuple(one.tokens) for one in alone]
+    assert len(calls) <= 6
+    rows[21] = {"prompt": "1+1=", "completion": ""}
+    rows[30] = {"no": "columns"}
+    with pytest.raises(ValueError, match="row 21 .*is empty"):
+        load(write(tmp_path / "rows.jsonl", rows))
