@@ -45,6 +45,7 @@ from jaxrl_llm.models.checkpoints.huggingface import (
     open_classifier,
     save,
     save_classifier,
+    save_programs,
 )
 from jaxrl_llm.models.checkpoints.peft import Adapter
 from jaxrl_llm.models.checkpoints.peft import save as save_adapter
@@ -128,6 +129,7 @@ __all__ = [
     "save",
     "save_adapter",
     "save_classifier",
+    "save_programs",
     "shared_prompts",
     "split_params",
     "unstack",

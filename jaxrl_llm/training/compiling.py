@@ -8,6 +8,7 @@ from dataclasses import replace
 import jax
 from jax.stages import Lowered
 
+from jaxrl_llm import models
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.schema import EngineConfig, ValConfig
 from jaxrl_llm.rollout.engine import Use
@@ -34,6 +35,9 @@ def programs(job: Job, done: Sequence[int] = ()) -> dict[str, Callable[[], Lower
         found |= job.reward_model.programs(largest)
     if job.config.actor.ref_refresh_steps and actor.reference:
         found["copy of the policy"] = actor.reference.lower_copy
+    if job.config.trainer.save_hf and job.config.actor.lora is None:
+        params = models.merge(actor.abstract_state().params, actor.abstract_frozen())
+        found |= models.save_programs(job.source.arch, params)
     questions = itertools.chain(job.data.train, job.data.val)
     tokens = (prompt.tokens for prompt in questions)
     if job.agent:  # environments say more before the first turn, each its own

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 
@@ -425,3 +426,36 @@ def test_a_layout_that_does_not_divide_is_refused(saved):
     named = r"embedding: dimension 0 of shape \(300, 32\).*'tensor' of size 8"
     with pytest.raises(ValueError, match=named):
         models.load(saved[0], shardings=shardings)
+
+
+@contextlib.contextmanager
+def compilations():
+    """How long each program took that was compiled within the block."""
+    found = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_what_saving_needs_can_be_compiled_before(tmp_path):
+    arch = tiny.arch(vocab_size=300, intermediate_size=88)
+    on = mesh.make({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
+    axes = rules.to_shardings(models.logical_axes(arch), on, rules.TRAIN)
+    params = jax.device_put(random_params(arch), axes)
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+    with compilations() as before:
+        for lower in models.save_programs(arch, like).values():
+            lower().compile()
+    with compilations() as later:
+        models.save(tmp_path / "out", arch, params, None)
+    assert before
+    assert not later

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Lowered
 from safetensors.numpy import save_file
 
 from jaxrl_llm.models.apply import Params, abstract_params
@@ -418,6 +419,17 @@ def save(
     _check_params(arch, params)
     say = functools.partial(families.config, arch)
     _save(directory, arch, say, tensors, tokenizer, dtype, max_shard_bytes, card)
+
+
+def save_programs(
+    arch: Architecture, params: Params, dtype: Any = jnp.bfloat16
+) -> dict[str, Callable[[], Lowered]]:
+    """What lowers each program that `save` needs, by its name.
+
+    Args:
+      params: shapes, dtypes and shardings of what it is given.
+    """
+    return weights.programs(arch, params, dtype)
 
 
 def save_classifier(

@@ -274,6 +274,28 @@ def disassemble(
         yield place.name, shape, value
 
 
+def programs(
+    arch: Architecture, params: Params, dtype: Any
+) -> dict[str, Callable[[], jax.stages.Lowered]]:
+    """What lowers each program that `write` needs, by its name.
+
+    Args:
+      params: shapes, dtypes and shardings of stacked parameters.
+    """
+    leaves = flat(params)
+    found: dict[Any, tuple[str, Callable[[], jax.stages.Lowered]]] = {}
+    for place in places(arch, "huggingface"):
+        leaf, shape = leaves[place.path], stored_shape(place, leaves)
+        axes = tuple(axis for group in place.axes for axis in group)
+        how = {"axes": axes, "shape": shape, "dtype": jnp.dtype(dtype)}
+        lower = functools.partial(_as_stored.lower, leaf, **how)
+        if place.layer is not None:
+            lower = functools.partial(_layer_as_stored.lower, leaf, 0, **how)
+        kind = leaf.shape, leaf.dtype, leaf.sharding, axes, place.layer is None
+        found.setdefault(kind, (f"{place.path} as it is saved", lower))
+    return dict(found.values())
+
+
 @functools.partial(jax.jit, static_argnames=("axes", "shape", "dtype"))
 def _as_stored(x, *, axes, shape, dtype):
     return x.astype(dtype).transpose(axes).reshape(shape)
