@@ -15,6 +15,7 @@ import queue
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -62,6 +63,9 @@ class Limits:
     """Behind the opening: what is sampled, and what is read between."""
     max_prompt_length: int
     """Tokens of the opening."""
+    together: bool = False
+    """Wait for all answers before the engine goes on, so that what it computes together
+    does not hang on how long they take."""
     at_once: int | None = None
     """Episodes under way at a time; all if not given."""
     masked: frozenset[Status] = frozenset()
@@ -189,6 +193,10 @@ class _Playing:
         )
 
 
+_Arrival = tuple[tuple[int, int], Callable[[], Request | None]]
+"""Which episode an answer is for, and what is to be done with it."""
+
+
 class _Loop:
     """All episodes of a call of `play`."""
 
@@ -200,9 +208,7 @@ class _Loop:
         self._sampling: dict[tuple[int, int], _Playing] = {}
         self._open = 0
         self._pending = 0  # answers of environments
-        self._arrived: queue.SimpleQueue[Callable[[], Request | None]] = (
-            queue.SimpleQueue()
-        )
+        self._arrived: queue.SimpleQueue[_Arrival] = queue.SimpleQueue()
 
     def more(self, idle: bool) -> list[Request]:
         """The turns that can be asked for now; see `rollout.engine.More`."""
@@ -211,14 +217,20 @@ class _Loop:
             most = self._limits.at_once or len(self.waiting) + self._open
             while self.waiting and self._open < most:
                 self._begin(self.waiting.popleft())
-            waits = idle and not found and self._pending > 0
-            try:
-                arrived = self._arrived.get(block=waits)
-            except queue.Empty:
+            arrived = self._together() if self._limits.together else []
+            if not self._limits.together:
+                waits = idle and not found and self._pending > 0
+                with suppress(queue.Empty):
+                    arrived.append(self._arrived.get(block=waits))
+            if not arrived:
                 return found
-            self._pending -= 1
-            if request := arrived():
-                found.append(request)
+            self._pending -= len(arrived)
+            found += [r for _, then in arrived if (r := then()) is not None]
+
+    def _together(self) -> list["_Arrival"]:
+        """All that is pending, in an order that time has no part in."""
+        found = [self._arrived.get() for _ in range(self._pending)]
+        return sorted(found, key=lambda arrival: arrival[0])
 
     def take(self, completion: Completion) -> None:
         """A turn of the policy has ended."""
@@ -244,7 +256,7 @@ class _Loop:
         """Calls `then` in the thread of the engine, when it asks for more."""
         self._pending += 1
         future.add_done_callback(
-            lambda ready: self._arrived.put(lambda: then(playing, ready))
+            lambda ready: self._arrived.put((playing.key, lambda: then(playing, ready)))
         )
 
     def _begin(self, playing: _Playing) -> None:

@@ -55,8 +55,13 @@ class AgentConfig(Section):
     given."""
     turn_timeout_s: Course[float] = Field(30.0, gt=0)
     """Longest time an environment may take for one answer."""
-    workers: Free[int] = Field(64, gt=0)
-    """Environments that answer at a time, on each host."""
+    reproducible: Course[bool] = False
+    """Wait for all answers before more is generated: what is computed together, and so
+    the last bit of log-probabilities, is then always the same. Else a turn goes on as
+    soon as its own answer is there."""
+    workers: Free[int] = Field(256, gt=0)
+    """Environments under way at a time on each host, each in a worker of its own for
+    its whole episode."""
     isolation: Free[Literal["auto", "process", "thread"]] = "auto"
     """Where environments run. process: each in a worker process, which is killed when
     an answer takes too long. thread: in this process, as is needed for a reward

@@ -120,6 +120,7 @@ def limits_of(config: Config) -> Limits:
         max_turns=agent.max_turns,
         max_tokens=config.longest_response,
         max_prompt_length=config.data.max_prompt_length,
+        together=agent.reproducible,
         masked=frozenset(name for name, how in policy.items() if how == "mask"),
         retried=frozenset(name for name, how in policy.items() if how == "retry"),
         max_retries=agent.max_retries,

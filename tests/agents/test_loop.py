@@ -107,6 +107,17 @@ def told(groups):
     ]
 
 
+def test_answers_may_be_waited_for_so_that_nothing_hangs_on_their_order():
+    limits, orders = dataclasses.replace(LIMITS, together=True), []
+    for order in (1, 2, 3):
+        found, engine, _ = played(limits=limits, order=order, prompts=5)
+        asked = [(r.prompt_id, r.first_sample, r.turn) for r in engine.requests]
+        orders.append(asked)
+    assert orders[0] == orders[1] == orders[2]
+    wanted, *_ = played(prompts=5)
+    assert told(found) == told(wanted)
+
+
 @pytest.mark.parametrize("at_once", [1, 4, 64])
 @pytest.mark.parametrize("order", [1, 2])
 def test_episodes_do_not_depend_on_the_others_or_on_how_long_answers_take(

@@ -173,6 +173,31 @@ def test_some_of_everything_is_the_same_in_any_layout(layout, cases):
     assert_same(found, reference(cases, True), cases)
 
 
+def test_what_is_said_of_tokens_that_were_not_sampled_counts_nowhere():
+    cases, rng = SOME[::2], np.random.default_rng(1)
+    wanted = gradients(OFF_POLICY, cases)
+    sampled = np.asarray(OFF_POLICY.response_mask)
+
+    def elsewhere(x):
+        return jnp.where(sampled, x, rng.uniform(-9, 9, x.shape).astype(np.float32))
+
+    names = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "advantages")
+    changed = {name: elsewhere(getattr(OFF_POLICY, name)) for name in names}
+    found = gradients(dataclasses.replace(OFF_POLICY, **changed), cases)
+    for got, other in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        np.testing.assert_array_equal(got, other)
+    # The words themselves do: what comes behind them was drawn by them.
+    heard = np.asarray(OFF_POLICY.sequence_ids >= 0) & ~sampled
+    heard &= ~np.asarray(OFF_POLICY.is_prompt)
+    assert heard.sum() >= 5
+    tokens = jnp.where(heard, (OFF_POLICY.tokens + 1) % 7, OFF_POLICY.tokens)
+    found = gradients(dataclasses.replace(OFF_POLICY, tokens=tokens), cases)
+    assert any(
+        not np.allclose(got, other)
+        for got, other in zip(*map(jax.tree.leaves, (found, wanted)), strict=True)
+    )
+
+
 @pytest.mark.slow
 def test_without_old_logprobs_too():
     """The correction then needs the log-probabilities of all rows first."""

@@ -1,13 +1,18 @@
 """Runs in which the tiny model plays episodes of several turns."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import letters
 import numpy as np
 import pytest
 import tiny
-from short_run import GRPO, make_config
+from short_run import GRPO, make_config, newest
 
+from jaxrl_llm.config import plugins
+from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.rollout.native import session as running
 from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.result import Result
@@ -104,3 +109,118 @@ def test_the_sampler_and_the_trainer_agree_across_turns(played):
     page = running.PAGE_SIZE
     bound = openings + 3 * page + first["agent/observation_tokens"]
     assert openings < first["agent/prefilled_tokens"] < bound
+
+
+def checkpoints(directory, like):
+    return jax.tree.leaves(newest(directory, like))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", ["thread", "process"])
+def test_a_killed_run_goes_on_bit_for_bit(isolation, weights, tmp_path):
+    changed = AGENT | {
+        "agent.isolation": isolation,
+        "agent.reproducible": True,
+        "trainer.total_training_steps": 3,
+        "trainer.save_freq": 1,
+        "trainer.max_ckpt_to_keep": 9,
+    }
+    config = make_config(weights, tmp_path / "whole", **changed)
+    job = build(config)
+    loop.run(job)
+    whole, parts = Path(config.output_dir), tmp_path / "parts"
+    shutil.copytree(whole, parts)
+    for step in (2, 3):
+        shutil.rmtree(parts / "checkpoints" / str(step))
+    loop.run(build(config.model_copy(update={"output_dir": str(parts)})))
+    wanted, got = (run_directory.read(str(path)) for path in (whole, parts))
+    clocks = ("timing_s/", "perf/", "agent/environment_s")
+    for one, other in zip(wanted, got, strict=True):
+        assert {k: v for k, v in one.items() if not k.startswith(clocks)} == {
+            k: v for k, v in other.items() if not k.startswith(clocks)
+        }
+    assert wanted[-1]["agent/turns/mean"] > 2
+    for step in (1, 2, 3):
+        assert Result(whole).completions(step) == Result(parts).completions(step)
+    like = job.abstract_state()
+    for one, other in zip(
+        checkpoints(whole, like), checkpoints(parts, like), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["turn_grpo", "gae", "reinforce_plus_plus"])
+def test_rewards_of_turns_are_learned_from(estimator, weights, tmp_path):
+    changed = AGENT | {"algorithm.adv_estimator": estimator, "rollout.n": 4}
+    if estimator == "gae":
+        changed |= {"critic.dtype": "float32", "critic.remat": "none"}
+    config = make_config(weights, tmp_path, **changed)
+    loop.run(build(config))
+    line = run_directory.read(config.output_dir)[1]
+    assert line["actor/grad_norm"] > 0 and line["mismatch/logprob_diff_max"] < 6e-5
+    advantages = [r["advantage"] for r in Result(config.output_dir).completions(1)]
+    assert len(set(advantages)) > 10
+
+
+class Breaks(letters.Letters):
+    """Cannot go on in the second turn of some episodes."""
+
+    def reset(self, seed):
+        self._breaks = seed % 3 == 0
+        return super().reset(seed)
+
+    def step(self, text):
+        if self._breaks and self._turns == 1:
+            raise RuntimeError("a wheel came off")
+        return super().step(text)
+
+
+@pytest.mark.slow
+def test_what_broke_is_masked_and_counts_nowhere(weights, tmp_path):
+    name = plugins.offer(Breaks)
+    changed = AGENT | {
+        "agent.environment": name,
+        "agent.max_retries": 0,
+        "rollout.n": 4,
+        "data.val.path": str(tmp_path / "questions.jsonl"),
+        "data.train.path": "episodes:play",
+        "data.train.size": 16,
+    }
+    config = make_config(weights, tmp_path, **changed)
+    loop.run(build(config))
+    lines = run_directory.read(config.output_dir)
+    records = Result(config.output_dir).completions(1)
+    broken = [r for r in records if r["status"] == "env_error"]
+    assert 3 < len(broken) < len(records)
+    assert lines[1]["agent/masked"] == len(broken) / len(records)
+    assert lines[1]["agent/status/env_error"] == lines[1]["agent/masked"]
+    assert all(r["masked"] and r["advantage"] == 0 for r in broken)
+    assert all("a wheel came off" in r["why"] for r in broken)
+    groups = {}
+    for r in records:
+        groups.setdefault(r["prompt_id"], []).append(r)
+    for group in groups.values():
+        kept = [r["reward"] for r in group if not r["masked"]]
+        for r in group:
+            if r["masked"] and kept:  # as the others are, and never 0 for nothing
+                assert r["reward"] == pytest.approx(np.mean(kept), rel=1e-5)
+                assert r["scores"]["environment"] is None
+    assert 0 < lines[0]["val-aux/agent/masked"] < 1
+
+
+@pytest.mark.slow
+def test_rewards_see_environments_and_a_model_may_judge(weights, tmp_path):
+    seen = []
+
+    def judge(completions, environments):
+        seen.extend(environments)
+        return [float(len(c)) for c in completions]
+
+    term = RewardFunction(name="judge", function=judge)
+    config = make_config(weights, tmp_path, **AGENT | {"agent.isolation": "auto"})
+    loop.run(build(config, [term]))
+    assert all(isinstance(one, letters.Letters) for one in seen) and len(seen) == 32
+    line = run_directory.read(config.output_dir)[1]
+    # A completion is a message for each turn, what was said last included.
+    assert line["reward/judge/mean"] > 3
