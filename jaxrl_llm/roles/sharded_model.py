@@ -27,6 +27,7 @@ from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.models import Architecture
 from jaxrl_llm.models.apply import Params, Remat
+from jaxrl_llm.models.layer_loop import unrolled
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.sharding.mesh import platform_of
 from jaxrl_llm.sharding.rules import Partition, Rules
@@ -306,11 +307,14 @@ class ShardedModel:
     def update_options(self) -> dict[str, Any]:
         """What updates ask of XLA: `COMPILER_OPTIONS`, and on GPUs the same sums in the
         same order every time, so that a run that goes on gives the same numbers. Flash
-        attention over packed rows and over long ones is left out."""
-        rows = self.settings.rows
+        attention over packed rows and over long ones is left out, and so is where
+        layers are unrolled, as on several GPUs: XLA orders the first of several equal
+        backward passes of cuDNN only, and then does not find the others."""
+        how, rows = self.settings, self.settings.rows
         whole = rows.pack_length is None and (rows.longest or _ORDERED) <= _ORDERED
+        alone = models.choose_loop(self.mesh, how.unroll, how.remat) is not unrolled
         flash = self._counts_sequences and not rows.share_prompts
-        ordered = whole or not flash
+        ordered = (whole and alone) or not flash
         own = {} if self.settings.lora is None else _ADAPTERS_APART
         return (
             COMPILER_OPTIONS | own | {"xla_gpu_exclude_nondeterministic_ops": ordered}

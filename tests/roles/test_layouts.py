@@ -13,6 +13,7 @@ from fixed_rollouts import ADVANTAGES, make_config, make_rollouts
 
 from jaxrl_llm import models
 from jaxrl_llm.data.packing import Layout
+from jaxrl_llm.models import layer_loop
 from jaxrl_llm.models.attention import flash
 from jaxrl_llm.roles.sharded_model import ModelSettings, ShardedModel
 from jaxrl_llm.sharding import mesh, rules
@@ -196,21 +197,27 @@ def test_heads_that_do_not_divide_stay_whole():
 
 
 @pytest.mark.parametrize(
-    ("platform", "layout", "attention", "ordered"),
+    ("platform", "layout", "how", "devices", "ordered"),
     [
-        ("gpu", Layout(longest=1024), "auto", True),
-        ("gpu", Layout(longest=4096), "auto", False),  # memory for 4096 x 4096
-        ("gpu", Layout(longest=512, pack_length=1024), "auto", False),
-        ("gpu", Layout(longest=512, pack_length=1024), "xla", True),
-        ("cpu", Layout(longest=4096), "auto", True),
+        ("gpu", Layout(longest=1024), {}, 1, True),
+        ("gpu", Layout(longest=4096), {}, 1, False),  # memory for 4096 x 4096
+        ("gpu", Layout(longest=512, pack_length=1024), {}, 1, False),
+        ("gpu", Layout(longest=512, pack_length=1024), {"attention": "xla"}, 1, True),
+        # XLA then finds one of several equal backward passes of cuDNN only.
+        ("gpu", Layout(longest=1024), {"remat": "none"}, 1, False),
+        ("gpu", Layout(longest=1024), {"unroll": "always"}, 1, False),
+        ("gpu", Layout(longest=1024), {}, 2, False),
+        ("gpu", Layout(longest=1024), {"attention": "xla"}, 2, True),
+        ("cpu", Layout(longest=4096), {}, 1, True),
     ],
 )
 def test_sums_are_ordered_where_that_needs_no_more_memory(
-    platform, layout, attention, ordered, monkeypatch
+    platform, layout, how, devices, ordered, monkeypatch
 ):
-    monkeypatch.setattr(flash, "platform_of", lambda mesh: platform)
-    settings = ModelSettings(rows=layout, attention=attention)
-    one = mesh.make({"data": 1, "fsdp": 1}, jax.devices()[:1])
+    for module in (flash, layer_loop):
+        monkeypatch.setattr(module, "platform_of", lambda mesh: platform)
+    settings = ModelSettings(rows=layout, **{"remat": "full"} | how)
+    one = mesh.make({"data": 1, "fsdp": devices}, jax.devices()[:devices])
     found = ShardedModel(tiny.arch(), one, settings).update_options[
         "xla_gpu_exclude_nondeterministic_ops"
     ]
