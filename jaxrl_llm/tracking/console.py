@@ -32,6 +32,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from jaxrl_llm.tracking.run_directory import reply
 from jaxrl_llm.tracking.step_metrics import OFFLINE, Validation, accuracy_name
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -364,7 +365,7 @@ def _examples(records: Sequence[Mapping[str, Any]]) -> Table:
     for record in records:
         table.add_row(
             Text(one_line(record["prompt"], 60, keep_end=True)),
-            Text(one_line(record["completion"], 200, keep_end=True)),
+            Text(one_line(reply(record), 200, keep_end=True)),
             Text(one_line(_answer(record), 16)),
             Text(number(record["reward"])),
         )
@@ -391,9 +392,9 @@ def _answers(
             "question": one_line(record["prompt"], 160, keep_end=True),
             "answer": one_line(_answer(record), 60),
             **{
-                name: one_line(reply["completion"], 240, keep_end=True)
-                for name, reply in replies.items()
-                if reply is not None
+                name: one_line(reply(one), 240, keep_end=True)
+                for name, one in replies.items()
+                if one is not None
             },
             "reward": " → ".join(rewards),
         }

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxrl_llm.tracking.rollout_digest import MAX_PAIRS, Digest, cut, greedy_answers
-from jaxrl_llm.tracking.run_directory import completions
+from jaxrl_llm.tracking.run_directory import completions, reply
 
 
 def paired(
@@ -57,7 +57,7 @@ def _mark(correct: bool | None) -> str:
 
 
 def _completion(record: Mapping[str, Any] | None) -> str | None:
-    return None if record is None else cut(record["completion"])
+    return None if record is None else cut(reply(record))
 
 
 def _cut(answer: Any) -> str | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxrl_llm.tracking.run_directory import completions, rollout_files
+from jaxrl_llm.tracking.run_directory import completions, reply, rollout_files
 
 MAX_FILES = 40
 """Steps per split that are read: evenly spaced, first and last included."""
@@ -165,13 +165,25 @@ def _short(record: Mapping[str, Any]) -> dict[str, Any]:
     short = {
         **{name: record[name] for name in (*kept, *more) if name in record},
         "prompt": cut(record["prompt"]),
-        "completion": cut(record["completion"]),
+        "completion": cut(reply(record)),
         "answer": None if answer is None else cut(str(answer)),
     }
+    if "turns" in record:
+        short["status"] = record["status"]
+        short["opening"] = _messages(record["opening"])
+        short["turns"] = [
+            {**turn, "text": cut(turn["text"])} for turn in record["turns"]
+        ]
     if details := record.get("token_details"):
         texts = [visible(text) for text in details["text"]]
         short["tokens"] = {**details, "text": texts}
     return short
+
+
+def _messages(opening: Sequence[Mapping[str, Any]]) -> str:
+    """What was said before the first turn."""
+    said = [f"{message['role']}: {message.get('content', '')}" for message in opening]
+    return cut("\n".join(said))
 
 
 def cut(text: str) -> str:

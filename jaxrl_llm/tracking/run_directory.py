@@ -233,6 +233,17 @@ class Written(NamedTuple):
     """What is torn, missing or doubled, by file."""
 
 
+def reply(record: Mapping[str, Any]) -> str:
+    """The text of a record's response; of an episode, its turns, each with who speaks,
+    and how it ended, if not by itself."""
+    if "turns" not in record:
+        return record["completion"]
+    said = [f"{turn['role']}: {turn['text']}" for turn in record["turns"]]
+    if record["status"] != "completed":
+        said.append(f"[{record['status']}]")
+    return "\n".join(said)
+
+
 def completions(path: Path) -> list[dict[str, Any]]:
     """The lines of a rollout file.
 

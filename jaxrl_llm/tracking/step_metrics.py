@@ -5,12 +5,11 @@ import re
 from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from jaxrl_llm.config.names import Status
 from jaxrl_llm.data.types import Episode, Prompt, Scores
 from jaxrl_llm.tracking.run_directory import _finite
 
@@ -170,7 +169,7 @@ def agent_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     agent/prefilled_tokens           computed besides what was sampled, where an
                                      engine tells
     agent/environment_s/{mean,max}   seconds of an episode that went to answers
-    agent/status/NAME                share of episodes that ended so
+    agent/status/NAME                share of episodes that ended so, if some did
     agent/failures/KIND              how often, over all episodes
     agent/retries, agent/masked      episodes begun anew; share that is not learned
                                      from
@@ -190,9 +189,9 @@ def agent_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     prefilled = [one.prefilled for one in played if one.prefilled is not None]
     if prefilled:
         found["agent/prefilled_tokens"] = float(np.mean(prefilled))
-    for status in get_args(Status):
-        share = np.mean([one.status == status for one in episodes])
-        found[f"agent/status/{status}"] = float(share)
+    ends = Counter(one.status for one in episodes)
+    for status in dict.fromkeys(["completed", *sorted(ends)]):
+        found[f"agent/status/{status}"] = ends[status] / len(episodes)
     failures = sum((Counter(one.failures) for one in played), Counter())
     return found | {f"agent/failures/{k}": float(n) for k, n in failures.items()}
 

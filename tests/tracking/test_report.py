@@ -247,6 +247,32 @@ def test_rollouts_that_were_read_are_not_read_again(tmp_path, monkeypatch):
     assert read == ["val_000002.jsonl"]
 
 
+def test_an_episode_is_shown_turn_by_turn(tmp_path):
+    turns = [
+        {"role": r, "text": t, "num_tokens": n, "sampled": n > 4, "reward": x}
+        for r, t, n, x in (
+            ("assistant", "is it 4?", 5, 0.5),
+            ("user", "lower\u202e", 3, None),
+            ("assistant", "2", 6, None),
+        )
+    ]
+    opening = [{"role": "user", "content": "guess"}]
+    played = {"turns": turns, "status": "max_turns", "opening": opening}
+    episode = record(1, "train", 0, completion="is it 4?lower2", **played)
+    told = "assistant: is it 4?\nuser: lower\u202e\nassistant: 2\n[max_turns]"
+    assert run_directory.reply(episode) == told
+    assert run_directory.reply(episode | {"status": "completed"}) == told[:-12]
+    assert run_directory.reply(record(1, "train", 0)) == "reply"
+    lines = [(1, {"critic/rewards/mean": 1.0})]
+    run = make_run(tmp_path / "run", lines, [(1, "train", [episode])])
+    report.write(run)
+    [shown] = embedded(run / "report.html")[0]["runs"][0]["completions"]
+    assert shown["status"] == "max_turns" and shown["opening"] == "user: guess"
+    assert [t["text"] for t in shown["turns"]] == ["is it 4?", "lower\ufffd", "2"]
+    assert [t["reward"] for t in shown["turns"]] == [0.5, None, None]
+    assert shown["completion"] == told.replace("\u202e", "\ufffd")
+
+
 def test_a_page_says_whether_its_run_goes_on(tmp_path):
     def running(path):
         return embedded(path)[0]["runs"][0]["running"]
