@@ -43,7 +43,7 @@ from typing import Any, Literal
 import tyro
 from rich.console import Console
 
-from jaxrl_llm.config import flags, parsing, schemas
+from jaxrl_llm.config import bundled, flags, parsing, reader, schemas
 from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
 
@@ -317,16 +317,25 @@ def _joined(own: flags.Processes, places: parsing.Places) -> Iterator[None]:
 
 
 def _plan(rest: list[str]) -> None:
-    own, config, places = _config("plan", flags.Plan, rest)
+    task = _task_of(rest)
+    own, config, places = _config("plan", flags.Plan, rest, schema=schemas.of(task))
     with parsing.placed(places):
-        _show_plan(own, config)
+        _show_plan(own, config, task)
 
 
-def _show_plan(own: flags.Plan, config: Config) -> None:
+def _task_of(rest: Sequence[str]) -> str | None:
+    """The verb that a configuration is for; None for `jaxrl train`."""
+    if not rest or rest[0].startswith("-"):
+        return None
+    task = reader.read(bundled.find(rest[0])).values.get("task")
+    return task if task is None else str(task)
+
+
+def _show_plan(own: flags.Plan, config: Any, task: str | None) -> None:
     import jax
 
     from jaxrl_llm.bench import step
-    from jaxrl_llm.planning import dry_run, planner, workload
+    from jaxrl_llm.planning import dry_run, offline_plan, planner, workload
     from jaxrl_llm.sharding import hardware
     from jaxrl_llm.tracking import console
 
@@ -352,11 +361,23 @@ def _show_plan(own: flags.Plan, config: Config) -> None:
             f"--measure runs steps on the {jax.device_count()} devices that are here; "
             "the plan is for others"
         )
+    if task is not None:
+        if own.measure:
+            raise ConfigError(f"--measure runs steps of `jaxrl train`, not of {task}")
+        from jaxrl_llm.training import offline_tasks
+
+        config, chosen, one = offline_plan.estimate(
+            config, devices, memory, offline_tasks.of(task), console.progress
+        )
+        for line in chosen:
+            print(line)
+        dry_run.show_plan([one], functools.partial(offline_plan.advice, config))
+        return
     config, chosen = planner.completed(config, devices, memory, console.progress)
     for line in chosen:
         print(line)
     found = planner.estimate(config, devices, memory, console.progress, host)
-    dry_run.show_plan(config, found)
+    dry_run.show_plan(found, functools.partial(dry_run.advice, config))
     if own.measure:
         with console.progress(f"running {own.measure} steps"):
             arch = workload.architecture(config.model.path, config.model.revision)
@@ -412,8 +433,6 @@ def init(
       name: a bundled configuration, such as quickstart or gsm8k.
       directory: where to write it; a file that is there is not overwritten.
     """
-    from jaxrl_llm.config import bundled
-
     path = bundled.write(name, directory.expanduser(), Config)
     print(f"{path}\nnext: jaxrl train {path} --dry-run")
 

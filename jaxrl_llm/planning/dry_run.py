@@ -5,7 +5,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -280,15 +280,21 @@ def _generating(job: Job) -> dict[str, int]:
     }
 
 
-def show_plan(config: Config, estimates: Sequence[Estimate]) -> None:
-    """Prints memory, traffic and time per device of every group, and what to change."""
+def show_plan(
+    estimates: Sequence[Estimate], advised: Callable[[Estimate], list[str]]
+) -> None:
+    """Prints memory, traffic and time per device of every group, and what to change.
+
+    Args:
+      advised: what to change where memory does not suffice.
+    """
     console = Console()
     for found in estimates:
         console.print(_memory(found))
         console.print(_work(found))
         where = f"{found.group}: " if len(estimates) > 1 else ""
         if found.capacity:
-            said = advice(config, found)
+            said = advised(found)
             console.print(
                 where + ("does not fit; change one or more of" if said else "fits")
             )

@@ -137,12 +137,12 @@ def here(count: int) -> tuple[Sequence[jax.Device], int | None]:
     return devices, (devices[0].memory_stats() or {}).get("bytes_limit")
 
 
-def _for_devices(plan: Callable[..., Any]) -> Callable[..., Any]:
+def for_devices(plan: Callable[..., Any]) -> Callable[..., Any]:
     """A plan during which JAX's kernels are built for the devices planned for."""
 
     @functools.wraps(plan)
     def planned(
-        config: Config, devices: Sequence[jax.Device], *rest: Any, **more: Any
+        config: Any, devices: Sequence[jax.Device], *rest: Any, **more: Any
     ) -> Any:
         with gpus.asked_about(devices):
             return plan(config, devices, *rest, **more)
@@ -150,7 +150,7 @@ def _for_devices(plan: Callable[..., Any]) -> Callable[..., Any]:
     return planned
 
 
-@_for_devices
+@for_devices
 def completed(
     config: Config,
     devices: Sequence[jax.Device],
@@ -166,7 +166,7 @@ def completed(
     Raises:
       ValueError: as of `estimate`.
     """
-    capacity = _capacity(devices, memory)
+    capacity = capacity_of(devices, memory)
     if capacity is None or config.actor.micro_batch_size is not None:
         return config, []
     _check(config)
@@ -207,7 +207,7 @@ def _actor(
     return actor_of(config, source, *on, teacher=teacher)
 
 
-def _capacity(
+def capacity_of(
     devices: Sequence[jax.Device], memory: float | int | None
 ) -> float | int | None:
     """Bytes that a device has; None if that is not known."""
@@ -226,7 +226,7 @@ def _check(config: Config) -> None:
         raise ConfigError("reward.model: a reward model's scoring is not planned")
 
 
-@_for_devices
+@for_devices
 def estimate(
     config: Config,
     devices: Sequence[jax.Device],
@@ -249,7 +249,7 @@ def estimate(
     meshes, group_of = make_meshes(config, devices), placed(config.placement)
     arch = workload.architecture(config.model.path, config.model.revision)
     source = shared(config, models.RandomWeights(arch))
-    capacity = _capacity(devices, memory)
+    capacity = capacity_of(devices, memory)
     held: dict[str, dict[str, int]] = {group_of[role]: {} for role in meshes}
     work: dict[str, dict[str, Work]] = {group: {} for group in held}
 

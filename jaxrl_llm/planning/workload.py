@@ -99,7 +99,7 @@ def learning(config: Config, learner: Actor) -> dict[str, Work]:
     frozen, actor = bytes_of(learner.abstract_frozen()), config.actor
     whole = _training_flops(config, learner.arch) / learner.mesh.size
     update = _update_flops(config, learner.arch, actor) / learner.mesh.size
-    each, micro = _weights_read(learner.arch, learner.mesh, actor.dtype), 1
+    each, micro = weights_read(learner.arch, learner.mesh, actor.dtype), 1
     if actor.micro_batch_size:
         micro = -(-rows.tokens.shape[0] // actor.micro_batch_size)
     epochs, updates = actor.ppo_epochs, settings.updates_per_step(config)
@@ -112,7 +112,7 @@ def learning(config: Config, learner: Actor) -> dict[str, Work]:
     if teacher := learner.teacher_within:  # reads the rows in every pass
         own = teacher.policy
         flops += _training_flops(config, own.arch) / 3 / own.mesh.size * epochs
-        read = _weights_read(own.arch, own.mesh, own.settings.dtype)
+        read = weights_read(own.arch, own.mesh, own.settings.dtype)
         traffic += read * micro * epochs
         held += 0 if teacher.offload else bytes_of(teacher.abstract_params())
     found = {
@@ -153,8 +153,7 @@ def reference(config: Config, learner: Actor) -> dict[str, Work]:
             num_devices=policy.mesh.size,
             runs=1,
             flops=_training_flops(config, learner.arch) / 3 / policy.mesh.size,
-            memory_traffic=micro
-            * _weights_read(learner.arch, policy.mesh, actor.dtype),
+            memory_traffic=micro * weights_read(learner.arch, policy.mesh, actor.dtype),
         )
     }
 
@@ -187,7 +186,7 @@ def teaching(config: Config, learner: Actor, size: int) -> dict[str, Work]:
             runs=1,
             flops=_training_flops(config, policy.arch) / 3 / policy.mesh.size,
             memory_traffic=micro
-            * _weights_read(policy.arch, policy.mesh, policy.settings.dtype),
+            * weights_read(policy.arch, policy.mesh, policy.settings.dtype),
         )
     }
 
@@ -215,7 +214,7 @@ def judging(config: Config, critic: Critic, learner: Actor) -> dict[str, Work]:
     frozen = bytes_of(critic.abstract_frozen())
     whole = _training_flops(config, critic.arch) / critic.mesh.size
     update = _update_flops(config, critic.arch, section) / critic.mesh.size
-    each = _weights_read(critic.arch, critic.mesh, section.dtype)
+    each = weights_read(critic.arch, critic.mesh, section.dtype)
     size = section.micro_batch_size or config.actor.micro_batch_size
     micro = -(-len(rows.tokens) // (size or len(rows.tokens)))
     updates = settings.critic_updates_per_step(config)
@@ -379,7 +378,7 @@ def _training_flops(
     )
 
 
-def _weights_read(arch: models.Architecture, on: Mesh, dtype: str) -> int:
+def weights_read(arch: models.Architecture, on: Mesh, dtype: str) -> int:
     """Bytes of all weights that a device multiplies with."""
     width = jnp.dtype(dtype).itemsize
     return width * models.num_params(arch) // on.shape["tensor"]

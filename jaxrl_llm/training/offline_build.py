@@ -521,7 +521,7 @@ def _sized(
         return config, learner, []
     if before := fitting.begun(config):
         size = before.learner.micro_batch_size
-        config = _with_rows(config, size)
+        config = with_rows(config, size)
         said = f"{key} is not given: {size or 'all'} rows at a time, as the run began"
         return config, learner_with(config), [said]
     held = kept(config, learner, engine, questions)
@@ -531,14 +531,15 @@ def _sized(
         learner.abstract_state(),
         shape,
         int(fitting.SURELY * min(limits)) - held.get(fitting.WEIGHTS, 0),
-        lambda size: learner_with(_with_rows(config, size)),
+        lambda size: learner_with(with_rows(config, size)),
         Learner.lower_largest_update,
         compiling,
     )
-    return _with_rows(config, found.size), found.made, [found.said(key, shape[0])]
+    return with_rows(config, found.size), found.made, [found.said(key, shape[0])]
 
 
-def _with_rows(config: OfflineConfig, size: int | None) -> Any:
+def with_rows(config: OfflineConfig, size: int | None) -> Any:
+    """The configuration with this micro-batch size of the learner."""
     section = config.learner.model_copy(update={"micro_batch_size": size})
     return config.model_copy(update={"learner": section})
 

@@ -96,7 +96,7 @@ def test_the_same_programs_do_it_without_a_sandbox(found):
 
 
 def test_whatever_does_not_end_is_ended(level):
-    sandbox = Sandbox(level=level, jobs=8, cpu_s=1.0, wall_s=0.5, output_mib=1.0)
+    sandbox = Sandbox(level=level, jobs=5, cpu_s=1.0, wall_s=0.25, output_mib=1.0)
 
     def tried(runner, name):
         return name, runner.run(hostile.endless(name), "", float("inf"))
@@ -274,12 +274,11 @@ def test_auto_takes_the_first_level_that_holds(monkeypatch):
 
 def test_the_probe_finds_what_a_program_could_do(weights, tmp_path):
     source = levels._PROBE.format(path=str(weights), folder=str(tmp_path))
-    found = run(source, "", Sandbox(level="none", memory_gib=8.0)).stdout.decode()
+    found = run(source, "", Sandbox(level="none")).stdout.decode()
     for name in (
         "read others' files",
         "start a process",
         "open a socket",
-        "all memory",
     ):
         assert name in found
     programs.release()
