@@ -8,8 +8,10 @@ import time
 
 import hostile
 import pytest
+from waiting import until
 
 from jaxrl_llm.workers.sandbox import levels, programs
+from jaxrl_llm.workers.sandbox.jail import Bounds, Jail, JailError, Part
 from jaxrl_llm.workers.sandbox.levels import Sandbox, SandboxError
 from jaxrl_llm.workers.sandbox.programs import (
     BrokenTests,
@@ -114,12 +116,12 @@ def test_whatever_does_not_end_is_ended(level):
 
 def children():
     """The command lines of this process' children that run jails."""
-    path = pathlib.Path(f"/proc/self/task/{os.getpid()}/children")
-    for pid in path.read_text().split():
+    for thread in pathlib.Path("/proc/self/task").iterdir():  # each has its own
         with contextlib.suppress(OSError):
-            line = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"told = json.loads" in line:
-                yield line
+            for pid in (thread / "children").read_text().split():
+                line = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"told = json.loads" in line:
+                    yield line
 
 
 def test_no_verdict_can_be_forged(level):
@@ -291,18 +293,27 @@ def test_a_line_says_where_programs_run(level):
 
 
 def test_leaving_early_ends_what_runs():
-    sandbox = Sandbox(level="none", jobs=1, **PATIENT)
-    started = threading.Event()
+    programs.release()  # what other tests have left to wait
+    sandbox = Sandbox(level="none", jobs=1, wall_s=30.0)
+    levels.enclosure(sandbox)
 
     def work(runner, _):
-        started.set()
         return runner.run("import time; time.sleep(1e6)", "", float("inf"))
 
     def stop():
-        started.wait()
+        until(lambda: any(children()))  # and this thread waits for it
         os.kill(os.getpid(), 2)
 
     threading.Thread(target=stop).start()
     with pytest.raises(KeyboardInterrupt):
         programs.each(work, [1], sandbox)
+    assert not list(children())
+
+
+def test_a_jail_that_is_closed_while_it_starts_does_not_stay():
+    programs.release()
+    jail = Jail(levels.enclosure(Sandbox(level="none")))
+    jail.close()
+    with pytest.raises(JailError):
+        jail.run([Part(payload={"mode": "run", "source": ""})], Bounds(), float("inf"))
     assert not list(children())

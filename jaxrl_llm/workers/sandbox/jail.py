@@ -139,6 +139,7 @@ class Jail:
         self.enclosure = enclosure
         self._popen: subprocess.Popen[bytes] | None = None
         self._numbers = 0
+        self._closed = False
 
     def start(self) -> None:
         """Starts its process and waits until that is ready.
@@ -189,8 +190,8 @@ class Jail:
             self._control.send(
                 json.dumps({"sources": sources, "setup": setup}).encode()
             )
-        if not self._receive(time.monotonic() + _START_S):
-            said = self.close()
+        if self._closed or not self._receive(time.monotonic() + _START_S):
+            said = self._stop()
             raise JailError(said or "its process did not get ready")
 
     def run(self, parts: Sequence[Part], bounds: Bounds, until: float) -> list[Ran]:
@@ -220,11 +221,17 @@ class Jail:
             try:
                 self._follow(running, bounds, deadline)
             except BaseException:
-                self.close()
+                self._stop()
                 raise
             return [one.ran for one in running.values()]
 
-    def close(self) -> str:
+    def close(self) -> None:
+        """Ends its process with all programs, also while it starts or they run; it runs
+        none any more."""
+        self._closed = True
+        self._stop()
+
+    def _stop(self) -> str:
         """Ends its process with all programs. Returns what it said of itself."""
         if self._popen is None:
             return ""
@@ -248,7 +255,7 @@ class Jail:
         try:
             socket.send_fds(self._control, [request], list(one.theirs))
         except OSError as error:
-            raise JailLost(f"the jail has ended: {self.close()}") from error
+            raise JailLost(f"the jail has ended: {self._stop()}") from error
         one.begun()
 
     def _end(self, number: int) -> None:
@@ -281,7 +288,7 @@ class Jail:
         while left:
             wait_s = deadline - time.monotonic()
             if wait_s <= 0 and ending:
-                raise JailLost(f"a program could not be ended: {self.close()}")
+                raise JailLost(f"a program could not be ended: {self._stop()}")
             if wait_s <= 0:
                 for number in left:
                     running[number].ran.why = "took too long"
@@ -299,7 +306,7 @@ class Jail:
                     continue
                 said = self._receive(time.monotonic() + 1.0)
                 if said is None:
-                    raise JailLost(f"the jail has ended: {self.close()}")
+                    raise JailLost(f"the jail has ended: {self._stop()}")
                 left.discard(said["ended"])
                 running[said["ended"]].ended(said)
 
