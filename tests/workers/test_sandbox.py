@@ -97,6 +97,7 @@ def test_the_same_programs_do_it_without_a_sandbox(found):
     programs.release()
 
 
+@pytest.mark.slow
 def test_whatever_does_not_end_is_ended(level):
     sandbox = Sandbox(level=level, jobs=5, cpu_s=1.0, wall_s=0.25, output_mib=1.0)
 
