@@ -8,7 +8,7 @@ import json
 import shlex
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any, Literal
 
@@ -106,7 +106,7 @@ def main(
     )  # fmt: skip
     for name in engines:
         with tempfile.TemporaryDirectory() as directory:
-            made = _engine(
+            made = engine_of(
                 name,
                 arch,
                 [request.tokens for request in asked],
@@ -156,7 +156,7 @@ def remedies(
     ]
 
 
-def _engine(
+def engine_of(
     name: Literal["jax", "vllm"],
     arch: models.Architecture,
     prompts: Sequence[Sequence[int]],
@@ -167,11 +167,13 @@ def _engine(
     dtype: str,
     max_model_len: int,
     max_num_seqs: int,
+    kind: Callable[..., JaxEngine] = JaxEngine,
     **of_jax: Any,
 ) -> Engine:
     """One of the engines.
 
     Args:
+      kind: makes the JAX engine.
       servers: fields of `VllmSettings`.
       of_jax: arguments that only `JaxEngine` has.
     """
@@ -191,7 +193,7 @@ def _engine(
             **sizes,
         )
     axes = mesh.fill({"data": -1, "tensor": tensor}, jax.device_count())
-    return JaxEngine(
+    return kind(
         arch,
         tokenizer,
         mesh=mesh.make(axes),

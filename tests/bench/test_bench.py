@@ -198,3 +198,19 @@ def test_a_lack_of_memory_names_options_that_need_less(
     assert "out of memory: the update wanted 39.15 GiB in one piece on " in said
     for option in proposed:
         assert f"\n  {option}" in said
+
+
+@pytest.mark.slow
+def test_conversations_are_measured_three_ways(measured):
+    kept, reread, waiting = measured(
+        "episodes", "--model", "tiny", "--dtype", "float32", "--episodes", "6",
+        "--turns", "3", "--prompt-length", "200", "--length", "16",
+        "--answer-length", "8", "--seconds", "0.1", "--rounds", "1",
+        "--max-num-seqs", "8",
+    )  # fmt: skip
+    assert [kept["variant"], reread["variant"]] == ["kept", "reread"]
+    # What is behind the last whole page of 64 is read again at most.
+    assert kept["prefilled"] < 200 + 2 * (64 + 16 + 8)
+    assert reread["prefilled"] > 3 * 200
+    assert waiting["prefilled"] == kept["prefilled"]
+    assert waiting["seconds"] > waiting["longest"] > 0
