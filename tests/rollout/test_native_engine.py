@@ -391,6 +391,18 @@ def test_turns_that_come_up_meanwhile_are_read_from_where_they_differ(axes):
         assert_same([[turns[-1]]], generate(plain(), [last]))
 
 
+@pytest.mark.slow
+def test_a_replica_may_have_nothing_to_do_at_first():
+    made = engine(axes={"data": 2, "tensor": 1})
+    ends = tuple(range(40, 60))
+    asked = [request(i, n=1, stop_token_ids=ends) for i in range(3)]
+    ready = list(asked)
+    found = made.completions(lambda idle: [ready.pop()] if ready else [])
+    answers = {c.prompt_id: c for c in found}
+    wanted = generate(plain(), asked)
+    assert_same([[answers[r.prompt_id]] for r in asked], wanted)
+
+
 def test_aborted_responses_do_not_come():
     made = engine(max_num_seqs=2)
     made.submit([request(i, n=2, max_tokens=30 + i) for i in range(4)])

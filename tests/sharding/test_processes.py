@@ -443,6 +443,35 @@ def test_two_processes_do_so_with_other_algorithms(changes, values, cache, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_many_processes_play_the_episodes_of_one(count, values, cache, tmp_path):
+    changes = [
+        "--agent.environment=letters:Letters",
+        "--agent.isolation=thread",
+        "--agent.max_tokens=80",
+        "--data.max_prompt_length=64",
+        f"--rollout.stop_token_ids={list(range(120))}",
+        "--reward.functions=[]",
+        "--trainer.total_training_steps=2",
+        "--trainer.test_freq=1",
+    ]
+    runs = [trained(n, values, tmp_path / str(n), cache, changes) for n in (count, 1)]
+    several, one = (
+        [
+            {**line, "reward": 0, "scores": {}, "advantage": 0}
+            for file in sorted((run / "rollouts").iterdir())
+            for line in map(json.loads, file.read_text().splitlines())
+        ]
+        for run in runs
+    )
+    assert several == one
+    assert sum(len(record["turns"]) > 2 for record in one) > len(one) / 2
+    for many, alone in zip(*map(run_directory.read, runs), strict=True):
+        for name in ("critic/rewards/mean", "agent/turns/mean", "response_length/mean"):
+            assert many.get(name) == pytest.approx(alone.get(name), rel=1e-5)
+
+
+@pytest.mark.slow
 def test_four_processes_ask_a_reward_model_together(values, cache, tmp_path):
     changes = [
         f"--reward.model.path={tiny.reward_model(tmp_path / 'judge')}",

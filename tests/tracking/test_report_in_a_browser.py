@@ -117,6 +117,29 @@ def test_a_run_is_told_from_its_diagnosis_to_its_versions(tmp_path, show):
     assert page.locator("#folded svg").bounding_box()["width"] > 250
 
 
+def test_an_episode_is_read_turn_by_turn(tmp_path, show):
+    def responses(step):
+        said = (("assistant", "is it 4?", True, 0.5), ("user", "lower", False, None))
+        turns = [
+            {"role": r, "text": t, "num_tokens": 5, "sampled": s, "reward": x}
+            for r, t, s, x in said
+        ]
+        opening = [{"role": "user", "content": "guess"}]
+        played = {"turns": turns, "status": "max_turns", "opening": opening}
+        return [record(step, "train", 1, **played)]
+
+    page = show(report.write(make_run(tmp_path, responses=responses)))
+    assert texts(page, "#list h4") == [
+        "Opening",
+        "Reference answer",
+        "1. assistant · 5 tokens · reward 0.5",
+        "2. user · 5 tokens",
+    ]
+    shown = texts(page, "#list .text")
+    assert shown == ["user: guess", "1", "is it 4?", "lower"]
+    assert "3 tokens, 1 turns, max turns" in texts(page, "#list .meta")[0]
+
+
 def test_search_and_filters_narrow_the_completions(tmp_path, show):
     def responses(step):
         return [

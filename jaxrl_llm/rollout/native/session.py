@@ -198,6 +198,10 @@ class Session:
         modes = (mode_of(sampling, self._greedy) for sampling in asked)
         self._mode = max({self._mode, *modes}, key=MODES.index)
         self._top = max(self._top, *(sampling.logprobs for sampling in asked))
+        # All replicas' tables have one shape, whichever of them has something to do.
+        ends = max(len(s.stop_token_ids) for s in asked)
+        for lines in self._slot_tables:
+            lines.make_room(len(self._run.arch.eos_token_ids) + ends)
         self._longest = max(self._longest, *(s.max_tokens for s in asked))
         # What comes before a later turn is known, and not read as a prompt is.
         first = [len(r.request.tokens) for r in responses if not r.request.turn]
@@ -397,14 +401,17 @@ class SlotTables:
         for name in _FLOATS:
             self._floats[name][slot] = getattr(sampling, name)
         self._seeds[slot] = request.seed
-        room = _power_of_two(len(stop_ids)) - self._stop_ids.shape[1]
-        if room > 0:
-            pad = ((0, 0), (0, room))
-            self._stop_ids = np.pad(self._stop_ids, pad, constant_values=-1)
         self._stop_ids[slot] = -1
         self._stop_ids[slot, : len(stop_ids)] = stop_ids
         self._queue[self._tail % len(self._queue)] = slot
         self._tail += 1
+
+    def make_room(self, stop_ids: int) -> None:
+        """For sequences that so many tokens end."""
+        room = _power_of_two(stop_ids) - self._stop_ids.shape[1]
+        if room > 0:
+            pad = ((0, 0), (0, room))
+            self._stop_ids = np.pad(self._stop_ids, pad, constant_values=-1)
 
     def tables(self, scheduler: Scheduler) -> decode.Tables:
         """A copy: the device may read it while the next is written."""
