@@ -53,6 +53,12 @@ assert made
     " ('127.0.0.1', PORT))",
     "listen": "socket.create_server(('127.0.0.1', 0))",
     "speak to a server's file": "socket.socket(socket.AF_UNIX).connect(SOCKET)",
+    "speak to servers of datagrams": """
+pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+with contextlib.suppress(FileNotFoundError):  # it could, if there were one
+    pair[0].sendto(b'x', '/nonexistent')
+""",
+    "have a name for others": "socket.socketpair()[0].bind(chr(0) + 'jaxrl')",
     "ask the kernel": "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)",
     "go round by io_uring": "call(NR['io_uring_setup'], 4,"
     " ctypes.create_string_buffer(256))",
@@ -84,6 +90,7 @@ HARMLESS_WITHOUT = (
     "read /etc", "date weights back", "fork", "fork by its number", "start a shell",
     "become another program", "connect",
     "send a packet", "listen", "speak to a server's file", "signal its parent",
+    "speak to servers of datagrams", "have a name for others",
     "signal by ownership", "read installed answers", "have a new name space",
 )  # fmt: skip
 """What these do is done without a sandbox; else their failing says nothing."""

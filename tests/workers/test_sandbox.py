@@ -154,6 +154,12 @@ def test_a_program_reads_and_prints(level):
     assert "took too long" in run("while True: pass", "", sandbox, time.monotonic()).why
 
 
+def test_a_program_may_use_asyncio(level):
+    source = "import asyncio\nasync def f(): print(await asyncio.sleep(0, 3))\n"
+    ran = run(f"{source}asyncio.run(f())", "", Sandbox(level=level, jobs=1))
+    assert ran.stdout == b"3\n"
+
+
 def test_every_run_is_the_same_and_none_sees_another(level):
     sandbox = Sandbox(level=level, jobs=1)
     source = (
@@ -282,6 +288,7 @@ def test_the_probe_finds_what_a_program_could_do(weights, tmp_path):
         "read others' files",
         "start a process",
         "open a socket",
+        "send to local servers",
     ):
         assert name in found
     programs.release()

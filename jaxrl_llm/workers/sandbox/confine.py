@@ -122,7 +122,8 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "sched_setparam": (142, 118), "sched_setattr": (314, 274), "ioprio_set": (251, 30),
     "migrate_pages": (256, 238), "move_pages": (279, 239),
     # network, and what goes round this filter
-    "socket": (41, 198), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426),
+    "socket": (41, 198), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
+    "io_uring_setup": (425, 425), "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
     # the system
     "bpf": (321, 280), "userfaultfd": (323, 282), "keyctl": (250, 219),
@@ -161,6 +162,7 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
 }  # fmt: skip
 _CLONE, _CLONE3, _KILL, _TGKILL = (56, 220), (435, 435), (62, 129), (234, 131)
 _PRLIMIT, _PRCTL, _FCNTL, _IOCTL = (302, 261), (157, 167), (72, 25), (16, 29)
+_SOCKETPAIR = (53, 199)
 _NEWEST = 451
 """What has a higher number was not known when this was written."""
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -169,9 +171,11 @@ _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _CLONE_THREAD = 0x10000
 _SET_DEATH_SIGNAL = 1
 _SET_OWNER = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: signals to others
+_TYPE, _STREAM = 0xF, 1  # of a socket; each packet of other types names its receiver
 _TERMINAL = (0x5412, 0x8901, 0x8902)  # TIOCSTI, FIOSETOWN, SIOCSPGRP
 
 _LOAD, _EQUAL, _GREATER, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
+_AND = 0x54
 _ALLOW, _ERROR, _KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 
@@ -208,6 +212,13 @@ def _filter(pid: int) -> list[bytes]:
         body = [_load(_ARGUMENTS + 8), *tests, _give(_ALLOW)]
         return [_skip_unless(call[column], len(body)), *body]
 
+    pair_of_streams = [
+        _load(_ARGUMENTS + 8),
+        _step(_AND, 0, 0, _TYPE),
+        _step(_EQUAL, 1, 0, _STREAM),
+        denied,
+        _give(_ALLOW),
+    ]
     numbers = [pair[column] for pair in _DENIED.values() if pair[column] is not None]
     return [
         _load(_ARCHITECTURE),
@@ -226,6 +237,8 @@ def _filter(pid: int) -> list[bytes]:
         *first_argument(_PRCTL, _skip_unless(_SET_DEATH_SIGNAL, 1), denied),
         *second_argument(_FCNTL, _SET_OWNER),
         *second_argument(_IOCTL, _TERMINAL),
+        _skip_unless(_SOCKETPAIR[column], len(pair_of_streams)),
+        *pair_of_streams,
         _give(_ALLOW),
     ]
 

@@ -215,6 +215,7 @@ tries = {{
     "start a process": fork,
     "open a socket": lambda: socket.socket().close(),
     "speak to local servers": lambda: socket.socket(socket.AF_UNIX).close(),
+    "send to local servers": lambda: socket.socketpair(type=socket.SOCK_DGRAM),
     "signal its parent": lambda: os.kill(os.getppid(), 0),
     "trace its parent": attach,
     "take all memory": lambda: bytearray(2**31),
