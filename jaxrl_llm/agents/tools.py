@@ -124,6 +124,9 @@ def _checked(call: Call, tools: Sequence[Schema]) -> Call | Mistake:
         names = [name_of(tool) for tool in tools]
         why = f"there is no tool {call.name!r:.100}; there are {', '.join(names)}"
         return Mistake("unknown_tool", why)
+    if _too_deep(call.arguments):
+        why = f"arguments of {call.name}: values stand in more than {_DEEPEST} others"
+        return Mistake("arguments", why)
     parameters = _parameters(tool)
     required = tool["function"].get("parameters", {}).get("required", ())
     wrong = [
@@ -160,6 +163,22 @@ def _kinds(parameter: Schema) -> list[str]:
     return [kinds] if isinstance(kinds, str) else list(kinds)
 
 
+_DEEPEST = 100
+"""Values within values, that no printing or sending of them fails."""
+
+
+def _too_deep(value: Any) -> bool:
+    layer = [value]
+    for _ in range(_DEEPEST):
+        layer = [
+            inner
+            for outer in layer
+            if isinstance(outer, dict | list | tuple | set)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(layer)
+
+
 def _wanted(parameter: Schema) -> str:
     if "enum" in parameter:
         return f"{parameter['enum']}"
@@ -179,6 +198,10 @@ def _fits(value: Any, parameter: Schema) -> bool:
     return any(isinstance(value, _TYPES[kind]) for kind in kinds)
 
 
+_UNREADABLE = (ValueError, RecursionError)
+"""What reading a text raises that is no value, or is one within too many others."""
+
+
 # hermes: {"name": ..., "arguments": {...}} within <tool_call>, as Qwen2.5 and Qwen3.
 
 _TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|\Z)", re.S)
@@ -188,7 +211,7 @@ def _find_hermes(text: str, tools: Sequence[Schema]) -> Iterator[Call | Mistake]
     for match in _TAGGED.finditer(text):
         try:
             yield _from_json(json.loads(match[1]))
-        except ValueError as error:
+        except _UNREADABLE as error:
             yield Mistake("unreadable", f"a tool call is JSON: {error}")
 
 
@@ -224,7 +247,7 @@ def _find_llama(text: str, tools: Sequence[Schema]) -> Iterator[Call | Mistake]:
         try:
             found, end = read(rest)
             yield _from_json(found)
-        except ValueError as error:
+        except _UNREADABLE as error:
             yield Mistake("unreadable", f"a tool call is JSON: {error}")
             return
         rest = rest[end:].lstrip("; \n")
@@ -272,7 +295,7 @@ def _typed(text: str, parameter: Schema) -> Any:
         return text
     try:
         return json.loads(text)
-    except ValueError:
+    except _UNREADABLE:
         return {"True": True, "False": False, "None": None}.get(text.strip(), text)
 
 
@@ -336,7 +359,7 @@ def _from_python(name: str, inside: str, tools: Sequence[Schema]) -> Call | Mist
             arguments[keyword.arg or "**"] = ast.literal_eval(keyword.value)
         if not _is_text(tool) or isinstance([*arguments.values(), ""][0], str):
             return Call(name, arguments)
-    except (ValueError, SyntaxError, AttributeError, RecursionError, MemoryError):
+    except (*_UNREADABLE, SyntaxError, AttributeError, MemoryError):
         pass
     if _is_text(tool):
         text = inside.strip().removeprefix(f"{parameters[0]}=").strip()

@@ -152,6 +152,28 @@ def test_what_cannot_be_read_is_said(format, text):
     assert isinstance(found, Mistake) and found.kind == "unreadable" and found.why
 
 
+@pytest.mark.parametrize(
+    "format, text",
+    [
+        ("hermes", "<tool_call>" + "[" * 10**5),
+        ("hermes", '<tool_call>{"name": "add", "arguments": "' + "[" * 10**5 + '"}'),
+        (
+            "hermes",
+            '<tool_call>{"name": "add", "arguments": {"numbers": '
+            + "[" * 300
+            + "]" * 300
+            + "}}",
+        ),
+        ("llama", '{"name":' * 10**5),
+        ("qwen3_coder", "<function=add><parameter=numbers>" + "[" * 10**5),
+        ("bracket", "[add(" + "-" * 10**5 + "1)]"),
+    ],
+)
+def test_values_within_values_without_end_are_a_mistake(format, text):
+    [found] = read(format, text)
+    assert isinstance(found, Mistake) and found.why
+
+
 def test_a_call_that_a_stop_string_cut_off_is_whole():
     text = WRITTEN["hermes"].rpartition("\n</tool_call>")[0]
     assert read("hermes", text) == BOTH
