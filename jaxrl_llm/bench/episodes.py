@@ -34,7 +34,7 @@ from jaxrl_llm.sharding import hardware
 from jaxrl_llm.tracking import performance
 
 _SIGMA = 1.0
-"""Of the lognormal distribution of an environment's seconds."""
+"""Spread of the logarithm of an environment's seconds, a lognormal number."""
 
 
 def main(
