@@ -57,7 +57,8 @@ class Switchboard:
     ) -> Future[Outcome]:
         """Begins a call of a worker that is in none; it may not have started yet.
 
-        The future raises `WorkerError` if the worker does not get ready.
+        The future raises `WorkerError` if the worker does not get ready, and whatever
+        is raised where the call cannot be begun.
         """
         future: Future[Outcome] = Future()
         if isinstance(worker, Inline):
@@ -92,9 +93,11 @@ class Switchboard:
         try:
             self._watch()
         except BaseException as error:  # noqa: BLE001 - nobody may wait for ever
+            with self._lock:
+                self._closed = True
             for call in [*self._calls, *self._new]:
-                call.future.set_exception(error)
-            self._closed = True
+                if not call.future.done():
+                    call.future.set_exception(error)
 
     def _watch(self) -> None:
         ready: list[Any] = []
@@ -113,7 +116,7 @@ class Switchboard:
         """Goes on with a call as far as it can; whether it is over."""
         try:
             outcome = self._step(call, ready)
-        except WorkerError as error:
+        except Exception as error:  # noqa: BLE001 - of this call, and of no other
             call.future.set_exception(error)
             return True
         if outcome is None:

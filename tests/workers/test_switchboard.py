@@ -70,6 +70,36 @@ def test_processes_start_side_by_side_and_one_that_cannot_says_why(board):
         worker.close()
 
 
+class Unable(Thread):
+    """Cannot be called."""
+
+    def begin(self, arguments, limit_s):
+        raise OSError(24, "Too many open files")
+
+
+def test_a_call_that_cannot_be_begun_fails_by_itself(board):
+    gate = threading.Event()
+    waiting = board.call(Thread(lambda: gate.wait(S), "slow"), {}, S)
+    unable = Unable(twice, "unable")
+    with pytest.raises(OSError, match="Too many open files"):
+        board.call(unable, {"x": 1}, S).result(S)
+    unable.close()
+    assert board.call(Thread(twice, "quick"), {"x": 1}, S).result(S) == Returned(2)
+    gate.set()
+    assert waiting.result(S) == Returned(True)
+
+
+def test_a_board_that_ends_by_itself_leaves_nobody_waiting(board, monkeypatch):
+    gate = threading.Event()
+    monkeypatch.setattr(board, "_wait", lambda: 1 / 0)
+    waiting = board.call(Thread(lambda: gate.wait(S), "slow"), {}, S)
+    with pytest.raises(ZeroDivisionError):
+        waiting.result(S)
+    gate.set()
+    with pytest.raises(RuntimeError, match="closed"):
+        board.call(Thread(twice, "late"), {"x": 1}, S)
+
+
 def test_a_closed_board_leaves_nobody_waiting():
     board, gate = Switchboard(), threading.Event()
     waiting = board.call(Thread(lambda: gate.wait(S), "slow"), {}, S)
