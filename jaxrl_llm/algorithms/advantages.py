@@ -11,7 +11,9 @@ not pass there.
 
 Wherever a group is compared with itself, equal rewards give exactly 0, and a group of
 one gets 0: it has nothing to be compared with. (veRL returns its raw reward, which
-trains on a response without a baseline.)
+trains on a response without a baseline.) Where lengths are given, a response of length
+0 is none of its group, and the others have the advantages that they had without it; its
+reward is what `of_others` gives.
 
 Shapes: P = prompts, G = responses to each; R = rows, T = tokens in a row; S = sequences
 of the batch. Units: rewards, unless divided by a deviation.
@@ -27,7 +29,11 @@ from jaxrl_llm.algorithms import masked
 
 
 def grpo(
-    rewards: Float[Array, "P G"], *, normalize_by_std: bool, eps: float = 1e-6
+    rewards: Float[Array, "P G"],
+    lengths: Int[Array, "P G"] | None = None,
+    *,
+    normalize_by_std: bool,
+    eps: float = 1e-6,
 ) -> Float[Array, "P G"]:
     """Reward relative to the other responses to the same prompt.
 
@@ -43,11 +49,15 @@ def grpo(
     Liu et al. 2025 (arXiv:2503.20783). The divisor and `eps` are veRL's.
     """
     centred = _centred(rewards)
-    return centred / (_std(rewards) + eps) if normalize_by_std else centred
+    return centred / (_std(rewards, lengths) + eps) if normalize_by_std else centred
 
 
 def grpo_passk(
-    rewards: Float[Array, "P G"], *, normalize_by_std: bool, eps: float = 1e-6
+    rewards: Float[Array, "P G"],
+    lengths: Int[Array, "P G"] | None = None,
+    *,
+    normalize_by_std: bool,
+    eps: float = 1e-6,
 ) -> Float[Array, "P G"]:
     """Only the best response of a group counts: by how much it beats the second best.
 
@@ -62,11 +72,15 @@ def grpo_passk(
         raise ValueError(
             f"grpo_passk needs at least 2 responses per prompt, got {rewards.shape[1]}"
         )
-    order = jnp.sort(rewards, axis=1)
-    lead = order[:, -1:] - order[:, -2:-1]
+    counted, count = rewards, rewards.shape[1]
+    if lengths is not None:
+        counted = jnp.where(lengths > 0, rewards, -jnp.inf)
+        count = _count(lengths)
+    order = jnp.sort(counted, axis=1)
+    lead = jnp.where(count > 1, order[:, -1:] - order[:, -2:-1], 0.0)
     if normalize_by_std:
-        lead = lead / (_std(rewards) + eps)
-    best = jax.nn.one_hot(jnp.argmax(rewards, axis=1), rewards.shape[1])
+        lead = lead / (_std(rewards, lengths) + eps)
+    best = jax.nn.one_hot(jnp.argmax(counted, axis=1), rewards.shape[1])
     return best * lead
 
 
@@ -138,13 +152,15 @@ def gdpo(
     return jnp.where(jnp.any(judged, axis=0), found, 0.0)
 
 
-def rloo(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
+def rloo(
+    rewards: Float[Array, "P G"], lengths: Int[Array, "P G"] | None = None
+) -> Float[Array, "P G"]:
     """Reward minus the mean of the others' in the group: G / (G - 1) * (reward - mean).
 
     Source: Ahmadian et al. 2024 (arXiv:2402.14740).
     """
-    G = rewards.shape[1]
-    return _centred(rewards) * (G / max(G - 1, 1))
+    G = jnp.float32(rewards.shape[1]) if lengths is None else _count(lengths)
+    return _centred(rewards) * (G / jnp.maximum(G - 1, 1))
 
 
 def opo(
@@ -163,15 +179,18 @@ def opo(
     return shifted - jnp.sum(lengths * shifted, axis=1, keepdims=True) / total
 
 
-def gpg(rewards: Float[Array, "P G"]) -> Float[Array, "P G"]:
+def gpg(
+    rewards: Float[Array, "P G"], lengths: Int[Array, "P G"] | None = None
+) -> Float[Array, "P G"]:
     """Reward minus the group's mean, scaled up for responses that earned nothing.
 
         advantage = P * G / (number of rewards that are not 0) * (reward - mean)
 
     Source: Chu et al. 2025 (arXiv:2504.02546).
     """
-    earned = jnp.maximum(jnp.count_nonzero(rewards), 1)
-    return _centred(rewards) * (rewards.size / earned)
+    counted = jnp.ones(rewards.shape, bool) if lengths is None else lengths > 0
+    earned = jnp.maximum(jnp.count_nonzero(jnp.where(counted, rewards, 0.0)), 1)
+    return _centred(rewards) * (jnp.count_nonzero(counted) / earned)
 
 
 def reinforce_plus_plus_baseline(
@@ -376,6 +395,19 @@ def at_turn_ends(
     return jnp.where(mask & ~(right & same), found, 0.0)
 
 
+def of_others(
+    rewards: Float[Array, "P G"], lengths: Int[Array, "P G"]
+) -> Float[Array, "P G"]:
+    """Rewards in which a response of length 0 has the mean of the others of its group:
+    the mean of all is theirs. 0 where the group has no other."""
+    there = lengths > 0
+    centred, _ = _among(rewards, there, axis=1)
+    first = jnp.argmax(there, axis=1, keepdims=True)
+    mean = jnp.take_along_axis(rewards - centred, first, axis=1)
+    mean = jnp.where(jnp.any(there, axis=1, keepdims=True), mean, 0.0)
+    return jnp.where(there, rewards, mean)
+
+
 def pf_ppo_weights(
     rewards: Float[Array, " B"],
     method: Literal["pow", "max_min", "max_random"],
@@ -419,10 +451,19 @@ def _centred(rewards):
     return shifted - shifted.mean(axis=1, keepdims=True)
 
 
-def _std(rewards):
+def _std(rewards, lengths=None):
     """Unbiased deviation of each group; 0 for a group of one."""
-    shifted = rewards - rewards[:, :1]
-    return shifted.std(axis=1, ddof=min(1, rewards.shape[1] - 1), keepdims=True)
+    shifted, G = rewards - rewards[:, :1], rewards.shape[1]
+    found = shifted.std(axis=1, ddof=min(1, G - 1), keepdims=True)
+    if lengths is None:
+        return found
+    # Those of length 0 stand at the mean: they add to the divisor alone.
+    return found * jnp.sqrt(max(G - 1, 1) / jnp.maximum(_count(lengths) - 1, 1))
+
+
+def _count(lengths):
+    """Responses of each group that count, float32."""
+    return jnp.sum(lengths > 0, axis=1, keepdims=True, dtype=jnp.float32)
 
 
 def _among(values, there, axis):

@@ -75,7 +75,8 @@ ESTIMATOR_ARRAYS = (
     "num_turns",
 )
 """What an estimator may take. Of P prompts with G responses each: `rewards` and
-`lengths` [P, G], `baselines` [P] (the reward of a greedy response to each prompt),
+`lengths` [P, G] (0 for one that nothing is learned from, whose reward is then the mean
+of the others), `baselines` [P] (the reward of a greedy response to each prompt),
 `rewards_by_function` [K, P, G], `judged` [K, P, G] (False where a function returned
 None, and its reward is 0) and `reward_weights` [K]. Of R rows of T tokens:
 `token_rewards` (the reward on the last token of its response, less a KL penalty),
@@ -299,14 +300,14 @@ ESTIMATORS = {
         Estimator(
             name="grpo",
             function=_ADVANTAGES + "grpo",
-            needs=("rewards",),
+            needs=("rewards", "lengths"),
             parameters=("normalize_by_std",),
             group=True,
         ),
         Estimator(
             name="grpo_passk",
             function=_ADVANTAGES + "grpo_passk",
-            needs=("rewards",),
+            needs=("rewards", "lengths"),
             parameters=("normalize_by_std",),
             group=True,
         ),
@@ -339,7 +340,7 @@ ESTIMATORS = {
         Estimator(
             name="rloo",
             function=_ADVANTAGES + "rloo",
-            needs=("rewards",),
+            needs=("rewards", "lengths"),
             group=True,
         ),
         Estimator(
@@ -356,7 +357,7 @@ ESTIMATORS = {
         Estimator(
             name="gpg",
             function=_ADVANTAGES + "gpg",
-            needs=("rewards",),
+            needs=("rewards", "lengths"),
             group=True,
         ),
         Estimator(

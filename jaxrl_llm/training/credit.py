@@ -123,9 +123,10 @@ def _offered(
     def of_responses(x):
         return masked.sequence_sum(x, mask, ids, count).reshape(P, G)
 
+    lengths = of_responses(mask.astype(jnp.int32))
     return {
-        "rewards": lambda: of_responses(token_rewards),
-        "lengths": lambda: of_responses(mask.astype(jnp.int32)),
+        "rewards": lambda: advantages.of_others(of_responses(token_rewards), lengths),
+        "lengths": lambda: lengths,
         "baselines": lambda: judged.baselines,
         "rewards_by_function": lambda: jnp.nan_to_num(judged.by_function),
         "judged": lambda: ~jnp.isnan(judged.by_function),

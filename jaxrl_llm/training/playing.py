@@ -201,7 +201,7 @@ def mask_unjudged(
 def without_masked(scores: Scores, episodes: Sequence[Sequence[Episode]]) -> Scores:
     """Scores in which an episode that is masked is judged by nothing and stands where
     the others of its group are on average, so that they are compared with one another
-    alone (but for the deviation, whose divisor counts it)."""
+    alone."""
     masked = np.array([[one.masked for one in group] for group in episodes])
     if not masked.any():
         return scores

@@ -267,3 +267,61 @@ def test_what_was_cut_off_counts_in_no_loss():
     mean = masked.token_mean(per_token, jnp.asarray(found.response_mask))
     others = np.asarray(per_token)[rows.response_mask & ~is_cut]
     np.testing.assert_allclose(mean, others.mean(), rtol=1e-5)
+
+
+def among_others(lengths):
+    """Advantages of rewards 1, 0 and 1 that are a whole group, by estimator."""
+    rewards = np.array([1.0, 0, 1])
+    each = rewards - rewards.mean()
+    std = rewards.std(ddof=1)
+    tokens = np.repeat(each, lengths)
+    white = (each - tokens.mean()) / tokens.std(ddof=1)
+    return {
+        "grpo": each / std,
+        "grpo_passk": 0 * each,
+        "turn_grpo": each / std,
+        "gdpo": white,
+        "reinforce_plus_plus_baseline": white,
+        "rloo": 1.5 * each,
+        "opo": rewards - (rewards * lengths).sum() / lengths.sum(),
+        "gpg": 1.5 * each,
+        "remax": rewards - 0.5,
+    }
+
+
+@pytest.mark.parametrize("estimator", among_others(np.array([5, 2, 7])))
+def test_what_is_masked_is_none_of_its_group(estimator):
+    """Of two groups of four; of the second, nobody has judged any."""
+    rows = packing.make_rows(PROMPTS, EPISODES, np.zeros_like(REWARDS))
+    lengths, by_turn = LENGTHS.reshape(2, 4), estimator == "turn_grpo"
+
+    def credited(rewards, out):
+        out = np.array([out, [True] * 4])
+        given = np.where(out, np.float32(np.nan), np.array([rewards] * 2, np.float32))
+        judged = estimate.Judged(
+            rewards=np.nan_to_num(given),
+            by_function=given[None],
+            weights=np.ones(1, np.float32),
+            baselines=np.full(2, 0.5, np.float32),
+            turn_rewards=np.nan_to_num(given)[..., None] if by_turn else None,
+            num_turns=np.where(out, 0, 1).astype(np.int32) if by_turn else None,
+        )
+        there = estimate.without(rows, out.ravel().tolist())
+        algorithm = AlgorithmConfig(adv_estimator=estimator)
+        found, _ = jax.device_get(
+            estimate.advantages_of(there, judged, algorithm=algorithm)
+        )
+        found = estimate.per_response(found, (2, 4))
+        assert not found[out].any()
+        return found[0]
+
+    left = [False, False, True, False]
+    got = credited([1, 0, 9, 1], left)[[0, 1, 3]]
+    wanted = among_others(lengths[0, [0, 1, 3]])[estimator]
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    if estimator != "remax":
+        assert not credited([1, 1, 9, 1], left).any()
+        assert not credited([1, 9, 9, 9], [False, True, True, True]).any()
+    if estimator == "grpo_passk":
+        got = credited([1, 0, 9, 9], [False, False, True, True])
+        np.testing.assert_allclose(got, [2**0.5, 0, 0, 0], rtol=1e-5)
