@@ -209,7 +209,9 @@ class Hosted(Environments):
         """Carries out what the policy calls, or has an environment read its words."""
         episode = self._episodes[key]
         episode.text = text
-        found = tools.calls(self._format, text, episode.kind.schemas)
+        schemas = episode.kind.schemas
+        # Without any, what looks like a call is a word to the environment.
+        found = tools.calls(self._format, text, schemas) if schemas else ()
         if found:
             return self._run(episode, found)
         if not episode.kind.steps:

@@ -220,6 +220,16 @@ def test_text_is_answered_with_text(hosted, kind):
     assert environments.close((0, 0)).result(S).reward == 1.5
 
 
+@pytest.mark.parametrize("format", tools.FORMATS)
+def test_all_text_is_an_environment_s_that_has_no_tools(hosted, format):
+    environments = hosted(environment=Steps, format=format)
+    opened(environments)
+    text = '[f(1)] {"name": 1} <tool_call><function=f></tool_call>'
+    for index, written in enumerate((text, text[7:])):
+        reply = said(environments, written)
+        assert contents(reply) == [f"{index + 1}: {written}"] and not reply.failures
+
+
 def test_an_environment_s_own_limit_is_one_of_turns(hosted):
     environments = hosted(environment=Steps, params={"kind": "cut"})
     opened(environments)
@@ -445,6 +455,28 @@ def test_a_process_of_its_own_is_seeded_and_takes_no_other_with_it(hosted):
         environments.close((0, i)).result(S)
     again, process = numbers((1, 0), 7)
     assert again == one and process in processes  # one that was free
+
+
+class Maker:
+    """Draws when it is made."""
+
+    def __init__(self):
+        self.made = random.random()
+
+    def reset(self):
+        return f"{random.random()}"
+
+    def step(self, text):
+        raise AssertionError
+
+
+def test_random_numbers_do_not_depend_on_whether_a_worker_is_new(hosted):
+    environments = hosted(environment=Maker, isolation="process", workers=1)
+    words = []
+    for _ in range(2):
+        words.append(opened(environments, seed=7).messages[-1]["content"])
+        environments.close((0, 0)).result(S)
+    assert words[0] == words[1]
 
 
 class Dice:
