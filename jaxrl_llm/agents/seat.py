@@ -70,6 +70,8 @@ class Seat:
             _seed_everything(seed)
         if self.instance is None:
             self.instance = self._make(**self._params)
+            if self._alone:  # making it may have drawn, and imported numpy
+                _seed_everything(seed)
         given = {"seed": seed, **columns}
         words = self._finished(self.instance.reset(**taken(self.instance.reset, given)))
         return words[0] if isinstance(words, tuple) else words  # Gymnasium adds info
