@@ -121,6 +121,8 @@ def limits_of(config: Config) -> Limits:
         max_tokens=config.longest_response,
         max_prompt_length=config.data.max_prompt_length,
         together=agent.reproducible,
+        # All openings are waited for, and one without a worker would never come.
+        at_once=agent.workers if agent.reproducible else None,
         masked=frozenset(name for name, how in policy.items() if how == "mask"),
         retried=frozenset(name for name, how in policy.items() if how == "retry"),
         max_retries=agent.max_retries,
