@@ -168,6 +168,8 @@ class _Playing:
             own = tokens if i == 0 else ()
             text = str(message.get("content", ""))
             self.turns.append(Turn.observed(str(message["role"]), own, text))
+        if tokens and not messages:  # what the template alone puts between two turns
+            self.turns.append(Turn.observed("user", tokens, ""))
         self.tokens += tokens
 
     def ended(self, outcome: Outcome, masked: bool) -> Episode:

@@ -93,6 +93,20 @@ def test_every_turn_reads_exactly_the_tokens_before_it():
             assert did.prefilled == sum(len(r.tokens) - 1 for r in seen)
 
 
+def test_a_reply_without_words_leaves_what_the_template_puts_between_turns():
+    def script(key, seed, turn):
+        return Reply(ended="completed" if turn else None)
+
+    [[episode]], engine, _ = played(script, prompts=1, samples=1)
+    first, between, _ = episode.turns
+    assert between.tokens.tolist() == [TURN] and not between.response_mask.any()
+    assert engine.requests[1].tokens == (
+        *episode.opening_tokens,
+        *first.tokens,
+        *between.tokens,
+    )
+
+
 def told(groups):
     """All that is known of episodes, to be compared."""
     return [
