@@ -20,7 +20,7 @@ pipeline: .venv/quickstart
 	$(BIN)/jaxrl rm configs/pipeline_smollm2_cpu/rm.yaml
 	$(BIN)/jaxrl train configs/pipeline_smollm2_cpu/ppo.yaml
 
-## SmolLM2-135M learns to use a calculator, and to find a number by halving, on two CPU
+## SmolLM2-135M learns to use a calculator, and plays higher_lower, on two CPU
 ## cores. See docs/tasks/agents.md.
 agents: .venv/quickstart
 	for game in calculator higher_lower; do \
