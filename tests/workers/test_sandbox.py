@@ -264,6 +264,24 @@ def test_tests_that_fail_by_themselves_are_an_error(tests, cause, level):
         verdicts([("def f(x): return x", tests)], Sandbox(level=level))
 
 
+def test_tests_of_a_built_in_name_are_about_the_program_s(level):
+    tests = Calling(setup="import math", tests=("assert math.isclose(sum(10, 15), 6)",))
+    right, wrong = "def sum(a, b): return 6", "def sum(a, b): return 7"
+    by_name = calls("sum", [[10, 15]], [6])
+    forged = Calling(tests=("assert abs(f(2) - 4) < 1", "assert all([f(2) == 4])"))
+    hijacks = "abs = lambda x: 0\nall = lambda x: True\ndef f(x): return 9"
+    jobs = [(source, tests) for source in (right, wrong, "def f(): pass", "1 / 0")]
+    jobs += [(right, by_name), (wrong, by_name), (hijacks, forged)]
+    found = verdicts(jobs, Sandbox(level=level), all_tests=True)
+    assert [verdict.passed for verdict in found] == [1, 0, 0, 0, 1, 0, 0]
+
+
+def test_what_a_program_returned_to_an_earlier_test_is_its_own_failure(level):
+    tests = Calling(tests=("r = f()", "assert r + 1 == 2"))
+    (found,) = verdicts([("def f(): pass", tests)], Sandbox(level=level))
+    assert (found.passed, found.of) == (1, 2) and "TypeError" in found.why
+
+
 def test_what_a_program_breaks_in_the_set_up_is_its_own_failure(level):
     tests = Calling(setup="x = f(1) + 1", tests=("assert x == 2",))
     found = verdicts([("def f(x): pass", tests), ("1/0", tests)], Sandbox(level=level))

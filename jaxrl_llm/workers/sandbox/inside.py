@@ -9,6 +9,7 @@ This module runs inside the jail: standard library only. Two of its processes sp
 each other in frames (`remote`), to the outside in packets of JSON.
 """
 
+import ast
 import atexit
 import builtins
 import contextlib
@@ -28,7 +29,7 @@ import sys
 import threading
 import traceback
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from jaxrl_llm.workers.sandbox import confine, remote
@@ -232,14 +233,13 @@ def _verdict(tests: remote.Tests, payload: Mapping[str, Any]) -> dict[str, Any]:
         exec(compile(payload["setup"], "tests", "exec"), names)
     except BaseException as error:  # noqa: BLE001 - tests are somebody's too
         return said | {"why" if tests.count else "broken": _text(error)}
-    names.leave_to_the_program()
+    names.leave_to_the_program(_builtins_tested(payload))
     for code in codes:
-        before = tests.count
         try:
             exec(code, names)
             passed.append(True)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it has failed
-            judged = isinstance(error, AssertionError) or tests.count > before
+            judged = isinstance(error, AssertionError) or tests.count
             if isinstance(error, remote.NotPlain) or not judged:
                 return said | {"broken": _text(error)}
             said["why"] = said["why"] or _text(error)
@@ -259,20 +259,57 @@ class _Names(dict):
     def __init__(self, tests: remote.Tests, programs: Mapping[str, str]):
         super().__init__(__name__="tests", __builtins__=builtins)
         self._tests, self._programs = tests, programs
+        self._tested: Set[str] = frozenset()
 
-    def leave_to_the_program(self) -> None:
+    def leave_to_the_program(self, builtins_tested: Set[str]) -> None:
         """Forgets what stands in the set-up only to be completed, as the beginning of a
-        function does."""
+        function does. `builtins_tested` are the program's where it defines them."""
         for name in self._programs:
             self.pop(name, None)
+        self._tested = builtins_tested
 
     def __missing__(self, name: str) -> Any:
+        if name in self._tested:
+            try:
+                self[name] = found = self._tests.name(name)
+                return found
+            except NameError:
+                raise KeyError(name) from None
         if hasattr(builtins, name) or name.startswith("__"):
             raise KeyError(name)
         found = self._tests.name(self._programs.get(name, name))
         if isinstance(found, remote.Remote):
             self[name] = found
         return found
+
+
+def _builtins_tested(payload: Mapping[str, Any]) -> Set[str]:
+    """Built-in functions that tests call and that the program may have defined anew.
+
+    None if they use any other name of the program's: then they mean Python's own, and
+    a program that defines `all` or `abs` passes no test by that.
+    """
+    used, defined = set(), set()
+    for node in ast.walk(ast.parse("\n".join([payload["setup"], *payload["tests"]]))):
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                used.add(name)
+            case ast.alias(name=name, asname=other):
+                defined.add(other or name.partition(".")[0])
+            case ast.Name(id=name) | ast.arg(arg=name):
+                defined.add(name)
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                defined.add(name)
+            case ast.AsyncFunctionDef(name=name) | ast.ExceptHandler(name=name):
+                defined.add(name)
+    used -= defined
+    if payload["programs"] or not all(hasattr(builtins, name) for name in used):
+        return frozenset()
+    return {
+        name
+        for name in used
+        if isinstance(getattr(builtins, name), types.BuiltinFunctionType)
+    }
 
 
 def _text(error: BaseException) -> str:

@@ -337,6 +337,7 @@ def calls(
     cases = json.dumps([list(arguments), list(results)])
     return Calling(
         setup=_CALLS.format(name=name, cases=cases),
+        programs={"_asked": name},
         tests=tuple(f"_check({number})" for number in range(len(results))),
     )
 
@@ -349,7 +350,7 @@ def _function():
     try:
         solution = Solution
     except NameError:
-        return {name}
+        return _asked
     return solution().{name}
 
 def _lists(value):
