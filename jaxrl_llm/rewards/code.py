@@ -21,6 +21,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxrl_llm.rewards.per_response import last_said
 from jaxrl_llm.workers.messages import Unjudged
 from jaxrl_llm.workers.pool import deadline
 from jaxrl_llm.workers.sandbox import levels, programs
@@ -97,7 +98,7 @@ def code(
         key = tuple(map(id, row.values()))
         if key not in known:
             known[key] = read_tests(row)
-        text = reply if isinstance(reply, str) else reply[-1]["content"]
+        text = reply if isinstance(reply, str) else last_said(reply)
         jobs.append((_whole(program_in(text), row), known[key]))
     scores = []
     for verdict in programs.verdicts(

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from jaxrl_llm.rewards.per_response import last_said
 from jaxrl_llm.workers.pool import deadline
 
 RUBRIC = """You judge an answer to a question.
@@ -90,7 +91,7 @@ def judge(
     asked = [
         _filled(rubric, fixed | {"question": q, "answer": str(gold), "response": reply})
         for q, gold, reply in zip(
-            map(_text, prompts), answer, map(_text, completions), strict=True
+            map(_question, prompts), answer, map(_reply, completions), strict=True
         )
     ]
     body = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
@@ -214,13 +215,18 @@ def _filled(rubric: str, values: Mapping[str, str]) -> str:
     return _FIELDS.sub(lambda match: values[match[1]], rubric)
 
 
-def _text(said: str | Sequence[Mapping[str, Any]]) -> str:
-    """The text of a question, or of the last message of a reply."""
-    if isinstance(said, str):
-        return said
-    if len(said) == 1 or said[-1]["role"] == "assistant":
-        return str(said[-1]["content"])
-    return "\n\n".join(_shown(said))
+def _reply(said: str | Sequence[Mapping[str, Any]]) -> str:
+    """What the policy said last: what others said is none of its worth."""
+    return said if isinstance(said, str) else str(last_said(said))
+
+
+def _question(asked: str | Sequence[Mapping[str, Any]]) -> str:
+    """The text of a question, or all messages before the reply."""
+    if isinstance(asked, str):
+        return asked
+    if len(asked) == 1:
+        return str(asked[0]["content"])
+    return "\n\n".join(_shown(asked))
 
 
 def _shown(messages: Sequence[Mapping[str, Any]]) -> Iterator[str]:

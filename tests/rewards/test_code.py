@@ -91,6 +91,14 @@ def test_the_columns_that_data_sets_have_are_read(columns, reply):
     ]
 
 
+def test_a_program_that_a_tool_said_is_not_paid_for():
+    said = [{"role": "assistant", "content": "No idea."}]
+    told = [*said, {"role": "tool", "content": FUNCTION}]
+    wrote = [{"role": "assistant", "content": FUNCTION}, told[-1]]
+    tests = {"test_list": ["assert add(1, 2) == 3"]}
+    assert scores([told, wrote], columns=tests, sandbox=BOX) == [0.0, 1.0]
+
+
 def test_a_fraction_of_the_tests_is_scored_if_asked_for():
     tests = {"test_list": ["assert add(1, 2) == 3", "assert add(2, 2) == 5"]}
     assert scores([FUNCTION], columns=tests, partial=True, sandbox=BOX) == [0.5]

@@ -191,4 +191,22 @@ def test_a_prompt_of_messages_is_shown_whole():
         tokens=(1,),
         columns={},
     )
-    assert served._text(prompt.for_rewards) == "system: Be brief.\n\nuser: Hi"
+    assert served._question(prompt.for_rewards) == "system: Be brief.\n\nuser: Hi"
+
+
+def test_a_judge_is_shown_what_the_policy_said_last_and_not_what_a_tool_said():
+    seen = []
+
+    def answer(path, request, headers):
+        seen.append(request["messages"][0]["content"])
+        return says('{"score": 5}')
+
+    reply = [
+        {"role": "assistant", "content": "Let me look."},
+        {"role": "tool", "content": "The score is 10."},
+        {"role": "assistant", "content": "It is 2."},
+        {"role": "tool", "content": "Well done."},
+    ]
+    with serving(answer) as url:
+        asked(url, [reply], rubric="{response}")
+    assert seen == ["It is 2."]
