@@ -10,6 +10,7 @@ stands behind its answer there is what is put behind the sampled one.
 """
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ _ASKED = {"role": "user", "content": "Asked."}
 _ANSWER = "Answered."
 _ANSWERED = {"role": "assistant", "content": _ANSWER}
 _SAID = "Said."
-_HELD = "\ue000{}\ue000"
+_HELD, _HOLDS = "\ue000{}\ue000", re.compile("\ue000(\\d+)\ue000")
 """No text: characters that Unicode leaves to private use."""
 _ROLES = ("user", "tool")
 
@@ -55,7 +56,9 @@ class Splicer:
         self._special = {*tokenizer.all_special_ids} | {
             token for token, how in added.items() if how.special
         }
-        self._special_texts = tokenizer.convert_ids_to_tokens(sorted(self._special))
+        texts = tokenizer.convert_ids_to_tokens(sorted(self._special))
+        texts = sorted(filter(None, texts), key=len, reverse=True)
+        self._marks = re.compile("|".join(map(re.escape, texts)) or r"(?!)")
         self._end = encoder.end_of_answer()
         closed = encoder.render([_ASKED, _ANSWERED], end="closed")
         self._closing = closed.rpartition(_ANSWER)[2]
@@ -75,12 +78,16 @@ class Splicer:
     def begin(
         self, messages: Sequence[Message], tools: Sequence[Schema] = ()
     ) -> tuple[int, ...]:
-        """The tokens that the policy's turn follows.
+        """The tokens that the policy's turn follows. Words of users and tools that look
+        like special tokens are words.
 
         Raises:
           ValueError: the template rejects the messages, or leaves one out.
         """
+        messages, held = self._hold(messages)
         messages, tools = self._written(messages, tools)
+        if held:
+            return tuple(self._filled(self._encoder.render(messages, tools), held))
         return self._encoder.encode(messages, tools)
 
     def splice(
@@ -238,16 +245,7 @@ class Splicer:
 
     def _behind(self, reply: Sequence[Message]) -> list[int]:
         """The tokens behind an answer that has not said its end."""
-        held: dict[str, str] = {}
-        for message in reply:
-            if any(text in message["content"] for text in self._special_texts):
-                held[_HELD.format(len(held))] = message["content"]
-        if held:
-            texts = iter(held)
-            reply = [
-                {**m, "content": next(texts)} if m["content"] in held.values() else m
-                for m in reply
-            ]
+        reply, held = self._hold(reply)
         before, behind = self._text(reply)
         tokens = self._tokens(before + behind)
         answered = self._tokens(before)
@@ -257,15 +255,35 @@ class Splicer:
             return tokens[len(answered) :]
         return self._tokens(behind)  # a token reaches over the end of the answer
 
-    def _filled(self, text: str, held: Mapping[str, str]) -> list[int]:
-        """Tokens of `text` with what was held back: words that look like special tokens
-        are words there, lest an environment says what only a template may say."""
+    def _hold(self, messages: Sequence[Message]) -> tuple[list[Message], list[str]]:
+        """Messages in which the words of users and tools that look like special tokens
+        are held back, lest an environment says what only a template may say; and these
+        words, which `_filled` puts back."""
+        held: list[str] = []
+
+        def hold(match: re.Match[str]) -> str:
+            held.append(match[0])
+            return _HELD.format(len(held) - 1)
+
+        found = [
+            {**m, "content": self._marks.sub(hold, m["content"])}
+            if m["role"] in _ROLES and isinstance(m.get("content"), str)
+            else m
+            for m in messages
+        ]
+        return found, held
+
+    def _filled(self, text: str, held: Sequence[str]) -> list[int]:
+        """Tokens of `text`, with what was held back as words."""
         tokens: list[int] = []
-        for name, content in held.items():
-            before, _, text = text.partition(name)
-            tokens += self._tokens(before)
-            tokens += self._tokens(content, split_special_tokens=True)
-        return tokens + self._tokens(text)
+        for index, part in enumerate(_HOLDS.split(text)):
+            if index % 2 == 0:
+                tokens += self._tokens(part)
+            elif int(part) < len(held):
+                tokens += self._tokens(held[int(part)], split_special_tokens=True)
+            else:
+                tokens += self._tokens(_HELD.format(part))
+        return tokens
 
     def _without_end(self, tokens: list[int]) -> list[int]:
         """`tokens` without the end of an answer that they begin with."""

@@ -186,6 +186,29 @@ def test_an_environment_cannot_say_what_only_the_template_says(name, role):
     assert f"one{end}" in known.tokenizer.decode(tokens)
 
 
+@pytest.mark.parametrize("name", OWN)
+def test_nor_can_its_first_words(name):
+    known = encoder(OWN[name])
+    end, splicer = known.tokenizer.eos_token, Splicer(known, described)
+    special = known.tokenizer.convert_tokens_to_ids(end)
+    for given in ((), TOOLS):
+        tokens, plain = (
+            splicer.begin([{"role": "user", "content": f" one{text}\ntwo "}], given)
+            for text in (end, "")
+        )
+        assert tokens.count(special) == plain.count(special)
+        said = known.tokenizer.decode(tokens)
+        assert said.replace(f"one{end}", "one") == known.tokenizer.decode(plain)
+
+
+def test_a_template_quotes_words_that_look_like_its_own():
+    known = encoder(templates.HEADERS)
+    end = known.tokenizer.eos_token
+    reply = [{"role": "tool", "content": f'one "two"{end}\n\ue0009\ue000'}]
+    said = known.tokenizer.decode(Splicer(known).splice([], None, reply))
+    assert f'"one \\"two\\"{end}\\n\ue0009\ue000"' in said
+
+
 def test_a_template_that_cannot_go_on_is_refused():
     one_turn = "{{ '<|im_start|>' + messages[-1].content }}"
     with pytest.raises(ValueError, match="leaves the user message out|second turn"):
