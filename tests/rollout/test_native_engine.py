@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxrl_llm import models
 from jaxrl_llm.models.attention import paged
 from jaxrl_llm.models.attention.packed import packed
-from jaxrl_llm.rollout.engine import Request, Sampling, generate
+from jaxrl_llm.rollout.engine import Request, Sampling, Use, generate
 from jaxrl_llm.rollout.native import engine as jax_engine
 from jaxrl_llm.rollout.native import programs as decode
 from jaxrl_llm.rollout.native import session as running
@@ -389,6 +389,30 @@ def test_turns_that_come_up_meanwhile_are_read_from_where_they_differ(axes):
         assert all(n <= 1 + running.PAGE_SIZE for n in prefilled[1:])
         # Reading everything again gives the same.
         assert_same([[turns[-1]]], generate(plain(), [last]))
+
+
+@pytest.mark.parametrize("between", [0, 20])
+def test_rows_are_added_where_short_turns_come_up_one_by_one(between):
+    made = engine(max_num_seqs=48)
+    use = Use(
+        num_prompts=20,
+        num_samples=2,
+        sampling=Sampling(max_tokens=4),
+        continued=between,
+    )
+    names = made.programs([use], [(1, 2, 3)])
+    known = [name for name in names if name.startswith("decode")]
+    assert known == [f"decode {n} rows" for n in ((48, 32, 8) if between else (48,))]
+    made.submit([request(0, n=1, max_tokens=4)])
+    session = made._start(1)
+    lines = session._slot_tables[0].tables(session._schedulers[0])
+    sizes = []
+    for ready in (1, 20, 40, 1):
+        waiting = dataclasses.replace(lines, tail=np.full_like(lines.tail, ready))
+        session._fit_rows(waiting)
+        sizes.append((session._num_rows, len(session._rows.slots)))
+    session.close()
+    assert sizes == [(8, 8), (32, 32), (48, 48), (48, 48)]
 
 
 @pytest.mark.slow

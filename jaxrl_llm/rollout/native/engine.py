@@ -439,9 +439,10 @@ class JaxEngine:
         found = set()
         for use in uses:
             first = sizes.fit(-(-use.num_responses // self.replicas))
-            shrinks = use.sampling.max_tokens > self._chunk
+            # Later turns come up one by one.
+            varies = use.sampling.max_tokens > self._chunk or use.continued
             for rows in sizes.row_counts:
-                if rows == first or (shrinks and rows < first):
+                if rows == first or (varies and rows < first):
                     mode = mode_of(use.sampling, self._greedy)
                     found.add((mode, use.sampling.logprobs, rows))
         return found

@@ -266,26 +266,27 @@ class Session:
 
     def _fit_rows(self, tables: decode.Tables) -> np.ndarray:
         """Resizes to as few rows as hold all sequences: each costs, also where it is
-        idle.
+        idle. More are needed where turns come up one by one.
 
         Returns:
           When to ask again: how many sequences would do with fewer rows.
         """
-        if self._longest <= self._chunk:
-            # It would save a few steps, and another program takes longer to compile.
-            return np.zeros(1, np.int32)
         slots, head, tail = jax.device_get(
             (self._rows.slots, self._rows.head, tables.tail)
         )
         running = (slots.reshape(self._replicas, -1) >= 0).sum(axis=1)
         count = self._sizes.fit(int((running + tail - head).max()))
+        short = self._longest <= self._chunk
+        if short:
+            # Fewer would save a few steps, and another program takes longer to compile.
+            count = max(count, self._num_rows)
         if count != self._num_rows:
             self._num_rows = count
             rows = decode.resize(jax.device_get(self._rows), count, self._replicas)
             self._rows = jax.device_put(rows, self._of_rows)
         # Replicas do not wait for one another within a chunk: it is not cut short.
         fewer = [x for x in self._sizes.row_counts if x < count]
-        cut = fewer and self._replicas == 1
+        cut = fewer and self._replicas == 1 and not short
         return np.array([fewer[-1] if cut else 0], np.int32)
 
     def finish(self, response: Response, *, device_knows: bool) -> None:
