@@ -213,6 +213,8 @@ def numbers():
         yield n
         n += 1
 
+def few(): yield from range(2)
+
 def grow(values, more): values.append(more); return {"n": len(values)}
 
 def fails(x): raise KeyError(x)
@@ -226,6 +228,7 @@ def test_tests_use_what_a_program_defines_as_if_it_were_theirs(level):
         "s = Stack()\ns.push((1, 'a'))\nassert len(s) == 1 and (1, 'a') in s",
         "assert s.values == [(1, 'a')] and s != Stack() and s == s",
         "g = numbers()\nassert [next(g), next(g)] == [0, 1]",
+        "assert list(few()) == [0, 1]",
         "assert list(zip(numbers(), 'ab')) == [(0, 'a'), (1, 'b')]",
         "v = [1]\nassert grow(v, 2) == {'n': 2} and v == [1, 2]",
         "try:\n    fails(1)\n    assert False\nexcept KeyError:\n    pass",

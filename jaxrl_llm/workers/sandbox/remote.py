@@ -232,7 +232,10 @@ class Remote:
         return items[0]
 
     def __len__(self) -> int:
-        return _asked(self, "get", "__len__")()
+        try:
+            return _asked(self, "get", "__len__")()
+        except AttributeError as error:  # list() tries, and takes no other error
+            raise TypeError(str(error)) from None
 
     def __getitem__(self, key: Any) -> Any:
         return _asked(self, "get", "__getitem__")(key)
