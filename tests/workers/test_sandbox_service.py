@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import threading
 
 import hostile
 import pytest
@@ -86,6 +87,35 @@ def test_a_time_limit_there_is_a_failure_of_the_program():
         service.check(url)
         sandbox = Sandbox(level="url", url=url, jobs=1, wall_s=0.2)
         assert run("while True: pass", "", sandbox).why == "took too long"
+
+
+def test_a_slow_service_is_not_the_program_s_failure(monkeypatch):
+    waits = []
+
+    def slow(path, request, headers):
+        if waits:
+            threading.Event().wait(waits.pop())
+        return run_code(path, request | {"run_timeout": 60.0}, headers)
+
+    with serving(slow) as url:
+        service.check(url)
+        sandbox = Sandbox(level="url", url=url, jobs=1, wall_s=1.0)
+        job = ("f = lambda x: 2 * x", Calling(tests=("assert f(2) == 4",)))
+        waits.append(1.2)
+        (found,) = verdicts([job], sandbox)
+        assert found.passed == 1
+        monkeypatch.setattr(service, "_SLOWER", 0.1)
+        waits.append(0.5)
+        assert verdicts([job], sandbox) == [None]
+
+
+def test_a_program_without_end_is_a_failure_of_the_program(monkeypatch):
+    monkeypatch.setattr(service, "_MOST_QUESTIONS", 3)
+    source = "def f():\n    while True: yield 1"
+    with serving(run_code) as url:
+        sandbox = Sandbox(level="url", url=url, jobs=1, wall_s=60.0)
+        (found,) = verdicts([(source, Calling(tests=("list(f())",)))], sandbox)
+        assert found.passed == 0 and "ended" in found.why
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,8 @@ def verdicts(
       until: when to leave it at that, on the clock of `time.monotonic`.
 
     Returns:
-      For each program its verdict; None if there was no time for one.
+      For each program its verdict; None if there was no time for one, or a service was
+      too slow to give it.
 
     Raises:
       SandboxError: programs cannot be run as they are to be.
@@ -313,7 +314,10 @@ def _calling(
         "first_only": not all_tests,
         "word": {"word": word},
     }
-    data = runner.test(source, payload, until)
+    try:
+        data = runner.test(source, payload, until)
+    except service.TooSlow:
+        return None
     said: dict[str, Any] = {}
     with contextlib.suppress(ValueError):
         said = json.loads(data)

@@ -15,6 +15,7 @@ Source: https://bytedance.github.io/SandboxFusion/docs/api/run-code-run-code-pos
 
 import base64
 import contextlib
+import dataclasses
 import json
 import secrets
 import socket
@@ -38,6 +39,11 @@ from jaxrl_llm.workers.sandbox.jail import (
 from jaxrl_llm.workers.sandbox.levels import SandboxError
 
 _TRIES = 4
+_SLOWER = 10.0
+"""How many times as long tests may take here as the program there: most of it they wait
+for the service, which is not the program's fault."""
+_MOST_QUESTIONS = 500
+"""A program of which tests ask more, such as one without end, has failed."""
 _SIZE = struct.Struct("!Q")
 
 
@@ -72,6 +78,10 @@ def _in(seconds: float) -> float:
     return time.monotonic() + seconds
 
 
+class TooSlow(TimeoutError):
+    """A service had not answered when there was no more time to test a program."""
+
+
 class AtService:
     """Runs programs there, and tests of them here."""
 
@@ -92,16 +102,21 @@ class AtService:
 
         Raises:
           ServiceError: the service does not answer as it should.
+          TooSlow: it takes too long to say what they say.
         """
         ours, theirs = socket.socketpair()
         failed: list[Exception] = []
+        asking = threading.Event()
         asked = threading.Thread(
-            target=self._answer, args=(source, ours, until, failed), daemon=True
+            target=self._answer, args=(source, ours, until, failed, asking), daemon=True
         )
         asked.start()
+        wall_s = _SLOWER * self._bounds.wall_s
+        bounds = dataclasses.replace(self._bounds, wall_s=wall_s)
         part = Part(payload={"mode": "test", **tests}, channel=theirs, verdict=True)
         try:
-            (ran,) = self._here.run([part], self._bounds, until)
+            (ran,) = self._here.run([part], bounds, until)
+            late = bool(ran.why) and asking.is_set()
         except JailError as error:
             raise SandboxError(f"tests cannot be run: {error}") from error
         finally:
@@ -110,6 +125,8 @@ class AtService:
             asked.join()
         if failed:
             raise failed[0]
+        if late:
+            raise TooSlow(self._url)
         return ran.verdict
 
     def close(self) -> None:
@@ -117,26 +134,36 @@ class AtService:
         self._here.close()
 
     def _answer(
-        self, source: str, channel: socket.socket, until: float, failed: list[Exception]
+        self,
+        source: str,
+        channel: socket.socket,
+        until: float,
+        failed: list[Exception],
+        asking: threading.Event,
     ) -> None:
-        """Answers the questions of tests until they ask no more."""
+        """Answers the questions of tests until they ask no more. `asking` is set while
+        the service is asked."""
         questions: list[str] = []
-        with channel, channel.makefile("rwb") as file:
-            try:
+        try:
+            with channel, channel.makefile("rwb") as file:
                 while len(head := file.read(_SIZE.size)) == _SIZE.size:
                     question = file.read(_SIZE.unpack(head)[0])
                     questions.append(base64.b64encode(question).decode())
+                    asking.set()
                     answer = self._ask(source, questions, until)
+                    asking.clear()
                     file.write(_SIZE.pack(len(answer)) + answer)
                     file.flush()
                     if not answer:
                         return
-            except ServiceError as error:
-                failed.append(error)
-            except OSError:  # the tests have ended
-                pass
+        except ServiceError as error:
+            failed.append(error)
+        except OSError:  # the tests have ended
+            pass
 
     def _ask(self, source: str, questions: list[str], until: float) -> bytes:
+        if len(questions) > _MOST_QUESTIONS:
+            return b""
         mark = secrets.token_hex(8)
         code = _ASKED.format(
             remote=resources.files(__package__).joinpath("remote.py").read_text(),
