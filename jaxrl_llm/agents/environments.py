@@ -53,6 +53,8 @@ class Outcome:
     environment: Any = None
     """The instance that played it, for reward functions that take `environments`; None
     where it lived in another process, or there is none."""
+    why: str = ""
+    """What happened, where it could not say what the episode was worth."""
 
 
 @runtime_checkable

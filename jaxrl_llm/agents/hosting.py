@@ -232,11 +232,15 @@ class Hosted(Environments):
 
         def told(called: Called, seconds: float) -> Outcome:
             if isinstance(called, Failed):
-                self._give_back(episode, broken=True)
-                raise BrokenEnvironment(f"get_reward {called.cause}\n{called.trace}")
-            reward = called.value
-            if reward is not None:
-                reward = _number(reward, "get_reward")
+                episode.broken = True
+                why = f"get_reward {called.cause}\n{called.trace}".strip()
+                return self._left(episode, None, why)
+            try:
+                reward = called.value
+                if reward is not None:
+                    reward = _number(reward, "get_reward")
+            except BrokenEnvironment as error:
+                return self._left(episode, None, str(error))
             return self._left(episode, reward)
 
         arguments = {"what": "reward", "text": episode.text}
@@ -328,13 +332,15 @@ class Hosted(Environments):
             self._call(episode, arguments, reply, ran)
         return reply
 
-    def _left(self, episode: "_Episode", reward: float | None) -> Outcome:
+    def _left(
+        self, episode: "_Episode", reward: float | None, why: str = ""
+    ) -> Outcome:
         """What an episode came to; its worker is free."""
         instance = None
         if episode.worker is not None:
             instance = self._rooms.instance(episode.worker)
             self._give_back(episode, broken=episode.broken)
-        return Outcome(reward=reward, environment=instance)
+        return Outcome(reward=reward, environment=instance, why=why)
 
     def _give_back(self, episode: "_Episode", *, broken: bool) -> None:
         worker, episode.worker = episode.worker, None

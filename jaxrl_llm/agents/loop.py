@@ -330,9 +330,10 @@ class _Loop:
     def _closed(self, playing: _Playing, future: Future[Outcome]) -> None:
         outcome = _result(future)
         if isinstance(outcome, Exception):
-            playing.status, playing.why = "env_error", _described(outcome)
+            outcome = Outcome(reward=None, why=_described(outcome))
+        if outcome.why:
+            playing.status, playing.why = "env_error", outcome.why
             playing.failures["env_error"] += 1
-            outcome = Outcome(reward=None)
         if self._again(playing):
             return
         self._open -= 1

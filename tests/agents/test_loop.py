@@ -1,6 +1,7 @@
 """How episodes go on, with an engine and environments that play by a script."""
 
 import dataclasses
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import scripted
 from scripted import END, TURN, USER, said
 
-from jaxrl_llm.agents.environments import Reply
+from jaxrl_llm.agents.environments import Outcome, Reply
 from jaxrl_llm.agents.loop import CannotOpen, Limits, play
 from jaxrl_llm.data.types import Prompt
 from jaxrl_llm.rollout.engine import Request, Sampling
@@ -235,6 +236,22 @@ def test_failures_are_named_and_masked_or_begun_anew():
     found, *_ = played(at_last, fewer)
     assert found[0][1].status == "env_error" and found[0][1].masked
     assert found[0][1].played.attempt == 1
+
+
+def test_an_episode_whose_worth_cannot_be_told_is_masked_and_keeps_its_environment():
+    class Mute(scripted.Environments):
+        def close(self, key):
+            future = Future()
+            future.set_result(Outcome(reward=None, environment=self, why="no server"))
+            return future
+
+    env = Mute(lambda *_: said("", ended="completed"))
+    limits = dataclasses.replace(LIMITS, masked=frozenset({"env_error"}))
+    [[found]] = play(scripted.Engine(), env, scripted.Template(), *asked(1, 1), limits)
+    env.shutdown()
+    assert (found.status, found.masked) == ("env_error", True)
+    assert (found.played.why, found.played.environment) == ("no server", env)
+    assert found.played.failures == {"env_error": 1}
 
 
 def test_what_cannot_be_played_is_refused():
