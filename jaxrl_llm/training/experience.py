@@ -42,7 +42,7 @@ class Groups:
     scores: Scores
     baselines: Float32[np.ndarray, " P"] | None = None
     """The reward of a greedy response to each prompt, if the estimator compares with
-    it."""
+    it; where nothing judged that, the mean reward of the others."""
     generated: Generated
     """What was generated for them; with `algorithm.filter_groups` there may be more."""
     epoch: float
@@ -119,9 +119,20 @@ def collect(
         of_step = greedily(requests(config, asked, step))
         greedy = episodes_of(engine, agent, asked, of_step)
     with observe("reward"):
-        totals = score(asked, greedy).total[:, 0]
-    of_prompt = {prompt.id: total for prompt, total in zip(asked, totals, strict=True)}
-    baselines = np.array([of_prompt[p.id] for p in groups.asked], np.float32)
+        scores = score(asked, greedy)
+        masked = [one.masked for (one,) in mask_unjudged(greedy, scores)]
+    of_prompt = {
+        prompt.id: None if unknown else total
+        for prompt, total, unknown in zip(
+            asked, scores.total[:, 0], masked, strict=True
+        )
+    }
+    # What is not known is no 0: the responses are compared with one another instead.
+    found = [
+        of_prompt[prompt.id] if of_prompt[prompt.id] is not None else total.mean()
+        for prompt, total in zip(groups.asked, groups.scores.total, strict=True)
+    ]
+    baselines = np.array(found, np.float32)
     generated = replace(groups.generated, greedy=greedy)
     return replace(groups, baselines=baselines, generated=generated)
 

@@ -223,6 +223,36 @@ def test_a_prompt_that_is_kept_twice_has_one_greedy_response(tmp_path):
     np.testing.assert_array_equal(groups.baselines, [9.0, 9.0])
 
 
+def test_a_greedy_response_that_nobody_judged_is_no_baseline_of_0(tmp_path):
+    changed = GRPO | {
+        "algorithm.adv_estimator": "remax",
+        "data.train_batch_size": 2,
+        "rollout.n": 3,
+    }
+    config = make_config("not read", tmp_path, **changed)
+    prompts = [Prompt(id=i, content="", tokens=(1,), columns={}) for i in range(2)]
+    stream = PromptBatches(prompts, 2, seed=0, shuffle=False)
+
+    def score(asked, rollouts):
+        """Nothing judges the greedy response to prompt 1, nor sample 0."""
+        given = [
+            [
+                np.nan if prompt.id and r.tokens[0] in (0, 9) else float(r.tokens[0])
+                for r in group
+            ]
+            for prompt, group in zip(asked, rollouts, strict=True)
+        ]
+        given = np.array(given, np.float32)
+        total = np.nan_to_num(given)
+        return Scores(total=total, by_function={"f": given}, errors={"f": 0})
+
+    def observe(name):
+        return contextlib.nullcontext()
+
+    groups = collect.collect(config, Echo(), score, stream, observe, 1)
+    np.testing.assert_array_equal(groups.baselines, [9.0, 1.5])
+
+
 def test_the_overlong_penalty_by_hand():
     ids = [[0] * n for n in (1, 6, 7, 8, 10)]
     found = overlong_penalty(ids, max_length=10, buffer=4, factor=2.0)
