@@ -2,6 +2,7 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import resource
 import socket
 import threading
 import time
@@ -337,6 +338,22 @@ def test_leaving_early_ends_what_runs():
     with pytest.raises(KeyboardInterrupt):
         programs.each(work, [1], sandbox)
     assert not list(children())
+
+
+def test_jails_start_where_many_files_are_open():
+    programs.release()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 4400:
+        pytest.skip("so many files cannot be opened here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4400), hard))
+    with contextlib.ExitStack() as stack:
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        for _ in range(4200):
+            stack.callback(os.close, os.open("/dev/null", os.O_RDONLY))
+        source = "import os\nprint(sorted(os.listdir('/proc/self/fd')))"
+        ran = run(source, "", Sandbox(level="none", jobs=1))
+        assert ran.stdout == b"['0', '1', '2', '3']\n"  # the last lists them
+        programs.release()
 
 
 def test_a_jail_that_is_closed_while_it_starts_does_not_stay():

@@ -46,6 +46,10 @@ def serve(control: socket.socket, setup: Mapping[str, Any]) -> None:
       setup: `imports`, modules; `path`, more folders to import from; `confined`, and
         then `landlock` (whether it must be there), `readable` and `listed`.
     """
+    # Its number is that of the process outside: too high to be waited for, or to be
+    # closed in a program's process, where many files are open there.
+    given, control = control, control.dup()
+    given.close()
     for name in setup["imports"]:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
