@@ -275,7 +275,10 @@ class _Loop:
             if self._again(playing):
                 return None
             raise CannotOpen(
-                f"{where}: its environment could not be opened: {_described(opening)}"
+                f"{where}: its environment could not be opened "
+                f"(attempts: {playing.attempt + 1}): {_described(opening)}\nNo episode "
+                "has begun that could be masked; see agent.on_status.env_error: retry "
+                "and agent.max_retries"
             ) from opening
         playing.opening = tuple(opening.messages)
         playing.begun = tuple(self._template.begin(opening.messages, opening.tools))

@@ -26,7 +26,8 @@ class StatusConfig(Section):
     tool_timeout: OnStatus = "mask"
     """The environment took longer than agent.turn_timeout_s."""
     env_error: OnStatus = "retry"
-    """The environment broke."""
+    """The environment broke. Where its `reset` fails, there is no episode to mask or to
+    score: with retry it is tried again, and then the run stops."""
 
 
 class AgentConfig(Section):

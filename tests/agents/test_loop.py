@@ -261,8 +261,13 @@ def test_what_cannot_be_played_is_refused():
     def broken(key, seed):
         raise OSError("no such server")
 
-    with pytest.raises(CannotOpen, match="prompt 0, episode 0: .* no such server"):
-        played(opening=broken, prompts=1, samples=1)
+    # What has not begun cannot be masked.
+    both = {"masked": frozenset({"env_error"}), "retried": frozenset({"env_error"})}
+    for policy, attempts in (("masked", 1), ("retried", 3)):
+        limits = dataclasses.replace(LIMITS, max_retries=2, **{policy: both[policy]})
+        why = f"prompt 0, episode 0: .*attempts: {attempts}.: .* no such server"
+        with pytest.raises(CannotOpen, match=why):
+            played(opening=broken, prompts=1, samples=1, limits=limits)
 
     def misused(key, seed, turn):
         raise ValueError("there is no tool 'f'")
