@@ -53,6 +53,10 @@ _MOST_UNREADABLE = 3
 """Turns in a row whose calls cannot be read, before an episode ends."""
 
 
+_NEXT_SEED = 0x9E3779B1
+"""Between the seeds of one turn's functions and the next one's."""
+
+
 class BrokenEnvironment(RuntimeError):
     """An environment raised, or ended its process, in one episode."""
 
@@ -173,7 +177,7 @@ class Hosted(Environments):
         """Begins an episode, as soon as a worker is free."""
         if key in self._episodes:
             raise ValueError(f"episode {key} is open already")
-        episode = self._episodes[key] = _Episode(self._kind_of(prompt))
+        episode = self._episodes[key] = _Episode(self._kind_of(prompt), seed)
         messages = _messages(prompt)
         if episode.kind.make is None:
             return _ready(Opening(messages=messages, tools=episode.kind.schemas))
@@ -208,7 +212,7 @@ class Hosted(Environments):
     def answer(self, key: Key, text: str) -> Future[Reply]:
         """Carries out what the policy calls, or has an environment read its words."""
         episode = self._episodes[key]
-        episode.text = text
+        episode.text, episode.turns = text, episode.turns + 1
         schemas = episode.kind.schemas
         # Without any, what looks like a call is a word to the environment.
         found = tools.calls(self._format, text, schemas) if schemas else ()
@@ -314,6 +318,8 @@ class Hosted(Environments):
             "calls": [(c.name, dict(c.arguments)) for c in calls],
         }
         passing = episode.worker is None  # functions alone have no instance to keep
+        if passing:
+            arguments["seed"] = (episode.seed + _NEXT_SEED * episode.turns) % 2**32
 
         def ran(called: Called, seconds: float) -> Reply:
             if passing:
@@ -353,11 +359,13 @@ class _Episode:
     """One that is open."""
 
     kind: _Kind
+    seed: int
     worker: Worker | None = None
     text: str = ""
     """The policy's last turn."""
     reward: float = 0.0
     """The sum of its turns'."""
+    turns: int = 0
     calls: int = 0
     unread: int = 0
     """Turns in a row whose calls could not be read."""

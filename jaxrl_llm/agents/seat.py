@@ -76,9 +76,18 @@ class Seat:
         words = self._finished(self.instance.reset(**taken(self.instance.reset, given)))
         return words[0] if isinstance(words, tuple) else words  # Gymnasium adds info
 
-    def run(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Any]:
+    def run(
+        self, calls: Sequence[tuple[str, Mapping[str, Any]]], seed: int | None = None
+    ) -> list[Any]:
         """The answer of each function that is called, and whether it raised: one after
-        the other, coroutines side by side."""
+        the other, coroutines side by side.
+
+        Args:
+          seed: of the random numbers that they draw; None to go on with those of the
+            episode.
+        """
+        if self._alone and seed is not None:
+            _seed_everything(seed)
         found = [self._called(name, arguments) for name, arguments in calls]
         waiting = [index for index, (x, _) in enumerate(found) if _awaited(x)]
         if waiting:

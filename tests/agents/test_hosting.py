@@ -483,6 +483,22 @@ def test_random_numbers_do_not_depend_on_whether_a_worker_is_new(hosted):
     assert words[0] == words[1]
 
 
+def throw() -> float:
+    """Throws with the random numbers of its process."""
+    return random.random()
+
+
+def test_functions_alone_draw_the_random_numbers_of_their_episode(hosted):
+    environments = hosted(tools=[throw], isolation="process", workers=1)
+
+    def thrown(key, seed):
+        opened(environments, key=key, seed=seed)
+        return [contents(said(environments, "[throw()]", key=key)) for _ in range(2)]
+
+    first, other, again = (thrown((0, i), seed) for i, seed in enumerate((7, 8, 7)))
+    assert first == again != other and first[0] != first[1]
+
+
 class Dice:
     """Throws with the random numbers of its process, which instances would share."""
 
