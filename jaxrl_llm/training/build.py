@@ -316,7 +316,7 @@ def build(
                 config, {"actor": config.actor, "critic": config.critic}, source.arch
             ),
             *dict.fromkeys([*rewards_of_run.notes(), *tool_notes(config)]),
-            *(agent.environments.notes if agent else ()),
+            *(agent.notes if agent else ()),
             *chosen,
         ),
         inputs={

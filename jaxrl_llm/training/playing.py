@@ -35,6 +35,8 @@ class Agent:
     environments: Environments
     template: Template
     limits: Limits
+    notes: tuple[str, ...] = ()
+    """What the run's log says of them."""
 
     def close(self) -> None:
         """Ends what environments run in."""
@@ -77,11 +79,24 @@ def agent_of(config: Config, encoder: Encoder, *, seen: bool) -> Agent:
         isolation="thread" if seen else agent.isolation,
         memory_gib=agent.memory_gib,
     )
+    environments = hosting.Hosted(settings, form)
+    template = Splicer(encoder, None if taught else form.describe)
+    notes = environments.notes
+    if template.rewrites_history and agent.max_turns > 1:
+        notes = [*notes, _REWRITTEN]
     return Agent(
-        environments=hosting.Hosted(settings, form),
-        template=Splicer(encoder, None if taught else form.describe),
+        environments=environments,
+        template=template,
         limits=limits_of(config),
+        notes=tuple(notes),
     )
+
+
+_REWRITTEN = (
+    "the chat template leaves out of earlier turns what was thought within <think>; "
+    "in an episode all turns stay as they were sampled, so that the policy learns with "
+    "more before it than a server shows it that renders each conversation anew"
+)
 
 
 def named(given: Any) -> Any:
