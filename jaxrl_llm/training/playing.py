@@ -1,5 +1,6 @@
 """What a run's policy plays against, and the episodes that come of it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,12 +63,14 @@ def agent_of(config: Config, encoder: Encoder, *, seen: bool) -> Agent:
             "which must be in this process for that; set it to thread or auto"
         )
 
-    functions = named(agent.tools)
+    functions, workers = named(agent.tools), agent.workers
     if python in functions:
         sandbox = Sandbox(**config.sandbox.model_dump())
         levels.describe(sandbox)  # says now if there is none
         boxed = python_tool(sandbox)
         functions = [boxed if one is python else one for one in functions]
+        if agent.environment is None:  # a worker has one call at a time, and its jail
+            workers = min(workers, sandbox.jobs or os.cpu_count() or 1)
     form, taught = tools.choose(agent.parser, encoder.tokenizer.chat_template or "")
     settings = hosting.Settings(
         tools=functions,
@@ -75,7 +78,7 @@ def agent_of(config: Config, encoder: Encoder, *, seen: bool) -> Agent:
         params=agent.params,
         max_tool_calls=agent.max_tool_calls,
         turn_timeout_s=agent.turn_timeout_s,
-        workers=agent.workers,
+        workers=workers,
         isolation="thread" if seen else agent.isolation,
         memory_gib=agent.memory_gib,
     )

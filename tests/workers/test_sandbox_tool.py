@@ -1,3 +1,4 @@
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,47 @@ def test_the_tool_has_a_schema_and_goes_to_a_worker_with_its_settings():
     assert load_function(dump_function(tool))("6 * 7") == "42"
 
 
+def settings_of(config, monkeypatch):
+    """What environments are made of."""
+    made = []
+
+    def hosted(settings, _):
+        made.append(settings)
+        return SimpleNamespace(notes=[])
+
+    monkeypatch.setattr(playing.hosting, "Hosted", hosted)
+    template = SimpleNamespace(rewrites_history=False)
+    monkeypatch.setattr(playing, "Splicer", lambda *_: template)
+    monkeypatch.setattr(playing, "Agent", lambda **_: None)
+    encoder = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=""))
+    playing.agent_of.__wrapped__(config, encoder, seen=False)
+    return made[0]
+
+
+@pytest.mark.parametrize(
+    "agent, jobs, workers",
+    [
+        ({"tools": ["python"]}, 3, 3),
+        ({"tools": ["python"], "workers": 2}, 3, 2),
+        ({"tools": ["python"]}, None, os.cpu_count()),
+        ({"tools": ["python"], "environment": "blackjack"}, 3, 256),
+        ({"tools": ["os.path:join"]}, 3, 256),
+    ],
+)
+def test_no_more_programs_of_a_tool_run_than_may(agent, jobs, workers, monkeypatch):
+    values = {
+        "output_dir": "run",
+        "model": {"path": "model"},
+        "data": {"train": {"path": "rows.jsonl"}},
+        "agent": agent,
+        "sandbox": {"level": "none", "jobs": jobs},
+        "reward": {"functions": [{"name": "exact"}]},
+        "trainer": {"total_training_steps": 1},
+    }
+    found = settings_of(parsing.parse(values, "test"), monkeypatch)
+    assert found.workers == workers
+
+
 def test_the_configuration_names_the_tool_and_its_sandbox(monkeypatch):
     values = {
         "output_dir": "run",
@@ -63,15 +105,8 @@ def test_the_configuration_names_the_tool_and_its_sandbox(monkeypatch):
         "trainer": {"total_training_steps": 1},
     }
     config = parsing.parse(values, "test")
-    made = []
-    monkeypatch.setattr(
-        playing.hosting, "Hosted", lambda settings, _: made.append(settings)
-    )
-    monkeypatch.setattr(playing, "Splicer", lambda *_: None)
-    monkeypatch.setattr(playing, "Agent", lambda **_: None)
-    encoder = SimpleNamespace(tokenizer=SimpleNamespace(chat_template=""))
-    playing.agent_of.__wrapped__(config, encoder, seen=False)
-    (tool,) = made[0].tools
+    settings = settings_of(config, monkeypatch)
+    (tool,) = settings.tools
     asked = []
     monkeypatch.setattr(programs, "run", lambda *a: asked.append(a[2]) or Ran(status=0))
     tool("1")
