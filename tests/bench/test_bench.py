@@ -149,7 +149,8 @@ def test_every_way_of_resharding_is_charged_the_same_bytes(measured):
 
 def test_an_unknown_measurement_is_refused_with_those_there_are():
     with pytest.raises(
-        ValueError, match="one of reshard, rollout, sandbox, step, train; got 'speed'"
+        ValueError,
+        match="one of episodes, reshard, rollout, sandbox, step, train; got 'speed'",
     ):
         bench.main(["speed"])
     with pytest.raises(ValueError, match="got nothing"):

@@ -86,7 +86,7 @@ def test_reasoning_gym_draws_by_task_size_seed_and_params():
     "fields, message",
     [
         ({"path": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
-        ({"path": "rows.csv"}, "rows.csv.*FILE.jsonl, FILE.parquet, hub:ID"),
+        ({"path": "rows.csv"}, "rows.csv.*FILE.jsonl, .*FILE.parquet, .*hub:ID"),
         ({"path": "disk:nowhere"}, "disk:nowhere"),
         ({"path": "reasoning_gym:chain_sun", "size": 1}, "did you mean 'chain_sum'"),
         ({"path": "reasoning_gym:chain_sum"}, "set `size`"),
