@@ -105,7 +105,7 @@ def python() -> str:
     return os.path.realpath(sys.executable)
 
 
-def library(packages: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+def python_library(packages: Sequence[str] = ()) -> tuple[list[str], list[str]]:
     """What Python needs to read, and of which folders it lists the names.
 
     Folders of installed packages are left out: data sets with their answers may be
@@ -171,7 +171,7 @@ class Jail:
                 raise JailError(f"{command[0]}: {error.strerror}") from error
         with contextlib.suppress(OSError):  # the first to go when memory is short
             Path(f"/proc/{self._popen.pid}/oom_score_adj").write_text("1000")
-        readable, listed = library(how.packages)
+        readable, listed = python_library(how.packages)
         sources = {
             f"{_PACKAGE}.{name}": resources.files(_PACKAGE)
             .joinpath(f"{name}.py")

