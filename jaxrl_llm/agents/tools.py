@@ -215,10 +215,14 @@ def _find_hermes(text: str, tools: Sequence[Schema]) -> Iterator[Call | Mistake]
             yield Mistake("unreadable", f"a tool call is JSON: {error}")
 
 
-def _describe_hermes(tools: Sequence[Schema]) -> str:
+def _listed(tools: Sequence[Schema]) -> str:
     listed = "\n".join(json.dumps(tool) for tool in tools)
+    return f"# Tools\n\nThese functions can be called:\n<tools>\n{listed}\n</tools>"
+
+
+def _describe_hermes(tools: Sequence[Schema]) -> str:
     return (
-        f"# Tools\n\nThese functions can be called:\n<tools>\n{listed}\n</tools>\n\n"
+        f"{_listed(tools)}\n\n"
         "A call is a JSON object within tags:\n<tool_call>\n"
         '{"name": <name>, "arguments": <object>}\n</tool_call>'
     )
@@ -300,9 +304,8 @@ def _typed(text: str, parameter: Schema) -> Any:
 
 
 def _describe_qwen3_coder(tools: Sequence[Schema]) -> str:
-    listed = "\n".join(json.dumps(tool) for tool in tools)
     return (
-        f"# Tools\n\nThese functions can be called:\n<tools>\n{listed}\n</tools>\n\n"
+        f"{_listed(tools)}\n\n"
         "A call has this form:\n<tool_call>\n<function=NAME>\n<parameter=PARAMETER>\n"
         "value\n</parameter>\n</function>\n</tool_call>"
     )
