@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import json
 
@@ -7,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from compilations import told
 from safetensors.numpy import load_file, save_file
 
 from jaxrl_llm import models
@@ -428,22 +428,6 @@ def test_a_layout_that_does_not_divide_is_refused(saved):
         models.load(saved[0], shardings=shardings)
 
 
-@contextlib.contextmanager
-def compilations():
-    """How long each program took that was compiled within the block."""
-    found = []
-
-    def listen(event, seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_what_saving_needs_can_be_compiled_before(tmp_path):
     arch = tiny.arch(vocab_size=300, intermediate_size=88)
     on = mesh.make({"fsdp": 2, "tensor": 2}, jax.devices()[:4])
@@ -452,10 +436,10 @@ def test_what_saving_needs_can_be_compiled_before(tmp_path):
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
     )
-    with compilations() as before:
+    with told("backend_compile_duration") as before:
         for lower in models.save_programs(arch, like).values():
             lower().compile()
-    with compilations() as later:
+    with told("backend_compile_duration") as later:
         models.save(tmp_path / "out", arch, params, None)
     assert before
     assert not later

@@ -4,12 +4,12 @@ import copy
 import dataclasses
 import json
 import math
-from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import pytest
 import yaml
+from compilations import told
 from short_run import GRPO, make_config, mean_id
 
 from jaxrl_llm.bench import train
@@ -30,20 +30,9 @@ def built(config):
     return build.build(config, [high])
 
 
-@contextmanager
 def traced():
     """The names of the functions that JAX traces in the block."""
-    names = []
-
-    def listen(event, seconds, *, fun_name=None, **_):
-        if event.endswith("jaxpr_trace_duration"):
-            names.append(fun_name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+    return told("jaxpr_trace_duration")
 
 
 @pytest.fixture(scope="module")
