@@ -14,8 +14,8 @@ import pytest
 from jaxrl_llm import models
 from jaxrl_llm.data.types import Completion
 from jaxrl_llm.rollout.engine import Request, Sampling
-from jaxrl_llm.rollout.servers.server import Server, ServerError
-from jaxrl_llm.rollout.servers.vllm import VllmEngine, VllmSettings
+from jaxrl_llm.rollout.servers.server import ServerError
+from jaxrl_llm.rollout.servers.vllm import VllmEngine, VllmServer, VllmSettings
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def asked(url, ask):
     """What `ask` returns of a client of the server."""
 
     async def run():
-        server = Server(url, timeout_s=300.0)
+        server = VllmServer(url, timeout_s=300.0)
         try:
             return await ask(server)
         finally:

@@ -3,6 +3,7 @@
 Shapes: N = probe sequences, T = tokens in the longest.
 """
 
+import asyncio
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import logprobs
+from jaxrl_llm.rollout.servers.replicas import Replica
+from jaxrl_llm.rollout.servers.server import Server, ServerError
+
+_NUM_PROBES, _PROBE_TOKENS = 16, 32
 
 
 class Probes(NamedTuple):
@@ -101,3 +106,103 @@ def followed(
     slope = float(server @ trainer) / moved
     rest = server - slope * trainer
     return slope, float(np.sqrt(rest @ rest / max(1, len(rest) - 1) / moved))
+
+
+class Verification:
+    """Compares servers with the trainer after each transfer of weights.
+
+    Args:
+      arch: the model's shape.
+      prompts: tokens of questions; responses to the first of them become the probes.
+      dtype: that weights are rounded to on their way.
+      max_model_len: longest prompt and response together, tokens.
+      max_probe_diff: largest mean difference, nats.
+      attached: whether the servers run already.
+      lora: the adapters of the weights, if they have any.
+    """
+
+    def __init__(
+        self,
+        arch: models.Architecture,
+        prompts: Sequence[Sequence[int]],
+        *,
+        dtype: Any,
+        max_model_len: int,
+        max_probe_diff: float,
+        attached: bool,
+        lora: models.Lora | None,
+    ):
+        self._arch, self._dtype, self._lora = arch, dtype, lora
+        self._prompts = [tuple(p) for p in prompts[:_NUM_PROBES]]
+        self._max_len, self._most = max_model_len, max_probe_diff
+        self._attached = attached
+        self._version = -1
+        self._probes: Probes | None = None
+        self._scores: np.ndarray | None = None
+
+    async def make_probes(self, server: Server) -> None:
+        """Has the questions answered, once."""
+        if self._probes is None:
+            length = min(_PROBE_TOKENS, self._max_len - max(map(len, self._prompts)))
+            answers = await asyncio.gather(
+                *[server.sample(tokens, length) for tokens in self._prompts]
+            )
+            pairs = zip(self._prompts, answers, strict=True)
+            self._probes = rows([[*tokens, *answer] for tokens, answer in pairs])
+
+    def score(self, params: Any, version: int) -> None:
+        """Has the trainer score the probes with new weights."""
+        tokens, asked = self._probes
+        how = {"arch": self._arch, "dtype": self._dtype, "lora": self._lora}
+        self._scores = np.asarray(score(params, tokens, asked, **how))
+        self._version = version
+
+    async def verify(self, replica: Replica) -> dict[str, float]:
+        """Has a server score the probes.
+
+        Returns:
+          rollout/probe_diff_mean and _max, and rollout/probe_followed if it has been
+          verified before; nothing if there is nothing to compare with yet.
+
+        Raises:
+          ServerError: it holds other weights than the trainer's.
+        """
+        if self._scores is None:
+            return {}
+        tokens, asked = self._probes
+        ends = asked.sum(axis=1) + 1
+        told = await asyncio.gather(
+            *[
+                replica.server.score(row[:end].tolist())
+                for row, end in zip(tokens, ends, strict=True)
+            ]
+        )
+        server = np.zeros(tokens.shape, np.float32)
+        server[asked] = np.concatenate(told)
+        mean, most = difference(server, self._scores, asked)
+        found = {"rollout/probe_diff_mean": mean, "rollout/probe_diff_max": most}
+        what = (
+            f"{replica.server.url} does not hold the weights of step {self._version}: "
+            f"its log-probabilities of {asked.sum()} probe tokens are "
+            f"{server[asked].mean():.4f} on average, the trainer's "
+            f"{self._scores[asked].mean():.4f};"
+        )
+        hint = replica.server.why_stale(self._arch) if self._attached else ""
+        if not mean <= self._most:
+            raise ServerError(
+                f"{what} they differ by {mean:.4f}, "
+                f"{replica.server.section}.max_probe_diff is {self._most}{hint}"
+            )
+        if replica.verified:
+            before, wanted = replica.verified
+            slope, error = followed(
+                (server - before)[asked], (self._scores - wanted)[asked]
+            )
+            if abs(slope - 1) > 0.25 + 5 * error:
+                raise ServerError(
+                    f"{what} they made {slope:.2f} of the trainer's change since the "
+                    f"last transfer (standard error {error:.2f}){hint}"
+                )
+            found["rollout/probe_followed"] = slope
+        replica.verified = server, self._scores
+        return found
