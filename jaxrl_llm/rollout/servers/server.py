@@ -77,7 +77,7 @@ class Launch:
     """What a server of ours is started for."""
 
     dtype: str
-    """Of weights, activations and cache."""
+    """Dtype of weights, activations and cache."""
     max_model_len: int
     """Longest prompt and response together, tokens."""
     max_num_seqs: int
@@ -126,7 +126,7 @@ class Answer:
     likeliest: Sequence[Mapping[int, float]] = ()
     """Log-probabilities of at least so many tokens as asked for, at every position."""
     prompt_logprobs: Sequence[float] | None = None
-    """Of the prompt's tokens but the first; None if not asked for."""
+    """The prompt's, but that of its first token; None if not asked for."""
 
 
 class Server:
@@ -173,7 +173,7 @@ class Server:
 
     @classmethod
     def arguments(cls, model: Path, launch: Launch) -> tuple[str, ...]:
-        """Of the command that starts one of ours, without host and port."""
+        """What the command that starts one of ours is given, without host and port."""
         raise NotImplementedError
 
     @classmethod

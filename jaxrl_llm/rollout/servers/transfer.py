@@ -17,7 +17,7 @@ _REMOVE = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], True
 """Removes a folder when standard input closes, even if by the end of a killed trainer:
 it may be gigabytes of shared memory."""
 _SHARD_BYTES = 10**9
-"""Of a file: reading and writing overlap."""
+"""Size of a file: reading and writing overlap."""
 
 
 class Transfer:
@@ -42,7 +42,7 @@ class Transfer:
         self._kind, self._arch, self._tokenizer = kind, arch, tokenizer
         self._settings, self._launch = settings, launch
         self.folder = self.current = _shared_folder(settings, directory)
-        """Of this run; the newest weights in it."""
+        """The folder of this run, and the newest weights in it."""
         self._base = self.folder / "base"
         self._remover = subprocess.Popen(
             [sys.executable, "-c", _REMOVE, self.folder],
