@@ -324,8 +324,9 @@ def plan(
 
     A target array is made of the source array with the same path. One whose path has an
     integer that no source path has is that layer of a stacked source array:
-    layers.3.q is layers.q[3]. Dtypes may differ; arrays are cast before they move if
-    that makes them smaller.
+    layers.3.q is layers.q[3]. Where only some layers have such an array, the stack has
+    a row for each of those, in their order. Dtypes may differ; arrays are cast before
+    they move if that makes them smaller.
 
     Args:
       source: tree of arrays, or of `jax.ShapeDtypeStruct` with shardings.
@@ -410,7 +411,7 @@ def _moves(names, made, dim, before, after, chunk_bytes) -> Iterator[Move]:
         return
     made = sorted(made, key=lambda pair: pair[1])
     count = before[names[0]].shape[0]
-    if [layer for _, layer in made] != list(range(count)):
+    if len(made) != count:
         raise ValueError(
             f"target {made[0][0]}: {names[0]} has {count} layers, the target has "
             f"layers {[layer for _, layer in made]}"

@@ -28,7 +28,8 @@ class TrainMeshConfig(Section):
     fsdp: int = Field(-1, ge=-1)
     """Rows and weights are both split over it (ZeRO-3)."""
     expert: int = Field(1, ge=-1)
-    """For models with experts; the others use it as `fsdp`."""
+    """Experts are split over it, as rows are; models without experts use it as
+    `fsdp`."""
     context: int = Field(1, ge=-1)
     """Each row is split over it: for long ones."""
     tensor: int = Field(1, ge=-1)
@@ -183,6 +184,10 @@ class ActorConfig(TrainedConfig):
     given."""
     entropy_coeff: float = 0.0
     """Weight of the entropy bonus."""
+    router_aux_loss_coef: float = Field(0.0, ge=0)
+    """Models with experts: weight of a loss that spreads tokens over them, as of
+    transformers but over the whole mini-batch. Needs one more forward pass. Nothing
+    reads that of the model's config.json."""
     use_kl_loss: bool = False
     """Keep the initial weights as reference, and add KL(policy || reference)."""
     ref_refresh_steps: int | None = Field(None, gt=0)

@@ -4,14 +4,27 @@ and what those are worth."""
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, no_type_check
 
 import numpy as np
-from jaxtyping import Bool, Float32
+from jaxtyping import Array, Bool, Float, Float32
 
 from jaxrl_llm.config.names import Status
 
 Message = Mapping[str, Any]
+
+
+@no_type_check  # JAX also builds such trees of shapes or shardings
+class RouterUse(NamedTuple):
+    """How a model spreads the tokens of rows over its E experts: sums over tokens that
+    are no padding, and over layers."""
+
+    chosen: Float[Array, "R E"]
+    """How often each expert is chosen; not differentiated."""
+    probabilities: Float[Array, "R E"]
+    """What the router gives it, a softmax over all experts."""
+    count: Float[Array, " R"]
+    """Tokens times layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from jaxrl_llm.models.apply import (
     split_params,
     unstack,
 )
-from jaxrl_llm.models.architecture import Architecture, Rope
+from jaxrl_llm.models.architecture import Architecture, Moe, Rope
 from jaxrl_llm.models.attention.flash import choose as choose_attention
 from jaxrl_llm.models.attention.flash import (
     counts_sequences as attention_counts_sequences,
@@ -55,6 +55,7 @@ from jaxrl_llm.models.checkpoints.tensor_map import (
     WeightSource,
 )
 from jaxrl_llm.models.embedding import choose as choose_lookup
+from jaxrl_llm.models.expert_parallel import choose as choose_experts
 from jaxrl_llm.models.layer_loop import COMPILER_OPTIONS
 from jaxrl_llm.models.layer_loop import choose as choose_loop
 from jaxrl_llm.models.lora import (
@@ -65,7 +66,9 @@ from jaxrl_llm.models.lora import (
     init_adapters,
     is_adapter,
     merged,
+    modules_of,
 )
+from jaxrl_llm.models.moe import is_fixed
 from jaxrl_llm.models.partitioning import kv_copies, partition
 from jaxrl_llm.models.quantised import DTYPES, Bits
 from jaxrl_llm.models.value_head import (
@@ -85,6 +88,7 @@ __all__ = [
     "Classifier",
     "Lora",
     "Model",
+    "Moe",
     "NewAdapters",
     "Pages",
     "RandomWeights",
@@ -98,6 +102,7 @@ __all__ = [
     "architecture",
     "attention_counts_sequences",
     "choose_attention",
+    "choose_experts",
     "choose_lookup",
     "choose_loop",
     "choose_paged_attention",
@@ -112,12 +117,14 @@ __all__ = [
     "init_adapters",
     "init_critic",
     "is_adapter",
+    "is_fixed",
     "load",
     "logical_axes",
     "logits",
     "merge",
     "merged",
     "model_card",
+    "modules_of",
     "need_tokenizer",
     "num_matmul_params",
     "num_params",

@@ -17,22 +17,31 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from jaxrl_llm.data.types import RouterUse
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention.packed import PackedAttention, packed
 from jaxrl_llm.models.decoder import (
-    PRODUCT,
     Decoder,
     Init,
+    Layer,
     Lookup,
     RotaryTable,
     Shard,
     anywhere,
     take,
 )
-from jaxrl_llm.models.layer_loop import Loop, scan, unrolled
+from jaxrl_llm.models.layer_loop import Loop, in_place, scan, unrolled
 from jaxrl_llm.models.lora import Lora, adapter_axes, of_layers, scaled
+from jaxrl_llm.models.moe import (
+    PRODUCT,
+    SELECTION_BIAS,
+    Experts,
+    alone,
+    route,
+    use_of,
+)
 from jaxrl_llm.models.quantised import DTYPES, Bits, quantise
 
 Params = Any
@@ -58,8 +67,8 @@ def abstract_params(
     arch: Architecture, *, dtype=jnp.float32, stacked: bool = True
 ) -> Params:
     """Shapes and dtypes of `init`, without computing anything."""
-    state = nnx.to_pure_dict(nnx.state(_abstract(arch, stacked, False, False)))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), state)
+    model = _abstract(arch, stacked, dtype=jnp.dtype(dtype))
+    return nnx.to_pure_dict(nnx.state(model))
 
 
 def logical_axes(
@@ -131,16 +140,21 @@ def num_params(arch: Architecture) -> int:
 
 def num_matmul_params(arch: Architecture) -> int:
     """How many of them a token is multiplied with: all but an embedding that is not
-    also the output matrix. Norms and biases, a few thousand, are counted too."""
-    looked_up = 0 if arch.tie_embeddings else arch.vocab_size * arch.hidden_size
-    return num_params(arch) - looked_up
+    also the output matrix, and the experts that it does not go through. Norms and
+    biases, a few thousand, are counted too."""
+    unused = 0 if arch.tie_embeddings else arch.vocab_size * arch.hidden_size
+    if (moe := arch.moe) is not None:
+        layers = sum(map(arch.has_experts, range(arch.num_layers)))
+        of_expert = 3 * arch.hidden_size * moe.expert_size
+        unused += layers * (moe.num_experts - moe.top_k) * of_expert
+    return num_params(arch) - unused
 
 
 def for_products(arch: Architecture, params: Params, dtype) -> Params:
     """Stacked weights as matrix products take them: cast once rather than at each use.
 
-    Norms, and the embedding, whose gradient is a sum over all tokens, stay as they are,
-    and so do adapters, which `forward` casts.
+    Norms, the router, and the embedding, whose gradient is a sum over all tokens, stay
+    as they are, and so do adapters, which `forward` casts.
 
     Args:
       params: all of them, either tree of `split_params`, or adapters.
@@ -149,20 +163,59 @@ def for_products(arch: Architecture, params: Params, dtype) -> Params:
     def cast(params, axes):
         if isinstance(params, dict):
             return {name: cast(x, axes.get(name, {})) for name, x in params.items()}
-        kept = not axes or "norm" in axes or "vocab" in axes
+        kept = not axes or not {"norm", "vocab", "router"}.isdisjoint(axes)
         return params if kept else params.astype(dtype)
 
     return cast(params, logical_axes(arch))
 
 
-def unstack(params: Params, dtype) -> Params:
-    """Stacked to unstacked, cast to `dtype`."""
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
-    layers = params["layers"]
-    count = jax.tree.leaves(layers)[0].shape[0]
+def unstack(arch: Architecture, params: Params, dtype) -> Params:
+    """Stacked to unstacked, cast to `dtype`; but for the selection bias of experts."""
+
+    def cast(path, x):
+        return x if path[-1].key == SELECTION_BIAS else x.astype(dtype)
+
+    params = jax.tree.map_with_path(cast, params)
     return params | {
-        "layers": {i: jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)}
+        "layers": {
+            i: jax.tree.map(
+                lambda x: x[0], _layers_of(arch, params["layers"], range(i, i + 1))
+            )
+            for i in range(arch.num_layers)
+        }
     }
+
+
+def in_layer(path: str, routed: bool) -> bool:
+    """Whether a layer has a parameter, such as "gate" or "moe.router".
+
+    Args:
+      routed: whether it has experts.
+    """
+    name, *_ = path.split(".")
+    return routed if name == "moe" else not (routed and name in _DENSE)
+
+
+_DENSE = frozenset(
+    f"{name}{end}" for name in ("gate", "up", "down") for end in ("", "_bias")
+)
+
+
+def _layers_of(arch: Architecture, layers: Params, run: range) -> Params:
+    """What neighbouring layers that are alike have of a tree like stacked layers. A
+    stack has a row for every layer that has the parameter."""
+    routed = arch.has_experts(run.start)
+    alike = [i for i in range(arch.num_layers) if arch.has_experts(i) == routed]
+    first = alike.index(run.start)
+
+    def part(name: str, x: Params) -> Params:
+        start = run.start if in_layer(name, not routed) else first
+        return jax.tree.map(lambda x: x[start : start + len(run)], x)
+
+    there = {name: x for name, x in layers.items() if in_layer(name, routed)}
+    if len(run) == arch.num_layers:
+        return there
+    return {name: part(name, x) for name, x in there.items()}
 
 
 def fuse(layer: Params, bits: Bits | None = None, kv_copies: int = 1) -> Params:
@@ -180,16 +233,29 @@ def fuse(layer: Params, bits: Bits | None = None, kv_copies: int = 1) -> Params:
         if f"gate{end}" in rest:
             parts = [rest.pop(f"{name}{end}") for name in ("gate", "up")]
             rest[f"gate_up{end}"] = jnp.stack(parts, axis=-2)
+    if kv_copies > 1 and "k_norm" in rest and rest["k_norm"]["scale"].ndim == 2:
+        rest["k_norm"] = {"scale": jnp.repeat(rest["k_norm"]["scale"], kv_copies, 0)}
     if bits:
-        for name, summed in {
-            "qkv": [0],
-            "o": [1, 2],
-            "gate_up": [0],
-            "down": [1],
-        }.items():
-            values, scales = quantise(rest[name], DTYPES[bits], summed)
-            rest |= {name: values, f"{name}_scale": scales}
+        summed = {"qkv": [0], "o": [1, 2], "gate_up": [0], "down": [1]}
+        rest = _quantised(rest, summed, bits)
+        if "moe" in rest:
+            moe = _quantised(rest["moe"], {"gate": [1], "up": [1], "down": [2]}, bits)
+            if "shared" in moe:
+                of_shared = {"gate": [0], "up": [0], "down": [1]}
+                moe["shared"] = _quantised(moe["shared"], of_shared, bits)
+            rest["moe"] = moe
     return rest
+
+
+def _quantised(layer: Params, summed: dict[str, list[int]], bits: Bits) -> Params:
+    """The layer with values and scales for those of its matrices that `summed` names,
+    with the axes that a product sums over."""
+    found = dict(layer)
+    for name, axes in summed.items():
+        if name in layer:
+            values, scales = quantise(layer[name], DTYPES[bits], axes)
+            found |= {name: values, f"{name}_scale": scales}
+    return found
 
 
 def _join_heads(q: Array, k: Array, v: Array, kv_copies: int) -> Array:
@@ -294,9 +360,11 @@ def forward(
     attention: PackedAttention = packed,
     loop: Loop = scan,
     lookup: Lookup = take,
+    experts: Experts = alone,
     shard: Shard = anywhere,
     lora: Lora | None = None,
-) -> Float[Array, "R T D"]:
+    counted: Bool[Array, "R T"] | None = None,
+) -> Float[Array, "R T D"] | tuple[Float[Array, "R T D"], RouterUse]:
     """Final hidden states (after the last norm) of packed rows.
 
     Args:
@@ -308,17 +376,18 @@ def forward(
       attention: see `flash.choose`.
       loop: over the layers, see `layer_loop.choose`.
       lookup: of token embeddings, see `embedding.choose`.
+      experts: how they are computed, see `expert_parallel.choose`.
       shard: lays out activations by the names of their axes, such as
         `sharding.rules.Partition.constrain`.
       lora: what adapters `params` has.
+      counted: tokens of which is told how the routers of all layers spread them over
+        experts, which then comes beside the hidden states. Layers run in `scan` where
+        they would run in `in_place`.
     """
     params, adapters, beside = _taken_apart(params, lora, dtype)
     decoder = model(arch, params, stacked=True)
     tables = decoder.rotary_tables(positions)
-    graphdef, stacked = nnx.split(decoder.layers)
-    names = jax.tree.leaves(
-        [logical_axes(arch)["layers"], beside], is_leaf=lambda x: isinstance(x, tuple)
-    )
+    axes = logical_axes(arch)["layers"]
     windows = sorted(set(arch.window_of_layer), key=str)
 
     def looking_back(window):
@@ -336,10 +405,26 @@ def forward(
 
         return attend_rows
 
-    ropes = jnp.array(arch.rope_of_layer, jnp.int32)
-    kinds = jnp.array([windows.index(w) for w in arch.window_of_layer], jnp.int32)
+    def layer_of(run: range):
+        routed, of_run = arch.has_experts(run.start), slice(run.start, run.stop)
+        there = {name: x for name, x in axes.items() if in_layer(name, routed)}
+        names = jax.tree.leaves([there, beside], is_leaf=lambda x: isinstance(x, tuple))
+        ropes = jnp.array(arch.rope_of_layer[of_run], jnp.int32)
+        kinds = [windows.index(window) for window in arch.window_of_layer[of_run]]
+        kinds = jnp.array(kinds, jnp.int32)
+        graph = _layer_graph(arch, routed)
+        return functools.partial(layer, graph, names, ropes, kinds)
 
-    def layer(x, weights, i):
+    def layer(graph, names, ropes, kinds, carried, weights, i):
+        x, *uses = carried if counted is not None else (carried,)
+
+        def router(moe, logits, bias):
+            routes = route(moe, logits, bias)
+            if uses:
+                here = use_of(logits, routes, counted)
+                uses[0] = jax.tree.map(jnp.add, uses[0], here)
+            return routes
+
         @jax.named_scope("attention")
         def attend_rows(q, k, v):
             attends = [looking_back(window) for window in windows]
@@ -352,21 +437,45 @@ def forward(
             # need less memory ("embed").
             leaves, form = jax.tree.flatten(weights)
             leaves = [
-                shard(w, *(None if name == "embed" else name for name in axes[1:]))
+                shard(w, *(None if name in _SPLIT else name for name in axes[1:]))
                 for w, axes in zip(leaves, names, strict=True)
             ]
-            state, adapters = jax.tree.unflatten(form, leaves)
+            weights, adapters = jax.tree.unflatten(form, leaves)
             table = _pick(tables, ropes, i)
-            x, _ = nnx.merge(graphdef, state)(x, table, attend_rows, shard, adapters)
-        return x
+            x, _ = nnx.merge(graph, nnx.State(weights))(
+                x, table, attend_rows, shard, adapters, experts, router
+            )
+        return (x, *uses) if uses else x
 
-    if remat != "none":
-        # Only without a loop could XLA find what is computed again in what was before.
-        policy = (_POLICIES if lora is None else _NAMED_POLICIES)[remat]
-        layer = jax.checkpoint(layer, policy=policy, prevent_cse=loop is unrolled)
     x = shard(decoder.embed(tokens, dtype, shard, lookup), "rows", "residual", None)
-    x = loop(layer, x, (stacked, adapters))
-    return shard(decoder.norm(x), "rows", "tokens", None)
+    if counted is not None:
+        if arch.moe is None:
+            raise ValueError(f"a {arch.model_type} model has no experts to count")
+        none = jnp.zeros((len(tokens), arch.moe.num_experts))
+        x, loop = (x, RouterUse(none, none, none[:, 0])), _carries_more(loop)
+    for run in arch.runs:
+        made = layer_of(run)
+        if remat != "none":
+            # Only without a loop could XLA find what is computed again in what was
+            # before.
+            policy = (_POLICIES if lora is None else _NAMED_POLICIES)[remat]
+            made = jax.checkpoint(made, policy=policy, prevent_cse=loop is unrolled)
+        weights = _layers_of(arch, params["layers"], run)
+        some = adapters
+        if len(arch.runs) > 1:
+            some = jax.tree.map(lambda x, run=run: x[run.start : run.stop], adapters)
+        x = loop(made, x, (weights, some))
+    x, *uses = x if counted is not None else (x,)
+    hidden = shard(decoder.norm(x), "rows", "tokens", None)
+    return (hidden, *uses) if uses else hidden
+
+
+def _carries_more(loop: Loop) -> Loop:
+    return scan if loop is in_place else loop
+
+
+_SPLIT = ("embed", "expert_embed")
+"""Axes of weights that are split only to need less memory."""
 
 
 def _taken_apart(
@@ -390,16 +499,14 @@ def _is_dot(primitive, *_, **params) -> bool:
     if primitive.name == "dot_general":
         _, (batch, _) = params["dimension_numbers"]
         return not batch
-    return "attention" in f"{primitive.name} {params.get('name')}"
+    named = primitive.name == "name" and params["name"] == PRODUCT
+    return named or "attention" in f"{primitive.name} {params.get('name')}"
 
 
 def _is_named(primitive, *_, **params) -> bool:
     """`_is_dot` where adapters add to products: these, with what is added, and not the
     two terms of each."""
-    if primitive.name == "dot_general":
-        return False
-    named = primitive.name == "name" and params["name"] == PRODUCT
-    return named or _is_dot(primitive, **params)
+    return primitive.name != "dot_general" and _is_dot(primitive, **params)
 
 
 def _named_to_host(primitive, *inputs, **params):
@@ -413,7 +520,7 @@ def _to_host(primitive, *inputs, **params):
     """`_is_dot`, with the products in the host's memory."""
     if primitive.name == "dot_general":
         return _OFFLOAD_DOTS(primitive, *inputs, **params)
-    return _is_dot(primitive, *inputs, **params)
+    return _named_to_host(primitive, *inputs, **params)
 
 
 _OFFLOAD_DOTS = jax.checkpoint_policies.offload_dot_with_no_batch_dims(
@@ -441,12 +548,25 @@ def _pick(tables: list[RotaryTable], table_of_layer, i) -> RotaryTable:
 
 @functools.cache
 def _abstract(
-    arch: Architecture, stacked: bool, fused: bool = False, scaled: bool = False
+    arch: Architecture,
+    stacked: bool,
+    fused: bool = False,
+    scaled: bool = False,
+    dtype: Any = jnp.float32,
 ) -> Decoder:
     layout = {"stacked": stacked, "fused": fused, "scaled": scaled}
-    return nnx.eval_shape(
-        lambda: Decoder(arch, Init(nnx.Rngs(0), jnp.float32), **layout)
-    )
+    return nnx.eval_shape(lambda: Decoder(arch, Init(nnx.Rngs(0), dtype), **layout))
+
+
+@functools.cache
+def _layer_graph(arch: Architecture, routed: bool) -> nnx.GraphDef:
+    """What makes one layer of a kind of its parameters."""
+
+    def make() -> Layer:
+        init = Init(nnx.Rngs(0), jnp.float32)
+        return Layer.one(arch, init, False, False, routed)
+
+    return nnx.graphdef(nnx.eval_shape(make))
 
 
 def model(arch: Architecture, params: Params, *, stacked: bool = False) -> Decoder:

@@ -17,10 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxrl_llm.models.architecture import Architecture
+from jaxrl_llm.models.moe import PRODUCT, Experts, Routed, Router, alone, route
 from jaxrl_llm.models.quantised import product
-
-PRODUCT = "product"
-"""What a product with an adapter is called for rematerialisation."""
 
 # (queries, keys, values) -> (attended, whatever is to be kept of keys and values)
 Attend = Callable[..., tuple[Array, Any]]
@@ -61,12 +59,21 @@ class Decoder(nnx.Module):
         self.arch = arch
         D, V = arch.hidden_size, arch.vocab_size
         self.embedding = init((V, D), ("vocab", "embed"), 0.02)
+        routed = [arch.has_experts(i) for i in range(arch.num_layers)]
         if stacked:
-            self.layers = Layer(arch, init.stack(arch.num_layers), fused, scaled)
+            dense = len(routed) - sum(routed)
+            self.layers = Layer(
+                arch,
+                init.stack(len(routed)),
+                fused,
+                scaled,
+                dense=init.stack(dense) if dense else None,
+                routed=init.stack(sum(routed)) if any(routed) else None,
+            )
         else:
-            count = range(arch.num_layers)
-            layers = [Layer(arch, init, fused, scaled) for _ in count]
-            self.layers = nnx.List(layers)
+            self.layers = nnx.List(
+                Layer.one(arch, init, fused, scaled, i) for i in routed
+            )
         self.norm = Norm(arch, init, D)
         self.output = (
             None if arch.tie_embeddings else init((V, D), ("vocab", "embed"), D**-0.5)
@@ -116,7 +123,22 @@ class Layer(nnx.Module):
     what is split along another axis would be transposed to be gathered.
     """
 
-    def __init__(self, arch: Architecture, init: "Init", fused: bool, scaled: bool):
+    def __init__(
+        self,
+        arch: Architecture,
+        init: "Init",
+        fused: bool,
+        scaled: bool,
+        *,
+        dense: "Init | None",
+        routed: "Init | None",
+    ):
+        """A layer, or a stack of some with a plain feed-forward and some with experts.
+
+        Args:
+          dense: makes the parameters of the feed-forward, if there is one.
+          routed: makes those of the experts.
+        """
         self.arch, self.fused = arch, fused
         D, F, H = arch.hidden_size, arch.intermediate_size, arch.head_dim
         N, K = arch.num_heads, arch.num_kv_heads
@@ -144,10 +166,17 @@ class Layer(nnx.Module):
         self.o = init((D, N, H), ("embed", "heads", "head"), (N * H) ** -0.5)
         self.o_scale = scale((D,), ("norm",))
         self.o_bias = bias((D,), ("norm",), arch.output_bias)
-        self.q_norm = Norm(arch, init, H) if arch.qk_norm else None
-        self.k_norm = Norm(arch, init, H) if arch.qk_norm else None
+        together = arch.qk_norm_together
+        q_size, k_size = ((N, H), (K, H)) if together else ((H,), (H,))
+        self.q_norm = Norm(arch, init, *q_size) if arch.qk_norm else None
+        self.k_norm = Norm(arch, init, *k_size) if arch.qk_norm else None
         self.post_attention_norm = Norm(arch, init, D) if arch.post_norms else None
         self.mlp_norm = Norm(arch, init, D)
+        self.post_mlp_norm = Norm(arch, init, D) if arch.post_norms else None
+        self.moe = None if routed is None else Routed(arch, routed, scaled)
+        if dense is None:
+            return
+        init = dense
         if fused:
             self.gate_up = init((D, 2, F), ("embed", None, "mlp"), std)
             self.gate_up_scale = scale((2, F), (None, "mlp"))
@@ -160,7 +189,18 @@ class Layer(nnx.Module):
         self.down = init((D, F), ("embed", "mlp"), F**-0.5)
         self.down_scale = scale((D,), ("norm",))
         self.down_bias = bias((D,), ("norm",), arch.mlp_bias)
-        self.post_mlp_norm = Norm(arch, init, D) if arch.post_norms else None
+
+    @classmethod
+    def one(
+        cls, arch: Architecture, init: "Init", fused: bool, scaled: bool, routed: bool
+    ) -> "Layer":
+        """A single layer."""
+        kind = (
+            {"dense": None, "routed": init}
+            if routed
+            else {"dense": init, "routed": None}
+        )
+        return cls(arch, init, fused, scaled, **kind)
 
     def __call__(
         self,
@@ -169,10 +209,14 @@ class Layer(nnx.Module):
         attend: Attend,
         shard: Shard = anywhere,
         adapters: Adapters | None = None,
+        experts: Experts = alone,
+        router: Router = route,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """The layer's output, and what `attend` keeps.
 
         Args:
+          experts: how they are computed, if the layer has any.
+          router: which of them tokens go to.
           adapters: of some matrices; for a fused layer those of `fuse_adapters`.
         """
         inner, outer = ("rows", "tokens", None), ("rows", "residual", None)
@@ -180,7 +224,10 @@ class Layer(nnx.Module):
         attended, kept = self._attention(normed, rotary, attend, shard, adapters)
         x = x + shard(_maybe(self.post_attention_norm, attended), *outer)
         normed = shard(self.mlp_norm(x), *inner)
-        computed = self._mlp(normed, shard, adapters)
+        if self.moe is None:
+            computed = self._mlp(normed, shard, adapters)
+        else:
+            computed = self.moe(normed, self._activated, experts, shard, router)
         x = x + shard(_maybe(self.post_mlp_norm, computed), *outer)
         return x, kept
 
@@ -191,6 +238,8 @@ class Layer(nnx.Module):
         q, k, v = self._heads(x, adapters)
         q, k, v = shard(q, *heads), shard(k, *kv_heads), shard(v, *kv_heads)
         q, k = _maybe(self.q_norm, q), _maybe(self.k_norm, k)
+        if (most := self.arch.qkv_clip) is not None:
+            q, k, v = (jnp.clip(x, -most, most) for x in (q, k, v))
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         out, kept = attend(q, k, v)
@@ -230,16 +279,18 @@ class Layer(nnx.Module):
             up = _linear(
                 equation, x, self.up, self.up_bias, adapter=adapter[1], wide=True
             )
-        match self.arch.activation:
-            case "silu":
-                gate = jax.nn.silu(gate)
-            case "gelu_tanh":
-                gate = jax.nn.gelu(gate, approximate=True)
-        hidden = shard(gate * up, "rows", "tokens", "mlp")
+        hidden = shard(self._activated(gate) * up, "rows", "tokens", "mlp")
         equation = "btf,df->btd"
         (adapter,) = _thin(equation, hidden, adapters, "down")
         weights = self.down, self.down_bias, self.down_scale
         return _linear(equation, hidden, *weights, adapter=adapter)
+
+    def _activated(self, x):
+        match self.arch.activation:
+            case "silu":
+                return jax.nn.silu(x)
+            case "gelu_tanh":
+                return jax.nn.gelu(x, approximate=True)
 
 
 class Norm(nnx.Module):
@@ -248,16 +299,17 @@ class Norm(nnx.Module):
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467).
     """
 
-    def __init__(self, arch: Architecture, init: "Init", size: int):
+    def __init__(self, arch: Architecture, init: "Init", *size: int):
         self.eps, self.offset = arch.norm_eps, arch.norm_offset
-        self.scale = init((size,), ("norm",), None)
+        self.scale = init(size, ("norm",) * len(size), None)
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        """Normalises the last axis."""
+        """Normalises the last axis, or as many as there are sizes."""
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.eps)
         scale = self.scale[...].astype(jnp.float32)
-        scale = jnp.expand_dims(scale, tuple(range(x.ndim - 1)))
+        last = tuple(range(-scale.ndim, 0))
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=last, keepdims=True) + self.eps)
+        scale = jnp.expand_dims(scale, tuple(range(x.ndim - scale.ndim)))
         if self.offset:
             return (x32 * (1.0 + scale)).astype(x.dtype)
         return x32.astype(x.dtype) * scale.astype(x.dtype)
@@ -276,14 +328,18 @@ class Init:
         """This initialiser for n layers at once."""
         return Init(self.rngs, self.dtype, (n,))
 
-    def __call__(self, shape, axes, std: float | None) -> nnx.Param:
-        """A parameter of `shape` whose axes have these logical names."""
+    def __call__(self, shape, axes, std: float | None, dtype=None) -> nnx.Param:
+        """A parameter of `shape` whose axes have these logical names.
+
+        Args:
+          dtype: where it is not that of the other parameters.
+        """
         shape = self.leading + shape
         axes = ("layers",) * len(self.leading) + axes
         if std is None:
             value = jnp.ones(shape, self.dtype)
         elif std == 0.0:
-            value = jnp.zeros(shape, self.dtype)
+            value = jnp.zeros(shape, dtype or self.dtype)
         else:
             value = std * jax.random.normal(self.rngs.params(), shape, self.dtype)
         return nnx.Param(value, axes=axes)
@@ -292,13 +348,16 @@ class Init:
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T h"], sin: Float[Array, "B T h"]
 ) -> Float[Array, "B T N H"]:
-    """Rotates pair (x[i], x[i + H/2]) by the angle of its position, in float32."""
+    """Rotates pair (x[i], x[i + h]) by the angle of its position, in float32. What lies
+    behind the h = H/2 pairs, where there are fewer, stays."""
+    x, still = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     out = jnp.concatenate(
         [first * cos - second * sin, second * cos + first * sin], axis=-1
     )
-    return out.astype(x.dtype)
+    out = out.astype(x.dtype)
+    return jnp.concatenate([out, still], axis=-1) if still.shape[-1] else out
 
 
 def _linear(

@@ -38,6 +38,16 @@ def _qwen3(*sizes: Any) -> dict[str, Any]:
     return _llama(151936, *sizes, 1e6, model_type="qwen3")
 
 
+def _qwen3_moe(*sizes: Any, experts: int, chosen: int, inner: int) -> dict[str, Any]:
+    return _qwen3(*sizes) | {
+        "model_type": "qwen3_moe",
+        "num_experts": experts,
+        "num_experts_per_tok": chosen,
+        "moe_intermediate_size": inner,
+        "norm_topk_prob": True,
+    }
+
+
 # vocabulary, width, feed-forward, layers, heads, KV heads, head size, tied, theta
 _SHAPES: dict[str, dict[str, Any]] = {
     "tiny": _llama(512, 64, 128, 2, 4, 2, 16, True, 1e4),
@@ -52,6 +62,12 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-4b": _qwen3(2560, 9728, 36, 32, 8, 128, True),
     "qwen3-8b": _qwen3(4096, 12288, 36, 32, 8, 128, False),
     "qwen3-32b": _qwen3(5120, 25600, 64, 64, 8, 128, False),
+    "qwen3-30b-a3b": _qwen3_moe(
+        2048, 6144, 48, 32, 4, 128, False, experts=128, chosen=8, inner=768
+    ),
+    "qwen3-235b-a22b": _qwen3_moe(
+        4096, 12288, 94, 64, 4, 128, False, experts=128, chosen=8, inner=1536
+    ),
 }
 
 NAMES = tuple(_SHAPES)

@@ -27,8 +27,10 @@ Weights = Any
 """A tree of arrays [L, ...], or of one layer's [...]."""
 Leaves = list[Any]
 """Leaves of weights; None where they are of the other half, trained or frozen."""
-Layer = Callable[[Array, Weights, Int[Array, ""]], Array]
-Loop = Callable[[Layer, Array, Weights], Array]
+Carried = Any
+"""What goes from layer to layer: an array, for `in_place`; or a tree of such."""
+Layer = Callable[[Carried, Weights, Int[Array, ""]], Carried]
+Loop = Callable[[Layer, Carried, Weights], Carried]
 
 COMPILER_OPTIONS = {
     "xla_gpu_enable_triton_gemm": False,
@@ -61,7 +63,7 @@ def choose(
     return scan if remat == "offload" else in_place
 
 
-def scan(layer: Layer, x: Array, weights: Weights) -> Array:
+def scan(layer: Layer, x: Carried, weights: Weights) -> Carried:
     """One compiled layer for all; compiles in the same time for any number of them.
 
     On a GPU, what the backward pass needs is copied to where it is kept and back.
@@ -73,7 +75,7 @@ def scan(layer: Layer, x: Array, weights: Weights) -> Array:
     return jax.lax.scan(body, x, (weights, jnp.arange(_count(weights))))[0]
 
 
-def unrolled(layer: Layer, x: Array, weights: Weights) -> Array:
+def unrolled(layer: Layer, x: Carried, weights: Weights) -> Carried:
     """Every layer by itself; compiles in a time that grows with their number."""
 
     def body(x, here):

@@ -40,6 +40,11 @@ MODULES = tuple(_ENDS)
 """The matrices of a layer, each of which can have an adapter."""
 
 
+def modules_of(arch: Architecture) -> tuple[str, ...]:
+    """Those of `MODULES` that can have adapters: not what experts take the place of."""
+    return MODULES if arch.moe is None else ("q", "k", "v", "o")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Lora:
     """Which adapters there are.
@@ -89,7 +94,17 @@ def adapter_axes(lora: Lora) -> Params:
 
 
 def abstract_adapters(arch: Architecture, lora: Lora, *, dtype=jnp.float32) -> Params:
-    """Shapes and dtypes of `init_adapters`, without computing anything."""
+    """Shapes and dtypes of `init_adapters`, without computing anything.
+
+    Raises:
+      ValueError: they are on matrices that the model does not have in every layer.
+    """
+    if missing := [name for name in lora.modules if name not in modules_of(arch)]:
+        raise ValueError(
+            f"modules has {', '.join(missing)}, but a {arch.model_type} model has "
+            "experts there, whose adapters are not supported; name some of "
+            f"{', '.join(modules_of(arch))}"
+        )
     sizes = {
         "layers": arch.num_layers,
         "rank": lora.rank,

@@ -24,6 +24,7 @@ from jaxrl_llm.models.decoder import (
 )
 from jaxrl_llm.models.layer_loop import Loop, scan
 from jaxrl_llm.models.lora import Lora
+from jaxrl_llm.models.moe import Experts, alone
 
 
 class Critic(nnx.Module):
@@ -77,6 +78,7 @@ def values(
     attention: PackedAttention = packed,
     loop: Loop = scan,
     lookup: Lookup = take,
+    experts: Experts = alone,
     shard: Shard = anywhere,
     lora: Lora | None = None,
 ) -> Float[Array, "R T"]:
@@ -97,6 +99,7 @@ def values(
         attention=attention,
         loop=loop,
         lookup=lookup,
+        experts=experts,
         shard=shard,
         lora=lora,
     )

@@ -23,6 +23,7 @@ from jaxrl_llm.algorithms import distilled_policy, grpo
 from jaxrl_llm.algorithms import update as updates
 from jaxrl_llm.algorithms.distilled_policy import DistilledPolicy
 from jaxrl_llm.algorithms.objectives import Objective
+from jaxrl_llm.algorithms.router_balance import Balanced
 from jaxrl_llm.data import packing
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.data.types import Completion, Episode, Prompt
@@ -62,6 +63,8 @@ class ActorSettings:
     step_size: StepSize
     needs_old_logprobs: bool = False
     """Whether the policy before the first update must be asked."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the loss that spreads tokens over experts, see `router_balance`."""
     offload: bool = False
     """The optimizer's moments wait in the host's memory outside of updates."""
     distillation: distilled_policy.Settings | None = None
@@ -140,8 +143,12 @@ class Actor:
         """
         how, policy = self.settings.distillation, self.policy
         if how is None:
+            objective: Objective = grpo.Policy(update)
             outputs_fn = functools.partial(policy.logprobs, frozen=frozen)
-            return grpo.Policy(update), outputs_fn
+            if coef := self.settings.router_aux_loss_coef:
+                objective = Balanced(objective, coef)
+                outputs_fn = functools.partial(policy.logprobs_and_use, frozen=frozen)
+            return objective, outputs_fn
         objective = DistilledPolicy(update, how)
         match how.mode:
             case "reverse_kl":

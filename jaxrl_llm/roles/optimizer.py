@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import optax
 
+from jaxrl_llm import models
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.algorithm import DEFAULT_OPTIMIZER
 
@@ -41,7 +44,8 @@ def make(
         v = b2 * v + (1 - b2) * g^2
         p = p - lr * (m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps) + weight_decay * p)
 
-    Every parameter decays, norms and biases too. Another one is given what it takes by
+    Every parameter decays, norms and biases too; only what `models.is_fixed` stays as
+    it is. Another one is given what it takes by
     name of learning_rate (`schedule`), b1, b2, eps, weight_decay and mu_dtype.
 
     Args:
@@ -61,10 +65,21 @@ def make(
         "weight_decay": settings.weight_decay,
         "mu_dtype": settings.mu_dtype,
     }
-    return optax.chain(
+    made = optax.chain(
         optax.clip_by_global_norm(settings.clip_grad),
         plugins.call(function, given, settings.params),
     )
+
+    def update(grads, state, params=None):
+        updates, state = made.update(grads, state, params)
+        return jax.tree.map_with_path(_unless_fixed, updates), state
+
+    return optax.GradientTransformation(made.init, update)
+
+
+def _unless_fixed(path: tuple, update: jax.Array) -> jax.Array:
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return jnp.zeros_like(update) if models.is_fixed(name) else update
 
 
 def schedule(

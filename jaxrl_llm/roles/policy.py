@@ -19,6 +19,7 @@ from jaxrl_llm.algorithms import distillation, logprobs
 from jaxrl_llm.algorithms.distillation import Distilled
 from jaxrl_llm.data import rows as batches
 from jaxrl_llm.data.rows import Taught, TrainBatch
+from jaxrl_llm.data.types import RouterUse
 from jaxrl_llm.models import Architecture
 from jaxrl_llm.models.apply import Params
 from jaxrl_llm.roles.sharded_model import ModelSettings, ShardedModel
@@ -105,14 +106,27 @@ class Policy(ShardedModel):
         `shapes_of_rows`."""
         return self._concentration.lower(params, rows)
 
-    def logprobs(
+    def logprobs_and_use(
         self, params: Params, rows: TrainBatch, frozen: Params = None
+    ) -> tuple[logprobs.Logprobs, RouterUse]:
+        """`logprobs`, and how the routers spread the rows' tokens over experts."""
+        uses: list[RouterUse] = []
+        found = self.logprobs(params, rows, frozen, use=uses.append)
+        return found, uses[0]
+
+    def logprobs(
+        self,
+        params: Params,
+        rows: TrainBatch,
+        frozen: Params = None,
+        use: Callable[[RouterUse], None] | None = None,
     ) -> logprobs.Logprobs:
         """Log-probability and entropy of every response token, at the temperature it
         was sampled at.
 
         Args:
           frozen: weights that `params` lacks, which are not differentiated.
+          use: is told what the routers do.
         """
 
         def of_rows(hidden, matrix, asked, **how):
@@ -129,7 +143,7 @@ class Policy(ShardedModel):
                 **how,
             )
 
-        found = self._by_rows(of_rows, *self._asked(params, rows, frozen))
+        found = self._by_rows(of_rows, *self._asked(params, rows, frozen, use))
         return jax.tree.map(lambda x: self._join(x, rows.tokens.shape), found)
 
     def taught(
@@ -291,7 +305,13 @@ class Policy(ShardedModel):
             return matrix  # without padding, it may not divide any more
         return self.partition.constrain(matrix, "vocab", None)
 
-    def _asked(self, params: Params, rows: TrainBatch, frozen: Params = None):
+    def _asked(
+        self,
+        params: Params,
+        rows: TrainBatch,
+        frozen: Params = None,
+        use: Callable[[RouterUse], None] | None = None,
+    ):
         """Hidden states, output matrix, and rows, taken apart where devices share
         them."""
         params = self.laid_out(params, frozen)
@@ -300,7 +320,11 @@ class Policy(ShardedModel):
             matrix = matrix[:known]
             tokens = jnp.minimum(rows.tokens, self.arch.vocab_size - 1)
             read = dataclasses.replace(rows, tokens=tokens)
-        hidden = self.hidden(params, read)
+        if use is None:
+            hidden = self.hidden(params, read)
+        else:
+            hidden, found = self.hidden_and_use(params, read)
+            use(found)
         if self.partition.parts("tokens") == 1:
             return hidden, matrix, rows
         hidden, rows = jax.tree.map(self._take_apart, (hidden, rows))

@@ -25,6 +25,7 @@ from jaxrl_llm.data import packing
 from jaxrl_llm.data import rows as batches
 from jaxrl_llm.data.packing import Layout
 from jaxrl_llm.data.rows import TrainBatch
+from jaxrl_llm.data.types import RouterUse
 from jaxrl_llm.models import Architecture
 from jaxrl_llm.models.apply import Params, Remat
 from jaxrl_llm.models.layer_loop import unrolled
@@ -248,6 +249,13 @@ class ShardedModel:
         """`models.forward` of rows."""
         return self._computed(models.forward, params, rows)
 
+    def hidden_and_use(
+        self, params: Params, rows: TrainBatch
+    ) -> tuple[Float[Array, "R T D"], RouterUse]:
+        """`hidden`, and how the routers spread the rows' tokens over experts."""
+        counted = rows.sequence_ids >= 0
+        return self._computed(models.forward, params, rows, counted=counted)
+
     def values(self, params: Params, rows: TrainBatch) -> Float[Array, "R T"]:
         """`models.values` of rows: the value after each token."""
         return self._computed(models.values, params, rows)
@@ -273,7 +281,9 @@ class ShardedModel:
 
         return jax.jit(whole, compiler_options=COMPILER_OPTIONS)
 
-    def _computed(self, function: Callable, params: Params, rows: TrainBatch) -> Array:
+    def _computed(
+        self, function: Callable, params: Params, rows: TrainBatch, **more: Any
+    ) -> Any:
         how = self.settings
         return function(
             self.arch,
@@ -286,8 +296,10 @@ class ShardedModel:
             attention=self._attention(rows),
             loop=models.choose_loop(self.mesh, how.unroll, how.remat),
             lookup=models.choose_lookup(self.partition),
+            experts=models.choose_experts(self.partition),
             shard=self.partition.constrain,
             lora=how.lora,
+            **more,
         )
 
     def _attention(self, rows: TrainBatch):

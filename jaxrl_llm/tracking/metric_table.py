@@ -74,6 +74,20 @@ METRICS = (
         "actor.optim.lr. If it explodes: lower actor.optim.lr or the temperature",
     ),
     Metric(
+        "actor/router_aux_loss",
+        "how unevenly tokens are spread over experts, before "
+        "actor.router_aux_loss_coef: the experts of a token where all are chosen alike",
+        "near that, and no larger than it was",
+        "raise actor.router_aux_loss_coef",
+    ),
+    Metric(
+        "actor/expert_load_max",
+        "how often the most chosen expert is chosen, over the mean of all, in all "
+        "layers together; with actor.router_aux_loss_coef",
+        "steady",
+        "raise actor.router_aux_loss_coef",
+    ),
+    Metric(
         "actor/kl_loss",
         "KL(policy || reference) by actor.kl_loss_type, nats per token",
         "below 0.1 for most tasks, and growing slowly",

@@ -330,7 +330,7 @@ def estimated(model: ShardedModel, state: Any, length: int, size: int) -> float:
     parts = model.layout.rows_multiple * model.partition.parts("tokens")
     tokens = size * length / parts
     heads = (arch.num_heads + arch.num_kv_heads) * arch.head_dim
-    products = 2 * width * (arch.hidden_size + heads + arch.intermediate_size)
+    products = 2 * width * (arch.hidden_size + heads + arch.active_size)
     layer = {"none": 3 * products, "dots": products}
     kept = arch.num_layers * layer.get(how.remat, width * arch.hidden_size)
     logits = min(tokens, 4096) * arch.vocab_size * 10 * (model.head == "tokens")

@@ -60,8 +60,9 @@ def actor_of(
         `actor.keep_probabilities` is not for this model.
     """
     actor, how, arch = config.actor, settings.policy(config), source.arch
-    policy, reference = Policy(arch, on, how, keys=settings.keys("actor.mesh")), None
+    _check_balance(actor.router_aux_loss_coef, arch)
     adapters = adapters_of(config, "actor", arch)
+    policy, reference = Policy(arch, on, how, keys=settings.keys("actor.mesh")), None
     if uses_kl(config):
         # The initial policy is the base, if its adapters change nothing yet.
         given = actor.lora and actor.lora.path
@@ -91,6 +92,16 @@ def actor_of(
     )
 
 
+def _check_balance(coef: float, arch: models.Architecture) -> None:
+    """Raises ConfigError if there is nothing to balance."""
+    if coef and (arch.moe is None or arch.moe.score == "sigmoid"):
+        has = "no experts" if arch.moe is None else "experts with a sigmoid each"
+        raise ConfigError(
+            f"actor.router_aux_loss_coef is {coef}, but a {arch.model_type} model has "
+            f"{has}; the loss is one of a softmax over experts: set it to 0"
+        )
+
+
 def adapters_of(
     config: Config | OfflineConfig,
     role: Literal["actor", "critic", "learner"],
@@ -109,6 +120,13 @@ def adapters_of(
     if section is None:
         return None
     lora, key = settings.lora(section), f"{role}.lora"
+    fit = models.modules_of(arch)
+    if missing := [f"{m}_proj" for m in lora.modules if m not in fit]:
+        raise ConfigError(
+            f"{key}.modules has {', '.join(missing)}, but the model has experts there, "
+            "whose adapters are not supported; name some of "
+            f"{', '.join(f'{m}_proj' for m in fit)}"
+        )
     if section.path is None:
         whose = {"actor": Purpose.ACTOR_ADAPTERS, "critic": Purpose.CRITIC_ADAPTERS}
         purpose = whose.get(role, Purpose.LEARNER_ADAPTERS)
@@ -203,6 +221,7 @@ def critic_of(
       ValueError: the model or its rows cannot be split evenly over the mesh.
     """
     how, keys = settings.value_model(config), settings.keys("critic.mesh")
+    adapters = adapters_of(config, "critic", source.arch)
     model = ShardedModel(source.arch, on, how, head="value", keys=keys)
     steps, count = (
         config.trainer.total_training_steps,
@@ -215,7 +234,7 @@ def critic_of(
         settings.critic(config),
         optimizer=optimizer.make(*numbers),
         schedule=optimizer.schedule(*numbers),
-        adapters=adapters_of(config, "critic", source.arch),
+        adapters=adapters,
     )
 
 

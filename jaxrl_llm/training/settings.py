@@ -101,6 +101,7 @@ def actor(config: Config) -> ActorSettings:
             response_length=config.longest_response,
         ),
         needs_old_logprobs=needs_old_logprobs(config),
+        router_aux_loss_coef=actor.router_aux_loss_coef,
         offload="optimizer" in actor.offload,
         distillation=distillation(config),
     )

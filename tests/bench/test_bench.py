@@ -1,5 +1,6 @@
 import functools
 import importlib
+import itertools
 import json
 import math
 
@@ -147,10 +148,26 @@ def test_every_way_of_resharding_is_charged_the_same_bytes(measured):
     assert ways["half-to-half"][0]["bytes"] == pytest.approx(2 * count / 4, rel=0.01)
 
 
+def test_kernels_of_experts_compute_the_same(measured):
+    lines = measured(
+        "moe", "--tokens", "24", "--width", "8", "--expert-size", "8",
+        "--num-experts", "4", "--top-k", "2", "--dtype", "float32", "--steps", "1",
+        "--skew", "skewed", "one",
+    )  # fmt: skip
+    found = {(line["kernel"], line["skew"]): line for line in lines}
+    kernels = ("dense", "blocked", "ragged", "mosaic")
+    assert set(found) == set(itertools.product(kernels, ("skewed", "one")))
+    for (kernel, _), line in found.items():
+        if kernel == "mosaic":  # of GPUs
+            assert line["failed"]
+        elif kernel != "dense":
+            assert line["error"] < 1e-5 and line["seconds"] > 0
+
+
 def test_an_unknown_measurement_is_refused_with_those_there_are():
     with pytest.raises(
         ValueError,
-        match="one of episodes, reshard, rollout, sandbox, step, train; got 'speed'",
+        match="one of episodes, moe, reshard, .*, step, train; got 'speed'",
     ):
         bench.main(["speed"])
     with pytest.raises(ValueError, match="got nothing"):

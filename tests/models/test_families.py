@@ -1,5 +1,6 @@
 """Every family computes what transformers computes, in every way it can be run."""
 
+import copy
 import dataclasses
 import functools
 
@@ -7,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
-from transformers_models import FAMILIES, reference
+from safetensors.numpy import load_file, save_file
+from transformers_models import FAMILIES, WITH_EXPERTS, reference
 
 from jaxrl_llm import models
+from jaxrl_llm.algorithms.router_balance import auxiliary_loss
 from jaxrl_llm.models.attention import paged
 from jaxrl_llm.models.attention.packed import packed
 from jaxrl_llm.models.checkpoints import families, peft
@@ -18,19 +20,28 @@ from jaxrl_llm.models.checkpoints import families, peft
 T = 24  # longer than every window here
 # Small programs run once: compiling them is what takes time.
 QUICK = {"xla_llvm_disable_expensive_passes": True, "xla_backend_optimization_level": 0}
-every_family = pytest.mark.parametrize("family", FAMILIES)
+# Of the families with experts, the one with most of what there is to get wrong.
+SLOW = set(WITH_EXPERTS) - {"glm4-moe"}
+
+
+def of_all(families, slow):
+    return pytest.mark.parametrize(
+        "family",
+        [
+            pytest.param(family, marks=pytest.mark.slow if slow(family) else ())
+            for family in families
+        ],
+    )
+
+
+every_family = of_all(FAMILIES, SLOW.__contains__)
+every_family_with_experts = of_all(WITH_EXPERTS, SLOW.__contains__)
 # Ways to turn positions are one table each, which its logits show to be right; how it
-# is read does not depend on what is in it.
-every_decoder = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(
-            family,
-            # The windows of Mistral stay.
-            marks=pytest.mark.slow if "-rope" in family or "-window" in family else (),
-        )
-        for family in FAMILIES
-    ],
+# is read does not depend on what is in it. Experts have tests of their own.
+every_decoder = of_all(
+    FAMILIES,
+    # The windows of Mistral stay.
+    lambda family: "-rope" in family or "-window" in family or family in WITH_EXPERTS,
 )
 
 
@@ -81,6 +92,92 @@ def test_loaded_logits_are_those_of_transformers(family, load):
     np.testing.assert_allclose(
         our_logits(arch, params), reference_logits(reference(family)), atol=1e-4, rtol=0
     )
+
+
+@every_family_with_experts
+def test_gradients_are_those_of_transformers(family, load, tmp_path):
+    import torch
+
+    arch, params, _ = load(family)
+    weights = np.random.default_rng(2).standard_normal((2, T, 97)).astype(np.float32)
+    theirs = copy.deepcopy(reference(family))
+    theirs(torch.from_numpy(tokens().astype(np.int64))).logits.backward(
+        torch.from_numpy(weights)
+    )
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(parameter.grad)
+    theirs.save_pretrained(tmp_path)  # gradients by the names of weights
+    wanted = models.load(tmp_path).params
+    positions = jnp.broadcast_to(jnp.arange(T)[None], (2, T))
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.grad
+    def found(params):
+        given = jnp.asarray(tokens()), positions, jnp.zeros_like(positions)
+        how = {"dtype": jnp.float32, "remat": "dots"}
+        hidden = models.forward(arch, params, *given, **how)
+        return jnp.sum(models.logits(arch, params, hidden) * weights)
+
+    for (path, got), other in zip(
+        jax.tree.leaves_with_path(found(params)), jax.tree.leaves(wanted), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        if "selection_bias" in name:  # chooses, and is not trained
+            assert not np.any(got)
+            continue
+        scale = np.abs(other).max()
+        assert scale > 0
+        np.testing.assert_allclose(got, other, rtol=0, atol=1e-4 * scale, err_msg=name)
+
+
+@every_family_with_experts
+def test_experts_in_one_tensor_are_read_as_those_one_by_one(family, load, tmp_path):
+    reference(family).config.save_pretrained(tmp_path)
+    tensors = {k: v.numpy() for k, v in reference(family).state_dict().items()}
+    assert any(name.endswith("experts.gate_up_proj") for name in tensors)
+    tied = {"lm_head.weight"} if load(family).arch.tie_embeddings else set()
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in tensors.items() if k not in tied},
+        tmp_path / "model.safetensors",
+    )
+    for x, y in zip(
+        jax.tree.leaves(models.load(tmp_path).params),
+        jax.tree.leaves(load(family).params),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.slow
+@every_family_with_experts
+def test_the_auxiliary_loss_is_that_of_transformers(family, load):
+    import torch
+
+    if family == "glm4-moe":
+        pytest.skip("transformers has none for it")
+    arch, params, _ = load(family)
+    there = np.arange(T)[None] < np.array([[T], [T - 7]])
+    with torch.no_grad():
+        wanted = reference(family)(
+            torch.from_numpy(tokens().astype(np.int64)),
+            attention_mask=torch.from_numpy(there.astype(np.int64)),
+            output_router_logits=True,
+        ).aux_loss.item()
+    ids = jnp.where(jnp.asarray(there), 0, -1)
+    positions = jnp.broadcast_to(jnp.arange(T)[None], (2, T))
+    _, use = jax.jit(
+        lambda params: models.forward(
+            arch,
+            params,
+            jnp.asarray(tokens()),
+            positions,
+            ids,
+            dtype=jnp.float32,
+            counted=jnp.asarray(there),
+        )
+    )(params)
+    np.testing.assert_allclose(auxiliary_loss(use), wanted, rtol=1e-5)
 
 
 @every_decoder
@@ -150,7 +247,7 @@ def test_prefill_and_extension_give_the_hidden_states_of_forward(family, load):
             attention=paged.attend,
         )
 
-    params = models.unstack(params, jnp.float32)
+    params = models.unstack(arch, params, jnp.float32)
     params["layers"] = {i: models.fuse(x) for i, x in params["layers"].items()}
     first, pages = read(params, row)
     rest = []
@@ -208,15 +305,9 @@ def test_an_adapter_of_peft_is_read_and_written_as_peft_reads_it(family, tmp_pat
             base, attn_implementation="eager", dtype=torch.float32
         )
 
-    names = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-    ]
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    if family not in WITH_EXPERTS:
+        names += ["gate_proj", "up_proj", "down_proj"]
     theirs = library.get_peft_model(
         fresh(),
         library.LoraConfig(

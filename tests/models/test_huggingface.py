@@ -305,7 +305,8 @@ def test_save_refuses_other_parameters(tmp_path):
     arch = tiny.arch()
     params = random_params(arch)
     with pytest.raises(ValueError, match="must be stacked"):
-        models.save(tmp_path / "out", arch, models.unstack(params, jnp.float32), None)
+        unstacked = models.unstack(arch, params, jnp.float32)
+        models.save(tmp_path / "out", arch, unstacked, None)
     with pytest.raises(ValueError, match=r"norm.scale has shape \(31,\)"):
         models.save(
             tmp_path / "out", arch, params | {"norm": {"scale": jnp.ones(31)}}, None

@@ -41,7 +41,8 @@ def test_products_are_those_of_the_rounded_numbers(bits):
 
 @pytest.mark.parametrize("bits, step", [("int8", 1 / 254), ("fp8", 1 / 16)])
 def test_fused_matrices_are_near_what_they_were(bits, step):
-    params = models.unstack(models.init(tiny.arch(), jax.random.key(0)), jnp.float32)
+    arch = tiny.arch()
+    params = models.unstack(arch, models.init(arch, jax.random.key(0)), jnp.float32)
     whole = models.fuse(params["layers"][0])
     eight = models.fuse(params["layers"][0], bits)
     for name in ("qkv", "o", "gate_up", "down"):

@@ -92,7 +92,7 @@ def prompts(model):
 @functools.partial(jax.jit, static_argnums=0)
 def greedy(arch, params, tokens, lengths):
     """The likeliest next token, NEW times; [B, NEW]."""
-    params = models.unstack(params, jnp.float32)
+    params = models.unstack(arch, params, jnp.float32)
     B, longest = tokens.shape
     n = -(-(longest + NEW) // 64)
     tables = 1 + jnp.arange(B * n, dtype=jnp.int32).reshape(B, n)

@@ -91,7 +91,9 @@ def test_memory_is_that_of_the_arrays(job, sizes):
 
     assert memory["weights"] == on_one_device(state.params)
     assert memory["optimizer"] == on_one_device(state.opt_state)
-    generation = jax.jit(lambda p: models.unstack(p, "float32"))(state.params)
+    generation = jax.jit(lambda p: models.unstack(job.source.arch, p, "float32"))(
+        state.params
+    )
     whole = sum(x.nbytes for x in jax.tree.leaves(generation))
     assert memory["generation weights"] == whole  # one replica on each of 8 devices
     # 4 responses on 8 devices: 8 rows each, which are the fewest, of 64 positions, half

@@ -486,6 +486,84 @@ def test_a_quantised_engine_is_smaller_and_near_the_forward_pass(what, bits, off
     assert (weights < 0.7) == (what == "quantization")
 
 
+@functools.cache
+def params_with_experts():
+    params = models.init(WITH_EXPERTS, jax.random.key(1))
+    draw = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda x: x + jnp.asarray(0.1 * draw.standard_normal(x.shape), x.dtype), params
+    )
+
+
+WITH_EXPERTS = tiny.arch(vocab_size=304, **tiny.with_experts())
+
+
+def rounded_to_int8(params):
+    """The numbers that an int8 engine has: a scale for each column of a matrix."""
+    summed = {
+        "moe.gate": 2, "moe.up": 2, "moe.down": 3, "moe.shared.gate": 1,
+        "moe.shared.up": 1, "moe.shared.down": 2, "gate": 1, "up": 1, "down": 2, "q": 1,
+        "k": 1, "v": 1, "o": (2, 3),
+    }  # fmt: skip
+
+    def one(path, x):
+        axes = summed.get(jax.tree_util.keystr(path, simple=True, separator="."))
+        if axes is None:
+            return x
+        scale = jnp.abs(x).max(axes, keepdims=True) / 127
+        return jnp.floor(x / scale + 0.5) * scale
+
+    return params | {"layers": jax.tree.map_with_path(one, params["layers"])}
+
+
+def over_the_mesh(params):
+    """As a trainer has them that splits experts."""
+    on = mesh.make({"data": 1, "fsdp": 2, "expert": 2, "context": 1, "tensor": 2})
+    axes = models.logical_axes(WITH_EXPERTS)
+    laid_out = models.partition(WITH_EXPERTS, params, axes, on, {})
+    return jax.device_put(params, laid_out.shardings(axes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("axes", "bits", "off"),
+    [
+        ({"data": 1, "tensor": 1}, None, 1e-4),
+        ({"data": 2, "tensor": 4}, None, 1e-4),
+        ({"data": 1, "tensor": 1}, "int8", 1e-3),
+        ({"data": 2, "tensor": 4}, "int8", 1e-3),
+        # What is multiplied is rounded too, and other experts are chosen.
+        ({"data": 1, "tensor": 1}, "fp8", 1.0),
+    ],
+)
+def test_experts_are_decoded_as_the_forward_pass_computes_them(axes, bits, off):
+    # One row needs three experts of eight, eight rows 24: both ways are taken.
+    params = params_with_experts()
+    given = over_the_mesh(params) if axes["data"] > 1 else params
+    made = engine(given, arch=WITH_EXPERTS, axes=axes, quantization=bits)
+    asked = [request(0, n=1, max_tokens=20), *(request(i, n=3) for i in range(1, 4))]
+    place = jnp.arange(128)[None]
+
+    @jax.jit
+    def logits(tokens, ids):
+        used = rounded_to_int8(params) if bits == "int8" else params
+        how = {"dtype": jnp.float32}
+        hidden = models.forward(WITH_EXPERTS, used, tokens, place, ids, **how)
+        return models.logits(WITH_EXPERTS, used, hidden)
+
+    largest = 0.0
+    for one, completions in zip(asked, generate(made, asked), strict=True):
+        for completion in completions:
+            tokens = np.concatenate([one.tokens, completion.tokens])
+            padded = np.zeros((1, 128), np.int32)
+            padded[0, : len(tokens)] = tokens
+            found = logits(padded, np.int32(place >= len(tokens)))[0]
+            found = jax.nn.log_softmax(found[len(one.tokens) - 1 : len(tokens) - 1])
+            wanted = np.asarray(found)[at(completion)]
+            largest = max(largest, np.abs(completion.raw_logprobs - wanted).max())
+    assert largest < off
+
+
 def test_weights_do_not_change_under_responses_in_the_making():
     made = engine()
     made.submit(REQUESTS[:2])
@@ -616,7 +694,7 @@ def test_adapters_beside_a_fused_layer_are_adapters_added_to_it():
     found = adapters(lora, 1)
 
     def fused(params):
-        layers = models.unstack(params, jnp.float32)["layers"]
+        layers = models.unstack(ARCH, params, jnp.float32)["layers"]
         return {i: models.fuse(layer, kv_copies=copies) for i, layer in layers.items()}
 
     beside = {

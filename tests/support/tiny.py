@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from jaxrl_llm.models import Architecture, Rope, init, save
+from jaxrl_llm.models import Architecture, Moe, Rope, init, save
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -61,6 +61,32 @@ def arch(**overrides) -> Architecture:
         "window_of_layer": (None,) * layers,
     }
     return Architecture(**fields | overrides)
+
+
+def with_experts(**overrides) -> dict:
+    """Fields of a GLM-4.5 for `arch`: a dense layer, then two with 8 experts, of which
+    3 are chosen from one of two groups, and one that all tokens share."""
+    return {
+        "model_type": "glm4_moe",
+        "num_layers": 3,
+        "num_heads": 8,
+        "qk_norm": True,
+        "tie_embeddings": False,
+        "rope": (Rope(theta=1e4, rotated=0.5),),
+        "moe": Moe(
+            num_experts=8,
+            top_k=3,
+            expert_size=16,
+            score="sigmoid",
+            selection_bias=True,
+            groups=2,
+            chosen_groups=1,
+            renormalise=True,
+            scale=1.5,
+            shared_size=16,
+            dense_layers=(0,),
+        ),
+    } | overrides
 
 
 def checkpoint(directory, **overrides) -> str:

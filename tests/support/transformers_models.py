@@ -82,6 +82,61 @@ FAMILIES = {
         {"use_sliding_window": True, "sliding_window": 6, "no_rope_layer_interval": 2},
     ),
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+FAMILIES |= {
+    "qwen3-moe": ("Qwen3MoeConfig", EXPERTS | {"moe_intermediate_size": 24}),
+    "qwen3-moe-dense-layers": (
+        "Qwen3MoeConfig",
+        EXPERTS
+        | {
+            "num_hidden_layers": 4,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": False,
+            "decoder_sparse_step": 2,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+    ),
+    "olmoe": (
+        "OlmoeConfig",
+        EXPERTS | {"head_dim": 8, "norm_topk_prob": False, "clip_qkv": 0.7},
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    ),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        EXPERTS
+        | {
+            "head_dim": 8,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [1],
+            "num_hidden_layers": 3,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+        },
+    ),
+    "glm4-moe": (
+        "Glm4MoeConfig",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "n_shared_experts": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.7,
+            "first_k_dense_replace": 1,
+            "num_hidden_layers": 3,
+            "attention_bias": True,
+            "use_qk_norm": True,
+        },
+    ),
+}
+WITH_EXPERTS = [family for family in FAMILIES if "moe" in family or family == "mixtral"]
 
 
 @functools.cache
@@ -100,4 +155,7 @@ def reference(family):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                buffer.add_(0.1 * torch.randn_like(buffer))
     return model

@@ -26,6 +26,7 @@ from jaxrl_llm.models.apply import Params, model
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention.packed import PackedAttention, Window
 from jaxrl_llm.models.decoder import RotaryTable, rotate
+from jaxrl_llm.models.moe import Experts, alone
 from jaxrl_llm.models.quantised import Quantised, like, plain
 
 PagedAttention = Callable[..., tuple[Any, Any, Any]]
@@ -108,6 +109,7 @@ def prefill(
     *,
     dtype: Any,
     attention: PackedAttention,
+    experts: Experts = alone,
     inline: bool = True,
 ) -> tuple[Float[Array, "R T D"], Pages]:
     """Prefills the beginnings of sequences, packed in rows.
@@ -117,6 +119,7 @@ def prefill(
       sequence_ids: a token sees its own sequence; padding has an id of its own.
       places: where each token's key and value belong, page * S + place within it.
         No two tokens share one.
+      experts: how they are computed, see `expert_parallel.choose`.
       inline: lower every layer by itself, and not one of a kind that is called. Needed
         where XLA partitions the layers.
 
@@ -139,7 +142,8 @@ def prefill(
         )
         return found, (keep(keys, k, places), keep(values, v, places))
 
-    return _run(arch, params, tokens, positions, pages, attend_row, dtype, inline)
+    how = {"dtype": dtype, "experts": experts, "inline": inline}
+    return _run(arch, params, tokens, positions, pages, attend_row, **how)
 
 
 def extend(
@@ -152,6 +156,7 @@ def extend(
     *,
     dtype: Any,
     attention: PagedAttention,
+    experts: Experts = alone,
     inline: bool = True,
 ) -> tuple[Float[Array, "B T D"], Pages]:
     """More tokens of sequences whose beginnings are in the pages: one each to decode,
@@ -160,7 +165,7 @@ def extend(
     Args:
       params: fused or unstacked.
       positions: where each token stands in its sequence; -1 for padding.
-      inline: as of `prefill`.
+      experts, inline: as of `prefill`.
 
     Returns:
       Final hidden states, and the pages with these tokens.
@@ -182,7 +187,8 @@ def extend(
         )
         return found, kept
 
-    return _run(arch, params, tokens, positions, pages, attend_pages, dtype, inline)
+    how = {"dtype": dtype, "experts": experts, "inline": inline}
+    return _run(arch, params, tokens, positions, pages, attend_pages, **how)
 
 
 def attend(
@@ -269,7 +275,9 @@ def rotated(q, k, rotary: RotaryTable):
     return (q, k) if rotary is None else (rotate(q, *rotary), rotate(k, *rotary))
 
 
-def _run(arch, params, tokens, positions, pages, attend_layer, dtype, inline):
+def _run(
+    arch, params, tokens, positions, pages, attend_layer, *, dtype, experts, inline
+):
     adapters = [layer.get("lora") for _, layer in sorted(params["layers"].items())]
     layers = {
         i: {name: x for name, x in layer.items() if name != "lora"}
@@ -291,11 +299,12 @@ def _run(arch, params, tokens, positions, pages, attend_layer, dtype, inline):
 
         # Attention rotates by itself: a kernel can do it on the way.
         layer = nnx.merge(graph, weights)
-        return layer(x, None, attend_and_keep, adapters=adapters)
+        return layer(x, None, attend_and_keep, adapters=adapters, experts=experts)
 
     kinds: dict[Any, int] = {}
     for i, layer in enumerate(decoder.layers):
-        like = kinds.setdefault((arch.window_of_layer[i], arch.rope_of_layer[i]), i)
+        kind = arch.window_of_layer[i], arch.rope_of_layer[i], arch.has_experts(i)
+        like = kinds.setdefault(kind, i)
         x, (k, v) = run_layer(
             like, *nnx.split(layer), adapters[i], x, pages.keys[i], pages.values[i]
         )

@@ -97,6 +97,9 @@ def split_keys(
     Source: Dao et al. 2023, "Flash-Decoding for long-context inference".
     """
     (B, _, N, H), (K, _, S, _), n = q.shape, keys.shape, tables.shape[1]
+    if rotary is not None and 2 * rotary[0].shape[-1] < H:
+        q, k = paged.rotated(q, k, rotary)
+        rotary = None
     G = N // K
     splits = min(-(-_PROGRAMS // (B * K)), -(-n * S // _FEWEST_KEYS))
     per_split = -(-n // splits)

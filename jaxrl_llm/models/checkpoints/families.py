@@ -11,11 +11,11 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxrl_llm.models.architecture import Architecture, Rope
+from jaxrl_llm.models.architecture import Architecture, Moe, Rope
 
 Config = Mapping[str, Any]
 
@@ -57,7 +57,15 @@ EOS = Kind(
 _LAYERS, _WIDTH, _HEADS, _SIZE = (
     _whole(4096), _whole(2**18), _whole(2**14), _whole(2**13)
 )  # fmt: skip
-_WIDER, _LENGTH = _whole(2**22), _whole(2**40)
+_WIDER, _LENGTH, _EXPERTS = _whole(2**22), _whole(2**40), _whole(2**14)
+_NUMBERS = Kind(
+    "a list of layers' numbers",
+    lambda value: type(value) is list and all(map(_ID.holds, value)),
+)
+_SHARE = Kind(
+    "a share, above 0 and at most 1",
+    lambda value: type(value) in (int, float) and 0 < value <= 1,
+)
 _KINDS = {
     "vocab_size": _whole(2**24),
     "hidden_size": _WIDTH,
@@ -88,6 +96,24 @@ _KINDS = {
     "layer_types": _TEXTS,
     "no_rope_layers": _WHOLES,
     "eos_token_id": EOS,
+    "clip_qkv": _POSITIVE,
+    "num_experts": _EXPERTS,
+    "num_local_experts": _EXPERTS,
+    "n_routed_experts": _EXPERTS,
+    "num_experts_per_tok": _EXPERTS,
+    "moe_intermediate_size": _WIDER,
+    "shared_expert_intermediate_size": _WIDER,
+    "n_shared_experts": _EXPERTS,
+    "n_group": _EXPERTS,
+    "topk_group": _EXPERTS,
+    "routed_scaling_factor": _POSITIVE,
+    "norm_topk_prob": _SWITCH,
+    "use_qk_norm": _SWITCH,
+    "qkv_bias": _SWITCH,
+    "decoder_sparse_step": _LAYERS,
+    "first_k_dense_replace": _whole(4096, least=0),
+    "mlp_only_layers": _NUMBERS,
+    "partial_rotary_factor": _SHARE,
 }
 COUNTS = {
     "block_count": _LAYERS,
@@ -161,6 +187,69 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "no_rope_layer_interval": 4,
     },
 }
+_FAMILIES |= {
+    "qwen3_moe": {
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "num_experts": None,
+        "num_local_experts": None,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+    },
+    "olmoe": {
+        "attention_bias": False,
+        "clip_qkv": None,
+        "num_experts": None,
+        "num_local_experts": None,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    },
+    "mixtral": {
+        "sliding_window": None,
+        "num_experts": None,
+        "num_local_experts": None,
+        "num_experts_per_tok": 2,
+    },
+    "qwen2_moe": {
+        **_WINDOW_SWITCH,
+        "qkv_bias": True,
+        "num_experts": None,
+        "num_local_experts": None,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+    },
+    "glm4_moe": {
+        "attention_bias": False,
+        "use_qk_norm": False,
+        "partial_rotary_factor": 0.5,
+        "n_routed_experts": None,
+        "num_local_experts": None,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 1408,
+        "n_shared_experts": 1,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+    },
+}
+_COUNT_OF_EXPERTS = {
+    "qwen3_moe": 128,
+    "olmoe": 64,
+    "mixtral": 8,
+    "qwen2_moe": 60,
+    "glm4_moe": 128,
+}
+"""What a missing count stands for."""
 _CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -169,6 +258,11 @@ _CLASSES = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
 }
 _CLASSIFIERS = {
     "llama": "LlamaForSequenceClassification",
@@ -178,6 +272,9 @@ _CLASSIFIERS = {
     "gemma2": "Gemma2ForSequenceClassification",
     "gemma3_text": "Gemma3TextForSequenceClassification",
     "smollm3": "SmolLM3ForSequenceClassification",
+    "qwen3_moe": "Qwen3MoeForSequenceClassification",
+    "mixtral": "MixtralForSequenceClassification",
+    "qwen2_moe": "Qwen2MoeForSequenceClassification",
 }
 # Keys that change no number, whatever they hold.
 _HARMLESS = frozenset(
@@ -207,6 +304,13 @@ _HARMLESS_HERE = {
     "gemma2": {"hidden_act", "sliding_window_size"},
     "gemma3_text": {"hidden_act"},
     "smollm3": {"max_window_layers", "pretraining_tp"},
+    # How much of a loss on the router transformers adds to the one that it computes.
+    "qwen3_moe": {"router_aux_loss_coef", "max_window_layers"},
+    "olmoe": {"router_aux_loss_coef"},
+    "mixtral": {"router_aux_loss_coef"},
+    "qwen2_moe": {"router_aux_loss_coef"},
+    # Layers that predict more tokens ahead are behind the others and left out.
+    "glm4_moe": {"num_mtp_layers", "num_nextn_predict_layers"},
 }
 # Keys whose only implemented value is this one.
 _ONLY = {"attention_dropout": 0, "partial_rotary_factor": 1, "pretraining_tp": 1}
@@ -266,7 +370,7 @@ def architecture(
             f"config.json: {given} give heads of {head_dim} numbers; they have to be "
             "pairs"
         )
-    attention_bias = c.get("attention_bias") or False
+    attention_bias, clip = c.get("attention_bias") or False, c.get("clip_qkv")
     caps = (c.get("attn_logit_softcapping"), c.get("final_logit_softcapping"))
     attention_cap, logit_cap = (None if cap is None else float(cap) for cap in caps)
     arch = Architecture(
@@ -285,10 +389,13 @@ def architecture(
             c["sliding_window"] if kind == _SLIDING else None for kind in types
         ),
         tie_embeddings=c["tie_word_embeddings"] or False,
-        qkv_bias=attention_bias or family == "qwen2",
-        output_bias=attention_bias,
+        qkv_bias=attention_bias or family == "qwen2" or c.get("qkv_bias") or False,
+        output_bias=attention_bias and family != "glm4_moe",
         mlp_bias=c.get("mlp_bias") or False,
-        qk_norm=family in ("qwen3", "gemma3_text"),
+        qk_norm=family in _NORMED or c.get("use_qk_norm") or False,
+        qk_norm_together=family == "olmoe",
+        qkv_clip=None if clip is None else float(clip),
+        moe=_moe(family, c),
         activation=_activation(c, "hidden_activation" if gemma else "hidden_act"),
         norm_offset=gemma,
         post_norms=gemma,
@@ -305,6 +412,57 @@ def architecture(
     return arch
 
 
+_NORMED = frozenset({"qwen3", "gemma3_text", "qwen3_moe", "olmoe"})
+"""Families with norms of queries and keys."""
+
+
+def _moe(family: str, c: Config) -> Moe | None:
+    """The experts, if the family has any."""
+    if family not in _COUNT_OF_EXPERTS:
+        return None
+    counts = (
+        c.get(key) for key in ("num_experts", "n_routed_experts", "num_local_experts")
+    )
+    E = next((count for count in counts if count), _COUNT_OF_EXPERTS[family])
+    L, shared = c["num_hidden_layers"], c.get("shared_expert_intermediate_size")
+    size = c.get("moe_intermediate_size", c["intermediate_size"])
+    dense: Sequence[int] = ()
+    if family in ("qwen3_moe", "qwen2_moe"):
+        step, named = c["decoder_sparse_step"] or 1, c["mlp_only_layers"] or []
+        dense = [i for i in range(L) if i in named or (i + 1) % step]
+    elif family == "glm4_moe":
+        dense, shared = range(c["first_k_dense_replace"]), size * c["n_shared_experts"]
+    is_glm, is_mixtral = family == "glm4_moe", family == "mixtral"
+    if len(dense) >= L:
+        raise ValueError(
+            f"config.json: none of {L} layers has experts; a {family} without any is "
+            "not supported"
+        )
+    try:
+        return Moe(
+            num_experts=E,
+            top_k=c["num_experts_per_tok"],
+            expert_size=size,
+            score="sigmoid" if is_glm else _SCORES[is_mixtral],
+            selection_bias=is_glm,
+            groups=c.get("n_group", 1),
+            chosen_groups=c.get("topk_group", 1),
+            renormalise=c.get("norm_topk_prob") or False,
+            scale=float(c.get("routed_scaling_factor", 1.0)),
+            shared_size=shared,
+            shared_gate=family == "qwen2_moe",
+            dense_layers=tuple(dense),
+        )
+    except ValueError as error:
+        raise ValueError(f"config.json: {error}") from None
+
+
+_SCORES: tuple[Literal["softmax"], Literal["softmax_of_chosen"]] = (
+    "softmax",
+    "softmax_of_chosen",
+)
+
+
 def check_kind(key: str, value: Any, kind: Kind) -> None:
     """Raises ValueError if a key holds something else than it may."""
     if not kind.holds(value):
@@ -316,6 +474,11 @@ def check_ropes(arch: Architecture) -> None:
     for rope in arch.rope:
         if rope is None:
             continue
+        if int(arch.head_dim * rope.rotated) % 2:
+            raise ValueError(
+                f"its position embedding rotates {rope.rotated} of heads of "
+                f"{arch.head_dim} numbers, which are no pairs"
+            )
         try:
             with np.errstate(all="ignore"):
                 usable = np.isfinite(rope.frequencies(arch.head_dim)).all()
@@ -362,6 +525,11 @@ def classifier_config(arch: Architecture, pad_token_id: int) -> dict[str, Any]:
     Raises:
       ValueError: as of `config`.
     """
+    if arch.model_type not in _CLASSIFIERS:
+        raise ValueError(
+            f"transformers has no {arch.model_type} model with a head of one number; "
+            f"it has those of {', '.join(_CLASSIFIERS)}"
+        )
     made = json.loads(arch.source)
     if "model_type" in made:  # whether it says that its output matrix is tied
         tied = architecture(made, classifier=True).tie_embeddings
@@ -391,7 +559,7 @@ def _family(config: Config, known: Sequence[Mapping[str, str]]) -> str:
             f"supported: {', '.join(_FAMILIES)}"
         )
     classes = config.get("architectures")
-    if classes and classes not in [[of_family[family]] for of_family in known]:
+    if classes and classes not in [[of_family.get(family)] for of_family in known]:
         supported = [name for of_family in known for name in of_family.values()]
         raise ValueError(
             f"config.json: architectures {classes} is not supported; "
@@ -444,6 +612,13 @@ def _layer_types(family: str, c: Config) -> list[str]:
     match family:
         case "mistral":
             sliding = [window is not None] * L
+        case "mixtral":
+            sliding = [window is not None] * L
+        case "qwen3_moe":
+            sliding = [c["use_sliding_window"] and window is not None] * L
+        case "qwen2_moe":
+            on, last = c["use_sliding_window"] and window, c["max_window_layers"]
+            sliding = [bool(on) and i % 2 == 0 and i < last for i in range(L)]
         case "qwen2" | "qwen3":
             on = c["use_sliding_window"] and window is not None
             sliding = [on and i >= c["max_window_layers"] for i in range(L)]
@@ -498,7 +673,7 @@ def _rope_of_layer(family: str, c: Config, types: list[str]) -> list[Rope | None
                 f"config.json: rope_parameters={given} by layer type is not supported "
                 f"for {family}"
             )
-        rope = _rope(given, c, 2e6 if family == "smollm3" else 1e4)
+        rope = _rope(given, c, _THETA.get(family, 1e4))
         if family == "smollm3":
             return [rope if rotates else None for rotates in _rotates(c)]
         return [rope] * len(types)
@@ -517,7 +692,26 @@ def _rope_of_layer(family: str, c: Config, types: list[str]) -> list[Rope | None
     return [ropes[kind] for kind in types]
 
 
+_THETA = {"smollm3": 2e6, "mixtral": 1e6}
+
+
 def _rope(given: Config, c: Config, default_theta: float) -> Rope:
+    """The embedding, of a share of each head where the family says so."""
+    share = c.get("partial_rotary_factor", 1.0)
+    if "partial_rotary_factor" in c and given.get("partial_rotary_factor"):
+        share = given["partial_rotary_factor"]
+        check_kind("config.json: partial_rotary_factor", share, _SHARE)
+        given = {k: v for k, v in given.items() if k != "partial_rotary_factor"}
+    rope = dataclasses.replace(_whole_rope(given, c, default_theta), rotated=share)
+    if share < 1 and rope.scaling != "default":
+        raise ValueError(
+            f"config.json: partial_rotary_factor={share} with rope_type "
+            f"{rope.scaling!r} is not supported"
+        )
+    return rope
+
+
+def _whole_rope(given: Config, c: Config, default_theta: float) -> Rope:
     scaling = given.get("rope_type", given.get("type")) or "default"
     if not isinstance(scaling, str) or scaling not in _ROPE_KEYS:
         raise ValueError(
@@ -617,7 +811,7 @@ def _written(arch: Architecture) -> dict[str, Any]:
     full = by_type.get(None) or rotating[0]
     local = by_type[windows[0]] if windows else None
     names = {value: key for key, value in _ACTIVATIONS.items()}
-    gemma = arch.model_type.startswith("gemma")
+    gemma, glm = arch.model_type.startswith("gemma"), arch.model_type == "glm4_moe"
     everything = {
         "num_key_value_heads": arch.num_kv_heads,
         "head_dim": arch.head_dim,
@@ -625,7 +819,12 @@ def _written(arch: Architecture) -> dict[str, Any]:
         "rope_scaling": _written_scaling(full),
         "rope_local_base_freq": local.theta if local else None,
         "tie_word_embeddings": arch.tie_embeddings,
-        "attention_bias": arch.output_bias,
+        "attention_bias": arch.output_bias or (glm and arch.qkv_bias),
+        "qkv_bias": arch.qkv_bias,
+        "use_qk_norm": arch.qk_norm,
+        "clip_qkv": arch.qkv_clip,
+        "partial_rotary_factor": full.rotated,
+        **_written_moe(arch),
         "mlp_bias": arch.mlp_bias,
         "sliding_window": windows[0] if windows else None,
         "use_sliding_window": bool(windows),
@@ -635,7 +834,7 @@ def _written(arch: Architecture) -> dict[str, Any]:
         "attn_logit_softcapping": arch.attention_softcap,
         "hidden_activation" if gemma else "hidden_act": names[arch.activation],
     }
-    if arch.model_type not in ("llama", "mistral"):
+    if arch.model_type not in ("llama", "mistral", *_COUNT_OF_EXPERTS):
         everything["layer_types"] = [
             _FULL if window is None else _SLIDING for window in arch.window_of_layer
         ]
@@ -651,6 +850,26 @@ def _written(arch: Architecture) -> dict[str, Any]:
         "rms_norm_eps": arch.norm_eps,
         "max_position_embeddings": arch.max_positions,
         **{key: value for key, value in everything.items() if key in kept},
+    }
+
+
+def _written_moe(arch: Architecture) -> dict[str, Any]:
+    if (moe := arch.moe) is None:
+        return {}
+    return {
+        "num_experts": moe.num_experts,
+        "num_local_experts": moe.num_experts,
+        "n_routed_experts": moe.num_experts,
+        "num_experts_per_tok": moe.top_k,
+        "moe_intermediate_size": moe.expert_size,
+        "shared_expert_intermediate_size": moe.shared_size,
+        "n_shared_experts": (moe.shared_size or 0) // moe.expert_size,
+        "norm_topk_prob": moe.renormalise,
+        "mlp_only_layers": list(moe.dense_layers),
+        "first_k_dense_replace": len(moe.dense_layers),
+        "routed_scaling_factor": moe.scale,
+        "n_group": moe.groups,
+        "topk_group": moe.chosen_groups,
     }
 
 

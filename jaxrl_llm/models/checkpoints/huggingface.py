@@ -278,7 +278,15 @@ def _checkpoint(
 def _needless(arch: Architecture) -> Callable[[str], bool]:
     """Whether a decoder can do without a tensor of that name."""
     copies = {_OUTPUT} if arch.tie_embeddings else set()
-    return lambda name: name in copies or name.endswith(COMPUTED)
+    # Behind its layers, GLM-4.5 has some that predict more tokens ahead.
+    layer = re.compile(r"model\.layers\.(\d+)\.")
+
+    def needless(name: str) -> bool:
+        behind = (at := layer.match(name)) and int(at[1]) >= arch.num_layers
+        is_ahead = behind and arch.model_type == "glm4_moe"
+        return bool(is_ahead) or name in copies or name.endswith(COMPUTED)
+
+    return needless
 
 
 def _has_own_output(tensors: SafetensorsFolder) -> bool:

@@ -35,7 +35,7 @@ from jaxrl_llm.models.checkpoints.families import Kind
 from jaxrl_llm.models.checkpoints.files import ModelFileError
 from jaxrl_llm.models.checkpoints.safetensors_folder import INDEX, SafetensorsFiles
 from jaxrl_llm.models.checkpoints.safetensors_folder import WEIGHTS as MODEL
-from jaxrl_llm.models.lora import MODULES, Lora, abstract_adapters
+from jaxrl_llm.models.lora import MODULES, Lora, abstract_adapters, modules_of
 from jaxrl_llm.sharding import processes, rules
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -291,7 +291,7 @@ def _matrices(arch: Architecture) -> dict[str, tuple[str, tuple[int, ...]]]:
             weights.stored_shape(place, leaves),
         )
         for place in weights.places(arch, "huggingface")
-        if place.path.removeprefix("layers.") in MODULES
+        if place.path.removeprefix("layers.") in modules_of(arch)
     }
 
 
@@ -422,8 +422,8 @@ def places(arch: Architecture, modules: Sequence[str]) -> list[weights.Place]:
         path, (out, inner) = f"layers.lora.{module}", base.axes
         a = ((len(inner),), tuple(range(len(inner))))
         b = (tuple(range(1, 1 + len(out))), (0,))
-        found.append(weights.Place(name + _A, f"{path}.a", base.layer, a))
-        found.append(weights.Place(name + _B, f"{path}.b", base.layer, b))
+        found.append(weights.Place(name + _A, f"{path}.a", base.index, a))
+        found.append(weights.Place(name + _B, f"{path}.b", base.index, b))
     return found
 
 

@@ -1,14 +1,16 @@
 """Which stored tensor holds which part of which parameter, in checkpoint files.
 
-A file keeps one matrix [out, in] per layer. Here weights are [in, out], heads have an
-axis of their own, and layers are stacked; every device reads only its own part.
+A file keeps one matrix [out, in] per layer, and per expert. Here weights are [in, out],
+heads have an axis of their own, and layers and experts are stacked; every device reads
+only its own part.
 """
 
 import functools
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -16,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_llm.models.apply import Params, abstract_params, init
+from jaxrl_llm.models.apply import Params, abstract_params, in_layer, init
 from jaxrl_llm.models.architecture import Architecture
+from jaxrl_llm.models.moe import SELECTION_BIAS
 from jaxrl_llm.sharding import processes, rules
 
 Slices = tuple[slice, ...]
@@ -147,40 +150,129 @@ _WHOLE = {
     "norm.scale": Stored("model.norm.weight", "output_norm.weight", _VECTOR),
     "output": Stored("lm_head.weight", "output.weight", ((0,), (1,))),
 }
+_SHARED = {
+    f"moe.shared.{name}": Stored(f"mlp.shared_experts.{name}_proj.weight", "", axes)
+    for name, axes in {"gate": _MATRIX, "up": _MATRIX, "down": _MATRIX_IN}.items()
+}
+_MOE = _SHARED | {
+    "moe.router": Stored("mlp.gate.weight", "", _MATRIX),
+    "moe.selection_bias": Stored("mlp.gate.e_score_correction_bias", "", _VECTOR),
+    "moe.shared_gate": Stored("mlp.shared_expert_gate.weight", "", ((), (0,))),
+}
+# A file has the matrices of every expert, or of all experts in one tensor.
+_EXPERT = {
+    "moe.gate": Stored("mlp.experts.{}.gate_proj.weight", "", _MATRIX),
+    "moe.up": Stored("mlp.experts.{}.up_proj.weight", "", _MATRIX),
+    "moe.down": Stored("mlp.experts.{}.down_proj.weight", "", _MATRIX_IN),
+}
+_TOGETHER = {
+    "moe.gate": ("mlp.experts.gate_up_proj", ((0,), (2,), (1,)), (0, 2)),
+    "moe.up": ("mlp.experts.gate_up_proj", ((0,), (2,), (1,)), (1, 2)),
+    "moe.down": ("mlp.experts.down_proj", ((0,), (1,), (2,)), (0, 1)),
+}
+"""Name, axes, and which of how many parts of the tensor's second dimension it is."""
+_NAMES = {
+    "qwen2_moe": {"mlp.shared_experts.": "mlp.shared_expert."},
+    "mixtral": {
+        "mlp.": "block_sparse_moe.",
+        "gate_proj.": "w1.",
+        "up_proj.": "w3.",
+        "down_proj.": "w2.",
+    },
+}
+"""What a family calls parts of the experts' names."""
 EMBEDDING = _WHOLE["embedding"].huggingface
 _PREFIX = {"huggingface": "model.layers.{}.", "gguf": "blk.{}."}
 
 
 class Place(NamedTuple):
-    """One stored tensor: its name, and the parameter (and layer) it holds."""
+    """One stored tensor, or a part of it, and the part of a parameter that it holds."""
 
     name: str
     path: str
-    layer: int | None
+    index: tuple[int, ...]
+    """The layer and the expert: where in the parameter's first dimensions it is."""
     axes: tuple[tuple[int, ...], ...]
+    """The tensor's, see `Stored`."""
+    part: tuple[int, int] = (0, 1)
+    """Which of how many equal parts of the tensor's second dimension it is."""
+
+    def dtype(self, dtype: Any) -> Any:
+        """The dtype that it is stored in where others are in `dtype`."""
+        return jnp.float32 if self.path.endswith(SELECTION_BIAS) else dtype
 
 
-def places(arch: Architecture, form: str) -> list[Place]:
+def together(arch: Architecture, names: Iterable[str]) -> bool:
+    """Whether a checkpoint with tensors of these names has all experts in one."""
+    wanted, _, _ = _TOGETHER["moe.down"]
+    return arch.moe is not None and any(name.endswith(wanted) for name in names)
+
+
+def _renamed(arch: Architecture, name: str, together: bool) -> str:
+    """A name as the family has it. Only files of transformers have experts in one, by
+    its own names."""
+    if together and arch.model_type == "mixtral":
+        return name
+    for ours, theirs in _NAMES.get(arch.model_type, {}).items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def places(arch: Architecture, form: str, together: bool = False) -> list[Place]:
     """Every tensor of a checkpoint, in a reader's order.
 
     Args:
       form: "huggingface" or "gguf".
+      together: whether all experts of a layer are in one tensor.
     """
     layer = _LAYER | (_POST_NORMS if arch.post_norms else {})
+    if arch.qk_norm_together:
+        for name in ("q_norm.scale", "k_norm.scale"):
+            layer[name] = layer[name]._replace(axes=_HEADS_BIAS)
     paths = flat(abstract_params(arch))
+    of_layers = [p.removeprefix("layers.") for p in paths if p.startswith("layers.")]
     found = [
-        Place(getattr(stored, form), path, None, stored.axes)
+        Place(getattr(stored, form), path, (), stored.axes)
         for path, stored in _WHOLE.items()
         if path in paths
     ]
+    rows: Counter[str] = Counter()
     for i in range(arch.num_layers):
         prefix = _PREFIX[form].format(i)
-        found += [
-            Place(prefix + getattr(stored, form), f"layers.{path}", i, stored.axes)
-            for path, stored in layer.items()
-            if f"layers.{path}" in paths
-        ]
+        there = [path for path in of_layers if in_layer(path, arch.has_experts(i))]
+
+        def place(path, name, axes, *expert, prefix=prefix, **part):
+            at = rows[path], *expert
+            return Place(prefix + name, f"layers.{path}", at, axes, **part)
+
+        for path, stored in layer.items():
+            if path in there:
+                found.append(place(path, getattr(stored, form), stored.axes))
+        if arch.has_experts(i):
+            found += _of_experts(arch, there, place, together)
+        rows.update(there)
     return found
+
+
+def _of_experts(
+    arch: Architecture,
+    there: Sequence[str],
+    place: Callable[..., Place],
+    together: bool,
+) -> Iterator[Place]:
+    """What holds the experts of a layer."""
+    for path, stored in _MOE.items():
+        if path in there:
+            name = _renamed(arch, stored.huggingface, together)
+            yield place(path, name, stored.axes)
+    if together:
+        for path, (name, axes, part) in _TOGETHER.items():
+            yield place(path, name, axes, part=part)
+        return
+    for expert in range(arch.moe.num_experts):
+        for path, stored in _EXPERT.items():
+            name = _renamed(arch, stored.huggingface, together).format(expert)
+            yield place(path, name, stored.axes, expert)
 
 
 def flat(params: Params) -> dict[str, Any]:
@@ -212,7 +304,8 @@ def read(
     if shardings is not None:
         rules.check_divides(abstract, shardings)
     check(arch, tensors, form, ignored)
-    return assemble(abstract, places(arch, form), tensors, shardings)
+    stored = places(arch, form, together(arch, tensors.shapes()))
+    return assemble(abstract, stored, tensors, shardings)
 
 
 def assemble(
@@ -266,10 +359,9 @@ def disassemble(
 
         def value(place=place, leaf=leaf, shape=shape) -> np.ndarray:
             axes = tuple(axis for group in place.axes for axis in group)
-            how = {"axes": axes, "shape": shape, "dtype": jnp.dtype(dtype)}
-            if place.layer is None:
-                return processes.fetch(_as_stored(leaf, **how))
-            return processes.fetch(_layer_as_stored(leaf, place.layer, **how))
+            dtype_here = jnp.dtype(place.dtype(dtype))
+            how = {"axes": axes, "shape": shape, "dtype": dtype_here}
+            return processes.fetch(_as_stored(leaf, place.index, **how))
 
         yield place.name, shape, value
 
@@ -287,24 +379,19 @@ def programs(
     for place in places(arch, "huggingface"):
         leaf, shape = leaves[place.path], stored_shape(place, leaves)
         axes = tuple(axis for group in place.axes for axis in group)
-        how = {"axes": axes, "shape": shape, "dtype": jnp.dtype(dtype)}
-        lower = functools.partial(_as_stored.lower, leaf, **how)
-        if place.layer is not None:
-            lower = functools.partial(_layer_as_stored.lower, leaf, 0, **how)
-        kind = leaf.shape, leaf.dtype, leaf.sharding, axes, place.layer is None
+        how = {"axes": axes, "shape": shape, "dtype": jnp.dtype(place.dtype(dtype))}
+        first = (0,) * len(place.index)
+        lower = functools.partial(_as_stored.lower, leaf, first, **how)
+        kind = leaf.shape, leaf.dtype, leaf.sharding, axes, len(first), how["dtype"]
         found.setdefault(kind, (f"{place.path} as it is saved", lower))
     return dict(found.values())
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "shape", "dtype"))
-def _as_stored(x, *, axes, shape, dtype):
+def _as_stored(x, index, *, axes, shape, dtype):
+    for i in index:
+        x = jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
     return x.astype(dtype).transpose(axes).reshape(shape)
-
-
-@functools.partial(jax.jit, static_argnames=("axes", "shape", "dtype"))
-def _layer_as_stored(x, layer, *, axes, shape, dtype):
-    x = jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
-    return _as_stored(x, axes=axes, shape=shape, dtype=dtype)
 
 
 def check(
@@ -315,7 +402,7 @@ def check(
     Arguments as in `read`.
     """
     shapes, leaves = tensors.shapes(), flat(abstract_params(arch))
-    needed = {place.name: place for place in places(arch, form)}
+    needed = {place.name: place for place in places(arch, form, together(arch, shapes))}
     for name, place in needed.items():
         if name not in shapes:
             raise ValueError(f"{tensors.where(name)}: tensor {name} is missing")
@@ -332,8 +419,11 @@ def check(
 
 def stored_shape(place: Place, leaves: Mapping[str, Any]) -> tuple[int, ...]:
     """Shape of the tensor at `place`, which holds a part of one of `leaves`."""
-    shape = leaves[place.path].shape[0 if place.layer is None else 1 :]
-    return tuple(math.prod(shape[axis] for axis in group) for group in place.axes)
+    shape = leaves[place.path].shape[len(place.index) :]
+    found = [math.prod(shape[axis] for axis in group) for group in place.axes]
+    if place.part != (0, 1):
+        found[1] *= place.part[1]
+    return tuple(found)
 
 
 def _part(
@@ -343,22 +433,23 @@ def _part(
     several layers at a time: to bring axes into order takes longer than to read."""
     bounds = [range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True)]
     out = np.empty([len(r) for r in bounds], leaf.dtype)
-    if stored[0].layer is None:
-        rows, shape, bounds = {0: out}, leaf.shape, [range(1), *bounds]
-    else:
-        rows, shape = out, leaf.shape[1:]
+    count = len(stored[0].index)
+    shape, inner = leaf.shape[count:], bounds[count:]
+    of_index = {place.index: place for place in stored}
 
-    def fill(row: int, i: int) -> None:
+    def fill(at: tuple[int, ...]) -> None:
+        place = of_index[tuple(b[i] for b, i in zip(bounds, at, strict=False))]
+        row = out[at]
         with np.errstate(over="ignore", invalid="ignore"):  # named below
-            rows[row][...] = _layer_part(tensors, stored[i], shape, bounds[1:])
-        check_finite(rows[row], tensors, stored[i].name)
+            row[...] = _layer_part(tensors, place, shape, inner)
+        check_finite(row, tensors, place.name)
 
-    layers = range(len(bounds[0]))
-    if len(layers) == 1:
-        fill(0, bounds[0][0])
+    wanted = list(np.ndindex(out.shape[:count]))
+    if len(wanted) == 1:
+        fill(wanted[0])
         return out
-    with ThreadPoolExecutor(min(len(layers), os.cpu_count() or 1)) as pool:
-        for _ in pool.map(fill, layers, bounds[0]):
+    with ThreadPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool:
+        for _ in pool.map(fill, wanted):
             pass
     return out
 
@@ -398,9 +489,18 @@ def _layer_part(
 ) -> np.ndarray:
     """Reads whole inner axes (heads), cuts them, and brings the axes into order."""
     slices, unfolded, cut = [], [], []
-    for first, *inner in place.axes:
+    for number, group in enumerate(place.axes):
+        if not group:  # a dimension of size 1
+            slices.append(slice(0, 1))
+            continue
+        first, *inner = group
         width = math.prod(shape[axis] for axis in inner)
-        slices.append(slice(bounds[first].start * width, bounds[first].stop * width))
+        part = place.part[0] if number == 1 else 0
+        before = part * shape[first] * width
+        start, stop = (
+            before + edge * width for edge in (bounds[first].start, bounds[first].stop)
+        )
+        slices.append(slice(start, stop))
         unfolded += [len(bounds[first]), *(shape[axis] for axis in inner)]
         cut.append(slice(None))
         cut += [slice(bounds[axis].start, bounds[axis].stop) for axis in inner]

@@ -142,10 +142,13 @@ class JaxEngine:
         self._fused_shardings = rules.to_shardings(
             fused, self.mesh, layout | {"kv_heads": rules.GENERATE["kv_heads"]}
         )
-        self._fuse = jax.jit(
-            functools.partial(models.fuse, bits=quantization, kv_copies=copies),
-            out_shardings=self._fused_shardings["layers"][0],
-        )
+        fused_as = functools.partial(models.fuse, bits=quantization, kv_copies=copies)
+        self._fuses = {
+            arch.has_experts(run.start): jax.jit(
+                fused_as, out_shardings=self._fused_shardings["layers"][run.start]
+            )
+            for run in arch.runs
+        }
         if lora is not None:
             self._lay_out_adapters(lora, mesh, layout, copies)
         self._waiting: list[Response] = []
@@ -238,7 +241,7 @@ class JaxEngine:
             moved = self._moved("weights", params, self.abstract_params(), version)
             layers = moved["layers"]  # one at a time: two copies of all would not fit
             self._params = moved | {
-                "layers": {i: self._fuse(layers.pop(i)) for i in list(layers)}
+                "layers": {i: self._fuse(i, layers.pop(i)) for i in list(layers)}
             }
             if self.lora is not None:
                 self._taken = [weakref.ref(array) for array in jax.tree.leaves(params)]
@@ -251,6 +254,10 @@ class JaxEngine:
             self._params = self._params | {"layers": layers}
         self._version = version
         return metrics
+
+    def _fuse(self, i: int, layer: Any) -> Any:
+        """The weights of layer i, fused."""
+        return self._fuses[self.arch.has_experts(i)](layer)
 
     def _holds(self, params: Any) -> bool:
         """Whether these are the very arrays that the weights here were made of."""
@@ -292,11 +299,16 @@ class JaxEngine:
     def _abstract_fused(self) -> Any:
         """Shapes, dtypes and shardings of the weights as they are used."""
         params = self.abstract_params()
-        layer = jax.eval_shape(self._fuse, params["layers"][0])
+        kinds = {self.arch.has_experts(run.start): run.start for run in self.arch.runs}
+        one = {
+            kind: jax.eval_shape(functools.partial(self._fuse, i), params["layers"][i])
+            for kind, i in kinds.items()
+        }
         if self.lora is not None:
             adapters = self._adapters["layers"][0]["lora"]
-            layer |= {"lora": jax.eval_shape(self._fuse_adapters, adapters)}
-        layers = {i: layer for i in params["layers"]}
+            beside = {"lora": jax.eval_shape(self._fuse_adapters, adapters)}
+            one = {kind: layer | beside for kind, layer in one.items()}
+        layers = {i: one[self.arch.has_experts(i)] for i in params["layers"]}
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             params | {"layers": layers},
@@ -497,8 +509,8 @@ class JaxEngine:
 
     @property
     def layer_bytes(self) -> int:
-        """Bytes of one layer's weights on each device, as they are used."""
-        return _bytes(self._abstract_fused()["layers"][0])
+        """Bytes of the largest layer's weights on each device, as they are used."""
+        return max(map(_bytes, self._abstract_fused()["layers"].values()))
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queues requests.

@@ -23,10 +23,11 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import logprobs
-from jaxrl_llm.models import Architecture, Pages
+from jaxrl_llm.models import Architecture, Pages, grouped, moe
 from jaxrl_llm.models.attention import paged
 from jaxrl_llm.models.attention.packed import PackedAttention
 from jaxrl_llm.rollout.native.sampling import Mode, Sampled, row_keys, sample
+from jaxrl_llm.sharding.mesh import platform_of
 
 _UNWATCHED = 8
 """Steps between two looks at whether any row still runs: a GPU's host waits for the
@@ -111,6 +112,12 @@ class Run:
     """Axes "data" and "tensor"."""
     attend: paged.PagedAttention
     attend_rows: PackedAttention
+
+    @property
+    def experts(self) -> moe.Experts:
+        """How experts are computed."""
+        kernel = grouped.choose(platform_of(self.mesh))
+        return functools.partial(moe.alone, kernel=kernel)
 
     @property
     def inline(self) -> bool:
@@ -231,6 +238,7 @@ def prefill(
             pages,
             dtype=run.dtype,
             attention=run.attend_rows,
+            experts=run.experts,
             inline=run.inline,
         )[1]
 
@@ -266,6 +274,7 @@ def extend(
             pages,
             dtype=run.dtype,
             attention=run.attend,
+            experts=run.experts,
             inline=run.inline,
         )[1]
 
@@ -295,6 +304,7 @@ def score(
             paged.empty(run.arch, 1, 1, run.cache_dtype),  # nothing is kept
             dtype=run.dtype,
             attention=run.attend_rows,
+            experts=run.experts,
             inline=run.inline,
         )
         return logprobs.of_tokens(
@@ -364,6 +374,7 @@ def _step(
         pages,
         dtype=run.dtype,
         attention=run.attend,
+        experts=run.experts,
         inline=run.inline,
     )
     new = _by_rows(
