@@ -147,7 +147,7 @@ def test_tokens_that_end_a_response_are_those_of_both_files():
 @pytest.mark.parametrize(
     "change, named",
     [
-        ({"model_type": "mixtral"}, "'mixtral'.*supported: llama, mistral"),
+        ({"model_type": "gpt2"}, "'gpt2'.*supported: llama, mistral"),
         ({"model_type": "gemma3", "text_config": {}}, "'gemma3'"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "SequenceClass"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
