@@ -413,6 +413,7 @@ def pf_ppo_weights(
     method: Literal["pow", "max_min", "max_random"],
     *,
     weight_pow: float = 2.0,
+    counted: Bool[Array, " B"] | None = None,
 ) -> Float[Array, " B"]:
     """How likely PF-PPO is to train on a response, up to a common factor.
 
@@ -422,9 +423,15 @@ def pf_ppo_weights(
 
     plus 1e-8 each. Draw B of them with `resample`.
 
+    Args:
+      counted: what there is to train on; the others have weight 0 and are neither best
+        nor worst. Where there is nothing, all weigh the same.
+
     Source: Shen and Zhang 2024 (arXiv:2409.06957).
     """
-    best, worst = jnp.max(rewards), jnp.min(rewards)
+    there = jnp.ones(rewards.shape, bool) if counted is None else counted
+    best = jnp.max(rewards, where=there, initial=-jnp.inf)
+    worst = jnp.min(rewards, where=there, initial=jnp.inf)
     match method:
         case "pow":
             weights = jnp.abs(rewards) ** weight_pow
@@ -436,7 +443,8 @@ def pf_ppo_weights(
             raise ValueError(
                 f"reweight_method is {method!r}; known: pow, max_min, max_random"
             )
-    return weights + 1e-8
+    weights = jnp.where(there, weights + 1e-8, 0.0)
+    return jnp.where(jnp.any(there), weights, 1.0)
 
 
 def resample(key: PRNGKeyArray, weights: Float[Array, " B"]) -> Int[Array, " B"]:

@@ -9,7 +9,7 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxrl_llm.algorithms import advantages, kl, masked, ppo
 from jaxrl_llm.config import checks, plugins
@@ -224,6 +224,7 @@ def assign_credit(
     unknown = np.zeros_like(scores.total)
     rows = actor.make_rows(groups.asked, groups.rollouts, unknown)
     rows = without(rows, [one.masked for group in groups.rollouts for one in group])
+    num_counted = int(counted(rows).sum())  # those that a mean KL is of
     values = squares = None
     if actor.asks_other_policies:
         with observe("old_log_prob"):
@@ -281,7 +282,7 @@ def assign_credit(
             algorithm.kl_ctrl.type,
             jnp.asarray(jax.device_get(state.kl_coef)),
             float(found["actor/reward_kl_penalty"]),
-            scores.total.size,
+            num_counted,
             target_kl=algorithm.kl_ctrl.target_kl,
             horizon=algorithm.kl_ctrl.horizon,
         )
@@ -305,10 +306,14 @@ def assign_credit(
 def draw_again(
     job: Job, rows: TrainBatch, rewards: Float[np.ndarray, "P G"], step: int
 ) -> TrainBatch:
-    """Draws as many responses as before with PF-PPO's weights."""
+    """Draws as many responses as before with PF-PPO's weights, of those that are
+    learned from."""
     how = job.config.algorithm.pf_ppo
     weights = advantages.pf_ppo_weights(
-        jnp.asarray(rewards.ravel()), how.reweight_method, weight_pow=how.weight_pow
+        jnp.asarray(rewards.ravel()),
+        how.reweight_method,
+        weight_pow=how.weight_pow,
+        counted=jnp.asarray(counted(rows)),
     )
     key = jax.random.key(seed(job.config.seed, Purpose.RESAMPLE, step))
     return job.actor.take(rows, advantages.resample(key, weights).tolist())
@@ -359,6 +364,16 @@ def without(rows: TrainBatch, left_out: Sequence[bool]) -> TrainBatch:
     mask = rows.response_mask & ~out
     worth = np.where(mask, rows.advantages, np.float32(0))
     return dataclasses.replace(rows, response_mask=mask, advantages=worth)
+
+
+def counted(rows: TrainBatch) -> Bool[np.ndarray, " S"]:
+    """Which sequences have a token that counts as a response.
+
+    Args:
+      rows: NumPy arrays.
+    """
+    ids = rows.sequence_ids[rows.response_mask]
+    return np.bincount(ids, minlength=rows.num_sequences) > 0
 
 
 def per_response(rows: TrainBatch, shape: tuple[int, int]) -> np.ndarray:

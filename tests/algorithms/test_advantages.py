@@ -240,6 +240,22 @@ def test_pf_ppo_prefers_what_was_judged_clearly():
         np.testing.assert_allclose(weights, expected, atol=1e-6)
 
 
+def test_pf_ppo_never_draws_what_is_not_learned_from():
+    rewards = jnp.array([-2.0, 0.0, 1.0, 3.0])
+    for method, expected in [
+        ("pow", [0, 1e-8, 1, 0]),
+        ("max_min", [0, 1, 1, 0]),
+        ("max_random", [0, 0.1, 0.4, 0]),
+    ]:
+        how = {"counted": jnp.array([False, True, True, False])}
+        weights = advantages.pf_ppo_weights(rewards, method, **how)
+        np.testing.assert_allclose(weights, expected, rtol=1e-5)
+        drawn = advantages.resample(jax.random.key(0), jnp.tile(weights, 250)) % 4
+        assert not np.isin(drawn, [0, 3]).any()
+        none = advantages.pf_ppo_weights(rewards, method, counted=jnp.zeros(4, bool))
+        assert len(set(none.tolist())) == 1 and none[0] > 0
+
+
 def test_resampling_draws_in_proportion():
     weights = jnp.tile(jnp.array([1.0, 3.0, 0.0, 0.0]) + 1e-8, 250)
     drawn = np.asarray(advantages.resample(jax.random.key(0), weights)) % 4

@@ -1,6 +1,8 @@
 """Which estimator a configuration gets, from rewards to rows."""
 
 import dataclasses
+import inspect
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from jaxrl_llm import models
 from jaxrl_llm.algorithms import advantages, masked
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.algorithm import ESTIMATORS
+from jaxrl_llm.config.schema import Config
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
 from jaxrl_llm.data import packing
 from jaxrl_llm.data.packing import Layout
@@ -267,6 +270,24 @@ def test_what_was_cut_off_counts_in_no_loss():
     mean = masked.token_mean(per_token, jnp.asarray(found.response_mask))
     others = np.asarray(per_token)[rows.response_mask & ~is_cut]
     np.testing.assert_allclose(mean, others.mean(), rtol=1e-5)
+
+
+def test_pf_ppo_draws_no_masked_response():
+    rows = packing.make_rows(PROMPTS, EPISODES, np.zeros_like(REWARDS))
+    kept = estimate.without(rows, [s not in (1, 4) for s in range(8)])
+    config = make_config("unused").model_dump()
+    config["algorithm"] |= {"adv_estimator": "gae", "pf_ppo": {"weight_pow": 1e-9}}
+    job = SimpleNamespace(
+        config=Config.model_validate(config), actor=SimpleNamespace(take=packing.take)
+    )
+    draw_again = inspect.unwrap(estimate.draw_again)  # the job is no whole one
+    drawn = {
+        tuple(again.tokens[again.sequence_ids == s])
+        for step in range(8)
+        for again in [draw_again(job, kept, REWARDS, step)]
+        for s in range(again.num_sequences)
+    }
+    assert drawn == {tuple(rows.tokens[rows.sequence_ids == s]) for s in (1, 4)}
 
 
 def among_others(lengths):

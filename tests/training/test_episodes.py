@@ -188,6 +188,8 @@ def test_what_broke_is_masked_and_counts_nowhere(weights, tmp_path):
         "data.val.path": str(tmp_path / "questions.jsonl"),
         "data.train.path": "episodes:play",
         "data.train.size": 16,
+        "algorithm.use_kl_in_reward": True,
+        "algorithm.kl_ctrl": {"type": "adaptive", "kl_coef": 0.1, "horizon": 50},
     }
     config = make_config(weights, tmp_path, **changed)
     loop.run(build(config))
@@ -197,6 +199,11 @@ def test_what_broke_is_masked_and_counts_nowhere(weights, tmp_path):
     assert 3 < len(broken) < len(records)
     assert lines[1]["agent/masked"] == len(broken) / len(records)
     assert lines[1]["agent/status/env_error"] == lines[1]["agent/masked"]
+    # The policy still is its reference, so the coefficient falls, by as many episodes
+    # as were learned from.
+    coefs = [line["actor/reward_kl_penalty_coeff"] for line in lines[1:]]
+    fall = 0.2 * (len(records) - len(broken)) / 50
+    np.testing.assert_allclose(coefs, [0.1, 0.1 * (1 - fall)], rtol=1e-5)
     assert all(r["masked"] and r["advantage"] == 0 for r in broken)
     assert all("a wheel came off" in r["why"] for r in broken)
     groups = {}
