@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -67,6 +67,9 @@ class Settings:
 
     tools: Sequence[Made] = ()
     """Functions with types and Google docstrings, which may be `async`."""
+    apart: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    """Names of those that run in workers of their own and not in an environment's, and
+    how many of these each has: no more calls of it are under way at a time."""
     environment: Made | Mapping[str, Made] | None = None
     """A class, or a function that makes an instance; or several by name, of which the
     column `environment` of a row names one."""
@@ -154,7 +157,20 @@ class Hosted(Environments):
             name: _kind(name, make, settings) for name, make in named.items()
         }
         self._board = Switchboard()
-        self._rooms = _Rooms(settings, self._kinds)
+        tools_of: dict[str, list[Made]] = {name: [] for name in ("", *settings.apart)}
+        for function in settings.tools:
+            name = function.__name__
+            tools_of[name if name in settings.apart else ""].append(function)
+        self._rooms = _Rooms(replace(settings, tools=tools_of.pop("")), self._kinds)
+        self._apart: dict[str, _Rooms] = {}
+        for name, functions in tools_of.items():
+            alone = replace(
+                settings,
+                tools=functions,
+                environment=None,
+                workers=settings.apart[name],
+            )
+            self._apart[name] = _Rooms(alone, {"": _kind("", None, alone)})
         self._episodes: dict[Key, _Episode] = {}
 
     @property
@@ -163,10 +179,18 @@ class Hosted(Environments):
         return all(kind.rewards for kind in self._kinds.values())
 
     @property
+    def roles(self) -> list[str]:
+        """The roles that the policy is answered in."""
+        kinds = self._kinds.values()
+        calls, steps = any(k.schemas for k in kinds), any(k.steps for k in kinds)
+        return ["tool"] * calls + ["user"] * steps
+
+    @property
     def notes(self) -> list[str]:
         """A line for each environment that lives in a thread though it was to have a
         process: why, and what that means."""
-        return self._rooms.notes
+        every = (self._rooms, *self._apart.values())
+        return [note for rooms in every for note in rooms.notes]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for a row whose column `environment` names none."""
@@ -204,7 +228,7 @@ class Hosted(Environments):
 
         def seated(worker: Worker) -> None:
             episode.worker = worker
-            self._call(episode, arguments, opening, begun)
+            self._call(episode.kind, worker, arguments, opening, begun)
 
         self._rooms.take(episode.kind.name, seated, opening)
         return opening
@@ -222,7 +246,7 @@ class Hosted(Environments):
             return _ready(Reply(ended="completed"))
         reply: Future[Reply] = Future()
         arguments = {"what": "step", "text": text}
-        self._call(episode, arguments, reply, episode.stepped)
+        self._call(episode.kind, episode.worker, arguments, reply, episode.stepped)
         return reply
 
     def close(self, key: Key) -> Future[Outcome]:
@@ -248,13 +272,14 @@ class Hosted(Environments):
             return self._left(episode, reward)
 
         arguments = {"what": "reward", "text": episode.text}
-        self._call(episode, arguments, outcome, told)
+        self._call(kind, episode.worker, arguments, outcome, told)
         return outcome
 
     def shutdown(self) -> None:
         """Ends all workers; futures that are not ready are cancelled."""
         self._board.close()
-        self._rooms.close()
+        for rooms in (self._rooms, *self._apart.values()):
+            rooms.close()
 
     def _kind_of(self, prompt: Prompt) -> _Kind:
         name = prompt.columns.get("environment") if self._several else ""
@@ -267,12 +292,13 @@ class Hosted(Environments):
 
     def _call(
         self,
-        episode: "_Episode",
+        kind: _Kind,
+        worker: Worker,
         arguments: Mapping[str, Any],
         future: Future[Any],
         made: Callable[[Called, float], Any],
     ) -> None:
-        """Calls an episode's worker; what `made` makes of what came of it, and of the
+        """Calls a worker; what `made` makes of what came of it, and of the
         seconds that took, goes to `future`."""
         began, limit_s = time.monotonic(), self._settings.turn_timeout_s
 
@@ -285,14 +311,14 @@ class Hosted(Environments):
             except WorkerError as error:
                 future.set_exception(
                     ValueError(
-                        f"{_title(episode.kind)} does not start in a process of its "
+                        f"{_title(kind)} does not start in a process of its "
                         f"own: {error}; see agent.isolation"
                     )
                 )
             except Exception as error:  # noqa: BLE001 - whoever waits must know
                 future.set_exception(error)
 
-        self._board.call(episode.worker, arguments, limit_s).add_done_callback(over)
+        self._board.call(worker, arguments, limit_s).add_done_callback(over)
 
     def _run(
         self, episode: "_Episode", found: Sequence[tools.Call | tools.Mistake]
@@ -312,31 +338,57 @@ class Hosted(Environments):
         episode.unread = episode.unread + 1 if unread else 0
         if not calls:
             return _ready(episode.answered(plan, [], 0.0))
-        reply: Future[Reply] = Future()
-        arguments = {
+        places: dict[str, list[int]] = {}
+        for place, call in enumerate(calls):
+            apart = call.name if call.name in self._apart else ""
+            places.setdefault(apart, []).append(place)
+        parts = {
+            apart: self._carried_out(episode, [calls[i] for i in where], apart)
+            for apart, where in places.items()
+        }
+
+        def answered(outcomes: Mapping[str, tuple[Called, float]]) -> Reply:
+            results: list[Any] = [None] * len(calls)
+            seconds = max(spent for _, spent in outcomes.values())
+            for apart, (called, _) in outcomes.items():
+                if isinstance(called, Failed):
+                    return episode.ended(called, seconds)
+                for place, result in zip(places[apart], called.value, strict=True):
+                    results[place] = result
+            return episode.answered(plan, results, seconds)
+
+        return _together(parts, answered)
+
+    def _carried_out(
+        self, episode: "_Episode", calls: Sequence[tools.Call], apart: str
+    ) -> Future[tuple[Called, float]]:
+        """What came of calls, and the seconds that they took.
+
+        Args:
+          apart: the function whose workers run them; "" for the episode's own.
+        """
+        done: Future[tuple[Called, float]] = Future()
+        arguments: dict[str, Any] = {
             "what": "run",
             "calls": [(c.name, dict(c.arguments)) for c in calls],
         }
-        passing = episode.worker is None  # functions alone have no instance to keep
-        if passing:
-            arguments["seed"] = (episode.seed + _NEXT_SEED * episode.turns) % 2**32
-
-        def ran(called: Called, seconds: float) -> Reply:
-            if passing:
-                self._give_back(episode, broken=isinstance(called, Failed))
-            if isinstance(called, Failed):
-                return episode.ended(called, seconds)
-            return episode.answered(plan, called.value, seconds)
+        kind = episode.kind
+        if not apart and kind.make is not None:
+            self._call(kind, episode.worker, arguments, done, lambda *came: came)
+            return done
+        # Functions alone have no instance to keep.
+        arguments["seed"] = (episode.seed + _NEXT_SEED * episode.turns) % 2**32
+        rooms, name = (self._apart[apart], "") if apart else (self._rooms, kind.name)
 
         def seated(worker: Worker) -> None:
-            episode.worker = worker
-            self._call(episode, arguments, reply, ran)
+            def ran(called: Called, seconds: float) -> tuple[Called, float]:
+                rooms.give_back(name, worker, broken=isinstance(called, Failed))
+                return called, seconds
 
-        if passing:
-            self._rooms.take(episode.kind.name, seated, reply)
-        else:
-            self._call(episode, arguments, reply, ran)
-        return reply
+            self._call(kind, worker, arguments, done, ran)
+
+        rooms.take(name, seated, done)
+        return done
 
     def _left(
         self, episode: "_Episode", reward: float | None, why: str = ""
@@ -620,6 +672,32 @@ def _title(kind: _Kind) -> str:
 
 def _kind_of_mistake(call: tools.Call | tools.Mistake) -> str | None:
     return call.kind if isinstance(call, tools.Mistake) else None
+
+
+def _together(
+    parts: Mapping[str, Future[Any]], made: Callable[[Mapping[str, Any]], Any]
+) -> Future[Any]:
+    """What `made` makes of all results, when there are all."""
+    whole: Future[Any] = Future()
+    left, lock = [len(parts)], threading.Lock()
+
+    def over(_: Future[Any]) -> None:
+        with lock:
+            left[0] -= 1
+            if left[0]:
+                return
+        try:
+            whole.set_result(
+                made({name: part.result() for name, part in parts.items()})
+            )
+        except CancelledError:
+            whole.cancel()
+        except Exception as error:  # noqa: BLE001 - whoever waits must know
+            whole.set_exception(error)
+
+    for part in parts.values():
+        part.add_done_callback(over)
+    return whole
 
 
 # Words of environments.

@@ -274,8 +274,7 @@ class SandboxConfig(Section):
     output_mib: Course[float] = Field(8.0, gt=0)
     """Most that one run prints."""
     jobs: Free[int | None] = Field(None, gt=0)
-    """Programs that run at a time; as many as there are processors if not given. The
-    tool python of an agent with an environment runs as many as there are episodes."""
+    """Programs that run at a time; as many as there are processors if not given."""
     packages: Course[tuple[PathText, ...]] = ()
     """Folders that programs can read and import from, besides Python's library."""
 

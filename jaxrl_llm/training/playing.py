@@ -63,14 +63,15 @@ def agent_of(config: Config, encoder: Encoder, *, seen: bool) -> Agent:
             "which must be in this process for that; set it to thread or auto"
         )
 
-    functions, workers = named(agent.tools), agent.workers
+    functions, apart = named(agent.tools), {}
     if python in functions:
         sandbox = Sandbox(**config.sandbox.model_dump())
         levels.describe(sandbox)  # says now if there is none
         boxed = python_tool(sandbox)
         functions = [boxed if one is python else one for one in functions]
-        if agent.environment is None:  # a worker has one call at a time, and its jail
-            workers = min(workers, sandbox.jobs or os.cpu_count() or 1)
+        # A worker has one call at a time, and its jail.
+        most = sandbox.jobs or os.cpu_count() or 1
+        apart = {python.__name__: min(agent.workers, most)}
     form, taught = tools.choose(agent.parser, encoder.tokenizer.chat_template or "")
     settings = hosting.Settings(
         tools=functions,
@@ -78,7 +79,8 @@ def agent_of(config: Config, encoder: Encoder, *, seen: bool) -> Agent:
         params=agent.params,
         max_tool_calls=agent.max_tool_calls,
         turn_timeout_s=agent.turn_timeout_s,
-        workers=workers,
+        apart=apart,
+        workers=agent.workers,
         isolation="thread" if seen else agent.isolation,
         memory_gib=agent.memory_gib,
     )

@@ -545,6 +545,61 @@ def test_the_same_episodes_are_played_whatever_else_is_under_way(hosted):
     assert len({reward for _, reward, _ in found[0]}) > 2
 
 
+def where() -> int:
+    """Says which process it is in."""
+    return os.getpid()
+
+
+class Where:
+    """An environment that says which process it is in."""
+
+    def reset(self) -> None:
+        """Has nothing to say."""
+
+    def at_home(self) -> int:
+        """Says which process it is in."""
+        return os.getpid()
+
+
+@pytest.mark.parametrize("environment", [Where, None])
+def test_no_more_calls_of_a_function_apart_are_under_way_than_it_has_workers(
+    hosted, environment
+):
+    env = hosted(
+        isolation="process",
+        tools=[add, where],
+        apart={"where": 1},
+        environment=environment,
+    )
+    keys = [(0, sample) for sample in range(3)]
+    for key in keys:
+        opened(env, key)
+    call = "at_home()" if environment else "add(a=1, b=2)"
+    replies = [env.answer(key, f"[where(), {call}, where()]") for key in keys]
+    found = [contents(reply.result(S)) for reply in replies]
+    assert len({pid for first, _, last in found for pid in (first, last)}) == 1
+    if environment:  # each episode has its own, and none of them is that one
+        assert len({own for _, own, _ in found} | {found[0][0]}) == 4
+    else:
+        assert [own for _, own, _ in found] == ["3"] * 3
+
+
+def test_a_function_apart_that_fails_ends_its_episode_alone(hosted):
+    def dies() -> None:
+        """Ends its process."""
+        os._exit(3)
+
+    env = hosted(
+        isolation="process", tools=[dies], apart={"dies": 1}, environment=Where
+    )
+    for sample in (0, 1):
+        opened(env, (0, sample))
+    failed = said(env, "[dies(), at_home()]", (0, 0))
+    assert failed.ended == "env_error" and failed.failures == {"env_error": 1}
+    assert said(env, "[at_home()]", (0, 1)).ended is None
+    assert said(env, "[dies()]", (0, 1)).ended == "env_error"  # in a worker that is new
+
+
 @pytest.mark.slow
 def test_a_process_that_hangs_is_killed(hosted):
     environments = hosted(environment=Own, isolation="process", turn_timeout_s=1.0)

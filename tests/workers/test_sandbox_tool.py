@@ -76,8 +76,8 @@ def settings_of(config, monkeypatch):
         ({"tools": ["python"]}, 3, 3),
         ({"tools": ["python"], "workers": 2}, 3, 2),
         ({"tools": ["python"]}, None, os.cpu_count()),
-        ({"tools": ["python"], "environment": "blackjack"}, 3, 256),
-        ({"tools": ["os.path:join"]}, 3, 256),
+        ({"tools": ["python"], "environment": "blackjack"}, 3, 3),
+        ({"tools": ["os.path:join"]}, 3, None),
     ],
 )
 def test_no_more_programs_of_a_tool_run_than_may(agent, jobs, workers, monkeypatch):
@@ -91,7 +91,8 @@ def test_no_more_programs_of_a_tool_run_than_may(agent, jobs, workers, monkeypat
         "trainer": {"total_training_steps": 1},
     }
     found = settings_of(parsing.parse(values, "test"), monkeypatch)
-    assert found.workers == workers
+    assert found.apart == ({"python": workers} if workers else {})
+    assert found.workers == agent.get("workers", 256)
 
 
 def test_the_configuration_names_the_tool_and_its_sandbox(monkeypatch):
