@@ -391,6 +391,40 @@ def test_turns_that_come_up_meanwhile_are_read_from_where_they_differ(axes):
         assert_same([[turns[-1]]], generate(plain(), [last]))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [None, {"data": 2, "tensor": 1}])
+def test_a_session_that_began_with_little_makes_room_for_more(axes, monkeypatch):
+    asked = [request(i, n=3, max_tokens=30) for i in range(14)]
+    made, rows, chunks = engine(axes=axes, max_num_seqs=64), [], []
+    start, advance = made._start, running.Session.advance
+
+    def started(num_responses):
+        session = start(num_responses)
+        rows.append(made._sizes.num_rows * made.replicas)
+        return session
+
+    monkeypatch.setattr(made, "_start", started)
+    monkeypatch.setattr(
+        running.Session, "advance", lambda self: chunks.append(self) or advance(self)
+    )
+    later = [asked[1:6], asked[6:]]
+
+    def more(idle):
+        # The first has tokens, and others wait, when much more comes.
+        return later.pop(0) if later and len(chunks) in (2, 4) else ()
+
+    made.submit(asked[:1])
+    found = {(c.prompt_id, c.sample): c for c in made.completions(more)}
+    taken = len(chunks)
+    groups = [[found[r.prompt_id, s] for s in r.samples] for r in asked]
+    assert_same(groups, generate(plain(), asked))
+    assert rows[0] <= 16 and rows[-1] >= 42 and len(rows) <= 3
+    # Thirty tokens are four chunks of eight, and each is looked at one chunk later.
+    assert taken <= 4 + 5 + 5
+    assert_same(generate(made, asked), groups)  # it has the room from now on
+    assert len(set(rows)) == len(rows) - 1
+
+
 @pytest.mark.parametrize("between", [0, 20])
 def test_rows_are_added_where_short_turns_come_up_one_by_one(between):
     made = engine(max_num_seqs=48)

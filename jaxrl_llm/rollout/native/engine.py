@@ -541,6 +541,9 @@ class JaxEngine:
                 yield self._finished.popleft()
             busy = self._session.outstanding if self._session else self._waiting
             self.submit(more(not busy))
+            if self._session and self._outgrown(self._session):
+                self._waiting = self._session.withdraw()
+                self._session = None  # and its pages, before there are others
             if self._waiting:
                 self._session = self._start(len(self._waiting))
                 self._session.add(self._waiting)
@@ -594,6 +597,11 @@ class JaxEngine:
             chunk=self._chunk,
             greedy=self._greedy,
         )
+
+    def _outgrown(self, session: Session) -> bool:
+        """Whether more is asked for than when it began, and there may be more rows.
+        What is under way is then begun again from the tokens that it has."""
+        return self._sized(session.outstanding).num_rows > self._sizes.num_rows
 
     def _sized(self, num_responses: int, longest_prompt: int = 1) -> Sizes:
         """Shapes for so many responses on all replicas, and for all before: they only

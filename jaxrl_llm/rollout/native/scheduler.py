@@ -232,6 +232,18 @@ class Scheduler:
         self._release_pages(response)
         (self._free if device_knows else self._to_release).append(slot)
 
+    def withdraw(self) -> list[Response]:
+        """Removes all responses, and returns them in the order that they were asked
+        for, each with the tokens that it has."""
+        running = [*self._admitted.values()]
+        for response in running:
+            self._release_pages(response)
+        found = [*running, *self._preempted[::-1], *self.waiting]
+        self._preempted, self.waiting = [], deque()
+        for response in found:
+            response.slot = -1
+        return found
+
     def abort(self, prompt_ids: Container[int]) -> list[Response]:
         """Removes the responses to these prompts, and returns them."""
 

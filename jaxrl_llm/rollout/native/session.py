@@ -234,6 +234,12 @@ class Session:
         results = [future.result() for future in last]
         return self._look(results[-1]) if results else []
 
+    def withdraw(self) -> list[Response]:
+        """Ends it, and returns what is outstanding, to be added to another. What the
+        device computes meanwhile is not looked at."""
+        self.close()
+        return [r for scheduler in self._schedulers for r in scheduler.withdraw()]
+
     def close(self) -> None:
         """Waits for the device."""
         for sent in self._sent:
