@@ -306,6 +306,31 @@ def test_tools_and_environments_become_a_configuration(monkeypatch, tmp_path):
             "with an agent there are several",
         ),
         (
+            {
+                "environment": Guess,
+                "settings": {
+                    "agent.on_rewrite": "fork",
+                    "agent.max_turns": 3,
+                    "rollout.max_response_length": 10,
+                    "data.max_prompt_length": 100,
+                },
+            },
+            # The prompt twice more, and 10 + 20 + 30 that turns say and read again.
+            "agent.max_tokens is not given: .* as long as they may be 260",
+        ),
+        (
+            {
+                "environment": Guess,
+                "settings": {
+                    "agent.on_rewrite": "fork",
+                    "agent.max_tokens": 3000,
+                    "actor.pack_length": 20000,
+                    "actor.share_prompts": True,
+                },
+            },
+            "actor.share_prompts is true, but with agent.on_rewrite=fork",
+        ),
+        (
             {"settings": {"agent": {"params": {"a": 1}}}},
             "agent has neither tools nor an environment",
         ),

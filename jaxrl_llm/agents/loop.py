@@ -52,6 +52,15 @@ class Template(Protocol):
         """What stands behind a turn of the policy: what is missing of its end, then the
         messages, then what begins its next turn."""
 
+    def rewritten(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]],
+        tokens: Sequence[int],
+    ) -> tuple[int, ...] | None:
+        """What `begin` makes of a conversation whose policy has read and written
+        `tokens`; None if it says the same."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -63,6 +72,9 @@ class Limits:
     """Behind the opening: what is sampled, and what is read between."""
     max_prompt_length: int
     """Tokens of the opening."""
+    forks: bool = False
+    """A conversation that the template would write otherwise than it was sampled goes
+    on as the template writes it, in a new context."""
     together: bool = False
     """Wait for all answers before the engine goes on, so that what it computes together
     does not hang on how long they take."""
@@ -122,10 +134,15 @@ class _Playing:
     sample: int
     attempt: int = 0
     opening: tuple[Message, ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
     begun: tuple[int, ...] = ()
     """Tokens of the opening."""
-    tokens: list[int] = field(default_factory=list)
+    said: list[Message] = field(default_factory=list)
     """Behind the opening."""
+    context: list[int] = field(default_factory=list)
+    """Tokens that the policy sees, from the first."""
+    length: int = 0
+    """Tokens of all contexts behind the opening."""
     turns: list[Turn] = field(default_factory=list)
     status: Status = "completed"
     why: str = ""
@@ -153,7 +170,7 @@ class _Playing:
         request = self.request
         return dataclasses.replace(
             request,
-            tokens=(*self.begun, *self.tokens),
+            tokens=tuple(self.context),
             num_samples=1,
             first_sample=self.sample,
             turn=self.num_turns,
@@ -161,16 +178,24 @@ class _Playing:
             sampling=dataclasses.replace(request.sampling, max_tokens=max_tokens),
         )
 
-    def hears(self, messages: Sequence[Message], tokens: Sequence[int]) -> None:
+    def hears(
+        self, messages: Sequence[Message], tokens: Sequence[int], anew: bool = False
+    ) -> None:
         """Takes what the environment said, and which tokens that is; none if the policy
-        will not read it."""
+        will not read it.
+
+        Args:
+          anew: whether these are all that it sees from now on.
+        """
         for i, message in enumerate(messages):
-            own = tokens if i == 0 else ()
-            text = str(message.get("content", ""))
-            self.turns.append(Turn.observed(str(message["role"]), own, text))
+            own, first = (tokens, anew) if i == 0 else ((), False)
+            text, role = str(message.get("content", "")), str(message["role"])
+            self.turns.append(Turn.observed(role, own, text, new_context=first))
         if tokens and not messages:  # what the template alone puts between two turns
             self.turns.append(Turn.observed("user", tokens, ""))
-        self.tokens += tokens
+        self.said += messages
+        self.context = [*tokens] if anew else [*self.context, *tokens]
+        self.length += len(tokens)
 
     def ended(self, outcome: Outcome, masked: bool) -> Episode:
         """The whole of it."""
@@ -238,7 +263,9 @@ class _Loop:
         """A turn of the policy has ended."""
         playing = self._sampling.pop((completion.prompt_id, completion.sample))
         playing.turns.append(Turn.sampled(completion))
-        playing.tokens += completion.tokens.tolist()
+        playing.said.append({"role": "assistant", "content": completion.text})
+        playing.context += completion.tokens.tolist()
+        playing.length += len(completion.tokens)
         if completion.prefilled is None or playing.prefilled is None:
             playing.prefilled = None
         else:
@@ -281,7 +308,9 @@ class _Loop:
                 "and agent.max_retries"
             ) from opening
         playing.opening = tuple(opening.messages)
+        playing.tools = tuple(opening.tools)
         playing.begun = tuple(self._template.begin(opening.messages, opening.tools))
+        playing.context = list(playing.begun)
         most = self._limits.max_prompt_length
         if len(playing.begun) > most:
             raise ValueError(
@@ -312,14 +341,30 @@ class _Loop:
             tokens = self._template.splice(
                 turn.tokens.tolist(), turn.finish_reason, reply.messages
             )
-            room = self._limits.max_tokens - len(playing.tokens) - len(tokens)
+            written = self._written_anew(playing, reply.messages, tokens)
+            tokens = written or tokens
+            room = self._limits.max_tokens - playing.length - len(tokens)
             if room > 0:
-                playing.hears(reply.messages, tokens)
+                playing.hears(reply.messages, tokens, anew=written is not None)
                 return self._ask(playing, room)
             ended = "context"
         playing.hears(reply.messages, ())
         self._end(playing, ended)
         return None
+
+    def _written_anew(
+        self, playing: _Playing, reply: Sequence[Message], tokens: Sequence[int]
+    ) -> tuple[int, ...] | None:
+        """The conversation in a new context, if it goes on in one.
+
+        Args:
+          tokens: that `reply` would be behind those that the policy sees.
+        """
+        if not self._limits.forks or not reply:
+            return None
+        messages = [*playing.opening, *playing.said, *reply]
+        read = [*playing.context, *tokens]
+        return self._template.rewritten(messages, playing.tools, read)
 
     def _ask(self, playing: _Playing, room: int) -> Request:
         """The next turn, for which there is room for so many tokens."""

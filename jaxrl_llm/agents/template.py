@@ -135,6 +135,20 @@ class Splicer:
         )
         return None if said.split() == kept.split() else found
 
+    def check_written_anew(self, role: str) -> None:
+        """Raises ValueError unless the template writes whole conversations in which a
+        message of that role follows the text of an answer, as `rewritten` needs it."""
+        try:
+            self.rewritten(
+                [_ASKED, _ANSWERED, {"role": role, "content": _SAID}], (), ()
+            )
+        except ValueError as error:
+            raise ValueError(
+                "agent.on_rewrite is fork, but the chat template writes no "
+                f"conversation in which a {role} message follows the text of an "
+                f"answer ({error}); set it to keep"
+            ) from error
+
     # What the template is given.
 
     def _written(

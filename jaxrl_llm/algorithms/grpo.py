@@ -29,7 +29,7 @@ from jaxrl_llm.algorithms.statistics import Largest, Mean, Metrics, Statistics
 from jaxrl_llm.algorithms.update import Params, TrainState
 from jaxrl_llm.config import plugins
 from jaxrl_llm.config.algorithm import DEFAULT_LOSS, LOSS_NUMBERS, Loss
-from jaxrl_llm.data.rows import TrainBatch
+from jaxrl_llm.data.rows import TrainBatch, places
 
 LogprobFn = Callable[[Params, TrainBatch], Logprobs]
 
@@ -219,7 +219,7 @@ def plan(
         given = _given(batch, scored.logprobs, mask, loss, settings)
         given |= {
             "tokens": batch.tokens,
-            "positions": batch.positions,
+            "positions": places(batch),
             "is_prompt": batch.is_prompt,
             "prompt_ids": batch.prompt_ids,
             "step": step,

@@ -134,6 +134,19 @@ def _agent_misfits(config: Any) -> Iterator[str]:
             f"rollout.max_response_length, of one turn, is {turn}; raise the one or "
             "lower the other"
         )
+    if agent.on_rewrite == "fork":
+        if agent.max_tokens is None:
+            yield (
+                "agent.on_rewrite is fork, but agent.max_tokens is not given: a "
+                "conversation counts in it again with every new context; give it, for "
+                f"agent.max_turns {agent.max_turns} that are as long as they may be "
+                f"{_of_contexts(config)}"
+            )
+        if config.actor.share_prompts:
+            yield (
+                "actor.share_prompts is true, but with agent.on_rewrite=fork episodes "
+                "go on from other prompts than they begin with; set it to false"
+            )
     if not agent.tools and not agent.environment:
         yield "agent has neither tools nor an environment; give one of them"
     if agent.params and agent.environment is None:
@@ -148,6 +161,14 @@ def _agent_misfits(config: Any) -> Iterator[str]:
             "reward.overlong_buffer is about the length of one response, and with an "
             "agent there are several; leave it out"
         )
+
+
+def _of_contexts(config: Any) -> int:
+    """Tokens behind the first prompt of an episode in which every turn has a context of
+    its own, the answers of the environment left out."""
+    turns, turn = config.agent.max_turns, config.rollout.max_response_length
+    again = (turns - 1) * config.data.max_prompt_length
+    return again + turn * turns * (turns + 1) // 2
 
 
 def mesh_misfits(meshes: Mapping[str, Any]) -> Iterator[str]:

@@ -50,7 +50,8 @@ class AgentConfig(Section):
     max_tokens: int | None = Field(None, gt=0)
     """Tokens of an episode behind its first prompt: all that is sampled, of which
     rollout.max_response_length bounds a single turn, and all that is read between.
-    max_turns times rollout.max_response_length if not given."""
+    max_turns times rollout.max_response_length if not given, which it must be with
+    on_rewrite=fork."""
     max_tool_calls: Course[int | None] = Field(None, gt=0)
     """Calls in an episode; a call beyond them is answered by a refusal. No bound if not
     given."""
@@ -70,6 +71,13 @@ class AgentConfig(Section):
     there, and for the package's own games."""
     memory_gib: Free[float | None] = Field(8.0, gt=0)
     """Address space of each such process; null for all there is."""
+    on_rewrite: Course[Literal["keep", "fork"]] = "keep"
+    """What happens where the chat template writes earlier turns otherwise once the
+    conversation goes on, as Qwen3's leaves out what was thought. keep: the policy reads
+    on behind what it sampled. fork: it reads the conversation as the template writes it
+    now, as it does of a server, in a new context that sees nothing of the old one. All
+    contexts are one episode, with one reward, and their tokens, of those read again
+    too, count in max_tokens."""
     on_status: Course[StatusConfig] = StatusConfig()
     max_retries: Course[int] = Field(2, ge=0)
     """How often an episode is played again, see `on_status`."""

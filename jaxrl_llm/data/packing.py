@@ -43,6 +43,9 @@ class Layout:
     sequences_together: int = 1
     """So many neighbouring sequences always share a row, packed or not, and with it a
     micro-batch: 2 for pairs that a loss compares."""
+    contexts: int = 1
+    """Contexts of a sequence, at most. Rows have `TrainBatch.contexts` if there can be
+    several."""
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -65,8 +68,9 @@ def make_rows(
       episodes: G of them for every prompt, by sample.
 
     Raises:
-      ValueError: the arguments do not belong together, a prompt is empty, or what must
-        share a row is longer than `pack_length`.
+      ValueError: the arguments do not belong together, a prompt is empty, an episode
+        has more contexts than `layout.contexts`, or what must share a row is longer
+        than `pack_length`.
     """
     P, G = advantages.shape
     groups = [len(group) for group in episodes]
@@ -86,7 +90,13 @@ def make_rows(
                     f"an episode of prompt {episode.prompt_id} stands with prompt "
                     f"{prompt.id}"
                 )
-    one_row = _one_row(prompts, episodes, advantages)
+            if episode.num_contexts > layout.contexts:
+                raise ValueError(
+                    f"episode {episode.sample} of prompt {prompt.id} has "
+                    f"{episode.num_contexts} contexts, the layout has room for "
+                    f"{layout.contexts}"
+                )
+    one_row = _one_row(prompts, episodes, advantages, layout.contexts > 1)
     return _arrange(one_row, [range(P * G)], layout)[0]
 
 
@@ -154,7 +164,10 @@ def token_efficiency(batch: TrainBatch, micro_batch_size: int | None) -> float:
 
 
 def lay_out(
-    lengths: Sequence[int], row_length: int | None, most: int | None = None
+    lengths: Sequence[int],
+    row_length: int | None,
+    most: int | None = None,
+    counts: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Which sequences share a row: in few rows, of about as many tokens each.
 
@@ -165,6 +178,7 @@ def lay_out(
 
     Args:
       most: sequences in a row.
+      counts: as how many each counts there; as one if not given.
 
     Returns:
       Indices into `lengths`, row by row.
@@ -183,47 +197,65 @@ def lay_out(
             f"sequence {order[0]} has {lengths[order[0]]} tokens, more than "
             f"pack_length {row_length}"
         )
-    most = most or len(lengths)
-    fitting = _best_fit(lengths, order, row_length, most)
-    fewest = max(-(-sum(lengths) // row_length), -(-len(lengths) // max(most, 1)))
+    counts = [1] * len(lengths) if counts is None else counts
+    most = most or sum(counts)
+    fitting = _best_fit(lengths, counts, order, row_length, most)
+    fewest = max(-(-sum(lengths) // row_length), -(-sum(counts) // max(most, 1)))
     for num_rows in range(fewest, len(fitting) + len(fitting) // 32 + 1):
-        if rows := _balanced(lengths, order, num_rows, row_length, most):
+        if rows := _balanced(lengths, counts, order, num_rows, row_length, most):
             return rows
     return fitting
 
 
 def _best_fit(
-    lengths: Sequence[int], order: Sequence[int], row_length: int, most: int
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    order: Sequence[int],
+    row_length: int,
+    most: int,
 ) -> list[list[int]]:
     rows: list[list[int]] = []
+    held: list[int] = []
     rooms: list[tuple[int, int]] = []  # (tokens that still fit, row), sorted
     for i in order:
         fit = bisect.bisect_left(rooms, (lengths[i], 0))
+        while fit < len(rooms) and held[rooms[fit][1]] + counts[i] > most:
+            fit += 1
         if fit == len(rooms):
             rows.append([])
+            held.append(0)
             rooms.append((row_length, len(rows) - 1))
         room, row = rooms.pop(fit)
         rows[row].append(i)
-        if len(rows[row]) < most:
+        held[row] += counts[i]
+        if held[row] < most:
             bisect.insort(rooms, (room - lengths[i], row))
     return rows
 
 
 def _balanced(
     lengths: Sequence[int],
+    counts: Sequence[int],
     order: Sequence[int],
     num_rows: int,
     row_length: int,
     most: int,
 ) -> list[list[int]] | None:
     rows: list[list[int]] = [[] for _ in range(num_rows)]
+    held = [0] * num_rows
     emptiest = [(0, r) for r in range(num_rows)]  # (tokens, row), a heap
     for i in order:
+        full = []
+        while emptiest and held[emptiest[0][1]] + counts[i] > most:
+            full.append(heapq.heappop(emptiest))
         if not emptiest or emptiest[0][0] + lengths[i] > row_length:
             return None
         used, r = heapq.heappop(emptiest)
         rows[r].append(i)
-        if len(rows[r]) < most:
+        held[r] += counts[i]
+        for other in full:
+            heapq.heappush(emptiest, other)
+        if held[r] < most:
             heapq.heappush(emptiest, (used + lengths[i], r))
     return rows
 
@@ -247,19 +279,20 @@ def capacity(sequences: int) -> int:
 
 
 def most_in_row(layout: Layout) -> int:
-    """Sequences in a packed row, at most: about as many as there are 64 tokens in it,
-    from 15 to 63, and never fewer than what fits of the longest."""
+    """Contexts in a row, at most: in a packed one about as many as there are 64 tokens
+    in it, from 15 to 63, and never fewer than what fits of the longest sequences."""
+    together = layout.sequences_together * layout.contexts
     if layout.pack_length is None:
-        return layout.sequences_together
+        return together
     fit = layout.pack_length // (layout.longest or layout.pack_length)
     room = min(max(layout.pack_length // 64 - 1, 15), 63)
-    return max(fit, room, layout.sequences_together)
+    return max(fit * layout.contexts, room, together)
 
 
 def capacities(layout: Layout) -> list[int]:
     """Every `capacity` that rows of this layout can have."""
     if layout.pack_length is None:
-        return [capacity(layout.sequences_together)]
+        return [capacity(most_in_row(layout))]
     last = capacity(most_in_row(layout))
     return [1 << i for i in range(3, last.bit_length())]
 
@@ -268,6 +301,7 @@ def _one_row(
     prompts: Sequence[Prompt],
     episodes: Sequence[Sequence[Episode]],
     advantages: Float[np.ndarray, "P G"],
+    with_contexts: bool,
 ) -> TrainBatch:
     """All sequences one after the other, without padding."""
     flat = [episode for group in episodes for episode in group]
@@ -288,15 +322,22 @@ def _one_row(
     mask[~is_prompt] = np.concatenate([episode.response_mask for episode in flat])
     logprobs[~is_prompt] = np.concatenate([episode.logprobs for episode in flat])
     worth = advantages.ravel().astype(np.float32)[ids]
+    contexts = np.zeros(len(ids), np.int32)
+    contexts[~is_prompt] = np.concatenate([episode.contexts for episode in flat])
+    index = np.arange(len(ids))
+    begins = (np.diff(ids, prepend=0) != 0) | (np.diff(contexts, prepend=0) != 0)
+    start = np.maximum.accumulate(np.where(begins, index, 0))
     fields = {
         "tokens": np.concatenate(whole).astype(np.int32),
         "sequence_ids": ids,
-        "positions": positions.astype(np.int32),
+        "positions": (index - start).astype(np.int32),
         "is_prompt": is_prompt,
         "response_mask": mask,
         "sampler_logprobs": np.where(mask, logprobs, np.float32(0)),
         "advantages": np.where(mask, worth, np.float32(0)),
     }
+    if with_contexts:
+        fields["contexts"] = contexts
     return TrainBatch(
         **{name: x[None] for name, x in fields.items()},
         num_sequences=len(flat),
@@ -308,7 +349,10 @@ def _arrange(
     batch: TrainBatch, parts: Sequence[Sequence[int]], layout: Layout
 ) -> list[TrainBatch]:
     """The sequences of each part in rows of their own; all parts have one shape."""
-    laid_out = [_rows(batch, part, layout) for part in parts]
+    counts = _num_contexts(batch)
+    contexts = max(layout.contexts, *counts)
+    layout = dataclasses.replace(layout, contexts=contexts)
+    laid_out = [_rows(batch, part, counts, layout) for part in parts]
     most = max(layout.most_sequences or 0, *map(len, parts))
     longest = max(
         sum(len(span) for _, _, span in row) for rows in laid_out for row in rows
@@ -321,7 +365,13 @@ def _arrange(
     static = {
         "num_sequences": most,
         "sequence_capacity": capacity(
-            max(len(row) for rows in laid_out for row in rows)
+            most_in_row(layout)
+            if layout.pack_length is None
+            else max(
+                sum(counts[part[i]] for i, _, _ in row)
+                for part, rows in zip(parts, laid_out, strict=True)
+                for row in rows
+            )
         ),
     }
     together = min(layout.micro_batch_size or num_rows, num_rows)
@@ -361,7 +411,18 @@ def _arrange(
 _Row = list[tuple[int, int, np.ndarray]]
 
 
-def _rows(batch: TrainBatch, part: Sequence[int], layout: Layout) -> list[_Row]:
+def _num_contexts(batch: TrainBatch) -> list[int]:
+    """How many contexts each sequence has."""
+    found = np.ones(batch.num_sequences, np.int64)
+    if batch.contexts is not None:
+        there = batch.sequence_ids >= 0
+        np.maximum.at(found, batch.sequence_ids[there], batch.contexts[there] + 1)
+    return found.tolist()
+
+
+def _rows(
+    batch: TrainBatch, part: Sequence[int], counts: Sequence[int], layout: Layout
+) -> list[_Row]:
     """The rows of the sequences `part`; packed ones by falling cost of attention."""
     prompts, responses = _spans(batch)
     together, row_length = layout.sequences_together, layout.pack_length
@@ -389,12 +450,13 @@ def _rows(batch: TrainBatch, part: Sequence[int], layout: Layout) -> list[_Row]:
         rest = [(i, of, responses[part[i]]) for i in others]
         return [(first, of, whole), *rest]
 
-    held, sizes, costs = [], [], []
+    held, sizes, costs, contexts = [], [], [], []
     for block in blocks:
         copies = [pieces(copy) for copy in block]
         lengths = [sum(len(span) for _, _, span in copy) for copy in copies]
         held.append([piece for copy in copies for piece in copy])
         sizes.append(sum(lengths))
+        contexts.append(sum(counts[part[i]] for copy in block for i in copy))
         costs.append(sum(length**2 for length in lengths))
         if together > 1 and row_length is not None and sizes[-1] > row_length:
             raise ValueError(
@@ -404,23 +466,26 @@ def _rows(batch: TrainBatch, part: Sequence[int], layout: Layout) -> list[_Row]:
     limits: list[int | None] = [None]
     if not layout.share_prompts:
         rooms = [min(n - 1, most_in_row(layout)) for n in capacities(layout)]
-        limits = [room // together for room in rooms if room >= together]
-    rows = _lay_out_evenly(sizes, row_length, limits)
+        limits = [room for room in rooms if room >= max(contexts)]
+    rows = _lay_out_evenly(sizes, contexts, row_length, limits)
     if row_length is not None:
         rows.sort(key=lambda row: -sum(costs[block] for block in row))
     return [[piece for block in row for piece in held[block]] for row in rows]
 
 
 def _lay_out_evenly(
-    lengths: Sequence[int], row_length: int | None, limits: Sequence[int | None]
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    row_length: int | None,
+    limits: Sequence[int | None],
 ) -> list[list[int]]:
-    """`lay_out` with the first limit of sequences in a row that makes no more rows than
+    """`lay_out` with the first limit of contexts in a row that makes no more rows than
     the last one, which is the widest: less room takes less time, see `capacity`."""
     *others, widest = limits
-    rows = lay_out(lengths, row_length, widest)
+    rows = lay_out(lengths, row_length, widest, counts)
     for most in others:
-        if len(lengths) <= most * len(rows):
-            found = lay_out(lengths, row_length, most)
+        if sum(counts) <= most * len(rows):
+            found = lay_out(lengths, row_length, most, counts)
             if len(found) <= len(rows):
                 return found
     return rows

@@ -51,7 +51,7 @@ class TrainBatch:
     """Which sequence of the batch a token belongs to, 0 .. num_sequences - 1; -1 on
     padding. A shared prompt belongs to the first response behind it."""
     positions: Int[Array, "R T"]
-    """Index of a token within its sequence, from 0."""
+    """Index of a token within its context, from 0."""
     is_prompt: Bool[Array, "R T"]
     """True on the tokens that a sequence begins with before the policy has any part in
     it, which several sequences may share; False on padding."""
@@ -82,13 +82,16 @@ class TrainBatch:
     prompt_ids: Int[Array, "R T"] | None = None
     """Which copy of a prompt a token belongs to or goes on from; -1 on padding. None:
     every sequence has its own prompt."""
+    contexts: Int[Array, "R T"] | None = None
+    """Which context of its sequence a token stands in, counted from 0; it sees the
+    tokens of that one only. None: every sequence is a single one."""
     taught: Taught | None = None
     """What the teacher says; None without one, or if the update asks it."""
     num_sequences: int = dataclasses.field(metadata={"static": True})
     """Sequence ids are below it. An id that no token has is a sequence without tokens,
     which counts nowhere."""
     sequence_capacity: int = dataclasses.field(metadata={"static": True})
-    """No row holds more sequences, with padding at its end counted as one: what flash
+    """No row holds more contexts, with padding at its end counted as one: what flash
     attention must make room for."""
 
 
@@ -105,6 +108,28 @@ def pad_rows(batch: TrainBatch, num_rows: int, length: int | None = None) -> Tra
     padded = jax.tree.map(pad, batch)
     ids = numpy.pad(batch.sequence_ids, extra, constant_values=-1)
     return dataclasses.replace(padded, sequence_ids=ids)
+
+
+def attention_ids(batch: TrainBatch) -> Int[Array, "R T"]:
+    """Tokens of a row with the same number stand in one context; -1 on padding."""
+    if batch.contexts is None:
+        return batch.sequence_ids
+    begins = _changes(batch.sequence_ids) | _changes(batch.contexts)
+    return jnp.where(batch.sequence_ids < 0, -1, jnp.cumsum(begins, axis=1))
+
+
+def places(batch: TrainBatch) -> Int[Array, "R T"]:
+    """Index of a token within its sequence, from 0, over all of its contexts."""
+    if batch.contexts is None:
+        return batch.positions
+    column = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+    begins = jnp.where(_changes(batch.sequence_ids), column, 0)
+    return column - jax.lax.cummax(begins, axis=1)
+
+
+def _changes(x: Int[Array, "R T"]) -> Bool[Array, "R T"]:
+    """Whether another number than here stands to the left; False at the beginning."""
+    return jnp.pad(x[:, 1:] != x[:, :-1], ((0, 0), (1, 0)))
 
 
 def bare(batch: TrainBatch) -> TrainBatch:

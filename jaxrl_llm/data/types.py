@@ -130,6 +130,9 @@ class Turn:
     False; None if nothing was to be cut off."""
     reward: float | None = None
     """What its environment gave the policy for this turn alone; None for nothing."""
+    new_context: bool = False
+    """Its tokens are the whole conversation so far, as the chat template writes it now:
+    tokens from here on do not see those before."""
 
     @classmethod
     def sampled(cls, completion: Completion) -> "Turn":
@@ -153,7 +156,12 @@ class Turn:
 
     @classmethod
     def observed(
-        cls, role: str, tokens: Sequence[int] | np.ndarray, text: str
+        cls,
+        role: str,
+        tokens: Sequence[int] | np.ndarray,
+        text: str,
+        *,
+        new_context: bool = False,
     ) -> "Turn":
         """A turn that the policy did not write, such as a tool's answer. Without tokens
         it did not read it either: the episode was over."""
@@ -166,6 +174,7 @@ class Turn:
             weight_versions=np.full(count, -1, np.int32),
             finish_reason=None,
             text=text,
+            new_context=new_context,
         )
 
 
@@ -259,6 +268,27 @@ class Episode:
     def response_mask(self) -> np.ndarray:
         """bool [t]: whether the policy sampled the token."""
         return self._joined("response_mask")
+
+    @functools.cached_property
+    def contexts(self) -> np.ndarray:
+        """int32 [t]: which context the token stands in, counted from 0, the one that
+        begins with the prompt."""
+        number = np.cumsum([turn.new_context for turn in self.turns], dtype=np.int32)
+        return np.repeat(number, [len(turn.tokens) for turn in self.turns])
+
+    @property
+    def num_contexts(self) -> int:
+        """How many there are; 1 if none begins anew."""
+        return 1 + sum(turn.new_context for turn in self.turns)
+
+    def context_lengths(self, prompt: Prompt) -> list[int]:
+        """Tokens of every context, of the first one with the prompt.
+
+        Args:
+          prompt: that it begins with.
+        """
+        first, *others = np.bincount(self.contexts, minlength=1).tolist()
+        return [len(self.first_tokens(prompt)) + first, *others]
 
     @functools.cached_property
     def num_sampled(self) -> int:

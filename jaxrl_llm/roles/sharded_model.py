@@ -290,7 +290,7 @@ class ShardedModel:
             params,
             rows.tokens,
             rows.positions,
-            rows.sequence_ids,
+            batches.attention_ids(rows),
             dtype=jnp.dtype(how.dtype),
             remat=how.remat,
             attention=self._attention(rows),

@@ -285,6 +285,11 @@ METRICS = (
     Metric("agent/turns/{mean,max,min}", "turns of the policy in an episode"),
     Metric("agent/tool_calls", "tools called in an episode, on average"),
     Metric(
+        "agent/forks",
+        "how often an episode went on in a new context (agent.on_rewrite=fork), on "
+        "average",
+    ),
+    Metric(
         "agent/observation_tokens",
         "tokens of an episode that were read between turns, on average",
     ),

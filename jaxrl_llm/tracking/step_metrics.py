@@ -82,6 +82,7 @@ def _played(episode: Episode) -> dict[str, Any]:
             "num_tokens": len(turn.tokens),
             "sampled": turn.finish_reason is not None,
             "reward": turn.reward,
+            "new_context": turn.new_context,
         }
         for turn in episode.turns
     ]
@@ -165,6 +166,7 @@ def agent_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
 
     agent/turns/{mean,max,min}       turns of the policy
     agent/tool_calls                 of an episode, on average
+    agent/forks                      contexts of an episode but its first, on average
     agent/observation_tokens         read between turns
     agent/prefilled_tokens           computed besides what was sampled, where an
                                      engine tells
@@ -179,6 +181,7 @@ def agent_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     read = [len(one.tokens) - one.num_sampled for one in episodes]
     found = {
         **_spread("agent/turns", [len(one.policy_turns) for one in episodes]),
+        "agent/forks": float(np.mean([one.num_contexts - 1 for one in episodes])),
         "agent/tool_calls": float(np.mean([one.calls for one in played])),
         "agent/observation_tokens": float(np.mean(read)),
         "agent/environment_s/mean": float(np.mean(seconds)),

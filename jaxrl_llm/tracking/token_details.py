@@ -44,7 +44,7 @@ def of_response(rows: TrainBatch, sequence: int, decode: Decode) -> dict[str, An
       that the policy did not sample, and where an engine does not tell.
     """
     at = np.nonzero((rows.sequence_ids == sequence) & ~rows.is_prompt)
-    at = tuple(axis[np.argsort(rows.positions[at])][:MAX_TOKENS] for axis in at)
+    at = tuple(axis[:MAX_TOKENS] for axis in at)  # it stands in order in one row
     sampled = rows.response_mask[at]
     found = {
         "text": pieces(rows.tokens[at].tolist(), decode),

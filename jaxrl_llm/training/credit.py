@@ -16,7 +16,7 @@ from jaxrl_llm.config import checks, plugins
 from jaxrl_llm.config.algorithm import Estimator
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.config.schema_algorithm import AlgorithmConfig
-from jaxrl_llm.data.rows import TrainBatch
+from jaxrl_llm.data.rows import TrainBatch, places
 from jaxrl_llm.data.types import Episode
 from jaxrl_llm.sharding import processes
 from jaxrl_llm.tracking import token_details
@@ -134,7 +134,7 @@ def _offered(
         "token_rewards": lambda: token_rewards,
         "mask": lambda: mask,
         "sequence_ids": lambda: ids,
-        "positions": lambda: batch.positions,
+        "positions": lambda: places(batch),
         "is_prompt": lambda: batch.is_prompt,
         "logprobs": lambda: batch.old_logprobs,
         "values": lambda: judged.values,
@@ -181,7 +181,7 @@ def _token_rewards(batch: TrainBatch, judged: Judged, kl_penalty: str):
     mask, ids = batch.response_mask, batch.sequence_ids
     if judged.turn_rewards is None:
         worth = judged.rewards.ravel()
-        rewards = advantages.at_last_token(worth, mask, ids, batch.positions)
+        rewards = advantages.at_last_token(worth, mask, ids, places(batch))
     else:
         of_turns = judged.turn_rewards.reshape(batch.num_sequences, -1)
         rewards = advantages.at_turn_ends(of_turns, mask, ids)

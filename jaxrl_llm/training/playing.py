@@ -87,7 +87,10 @@ def agent_of(config: Config, encoder: Encoder, *, seen: bool) -> Agent:
     environments = hosting.Hosted(settings, form)
     template = Splicer(encoder, None if taught else form.describe)
     notes = environments.notes
-    if template.rewrites_history and agent.max_turns > 1:
+    if agent.on_rewrite == "fork":
+        for role in environments.roles:
+            template.check_written_anew(role)
+    elif template.rewrites_history and agent.max_turns > 1:
         notes = [*notes, _REWRITTEN]
     return Agent(
         environments=environments,
@@ -100,7 +103,8 @@ def agent_of(config: Config, encoder: Encoder, *, seen: bool) -> Agent:
 _REWRITTEN = (
     "the chat template leaves out of earlier turns what was thought within <think>; "
     "in an episode all turns stay as they were sampled, so that the policy learns with "
-    "more before it than a server shows it that renders each conversation anew"
+    "more before it than a server shows it that renders each conversation anew; "
+    "agent.on_rewrite=fork shows it the same"
 )
 
 
@@ -140,6 +144,7 @@ def limits_of(config: Config) -> Limits:
         max_turns=agent.max_turns,
         max_tokens=config.longest_response,
         max_prompt_length=config.data.max_prompt_length,
+        forks=agent.on_rewrite == "fork",
         together=agent.reproducible,
         # All openings are waited for, and one without a worker would never come.
         at_once=agent.workers if agent.reproducible else None,

@@ -46,11 +46,13 @@ def keys(mesh: str, section: str = "actor") -> dict[str, str]:
 
 def rows(config: Config, micro_batch_size: int | None) -> Layout:
     """The rows of a training step, on any mesh."""
+    forks = config.agent is not None and config.agent.on_rewrite == "fork"
     return Layout(
         pack_length=config.actor.pack_length,
         micro_batch_size=micro_batch_size,
         share_prompts=config.actor.share_prompts,
         longest=config.longest_sequence,
+        contexts=config.agent.max_turns if forks else 1,
     )
 
 

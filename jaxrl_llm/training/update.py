@@ -89,9 +89,10 @@ def update_flops(job: Job, groups: Groups) -> float:
     """Operations of all passes of the policy's update over the groups of a step."""
     lengths = np.array(
         [
-            len(one.first_tokens(prompt)) + len(one.tokens)
+            length
             for prompt, group in zip(groups.asked, groups.rollouts, strict=True)
             for one in group
+            for length in one.context_lengths(prompt)
         ]
     )
     return job.config.actor.ppo_epochs * flops_of(

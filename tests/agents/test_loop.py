@@ -108,6 +108,56 @@ def test_a_reply_without_words_leaves_what_the_template_puts_between_turns():
     )
 
 
+def test_a_conversation_that_is_written_otherwise_goes_on_in_a_new_context():
+    def script(key, seed, turn):
+        return said("abcb"[turn] * 2, ended="completed" if turn == 3 else None)
+
+    def episodes(most, forks=True):
+        limits = dataclasses.replace(LIMITS, max_tokens=most, forks=forks)
+        engine = scripted.Engine()
+        with environments(script) as env:
+            template = scripted.Template(rewrites=True)
+            found = play(engine, env, template, *asked(1, 4), limits)
+        return found[0], engine
+
+    def words(text):
+        return [t for c in text.split() for t in (USER, *map(ord, c), END)]
+
+    found, engine = episodes(100)
+    for episode in found:
+        first, a, second, b, third, c, fourth, last = episode.turns
+        assert [t.new_context for t in episode.turns] == [False] * 3 + [True] + [
+            False
+        ] * 4
+        # What the template leaves of two turns of the policy's, and what is new.
+        assert b.tokens.tolist() == [*words("q go aa bb"), TURN]
+        assert b.text == "bb" and not b.response_mask.any()
+        seen = [r for r in engine.requests if r.first_sample == episode.sample]
+        opening = list(episode.opening_tokens)
+        before = [*opening, *first.tokens, *a.tokens]
+        assert [list(r.tokens) for r in seen] == [
+            opening,
+            before,
+            b.tokens.tolist(),
+            [*b.tokens, *third.tokens, *c.tokens],
+        ]
+        assert [r.turn for r in seen] == [0, 1, 2, 3]
+        assert episode.num_contexts == 2 and len(last.tokens) == 0
+        prompt = Prompt(id=0, content=FIRST, tokens=(9,), columns={})
+        assert episode.context_lengths(prompt) == [
+            len(before) + len(second.tokens),
+            len(seen[3].tokens) + len(fourth.tokens),
+        ]
+        # What is read again takes room again.
+        short, _ = episodes(len(episode.tokens) - len(fourth.tokens) - 1)
+        assert short[episode.sample].status == "context"
+        assert len(short[episode.sample].policy_turns) == 3
+        just, _ = episodes(len(episode.tokens))
+        assert just[episode.sample].tokens.tolist()[:-1] == episode.tokens.tolist()[:-1]
+    kept, _ = episodes(100, forks=False)
+    assert all(e.num_contexts == 1 and len(e.policy_turns) == 4 for e in kept)
+
+
 def told(groups):
     """All that is known of episodes, to be compared."""
     return [

@@ -1,17 +1,23 @@
 """What an environment says becomes tokens behind those that were sampled, and these
 stay as they are."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
 
+import numpy as np
 import pytest
+import scripted
 import templates
 import tiny
 
-from jaxrl_llm.agents import tools
+from jaxrl_llm.agents import loop, tools
+from jaxrl_llm.agents.environments import Reply
 from jaxrl_llm.agents.template import Splicer
 from jaxrl_llm.data.chat_template import Encoder
+from jaxrl_llm.data.types import Prompt
+from jaxrl_llm.rollout.engine import Request, Sampling
 
 OWN = {
     "thinking": templates.THINKING,
@@ -128,6 +134,63 @@ def test_a_template_that_rewrites_history_is_found_out_and_forks():
     assert "three" in known.tokenizer.decode(found)
 
 
+@pytest.mark.parametrize("forks", [True, False])
+def test_an_episode_reads_what_a_server_shows_of_earlier_turns(forks):
+    """Two answers of a tool, then a user speaks, who sees no thoughts."""
+    known = encoder(templates.THINKING)
+    splicer = Splicer(known)
+    thought = "<think>\n{}\n</think>\n\n{}"
+    answers = [
+        thought.format(f"the number {word}", word)
+        for word in ("one", "two", "three", "four")
+    ]
+    replies = [
+        [{"role": role, "content": f"said {role}"}]
+        for role in ("tool", "tool", "user", "user")
+    ]
+
+    class Thinks(scripted.Engine):
+        def _answer(self, request):
+            tokens = np.array(spelled(known.tokenizer, answers[request.turn]), np.int32)
+            return dataclasses.replace(
+                super()._answer(request),
+                tokens=tokens,
+                logprobs=np.zeros(len(tokens), np.float32),
+                text=answers[request.turn],
+                finish_reason="stop",
+            )
+
+    def script(key, seed, turn):
+        over = "completed" if turn == 3 else None
+        return Reply(messages=tuple(replies[turn]), ended=over)
+
+    engine, env = Thinks(), scripted.Environments(script)
+    prompt = Prompt(id=0, content=QUESTION, tokens=(9,), columns={})
+    request = Request(
+        prompt_id=0,
+        tokens=(9,),
+        num_samples=1,
+        seed=1,
+        sampling=Sampling(max_tokens=99),
+    )
+    limits = loop.Limits(max_turns=9, max_tokens=999, max_prompt_length=99, forks=forks)
+    [[episode]] = loop.play(engine, env, splicer, [prompt], [request], limits)
+    env.shutdown()
+    assert episode.status == "completed" and len(engine.requests) == 4
+    messages = list(episode.opening)
+    contexts = 0
+    for turn, asked in enumerate(engine.requests):
+        shown = splicer.begin(messages)
+        text = known.tokenizer.decode(asked.tokens)
+        if turn < 3 or forks:
+            assert text == known.tokenizer.decode(shown)
+        sampled = {a for a in answers[:turn] if a in text}
+        assert len(sampled) == (turn if turn < 3 or not forks else 0)
+        contexts += asked.tokens == shown
+        messages += [{"role": "assistant", "content": answers[turn]}, *replies[turn]]
+    assert contexts == (2 if forks else 1) == episode.num_contexts
+
+
 @pytest.mark.parametrize("name", sorted({*OWN} - {"thinking"}))
 def test_a_template_that_keeps_history_never_forks(name):
     known = encoder(OWN[name])
@@ -135,6 +198,21 @@ def test_a_template_that_keeps_history_never_forks(name):
     assert not splicer.rewrites_history
     tokens, messages = play(splicer, known.tokenizer, TURNS)
     assert splicer.rewritten(messages, (), tokens) is None
+
+
+def test_a_template_that_writes_no_whole_conversation_cannot_fork():
+    Splicer(encoder(templates.THINKING)).check_written_anew("tool")
+    strict = templates.THINKING.replace(
+        "{%- set said = m.content -%}",
+        "{%- if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
+        "{{ raise_exception('answers nothing') }}{% endif -%}"
+        "{%- set said = m.content -%}",
+    )
+    splicer = Splicer(encoder(strict))
+    splicer.check_written_anew("user")
+    why = "on_rewrite is fork, .* a tool message .*answers nothing.*set it to keep"
+    with pytest.raises(ValueError, match=why):
+        splicer.check_written_anew("tool")
 
 
 def test_a_template_without_tools_has_them_in_a_system_message():

@@ -2,9 +2,11 @@ import dataclasses
 import itertools
 
 import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from observations import insert
+from observations import anew, insert
 
 from jaxrl_llm.data import packing
 from jaxrl_llm.data import rows as batch
@@ -322,6 +324,66 @@ def test_an_episode_may_begin_with_words_of_its_environment():
     none = dataclasses.replace(begun, opening_tokens=())
     with pytest.raises(ValueError, match=f"prompt {begun.prompt_id} has no tokens"):
         packing.make_rows(PROMPTS[:1], [[OBSERVED[0][0], none]], ADVANTAGES[:1])
+
+
+def seen(function, rows):
+    """What it says of rows on a device."""
+    return np.asarray(function(jax.tree.map(jnp.asarray, rows)))
+
+
+def test_contexts_see_themselves_alone_and_are_one_sequence():
+    episodes = [[anew(episode) for episode in group] for group in OBSERVED]
+    assert [e.num_contexts for group in episodes for e in group] == [2, 3, 3, 1]
+    assert episodes[0][1].contexts.tolist() == [1, 1, 2, 2, 2]
+    assert episodes[0][1].context_lengths(PROMPTS[0]) == [2, 2, 3]
+    layout = packing.Layout(pack_length=16, contexts=3)
+    rows = packing.make_rows(PROMPTS, episodes, ADVANTAGES, layout=layout)
+    kept = observed(pack_length=16)
+    found, wanted = sequences(rows), sequences(kept)
+    for name in ("tokens", "response_mask", "is_prompt", "advantages"):
+        assert [found[s][name] for s in found] == [wanted[s][name] for s in wanted]
+    # Prompt, then what the episode read before each of its turns, and the turn.
+    assert found[1]["tokens"] == [10, 11, 91, 13, 92, 93, 14]
+    assert found[1]["contexts"] == [0, 0, 1, 1, 2, 2, 2]
+    assert found[1]["positions"] == [0, 1, 0, 1, 0, 1, 2]
+    for name in ("contexts", "positions"):
+        assert not getattr(rows, name)[rows.sequence_ids < 0].any()
+    np.testing.assert_array_equal(
+        seen(batch.places, rows)[rows.sequence_ids == 1], range(7)
+    )
+    for s, place in itertools.product(range(4), (kept, packing.take(rows, range(4)))):
+        np.testing.assert_array_equal(
+            seen(batch.places, place)[place.sequence_ids == s],
+            range(len(wanted[s]["tokens"])),
+        )
+    # Drawn twice, they lie side by side, and still no context sees another.
+    twice = packing.take(
+        rows, [1, 1, 2], layout=dataclasses.replace(layout, pack_length=40)
+    )
+    assert len(twice.tokens) == 1 and twice.sequence_capacity > 9
+    ids, row = seen(batch.attention_ids, twice)[0], twice.sequence_ids[0]
+    spans = [(s, c) for s, c in zip(row, twice.contexts[0], strict=True) if s >= 0]
+    assert len(set(ids[row >= 0])) == len(set(spans)) == 9
+    assert len(set(zip(ids[row >= 0], spans, strict=True))) == 9
+    assert (ids[row < 0] == -1).all()
+    with pytest.raises(
+        ValueError, match="episode 1 of prompt 7 has 3 contexts, .* for 2"
+    ):
+        packing.make_rows(
+            PROMPTS, episodes, ADVANTAGES, layout=packing.Layout(contexts=2)
+        )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_row_has_more_contexts_than_programs_are_made_for(seed):
+    draw = np.random.default_rng(seed)
+    lengths, counts = draw.integers(1, 40, 60), draw.integers(1, 9, 60)
+    rows = packing.lay_out(lengths.tolist(), 64, 12, counts.tolist())
+    assert sorted(i for row in rows for i in row) == [*range(60)]
+    assert max(counts[row].sum() for row in rows) <= 12
+    assert max(lengths[row].sum() for row in rows) <= 64
+    ones = packing.lay_out(lengths.tolist(), 64, 4, [1] * 60)
+    assert ones == packing.lay_out(lengths.tolist(), 64, 4)
 
 
 LAYOUTS = {

@@ -11,11 +11,12 @@ import numpy as np
 import optax
 import pytest
 from fixed_rollouts import ADVANTAGES, EIGHT, ONE, make_config, make_rollouts
-from observations import part
+from observations import anew, part
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import grpo, logprobs, masked, statistics
 from jaxrl_llm.config import plugins
+from jaxrl_llm.data import packing
 from jaxrl_llm.models import layer_loop as loop
 from jaxrl_llm.roles.actor import Actor
 from jaxrl_llm.roles.policy import Policy
@@ -360,3 +361,54 @@ def test_updates_per_step(tiny_model, batch, mini, epochs, updates):
     actor = config.actor.model_copy(update={"ppo_mini_batch_size": mini})
     config = config.model_copy(update={"data": data, "actor": actor})
     assert settings.updates_per_step(config) == updates
+
+
+def test_a_context_is_scored_as_if_it_were_a_prompt_and_its_response(tiny_model):
+    prompts, episodes = make_rollouts()
+    forked = [[anew(episode) for episode in group] for group in episodes]
+    whole = learner(tiny_model, pack_length=64)
+    contexts = max(e.num_contexts for group in forked for e in group)
+    layout = dataclasses.replace(whole.policy.layout, contexts=contexts)
+    how = dataclasses.replace(whole.policy.settings, rows=layout)
+    policy = Policy(whole.policy.arch, whole.policy.mesh, how)
+    params = whole.start().params
+    layout = dataclasses.replace(policy.layout, most_sequences=20)
+    zeros = np.zeros((4, 2), np.float32)
+    rows = packing.make_rows(prompts, forked, zeros, layout=layout)
+    scored = policy.score(params, rows)
+    # Each context by itself: what it begins with is a prompt.
+    parts = []
+    for prompt, group in zip(prompts, forked, strict=True):
+        for episode in group:
+            before, turns = prompt.tokens, ()
+            for turn in (*episode.turns, None):
+                if turn is None or turn.new_context:
+                    if turns:
+                        alone = dataclasses.replace(
+                            episode, turns=turns, opening_tokens=before
+                        )
+                        parts.append((prompt, alone))
+                    before, turns = turn and tuple(turn.tokens.tolist()), ()
+                else:
+                    turns = (*turns, turn)
+    assert len(parts) > 12
+    one_by_one = packing.make_rows(
+        [prompt for prompt, _ in parts],
+        [[dataclasses.replace(e, sample=0)] for _, e in parts],
+        np.zeros((len(parts), 1), np.float32),
+        layout=layout,
+    )
+    alone = policy.score(params, one_by_one)
+
+    def sampled(rows, found):
+        where = rows.response_mask
+        order = np.argsort(rows.sequence_ids[where], kind="stable")
+        return np.asarray(found)[where][order]
+
+    np.testing.assert_allclose(
+        sampled(rows, scored), sampled(one_by_one, alone), atol=2e-6
+    )
+    # Not so behind all that was said before.
+    kept = packing.make_rows(prompts, episodes, zeros, layout=layout)
+    behind = sampled(kept, policy.score(params, kept))
+    assert np.abs(behind - sampled(one_by_one, alone)).max() > 1e-2

@@ -26,3 +26,9 @@ def insert(episode: Episode, observed: Mapping[int, Sequence[int]]) -> Episode:
     if begin < len(turn.tokens):
         turns.append(part(turn, begin, len(turn.tokens)))
     return replace(episode, turns=tuple(turns))
+
+
+def anew(episode: Episode) -> Episode:
+    """The episode, in which everything that is read begins a new context."""
+    turns = [replace(t, new_context=not t.response_mask.any()) for t in episode.turns]
+    return replace(episode, turns=tuple(turns))

@@ -55,7 +55,14 @@ class Engine(engine.Engine):
 
 
 class Template:
-    """A message is its role and one token for every letter; nothing decodes."""
+    """A message is its role and one token for every letter; nothing decodes.
+
+    Args:
+      rewrites: whether, told of a "b", it writes answers without what was sampled.
+    """
+
+    def __init__(self, rewrites=False):
+        self._rewrites = rewrites
 
     def begin(self, messages, tools):
         return (*self._said(messages), TURN)
@@ -63,6 +70,11 @@ class Template:
     def splice(self, sampled, finish_reason, messages):
         end = () if sampled[-1] == END else (END,)
         return (*end, *self._said(messages), TURN)
+
+    def rewritten(self, messages, tools, tokens):
+        if self._rewrites and "b" in messages[-1]["content"]:
+            return self.begin([m for m in messages if m["role"] != "assistant"], tools)
+        return None
 
     def _said(self, messages):
         return [t for m in messages for t in (USER, *map(ord, m["content"]), END)]

@@ -17,6 +17,20 @@ GRPO = {
     "critic.mesh": {},
 }
 
+# What it needs changed to play episodes of up to three turns.
+EPISODES = GRPO | {
+    "agent.environment": "letters:Letters",
+    "agent.isolation": "thread",
+    "reward.functions": [],
+    "data.chat_template": True,
+    "data.max_prompt_length": 64,
+    "agent.max_tokens": 80,
+    # A random model hardly ever says the end of a turn.
+    "rollout.stop_token_ids": list(range(120)),
+    "rollout.max_response_length": 8,
+    "trainer.total_training_steps": 2,
+}
+
 
 def make_config(weights, directory, **changed):
     questions = directory / "questions.jsonl"

@@ -29,6 +29,10 @@ THINKING = (
 )
 """It drops what was thought once the user speaks again, as Qwen3's does."""
 
+FORGETS = THINKING.replace("'</think>'", "'\ufffd'")
+"""It takes for thought what ends with bytes that are no letters. A random model says
+many of these, and no tags."""
+
 HEADERS = (
     "{{- '<|begin_of_text|>' }}"
     "{%- for m in messages -%}"

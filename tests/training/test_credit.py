@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fixed_rollouts import EIGHT, make_config, make_rollouts
+from observations import anew
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import advantages, masked
@@ -190,7 +191,7 @@ def test_an_estimator_that_returns_something_else_is_refused(
         made(tiny_model, adv_estimator=plugins.offer(estimator))
 
 
-PACKED = Layout(pack_length=20)
+PACKED = Layout(pack_length=20, contexts=9)
 SHARED = Layout(pack_length=40, share_prompts=True)
 
 
@@ -235,11 +236,24 @@ def test_every_estimator_is_the_same_in_any_layout(estimator):
         return back
 
     wanted = credited(Layout())
-    for layout in (PACKED, SHARED):
-        for got, other in zip(
-            *map(jax.tree.leaves, (credited(layout), wanted)), strict=True
-        ):
-            np.testing.assert_allclose(got, other, rtol=1e-5, atol=1e-6)
+    for got, other in zip(
+        *map(jax.tree.leaves, (credited(SHARED), wanted)), strict=True
+    ):
+        np.testing.assert_allclose(got, other, rtol=1e-5, atol=1e-6)
+    # An episode may go on in new contexts: it is one, and its credit is the same.
+    forked = packing.make_rows(
+        PROMPTS,
+        [[anew(e) for e in group] for group in EPISODES],
+        np.zeros_like(REWARDS),
+        layout=Layout(contexts=9),
+    )
+    assert forked.contexts.max() > 1 and (forked.positions != rows.positions).any()
+    names = "contexts", "positions"
+    rows = dataclasses.replace(rows, **{name: getattr(forked, name) for name in names})
+    got = credited(PACKED)
+    for name in ("advantages", "values", "returns"):
+        pair = getattr(got, name), getattr(wanted, name)
+        np.testing.assert_allclose(*pair, rtol=1e-5, atol=1e-6)
 
 
 def test_what_was_cut_off_counts_in_no_loss():

@@ -8,8 +8,9 @@ import jax
 import letters
 import numpy as np
 import pytest
+import templates
 import tiny
-from short_run import GRPO, make_config, newest
+from short_run import EPISODES, make_config, newest
 
 from jaxrl_llm.config import plugins
 from jaxrl_llm.rewards import RewardFunction
@@ -18,18 +19,6 @@ from jaxrl_llm.tracking import run_directory
 from jaxrl_llm.tracking.result import Result
 from jaxrl_llm.training import loop
 from jaxrl_llm.training.build import build
-
-AGENT = GRPO | {
-    "agent": {"environment": "letters:Letters", "isolation": "thread"},
-    "reward.functions": [],
-    "data.chat_template": True,
-    "data.max_prompt_length": 64,
-    "agent.max_tokens": 80,
-    # A random model hardly ever says the end of a turn.
-    "rollout.stop_token_ids": list(range(120)),
-    "rollout.max_response_length": 8,
-    "trainer.total_training_steps": 2,
-}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +29,7 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module")
 def played(weights, tmp_path_factory):
     """A run, with what its engine was asked for."""
-    config = make_config(weights, tmp_path_factory.mktemp("run"), **AGENT)
+    config = make_config(weights, tmp_path_factory.mktemp("run"), **EPISODES)
     job, asked = build(config), []
     completions = job.engine.completions
 
@@ -118,7 +107,7 @@ def checkpoints(directory, like):
 @pytest.mark.slow
 @pytest.mark.parametrize("isolation", ["thread", "process"])
 def test_a_killed_run_goes_on_bit_for_bit(isolation, weights, tmp_path):
-    changed = AGENT | {
+    changed = EPISODES | {
         "agent.isolation": isolation,
         "agent.reproducible": True,
         "trainer.total_training_steps": 3,
@@ -152,7 +141,7 @@ def test_a_killed_run_goes_on_bit_for_bit(isolation, weights, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["turn_grpo", "gae", "reinforce_plus_plus"])
 def test_rewards_of_turns_are_learned_from(estimator, weights, tmp_path):
-    changed = AGENT | {"algorithm.adv_estimator": estimator, "rollout.n": 4}
+    changed = EPISODES | {"algorithm.adv_estimator": estimator, "rollout.n": 4}
     if estimator == "gae":
         changed |= {"critic.dtype": "float32", "critic.remat": "none"}
     config = make_config(weights, tmp_path, **changed)
@@ -181,7 +170,7 @@ class Breaks(letters.Letters):
 @pytest.mark.slow
 def test_what_broke_is_masked_and_counts_nowhere(weights, tmp_path):
     name = plugins.offer(Breaks)
-    changed = AGENT | {
+    changed = EPISODES | {
         "agent.environment": name,
         "agent.max_retries": 0,
         "rollout.n": 4,
@@ -228,8 +217,59 @@ def test_rewards_see_environments(weights, tmp_path):
         return [float(len(c)) for c in completions]  # what was said last
 
     term = RewardFunction(name="judge", function=judge)
-    config = make_config(weights, tmp_path, **AGENT | {"agent.isolation": "auto"})
+    config = make_config(weights, tmp_path, **EPISODES | {"agent.isolation": "auto"})
     loop.run(build(config, [term]))
     assert all(isinstance(one, letters.Letters) for one in seen) and len(seen) == 32
     line = run_directory.read(config.output_dir)[1]
     assert line["reward/judge/mean"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["whole rows", "packed rows", "gae"])
+def test_contexts_of_an_episode_are_learned_from_as_one(how, tmp_path):
+    tokenizer = tiny.tokenizer(templates.FORGETS)
+    weights = tiny.checkpoint(tmp_path / "tiny")
+    tokenizer.save_pretrained(weights)
+    changed = EPISODES | {
+        "agent.on_rewrite": "fork",
+        "agent.max_tokens": 240,
+        "agent.max_turns": 3,
+        "rollout.n": 4,
+        "rollout.stop_token_ids": list(range(60)),
+    }
+    if how == "packed rows":
+        changed |= {"actor.pack_length": 400}
+    if how == "gae":
+        changed |= {"algorithm.adv_estimator": "gae"}
+        changed |= {"critic.dtype": "float32", "critic.remat": "none"}
+    config = make_config(weights, tmp_path / "run", **changed)
+    loop.run(build(config))
+    lines = run_directory.read(config.output_dir)
+    first, records = lines[1], Result(Path(config.output_dir)).completions(1)
+    assert first["mismatch/logprob_diff_max"] < 6e-5
+    assert first["actor/ppo_kl"] == 0 and first["actor/grad_norm"] > 0
+    forks = [sum(t["new_context"] for t in r["turns"]) for r in records]
+    assert first["agent/forks"] == np.mean(forks) > 0.5
+    assert len(records) == 8 * 4 and first["agent/turns/max"] == 3
+    assert not [record["why"] for record in records if record["masked"]]
+    for record in records:
+        at, said = 0, [("user", record["opening"][0]["content"])]
+        for turn in record["turns"]:
+            part = record["tokens"][at : at + turn["num_tokens"]]
+            at += turn["num_tokens"]
+            said.append((turn["role"], turn["text"]))
+            if turn["new_context"]:
+                left = [text.split("\ufffd")[-1].lstrip("\n") for _, text in said]
+                shown = "".join(
+                    f"<|im_start|>{role}\n{text}<|im_end|>\n"
+                    for (role, _), text in zip(said, left, strict=True)
+                )
+                assert tokenizer.decode(part) == f"{shown}<|im_start|>assistant\n"
+    if how != "gae":  # an episode counts once in its group, whatever its contexts
+        for p in {r["prompt_id"] for r in records}:
+            group = [r for r in records if r["prompt_id"] == p]
+            rewards = np.array([r["reward"] for r in group])
+            wanted = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+            np.testing.assert_allclose(
+                [r["advantage"] for r in group], wanted, rtol=1e-3, atol=1e-4
+            )

@@ -33,5 +33,9 @@ def test_a_run_says_where_the_template_would_rewrite_turns(template, turns, said
     encoder = Encoder(tokenizer=templates.tokenizer(template))
     agent = playing.agent_of(playing_with(max_turns=turns), encoder, seen=False)
     agent.close()
-    assert len(agent.notes) == said
+    assert len(agent.notes) == said and not agent.limits.forks
+    forks = playing_with(max_turns=turns, on_rewrite="fork", max_tokens=99)
+    agent = playing.agent_of(forks, encoder, seen=False)
+    agent.close()
+    assert not agent.notes and agent.limits.forks
     assert all("leaves out of earlier turns" in note for note in agent.notes)

@@ -125,7 +125,7 @@ function browser() {
     if (question === null) meta.append(el("button", {class: "link", type: "button", onclick: () => { question = r.prompt_id; byId("every").value = "1"; byId("sort").value = "step"; page = 0; show(); byId("completions").scrollIntoView(); }}, "at every step"));
     const left = el("div", {}, ...field(r.turns ? "Opening" : "Question", r.turns ? r.opening : r.prompt, term));
     if (known(r.answer)) left.append(el("div", {style: "margin-top:10px"}, ...field("Reference answer", r.answer, term, true)));
-    const right = what ? el("div", {}, el("h4", {}, "Reply, token by token"), ...tokens(r, what, most)) : el("div", {}, ...(r.turns ? r.turns.flatMap((t, i) => field(`${i + 1}. ${t.role}` + (t.num_tokens ? ` · ${number(t.num_tokens)} tokens` : "") + (known(t.reward) ? ` · reward ${number(t.reward)}` : ""), t.text, term, t.sampled)) : field("Reply", r.completion, term, true)));
+    const right = what ? el("div", {}, el("h4", {}, "Reply, token by token"), ...tokens(r, what, most)) : el("div", {}, ...(r.turns ? r.turns.flatMap((t, i) => field(`${i + 1}. ${t.role}` + (t.num_tokens ? ` · ${number(t.num_tokens)} tokens` : "") + (t.new_context ? " · the conversation anew" : "") + (known(t.reward) ? ` · reward ${number(t.reward)}` : ""), t.text, term, t.sampled)) : field("Reply", r.completion, term, true)));
     return el("article", {class: "card reply"}, meta, el("div", {class: "cols"}, left, right));
   }
   function show() {
