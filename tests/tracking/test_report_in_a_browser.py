@@ -1,11 +1,20 @@
 """The report as a real browser shows it."""
 
 import json
+import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
+import templates
+import tiny
+from short_run import EPISODES, make_config
 
 from jaxrl_llm.tracking import report, run_directory
+from jaxrl_llm.tracking.result import Result
+from jaxrl_llm.training import loop
+from jaxrl_llm.training.build import build
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -138,6 +147,46 @@ def test_an_episode_is_read_turn_by_turn(tmp_path, show):
     shown = texts(page, "#list .text")
     assert shown == ["user: guess", "1", "is it 4?", "lower"]
     assert "3 tokens, 1 turns, max turns" in texts(page, "#list .meta")[0]
+
+
+def test_a_run_of_episodes_shows_its_turns(tmp_path, show):
+    weights = tiny.checkpoint(tmp_path / "tiny")
+    tiny.tokenizer(templates.FORGETS).save_pretrained(weights)
+    changed = EPISODES | {
+        "agent.on_rewrite": "fork",
+        "agent.max_tokens": 240,
+        "agent.max_turns": 3,
+        "rollout.stop_token_ids": list(range(60)),
+    }
+    config = make_config(weights, tmp_path / "run", **changed)
+    loop.run(build(config))
+    records = {
+        (record["prompt_id"], record["sample"]): record
+        for record in Result(Path(config.output_dir)).completions(2)
+    }
+    page = show(Path(config.output_dir) / "report.html")
+    cards, forks = page.locator("#list article"), 0
+    assert cards.count() == 10 and len(records) == 16  # ten on a page
+    for card in cards.all():
+        meta = " ".join(card.locator(".meta").inner_text().split())
+        whose = re.search(r"question (\d+) · sample (\d+)", meta)
+        record = records.pop((int(whose[1]), int(whose[2])))
+        turns = record["turns"]
+        count = sum(turn["sampled"] for turn in turns)
+        assert f"{count} turns, {record['status'].replace('_', ' ')}" in meta
+        headings = card.locator("h4").all_inner_texts()
+        shown = [heading for heading in headings if heading[0].isdigit()]
+        wanted = [f"{i}. {turn['role']}" for i, turn in enumerate(turns, 1)]
+        assert [heading.split(" · ")[0] for heading in shown] == wanted
+        for heading, turn in zip(shown, turns, strict=True):
+            assert heading.endswith("the conversation anew") == turn["new_context"]
+            tokens = f"{turn['num_tokens']} tokens"
+            assert (tokens in heading) == (turn["num_tokens"] > 0)
+            forks += turn["new_context"]
+    assert forks > 2
+    if folder := os.environ.get("SCREENSHOTS"):
+        cards.first.scroll_into_view_if_needed()
+        page.screenshot(path=Path(folder) / "episodes.png")
 
 
 def test_search_and_filters_narrow_the_completions(tmp_path, show):
