@@ -323,7 +323,8 @@ class ShardedModel:
         layers are unrolled, as on several GPUs: XLA orders the first of several equal
         backward passes of cuDNN only, and then does not find the others."""
         how, rows = self.settings, self.settings.rows
-        whole = rows.pack_length is None and (rows.longest or _ORDERED) <= _ORDERED
+        whole = rows.pack_length is None and rows.contexts == 1
+        whole &= (rows.longest or _ORDERED) <= _ORDERED
         alone = models.choose_loop(self.mesh, how.unroll, how.remat) is not unrolled
         flash = self._counts_sequences and not rows.share_prompts
         ordered = (whole and alone) or not flash

@@ -232,6 +232,7 @@ def test_heads_that_do_not_divide_stay_whole():
         ("gpu", Layout(longest=1024), {}, 1, True),
         ("gpu", Layout(longest=4096), {}, 1, False),  # memory for 4096 x 4096
         ("gpu", Layout(longest=512, pack_length=1024), {}, 1, False),
+        ("gpu", Layout(longest=1024, contexts=2), {}, 1, False),  # as if packed
         ("gpu", Layout(longest=512, pack_length=1024), {"attention": "xla"}, 1, True),
         # XLA then finds one of several equal backward passes of cuDNN only.
         ("gpu", Layout(longest=1024), {"remat": "none"}, 1, False),
