@@ -70,7 +70,10 @@ def main(
         table.add_row(level, *shown, f"{found['printing_first_per_second']:.0f}")
     if len(missing) == len(at):
         raise ValueError("; ".join(missing))
-    Console().print(*missing, table, sep="\n")
+    console = Console()
+    for line in missing:
+        console.print(line, markup=False, highlight=False)
+    console.print(table)
 
 
 def remedies(**_: Any) -> list[str]:

@@ -123,7 +123,7 @@ def main(
     if micro_batch_size is None:
         weights = engine.memory(1, prompt_length + cap)["generation weights"]
         actor, said = fitting.for_measuring(make, weights, otherwise=2)
-        Console().print(said)
+        Console().print(said, markup=False, highlight=False)
     else:
         actor = make(micro_batch_size)
     setup = Setup(

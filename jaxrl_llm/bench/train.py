@@ -120,7 +120,7 @@ def main(
         of_size = functools.partial(make, kept, kind)
         if size is None:
             actor, said = fitting.for_measuring(of_size, beside=0, otherwise=8)
-            console.print(said)
+            console.print(said, markup=False, highlight=False)
             size = actor.policy.layout.micro_batch_size
         else:
             actor = of_size(size)

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jaxrl_llm import models
 from jaxrl_llm.config import bundled
@@ -428,5 +429,5 @@ def show_facts(console: Console, title: str, facts: dict[str, Any]) -> None:
     """Prints facts by name under a title."""
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in facts.items():
-        table.add_row(name, str(value))
+        table.add_row(name, Text(str(value)))
     console.print(table)

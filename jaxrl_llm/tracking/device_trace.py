@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 from rich.table import Table
+from rich.text import Text
 
 
 @contextmanager
@@ -60,6 +61,6 @@ def table(trace: Path, most: int = 30) -> Table:
             f"{1e3 * seconds:.2f}",
             f"{100 * seconds / whole:.1f} %",
             str(count),
-            name[:70],
+            Text(name[:70]),
         )
     return shown

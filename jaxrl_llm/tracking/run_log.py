@@ -132,7 +132,7 @@ class RunLog:
         """The run begins (0), or goes on after `step`: nothing is refused any more, and
         what was written of later steps is void. Nothing is written before."""
         if step:
-            self._console.print(f"going on from step {step} in {self.directory}")
+            self.say(f"going on from step {step} in {self.directory}")
         if self._writes:
             writer = MetricsWriter(self.directory, *self._written)
             self._writer = self._exit.enter_context(writer)

@@ -147,6 +147,7 @@ def test_of_many_processes_one_writes_and_prints(tmp_path, capsys):
 
 
 def test_a_run_that_goes_on_says_so_and_drops_what_was_later(tmp_path, capsys):
+    tmp_path /= "[sums]"
     with log(tmp_path) as told:
         told.start(0)
         tell(told, 1)
@@ -155,7 +156,7 @@ def test_a_run_that_goes_on_says_so_and_drops_what_was_later(tmp_path, capsys):
         told.start(1)
         told.end()
     said = capsys.readouterr().out.replace("\n", " ")
-    assert "going on from step 1 in" in said
+    assert f"going on from step 1 in {tmp_path}" in said
     assert "stopped after step 1 of 2; the same command goes on from there" in said
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1]

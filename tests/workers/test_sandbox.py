@@ -4,6 +4,7 @@ import os
 import pathlib
 import resource
 import socket
+import sysconfig
 import threading
 import time
 
@@ -11,7 +12,7 @@ import hostile
 import pytest
 from waiting import until
 
-from jaxrl_llm.workers.sandbox import levels, programs
+from jaxrl_llm.workers.sandbox import jail, levels, programs
 from jaxrl_llm.workers.sandbox.jail import Bounds, Jail, JailError, Part
 from jaxrl_llm.workers.sandbox.levels import Sandbox, SandboxError
 from jaxrl_llm.workers.sandbox.programs import (
@@ -290,6 +291,21 @@ def test_what_a_program_breaks_in_the_set_up_is_its_own_failure(level):
     tests = Calling(setup="x = f(1) + 1", tests=("assert x == 2",))
     found = verdicts([("def f(x): pass", tests), ("1/0", tests)], Sandbox(level=level))
     assert [v.passed for v in found] == [0, 0]
+
+
+def test_a_library_is_read_where_its_folder_is_and_not_once_more(monkeypatch, tmp_path):
+    """A link of a folder that is read, to a place that is not, cannot be made anew."""
+    (tmp_path / "libpython3.so").touch()
+    folders = [p for p in jail.system_libraries() if os.path.isdir(p)]
+    for place, besides in ((folders[0], []), (tmp_path, ["libpython3.so"])):
+        known = {
+            "LIBDIR": str(place),
+            "MULTIARCH": sysconfig.get_config_var("MULTIARCH"),
+        }
+        monkeypatch.setattr(sysconfig, "get_config_var", known.get)
+        files = set(jail.system_libraries()) - {*folders, "/etc/ld.so.cache"}
+        assert files == {str(tmp_path / name) for name in besides}
+        monkeypatch.undo()
 
 
 def test_auto_takes_the_first_level_that_holds(monkeypatch):

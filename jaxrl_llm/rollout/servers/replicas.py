@@ -179,7 +179,9 @@ class Replicas:
     async def _until_up(self, process: Process, server: Server) -> None:
         longest, name = self._settings.start_timeout_s, self._kind.name
         console, start, said = Console(), time.monotonic(), 0.0
-        console.print(f"starting {name}, log in {process.log}", soft_wrap=True)
+        console.print(
+            f"starting {name}, log in {process.log}", markup=False, soft_wrap=True
+        )
         while not await server.alive():
             passed = time.monotonic() - start
             if not process.running():

@@ -124,12 +124,15 @@ def python_library(packages: Sequence[str] = ()) -> tuple[list[str], list[str]]:
 
 
 def system_libraries() -> list[str]:
-    """The shared libraries that Python's own modules load."""
+    """The shared libraries that Python's own modules load: the system's folders of
+    them, and those beside Python where that is elsewhere."""
     machine = sysconfig.get_config_var("MULTIARCH") or ""
     places = [f"/usr/lib/{machine}", f"/lib/{machine}"] if machine else []
     found = [p for p in [*places, "/usr/lib64", "/lib64"] if os.path.isdir(p)]
-    own = Path(sysconfig.get_config_var("LIBDIR") or "/nonexistent")
-    return [*found, "/etc/ld.so.cache", *map(str, own.glob("*.so*"))]
+    own = Path(sysconfig.get_config_var("LIBDIR") or "/nonexistent").resolve()
+    there = {Path(place).resolve() for place in found}
+    besides = () if there & {own, *own.parents} else own.glob("*.so*")
+    return [*found, "/etc/ld.so.cache", *map(str, besides)]
 
 
 class Jail:
