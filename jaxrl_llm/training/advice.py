@@ -198,6 +198,19 @@ class Watch(UpdateWatch):
                 "1); raise it, or see that the model ends its answers: by its chat "
                 "template, its stop tokens or rollout.stop",
             )
+        agent = config.agent
+        first = agent is not None and all(
+            len(one.turns) == 1 and not one.played.calls for one in flat
+        )
+        if self._lasts("first turns", first):
+            yield (
+                "no_tool_called",
+                "every episode ends with its first turn and no tool is called "
+                "(agent/tool_calls is 0); if one should be, look at the completions in "
+                f"{config.output_dir}/rollouts: does the policy write calls as "
+                f"agent.parser {agent.parser} reads them? Another parser, or a few "
+                "examples to learn from first (jaxrl sft), helps",
+            )
         remedy = (
             "raise rollout.temperature or actor.entropy_coeff, lower actor.optim.lr, "
             "or go on from an earlier checkpoint"

@@ -2,12 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from jaxrl_llm.config import parsing
-from jaxrl_llm.data.types import Completion, Generated, Prompt, Scores, single_turn
+from jaxrl_llm.data.types import (
+    Completion,
+    Generated,
+    Played,
+    Prompt,
+    Scores,
+    single_turn,
+)
 from jaxrl_llm.training import advice
 from jaxrl_llm.training.advice import CannotLearn, Watch
 from jaxrl_llm.training.experience import Groups
@@ -116,6 +124,22 @@ def test_a_short_run_is_told_after_all_of_its_steps(values):
 def test_some_that_are_cut_off_or_fail_are_no_reason(config):
     some = groups(reason="some", errors={"a": 3}, a=ONE)
     assert told(Watch(config), some, some, some) == [{}] * 3
+
+
+def test_an_agent_that_calls_no_tool_is_told_how_it_may_be_heard(values):
+    def played(calls):
+        made = groups()
+        for group, numbers in zip(made.rollouts, calls, strict=True):
+            did = (Played(calls=number) for number in numbers)
+            group[:] = map(lambda one, its: replace(one, played=its), group, did)
+        return [made] * 3
+
+    watch = Watch(configured(values, "--agent.tools", "[python]"))
+    first, _, third = told(watch, *played([[0, 0], [0, 0]]))
+    assert "no_tool_called" not in first
+    assert "agent.parser auto" in third["no_tool_called"]
+    assert told(watch, *played([[0, 0], [0, 1]])) == [{}] * 3
+    assert told(Watch(configured(values)), *[groups()] * 3) == [{}] * 3
 
 
 def test_estimators_that_compare_no_groups_learn_from_equal_ones(values):
