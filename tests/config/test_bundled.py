@@ -43,8 +43,8 @@ def test_an_unknown_name_lists_those_that_are_known(capsys):
     said = capsys.readouterr().err
     assert "quikstart: neither a file nor a bundled configuration" in said
     assert (
-        "did you mean 'quickstart'? bundled: calculator, dapo, distil, dr_grpo, grpo, "
-        in said
+        "did you mean 'quickstart'? bundled: "
+        "calculator_qwen2.5_coder_1.5b_1gpu, calculator, dapo, distil, " in said
     )
 
 

@@ -33,7 +33,10 @@ PLAYED = {
 """The words of a game are more tokens to a tokenizer of bytes."""
 FITTING = {
     "calculator_smollm2_cpu": PLAYED,
+    "calculator_qwen2.5_coder_1.5b_1gpu": PLAYED | {"actor.optim.lr_warmup_steps": "1"},
     "higher_lower_smollm2_cpu": PLAYED,
+    "higher_lower_qwen2.5_coder_1.5b_1gpu": PLAYED
+    | {"actor.optim.lr_warmup_steps": "1"},
     "dapo_smollm2_cpu": {"algorithm.filter_groups.metric": "small_ids"},
     "ppo_smollm2_cpu": {"trainer.critic_warmup": "1"},
     "reinforce_pp_smollm2_cpu": {"actor.ppo_mini_batch_size": "4"},
