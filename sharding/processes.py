@@ -51,6 +51,10 @@ def of(mesh: Mesh) -> int:
     return len({device.process_index for device in mesh.devices.flat})
 
 
+_CHUNKS = (1 << 12, 1 << 20)
+"""Bytes that processes send each other at once: two programs, whatever is sent."""
+
+
 def share(items: Sequence[Item]) -> Sequence[Item]:
     """This process' part: consecutive items, as many as any other has or one fewer."""
     index, count = jax.process_index(), jax.process_count()
@@ -69,8 +73,11 @@ def gather(value: Any) -> list[Any]:
     client.wait_at_barrier(f"gather/{next(_round)}", _WEEK_MS)
     sent = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([len(sent)]))[:, 0]
-    room = 1 << int(sizes.max()).bit_length()  # few shapes to compile
-    received = multihost_utils.process_allgather(np.pad(sent, (0, room - len(sent))))
+    chunk = next(size for size in _CHUNKS if sizes.max() <= size or size == _CHUNKS[-1])
+    room = -(-int(sizes.max()) // chunk) * chunk
+    chunks = np.pad(sent, (0, room - len(sent))).reshape(-1, chunk)
+    received = [multihost_utils.process_allgather(part) for part in chunks]
+    received = np.concatenate(received, axis=1)
     return [
         pickle.loads(row[:size].tobytes())
         for row, size in zip(received, sizes, strict=True)

@@ -198,8 +198,17 @@ address, index, victim, how, lost_after_s = sys.argv[1:]
 index, lost_after_s = int(index), float(lost_after_s)
 with processes.joined(address, 3, index, lost_after_s=lost_after_s):
     assert jax.process_count() == 3
-    found = processes.gather("x" * 10 ** (2 * index))
-    assert [len(x) for x in found] == [1, 100, 10000]
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "compile" in event else None
+    )
+    for size in (7, 7000):  # every program that there is, where not all bytes are alike
+        assert len(processes.gather("x" * size)) == 3
+    assert compiled
+    compiled.clear()
+    found = processes.gather(str(index) * 7 * 10 ** (3 * index))
+    assert found == ["0" * 7, "1" * 7000, "2" * 7000000]
+    assert not compiled, compiled
     shares = processes.gather(list(processes.share(range(5))))
     assert sum(shares, []) == [0, 1, 2, 3, 4], shares
     if victim == str(index):
