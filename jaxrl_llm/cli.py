@@ -10,6 +10,7 @@
                        [--lost-after SECONDS]
     jaxrl init NAME [DIRECTORY]
     jaxrl generate --model PATH [--prompts TEXT ...] [--file FILE] [--out FILE.jsonl]
+    jaxrl serve --model PATH [--host HOST] [--port PORT] [--api-key KEY] ...
     jaxrl convert [--merge] SOURCE DIRECTORY
     jaxrl convert-config VERL.yaml|TRL.yaml|RUN.sh [CONFIG.yaml]
     jaxrl report RUN_DIR [RUN_DIR ...] [--out FILE.html] [--completions N]
@@ -130,6 +131,7 @@ def _functions() -> dict[str, Callable[..., None]]:
     return {
         "init": init,
         "generate": generate,
+        "serve": serve,
         "convert": convert,
         "convert-config": convert_config,
         "report": report,
@@ -435,6 +437,58 @@ def init(
     """
     path = bundled.write(name, directory.expanduser(), Config)
     print(f"{path}\nnext: jaxrl train {path} --dry-run")
+
+
+def serve(
+    model: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    api_key: str | None = None,
+    served_model_name: str | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    max_model_len: int | None = None,
+    max_num_seqs: int = 64,
+    max_queued: int = 1024,
+    decode_chunk: int = 16,
+    cache_gib: float | None = None,
+    quantization: Literal["int8", "fp8"] | None = None,
+    tensor: int = 1,
+    skip_special_tokens: bool = True,
+) -> None:
+    """Answers over HTTP: OpenAI's /v1/completions and /v1/chat/completions, vLLM's
+    /inference/v1/generate, and the routes by which a trainer gives new weights.
+
+    Args:
+      model: a directory, also of PEFT, a hub id, a .gguf file or
+        package:NAME/FILE.gguf.
+      host: the address to listen on; others than 127.0.0.1 are seen by other hosts.
+      port: 0 takes a free one.
+      api_key: who asks must send it as "Authorization: Bearer KEY"; the variable
+        JAXRL_API_KEY of the environment if not given, and nobody needs one if that is
+        not set.
+      served_model_name: what clients call the model; PATH if not given.
+      dtype: float32 on a CPU and bfloat16 elsewhere if not given.
+      max_model_len: tokens of the longest prompt with its response; what the model has
+        positions for, but at most 8192, if not given.
+      max_num_seqs: sequences decoded together; more wait.
+      max_queued: responses that wait or are being generated, at most; more are refused
+        (status 429).
+      decode_chunk: tokens between two looks at what came and went; streams get so many
+        at once.
+      cache_gib: memory for keys and values on each device; what the longest sequences
+        need, or what is free if that is less, if not given.
+      quantization: dtype of the matrices in the layers.
+      tensor: devices that one copy of the weights is split over.
+      skip_special_tokens: leave special tokens out of texts, and of where stop strings
+        are looked for.
+    """
+    given = {name: value for name, value in locals().items() if name != "model"}
+    given["api_key"] = api_key or os.environ.get("JAXRL_API_KEY") or None
+    _prepare()
+    from jaxrl_llm.serving.server import Server, Settings
+
+    version = sys.modules["jaxrl_llm"].__version__
+    Server(model, Settings(**given), version).run()
 
 
 def generate(

@@ -201,7 +201,8 @@ def test_a_broken_pipe_of_another_kind_is_an_error(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "evaluate", "generate", "convert", "convert-config", "report"]
+    "verb",
+    ["train", "evaluate", "generate", "serve", "convert", "convert-config", "report"],
 )
 def test_every_verb_has_help(capsys, verb):
     with pytest.raises(SystemExit) as ended:

@@ -104,6 +104,14 @@ class Request:
     turn: int = 0
     """Which turn of the policy in an episode this is, where `tokens` hold those before
     it."""
+    key_id: int | None = None
+    """In place of `prompt_id` in the key of the random numbers, where ids only tell
+    requests apart."""
+
+    @property
+    def keyed_by(self) -> int:
+        """What stands for the prompt in the key of the random numbers."""
+        return self.prompt_id if self.key_id is None else self.key_id
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = pathlib.Path(__file__).parents[2]
-EXTRAS = ("tasks", "sandbox", "vllm", "notebooks", "docs", "dev")
+EXTRAS = ("tasks", "sandbox", "vllm", "serve", "notebooks", "docs", "dev")
 """What `make test` installs, with tensorboardX of `tracking`."""
 
 

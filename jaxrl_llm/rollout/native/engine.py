@@ -48,6 +48,20 @@ _SHARE_OF_REST = 0.95
 programs do not need: the rest is lost between arrays."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Tokens that a response got since it was last told of, while it goes on."""
+
+    prompt_id: int
+    sample: int
+    tokens: list[int]
+    logprobs: list[float]
+    """See `Completion`, as of the other three."""
+    raw_logprobs: list[float]
+    top_tokens: list[np.ndarray]
+    top_logprobs: list[np.ndarray]
+
+
 class JaxEngine:
     """Generation by compiled JAX. Implements `rollout.engine.Engine`.
 
@@ -524,7 +538,11 @@ class JaxEngine:
         if made:
             (self._session.add if self._session else self._waiting.extend)(made)
 
-    def completions(self, more: More = no_more) -> Iterator[Completion]:
+    def completions(
+        self,
+        more: More = no_more,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Iterator[Completion]:
         """Yields completions as they finish, until nothing submitted is outstanding.
 
         More may be submitted meanwhile: what begins like a sequence before it, as the
@@ -533,6 +551,7 @@ class JaxEngine:
 
         Args:
           more: asked once a chunk for what is to be submitted besides.
+          progress: told once a chunk of every response that goes on.
         """
         if self._params is None:
             raise ValueError("no weights are loaded; call load(params) first")
@@ -550,12 +569,14 @@ class JaxEngine:
                 self._waiting = []
             if not (self._session and self._session.outstanding):
                 break
-            self._finished.extend(self._advance(self._session))
+            self._finished.extend(self._advance(self._session, progress))
         if self._session:
             self._session.close()
         self._session = None
 
-    def _advance(self, session: Session) -> list[Completion]:
+    def _advance(
+        self, session: Session, progress: Callable[[Progress], None] | None
+    ) -> list[Completion]:
         ended = []
         for response, before in session.advance():
             cut = self._cut(response, before)
@@ -564,6 +585,8 @@ class JaxEngine:
             if cut is not None or by_token or full:
                 session.finish(response, device_knows=cut is None)
                 ended.append((response, cut, by_token))
+            elif progress:
+                progress(_since(response, before))
         return self._completions(ended)
 
     def abort(self, prompt_ids: Container[int]) -> int:
@@ -750,6 +773,20 @@ class JaxEngine:
             return tokenizer.batch_decode(sequences, **self._skips)
         # All at once, on all processors.
         return tokenizer.backend_tokenizer.decode_batch(sequences, **self._skips)
+
+
+def _since(response: Response, before: int) -> Progress:
+    """What it got since it had `before` tokens."""
+    count = response.request.sampling.logprobs
+    return Progress(
+        prompt_id=response.request.prompt_id,
+        sample=response.sample,
+        tokens=response.tokens[before:],
+        logprobs=response.logprobs[before:],
+        raw_logprobs=response.raw_logprobs[before:],
+        top_tokens=[top[:count] for top in response.top_tokens[before:]],
+        top_logprobs=[top[:count] for top in response.top_logprobs[before:]],
+    )
 
 
 def _most_likely(response: Response) -> dict[str, np.ndarray]:

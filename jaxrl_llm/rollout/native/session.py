@@ -398,7 +398,7 @@ class SlotTables:
             "first_position": response.position,
             "first_count": len(response.tokens),
             "max_tokens": sampling.max_tokens,
-            "prompt_ids": request.prompt_id,
+            "prompt_ids": request.keyed_by,
             "samples": response.sample,
             "turns": request.turn,
             "top_k": sampling.top_k,

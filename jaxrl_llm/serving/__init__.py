@@ -1,0 +1,1 @@
+"""The engine as a server. Needs the extra `serve`."""
