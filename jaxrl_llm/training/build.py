@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -534,15 +534,13 @@ def engine_of(
                 config.longest_sequence,
                 lora,
             )
-        case "vllm":
-            # Needs the extra `vllm`.
-            from jaxrl_llm.rollout.servers.vllm import VllmEngine, VllmSettings
-
-            return VllmEngine(
+        case name:
+            kind, record = _servers_of(name)
+            return kind(
                 arch,
                 tokenizer,
                 questions,
-                VllmSettings(**rollout.vllm.model_dump()),
+                record(**getattr(rollout, name).model_dump()),
                 directory=config.output_dir,
                 dtype=rollout.dtype,
                 max_model_len=config.longest_sequence,
@@ -550,6 +548,21 @@ def engine_of(
                 skip_special_tokens=rollout.skip_special_tokens,
                 lora=lora,
             )
+
+
+def _servers_of(name: Literal["vllm", "sglang", "jaxrl"]) -> tuple[Any, Any]:
+    """The engine and the settings of servers of a kind. Needs the extra `vllm`."""
+    if name == "vllm":
+        from jaxrl_llm.rollout.servers.vllm import VllmEngine, VllmSettings
+
+        return VllmEngine, VllmSettings
+    if name == "sglang":
+        from jaxrl_llm.rollout.servers.sglang import SglangEngine, SglangSettings
+
+        return SglangEngine, SglangSettings
+    from jaxrl_llm.rollout.servers.jaxrl import JaxrlEngine, JaxrlSettings
+
+    return JaxrlEngine, JaxrlSettings
 
 
 def jax_engine_of(

@@ -234,11 +234,12 @@ def placed(placement: PlacementConfig) -> dict[str, str]:
 
 
 def server_share(config: Config) -> float | None:
-    """The most that vLLM servers take of the memory of a GPU that this process sees,
-    too; None if they run on this host and it is not known which GPUs they have."""
-    servers = config.rollout.vllm
-    if config.rollout.engine != "vllm":
+    """The most that servers take of the memory of a GPU that this process sees, too;
+    None if they run on this host and it is not known which GPUs they have."""
+    name = config.rollout.engine
+    if name == "jax":
         return 0.0
+    servers = getattr(config.rollout, name)
     if servers.urls:
         hosts = {urlsplit(url).hostname for url in servers.urls}
         return None if hosts & {"localhost", "127.0.0.1", "0.0.0.0", "::1"} else 0.0
@@ -248,16 +249,28 @@ def server_share(config: Config) -> float | None:
         gpu.strip() for text in servers.devices or (alike,) for gpu in text.split(",")
     )
     shared = count if seen is None else map(str.strip, seen.split(","))
-    return utilization(servers.args) * max(count[gpu] for gpu in shared)
+    most = max(count[gpu] for gpu in shared)
+    if name == "jaxrl":
+        return _USUAL * most
+    flag = "--mem-fraction-static" if name == "sglang" else _OF_VLLM
+    return utilization(servers.args, flag) * most
 
 
-def utilization(arguments: Sequence[str]) -> float:
-    """The share of a GPU's memory that vLLM takes if started with these arguments.
+_OF_VLLM = "--gpu-memory-utilization"
+_USUAL = 0.9
+"""The share of a GPU's memory that a server takes where nothing else is said."""
+
+
+def utilization(arguments: Sequence[str], name: str = _OF_VLLM) -> float:
+    """The share of a GPU's memory that a server takes if started with these arguments.
+
+    Args:
+      name: the argument that says so.
 
     Raises:
       ConfigError: they say no number.
     """
-    name, said = "--gpu-memory-utilization", "0.9"  # vLLM's default
+    said = f"{_USUAL}"
     words = [word for text in arguments for word in text.split("=", 1)]
     for word, value in itertools.pairwise([*words, ""]):
         said = value if word.replace("_", "-") == name else said

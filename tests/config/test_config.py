@@ -280,6 +280,19 @@ def test_what_vllm_does_not_tell_is_not_corrected_for(cut):
     assert parse(*given).algorithm.rollout_correction.bypass_mode
 
 
+@pytest.mark.parametrize("engine", ["sglang", "jaxrl"])
+def test_servers_that_take_whole_weights_are_sent_no_adapters(engine):
+    given = f"--rollout.engine={engine}", "--rollout.lora=separate"
+    said = complaint("--actor.lora.rank=4", *given)
+    assert f"rollout.engine {engine} is sent whole weights; set rollout.lora" in said
+    own = complaint("--rollout.jaxrl.reproducible=true", "--rollout.engine=jaxrl")
+    assert "which these servers are in any case" in own
+    own = complaint("--rollout.sglang.reproducible=true", "--rollout.engine=sglang")
+    assert "SGLang draws from a state of its own" in own
+    other = complaint(f"--rollout.{engine}.port=1")
+    assert f"rollout.{engine} is given, but rollout.engine is jax" in other
+
+
 def test_every_mistake_has_its_line():
     lines = complaint("--seeed=1", "--rollout.nn=3", "--val.n=0").splitlines()
     assert [line.split(": ")[1] for line in lines] == ["rollout.nn", "val.n", "seeed"]

@@ -182,7 +182,7 @@ KEYS = {
     ),
     # generation
     **{f"{_ROLLOUT}{name}": Key(f"rollout.{name}") for name in _SAME_IN_ROLLOUT},
-    f"{_ROLLOUT}name": Key("rollout.engine", "jax or vllm"),
+    f"{_ROLLOUT}name": Key("rollout.engine", "jax, vllm, sglang or jaxrl"),
     f"{_ROLLOUT}mode": Key(None, _SAME_SAMPLER),
     f"{_ROLLOUT}seed": Key("seed"),
     f"{_ROLLOUT}do_sample": Key(None, "rollout.temperature says how tokens are drawn"),

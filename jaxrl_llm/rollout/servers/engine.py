@@ -182,7 +182,7 @@ class ServerEngine:
             request.check(self.arch.vocab_size, self._launch.max_model_len)
         for request in requests:
             samples = request.samples
-            if request.sampling.temperature == 0 and self.dialect.greedy_alone:
+            if self.dialect.alone(greedy=request.sampling.temperature == 0):
                 self._waiting += [(request, range(i, i + 1)) for i in samples]
             else:
                 self._waiting.append((request, samples))

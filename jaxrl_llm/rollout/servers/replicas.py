@@ -62,6 +62,7 @@ class Replicas:
         self._transfer, self._directory, self._verify = transfer, directory, verify
         self.lost = 0
         """How often one was lost since the last transfer of weights."""
+        self._command = tuple(settings.command)
         self._all = self._running() if settings.urls else self._own()
 
     def __iter__(self) -> Iterator[Replica]:
@@ -141,7 +142,8 @@ class Replicas:
 
     def _own(self) -> list[Replica]:
         settings = self._settings
-        command = settings.command[0]
+        self._command = self._command or self._kind.own_command()
+        command = self._command[0]
         if not shutil.which(command):
             section = self._kind.section
             raise ServerError(f"{section}.command: there is no program {command!r}")
@@ -159,7 +161,7 @@ class Replicas:
         name = self._kind.section.rpartition(".")[2]
         process = replica.process = Process(
             self._kind,
-            settings.command,
+            self._command,
             (
                 *self._kind.arguments(self._transfer.first, self._launch),
                 *settings.args,

@@ -143,8 +143,6 @@ class Server:
     """Where its settings are in a configuration."""
     known_failures: ClassVar[Mapping[str, str]] = {}
     """What the end of a log says, and what to do about it."""
-    greedy_alone: ClassVar[bool] = False
-    """Whether two greedy responses to one prompt cannot be asked for together."""
 
     def __init__(self, url: str, timeout_s: float):
         self.url, self._timeout_s = url.rstrip("/"), timeout_s
@@ -160,9 +158,23 @@ class Server:
     # What a dialect says.
 
     @classmethod
+    def alone(cls, greedy: bool) -> bool:
+        """Whether two responses to one prompt cannot be asked for together.
+
+        Args:
+          greedy: whether they are the most likely tokens.
+        """
+        return False
+
+    @classmethod
     def headers(cls) -> dict[str, str]:
         """Sent with everything that is asked."""
         return {}
+
+    @classmethod
+    def own_command(cls) -> tuple[str, ...]:
+        """What starts one of ours where a configuration says no command."""
+        raise ValueError(f"{cls.section}.command is empty; say what starts a server")
 
     @classmethod
     def check_adapters(cls, lora: models.Lora) -> None:

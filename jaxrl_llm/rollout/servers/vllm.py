@@ -72,7 +72,6 @@ class VllmServer(Server):
     """One vLLM server."""
 
     name, section = "vLLM", "rollout.vllm"
-    greedy_alone = True
     known_failures = {
         "No module named vllm": _NO_VLLM,
         "No module named 'vllm'": _NO_VLLM,
@@ -86,6 +85,11 @@ class VllmServer(Server):
         "is larger than the maximum number of tokens": "its KV cache is too small for "
         "one sequence; give it more memory in rollout.vllm.args or rollout.vllm.env",
     }
+
+    @classmethod
+    def alone(cls, greedy: bool) -> bool:
+        """See `Server.alone`: vLLM refuses two greedy ones."""
+        return greedy
 
     @classmethod
     def check_adapters(cls, lora: models.Lora) -> None:
