@@ -2,7 +2,9 @@
 
 import dataclasses
 import errno
+import signal
 import socket
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -181,6 +183,9 @@ class Server:
                 f"whoever reaches {settings.host} can also stop it and give it other "
                 "weights; --api-key keeps others out"
             )
+        if threading.current_thread() is threading.main_thread():
+            # uvicorn raises the signal again when all is answered.
+            signal.signal(signal.SIGTERM, lambda *_: None)
         try:
             self._http.run(sockets=[self._listener])
         finally:

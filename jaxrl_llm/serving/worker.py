@@ -91,7 +91,7 @@ class Worker:
         self._paused = self._closing = False
         self.failure: BaseException | None = None
         """Why nothing is generated any more; None while all is well."""
-        self._thread = threading.Thread(target=self._run, name="engine")
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     @property
