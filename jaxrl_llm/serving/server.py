@@ -93,7 +93,7 @@ class Server:
         version: str,
         devices: Sequence[jax.Device] | None = None,
     ):
-        self._listener = _listen(settings.host, settings.port)
+        self._listener = _bound(settings.host, settings.port)
         try:
             self._open(path, settings, version, devices)
         except BaseException:
@@ -224,16 +224,20 @@ _OF_USE = ("eos_token_ids",)
 """Fields of an architecture that say how a model is used, and not what it computes."""
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket at an address.
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at an address, which refuses connections until it is served.
 
     Raises:
       OSError: it is taken, or none of this host.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        found.bind((host, port))
+        return found
     except OSError as error:
+        found.close()
         if error.errno != errno.EADDRINUSE:
             raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
         raise OSError(
