@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxrl_llm.config.schema import (
     DataConfig,
     DatasetConfig,
     EngineConfig,
+    RolloutConfig,
 )
 from jaxrl_llm.config.schema_offline import OfflineDataConfig
 from jaxrl_llm.data import prompts
@@ -534,13 +535,13 @@ def engine_of(
                 config.longest_sequence,
                 lora,
             )
-        case name:
-            kind, record = _servers_of(name)
+        case _:
+            kind, servers = _servers_of(rollout)
             return kind(
                 arch,
                 tokenizer,
                 questions,
-                record(**getattr(rollout, name).model_dump()),
+                servers,
                 directory=config.output_dir,
                 dtype=rollout.dtype,
                 max_model_len=config.longest_sequence,
@@ -550,19 +551,22 @@ def engine_of(
             )
 
 
-def _servers_of(name: Literal["vllm", "sglang", "jaxrl"]) -> tuple[Any, Any]:
-    """The engine and the settings of servers of a kind. Needs the extra `vllm`."""
-    if name == "vllm":
-        from jaxrl_llm.rollout.servers.vllm import VllmEngine, VllmSettings
+def _servers_of(rollout: RolloutConfig) -> tuple[Any, Any]:
+    """The engine of the servers that `rollout.engine` names, and their settings. Needs
+    the extra `vllm`."""
+    match rollout.engine:
+        case "vllm":
+            from jaxrl_llm.rollout.servers.vllm import VllmEngine, VllmSettings
 
-        return VllmEngine, VllmSettings
-    if name == "sglang":
-        from jaxrl_llm.rollout.servers.sglang import SglangEngine, SglangSettings
+            return VllmEngine, VllmSettings(**rollout.vllm.model_dump())
+        case "sglang":
+            from jaxrl_llm.rollout.servers.sglang import SglangEngine, SglangSettings
 
-        return SglangEngine, SglangSettings
-    from jaxrl_llm.rollout.servers.jaxrl import JaxrlEngine, JaxrlSettings
+            return SglangEngine, SglangSettings(**rollout.sglang.model_dump())
+        case "jaxrl":
+            from jaxrl_llm.rollout.servers.jaxrl import JaxrlEngine, JaxrlSettings
 
-    return JaxrlEngine, JaxrlSettings
+            return JaxrlEngine, JaxrlSettings(**rollout.jaxrl.model_dump())
 
 
 def jax_engine_of(
