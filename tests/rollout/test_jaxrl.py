@@ -100,6 +100,7 @@ def same(theirs, mine):
     return True
 
 
+@pytest.mark.slow
 def test_completions_are_those_of_the_engine_in_this_process(
     tiny_model, loaded, ours, tmp_path, monkeypatch
 ):
