@@ -148,7 +148,8 @@ class Verification:
                 *[server.sample(tokens, length) for tokens in self._prompts]
             )
             pairs = zip(self._prompts, answers, strict=True)
-            self._probes = rows([[*tokens, *answer] for tokens, answer in pairs])
+            most = self._max_len - 1  # who scores samples a token, too
+            self._probes = rows([[*tokens, *answer][:most] for tokens, answer in pairs])
 
     def score(self, params: Any, version: int) -> None:
         """Has the trainer score the probes with new weights."""
