@@ -197,7 +197,7 @@ def test_five_steps_train_as_with_the_engine_in_this_process(tiny_model, tmp_pat
     assert len(texts[0]) >= 5 * 8 * 4 and texts[0] == texts[1]
     learned = [n for n in steps[-1] if n.startswith(("actor/", "critic/", "mismatch/"))]
     assert len(learned) > 10
-    for one, other in zip(steps, others, strict=True):
-        assert other["rollout/probe_diff_max"] < 1e-4
+    assert all(step["rollout/probe_diff_max"] < 1e-4 for step in others)
+    for one, other in zip(steps[-5:], others[-5:], strict=True):
         for name in learned:
             np.testing.assert_allclose(other[name], one[name], atol=1e-4, rtol=1e-3)
