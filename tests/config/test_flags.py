@@ -132,6 +132,7 @@ def test_every_key_of_the_shipped_configurations_is_shown(verbs):
 NEEDED = {
     "init": ["quickstart"],
     "generate": ["--model", "m"],
+    "serve": ["--model", "m"],
     "convert": ["a", "b"],
     "convert-config": ["verl.yaml"],
     "report": ["run"],
@@ -188,7 +189,7 @@ def test_bash_completes_flags_and_choices(script, tmp_path):
         check=True,
     )
     names, choice = done.stdout.splitlines()
-    assert choice == "jax"
+    assert choice == "jax jaxrl"
     assert {"--actor.optim.lr", "--actor.optim.lr-warmup-steps"} <= set(names.split())
 
 
