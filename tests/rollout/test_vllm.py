@@ -20,11 +20,18 @@ import numpy as np
 import pytest
 import waiting
 import yaml
+from letters import Letters
 from vllm_on_cpu import MODEL, PYTHON, make, processes
 
 from jaxrl_llm import models
+from jaxrl_llm.agents import tools
+from jaxrl_llm.agents.hosting import Hosted, Settings
+from jaxrl_llm.agents.loop import Limits, play
+from jaxrl_llm.agents.template import Splicer
 from jaxrl_llm.config import parsing
 from jaxrl_llm.data import prompts
+from jaxrl_llm.data.chat_template import Encoder
+from jaxrl_llm.data.types import Prompt
 from jaxrl_llm.rollout.engine import Request, Sampling, generate
 from jaxrl_llm.rollout.native.engine import JaxEngine
 from jaxrl_llm.rollout.servers.server import Server, ServerError
@@ -182,6 +189,59 @@ def test_sampled_logprobs_are_those_of_the_distribution_drawn_from(engine, model
                 jnp.arange(len(completion.tokens)), completion.tokens
             ]
             np.testing.assert_allclose(completion.logprobs, wanted, atol=5e-3)
+
+
+def test_every_turn_of_an_episode_reads_what_was_before_it(engine, model, monkeypatch):
+    loaded, rounded, _ = model
+    asked, completions = [], engine.completions
+
+    def spied(more):
+        def noted(idle):
+            found = more(idle)
+            asked.extend(found)
+            return found
+
+        return completions(noted)
+
+    monkeypatch.setattr(engine, "completions", spied)
+    hosted = Hosted(
+        Settings(environment=Letters, isolation="thread"), tools.FORMATS["bracket"]
+    )
+    splicer = Splicer(Encoder(tokenizer=loaded.tokenizer))
+    content = [{"role": "user", "content": "Say a word."}]
+    questions = [
+        Prompt(id=i, content=content, tokens=(1,), columns={}) for i in range(4)
+    ]
+    # The commonest tokens end a turn, so that there are several.
+    how = {"temperature": 1.0, "max_tokens": 12, "stop_token_ids": (*range(28, 1000),)}
+    requests = ask([(1,)] * 4, num_samples=3, **how)
+    limits = Limits(max_turns=3, max_tokens=70, max_prompt_length=58)
+    groups = play(engine, hosted, splicer, questions, requests, limits)
+    hosted.shutdown()
+    by_turn = {(r.prompt_id, r.first_sample, r.turn): r.tokens for r in asked}
+    assert len(by_turn) == len(asked)
+    several = 0
+    for episode in sum(groups, []):
+        before, turn = [*episode.opening_tokens], 0
+        row = jnp.asarray([[*before, *episode.tokens]])
+        places = jnp.arange(row.shape[1])[None]
+        how = {"dtype": jnp.float32}
+        hidden = models.forward(
+            loaded.arch, rounded, row, places, jnp.zeros_like(row), **how
+        )
+        of_next = jax.nn.log_softmax(models.logits(loaded.arch, rounded, hidden)[0])
+        for said in episode.turns:
+            if said.finish_reason is not None:
+                seen = by_turn[episode.prompt_id, episode.sample, turn]
+                assert list(seen) == before
+                at = np.arange(len(said.tokens)) + len(before) - 1
+                np.testing.assert_allclose(
+                    said.logprobs, of_next[at, said.tokens], atol=5e-3
+                )
+                turn += 1
+            before += said.tokens.tolist()
+        several += turn > 1
+    assert several > 6
 
 
 def test_the_most_likely_tokens_are_those_of_the_jax_engine(engine, ours, model):
