@@ -24,7 +24,7 @@ from jaxrl_llm.models import COMPILER_OPTIONS, moe
 from jaxrl_llm.models.architecture import Moe
 from jaxrl_llm.sharding import hardware
 
-Candidate = Literal["dense", "blocked", "ragged", "mosaic"]
+Candidate = Literal["dense", "blocked", "ragged", "triton", "mosaic"]
 Skew = Literal["even", "skewed", "one"]
 
 

@@ -20,7 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-Kernel = Literal["blocked", "ragged", "mosaic"]
+from jaxrl_llm.models import grouped_kernels
+
+Kernel = Literal["blocked", "ragged", "triton", "triton_interpreted", "mosaic"]
+"""blocked: blocks of rows of one group, plain XLA. ragged: XLA's ragged product.
+triton: `grouped_kernels`; interpreted, for its tests. mosaic: JAX's, for Hopper."""
 
 
 class Products(NamedTuple):
@@ -90,6 +94,13 @@ def _kernels(kernel: Kernel) -> Products:
         case "ragged":
             return Products(
                 functools.partial(_ragged, 1), functools.partial(_ragged, 2), _outer
+            )
+        case "triton" | "triton_interpreted":
+            how = {"interpret": kernel == "triton_interpreted"}
+            return Products(
+                functools.partial(_triton, transposed=False, **how),
+                functools.partial(_triton, transposed=True, **how),
+                functools.partial(grouped_kernels.outer, **how),
             )
         case "mosaic":
             return Products(
@@ -198,6 +209,10 @@ def _outer(x: Array, g: Array, sizes: Array) -> Array:
         ),
         preferred_element_type=jnp.float32,
     )
+
+
+def _triton(x: Array, w: Array, sizes: Array, **how: bool) -> Array:
+    return _within(grouped_kernels.product(x, w, sizes, **how), sizes)
 
 
 _TILES = {"block_m": 128, "block_n": 128, "block_k": 64, "max_concurrent_steps": 4}

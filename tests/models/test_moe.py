@@ -9,9 +9,9 @@ import pytest
 
 from jaxrl_llm.models import Architecture, Moe, grouped, moe
 
-E, D, F, M = 4, 6, 5, 24
+E, D, F, M = 4, 16, 32, 40
 SIZES = {
-    "uneven": [3, 0, 13, 5],  # and three rows of no group
+    "uneven": [3, 0, 19, 5],  # and thirteen rows of no group
     "all rows of one group": [0, 0, M, 0],
     "no rows": [0, 0, 0, 0],
     "a row each": [1, 1, 1, 1],
@@ -25,7 +25,7 @@ def drawn(*shape, seed=0):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-@pytest.mark.parametrize("kernel", ["blocked", "ragged"])
+@pytest.mark.parametrize("kernel", ["blocked", "ragged", "triton_interpreted"])
 def test_a_grouped_product_and_its_gradients(kernel, sizes, transposed):
     w = np.asarray(drawn(E, D, F))
     matrices = w.swapaxes(1, 2) if transposed else w
@@ -52,7 +52,14 @@ def test_a_grouped_product_and_its_gradients(kernel, sizes, transposed):
     # What lies in rows of no group, such as a NaN, goes nowhere.
     x[sum(sizes) :], gradient[sum(sizes) :] = np.nan, np.nan
     for found, wanted in zip(run(x, w, gradient), (result, of_x, of_w), strict=True):
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        np.testing.assert_allclose(found, wanted, atol=3e-5)
+
+
+def test_a_kernel_says_which_widths_it_takes():
+    with pytest.raises(ValueError, match="a width of 24 is no multiple of 16"):
+        grouped.product(
+            drawn(8, 24), drawn(2, 24, 16), jnp.array([4, 4]), "triton_interpreted"
+        )
 
 
 def test_sums_of_bfloat16_are_float32():
@@ -126,7 +133,7 @@ def test_every_token_goes_through_its_experts(tokens, everywhere):
     routes, wanted = layer(np.asarray(x), logits, weights, 2)
     alone = jax.jit(moe.alone, static_argnums=3)
     found = alone(x, routes, moe.Weights(*weights), jax.nn.silu)
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
     # What experts add that are elsewhere is left to others.
     halves = [
         alone(
@@ -138,7 +145,7 @@ def test_every_token_goes_through_its_experts(tokens, everywhere):
         )
         for first in (0, 2)
     ]
-    np.testing.assert_allclose(sum(halves), wanted, atol=1e-5)
+    np.testing.assert_allclose(sum(halves), wanted, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
