@@ -1,4 +1,5 @@
-"""An auxiliary loss that spreads tokens over experts, added to any objective.
+"""What an objective adds where a model has experts: an auxiliary loss that spreads
+tokens over them, and how far what is replayed is from what the router would choose.
 
     loss = that of the objective + coef * E * sum over experts e of f[e] * p[e]
 
@@ -37,12 +38,15 @@ def per_probability(use: RouterUse) -> Float[Array, " E"]:
 
 
 @dataclass(frozen=True)
-class Balanced(Objective):
-    """An objective with the auxiliary loss. Outputs are a pair: those of the objective,
+class Routed(Objective):
+    """An objective of a model with experts. Outputs are a pair: those of the objective,
     and the `RouterUse` of the rows."""
 
     objective: Objective
-    coef: float
+    coef: float = 0.0
+    """Weight of the auxiliary loss; 0 for none."""
+    replayed: bool = False
+    """Whether routes are replayed."""
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -59,8 +63,9 @@ class Balanced(Objective):
         return self.objective.read(batch)
 
     def looks_ahead(self, batch: TrainBatch) -> bool:
-        """How often experts are chosen must be known of all rows."""
-        return True
+        """With the auxiliary loss, as how often experts are chosen must be known of
+        all rows."""
+        return bool(self.coef) or self.objective.looks_ahead(batch)
 
     def look(self, rows: TrainBatch, outputs: Outputs) -> Any:
         """What the objective asks for, if it does, and the use of the experts."""
@@ -70,15 +75,18 @@ class Balanced(Objective):
     def plan(self, batch: TrainBatch, seen: Any, step: Int[Array, ""]) -> Any:
         """The objective's plan, what each probability adds, and, for metrics, the loss
         and the largest load."""
-        inner, use = seen
+        inner, use = seen or (None, None)
         if not self.objective.looks_ahead(batch):
             inner = None
+        plan = self.objective.plan(batch, inner, step)
+        if not self.coef:
+            return plan, None, None
         load = jnp.sum(use.chosen, axis=0)
         rows = (len(batch.tokens), 1)
         each = jnp.tile(self.coef * per_probability(use)[None], rows)
         most = jnp.max(load) / jnp.maximum(jnp.mean(load), 1e-9)
         said = jnp.tile(jnp.stack([auxiliary_loss(use), most])[None], rows)
-        return self.objective.plan(batch, inner, step), each, said
+        return plan, each, said
 
     def loss(
         self, rows: TrainBatch, outputs: Outputs, planned: Any
@@ -86,16 +94,24 @@ class Balanced(Objective):
         """See the module."""
         (inner, use), (plan, each, _) = outputs, planned
         loss, kept = self.objective.loss(rows, inner, plan)
-        return loss + jnp.sum(each * use.probabilities), kept
+        if each is not None:
+            loss = loss + jnp.sum(each * use.probabilities)
+        return loss, (kept, use.agreeing, use.count)
 
     def metrics(
         self, batch: TrainBatch, kept: Any, planned: Any
     ) -> Mapping[str, Statistic | Float[Array, ""]]:
-        """Those of the objective, NAME/router_aux_loss before `coef`, and
-        NAME/expert_load_max: choices of the most chosen expert over their mean."""
-        plan, _, said = planned
-        return {
-            **self.objective.metrics(batch, kept, plan),
-            f"{self.name}/router_aux_loss": Mean(said[0, 0], 1),
-            f"{self.name}/expert_load_max": Mean(said[0, 1], 1),
-        }
+        """Those of the objective; with the auxiliary loss NAME/router_aux_loss, before
+        `coef`, and NAME/expert_load_max, choices of the most chosen expert over their
+        mean; with replay NAME/route_agreement, the share of tokens and layers whose
+        router would choose the experts that are replayed."""
+        (plan, _, said), (kept, agreeing, count) = planned, kept
+        found = dict(self.objective.metrics(batch, kept, plan))
+        if said is not None:
+            found[f"{self.name}/router_aux_loss"] = Mean(said[0, 0], 1)
+            found[f"{self.name}/expert_load_max"] = Mean(said[0, 1], 1)
+        if self.replayed:
+            total = jnp.sum(count)
+            share = jnp.sum(agreeing) / jnp.maximum(total, 1.0)
+            found[f"{self.name}/route_agreement"] = Mean(share, total)
+        return found

@@ -31,11 +31,12 @@ def misfits(config) -> Iterator[str]:
             f"actor.entropy_coeff is {actor.entropy_coeff}, whose gradient needs the "
             "logits; set actor.keep_probabilities to false"
         )
-    if actor.router_aux_loss_coef and config.distillation:
-        yield (
-            f"actor.router_aux_loss_coef is {actor.router_aux_loss_coef}, which "
-            "distillation does not add to its loss; leave one of them out"
-        )
+    for key, off in (("router_aux_loss_coef", 0.0), ("router_replay", "off")):
+        if (value := getattr(actor, key)) != off and config.distillation:
+            yield (
+                f"actor.{key} is {value}, of which distillation knows nothing; leave "
+                "one of them out"
+            )
     kept = (actor.ref_refresh_steps, actor.ref_mesh, actor.lora and actor.lora.path)
     if actor.lora and "reference" in actor.offload and not any(kept):
         yield (

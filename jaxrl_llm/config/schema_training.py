@@ -188,6 +188,10 @@ class ActorConfig(TrainedConfig):
     """Models with experts: weight of a loss that spreads tokens over them, as of
     transformers but over the whole mini-batch. Needs one more forward pass. Nothing
     reads that of the model's config.json."""
+    router_replay: Literal["off", "R2"] = "off"
+    """Models with experts. R2: in every update of a step, tokens go to the experts that
+    they went to when the policy before the first of them was asked; only the choice is
+    that of then. Of use where a step has several updates."""
     use_kl_loss: bool = False
     """Keep the initial weights as reference, and add KL(policy || reference)."""
     ref_refresh_steps: int | None = Field(None, gt=0)

@@ -13,7 +13,7 @@ from typing import NamedTuple, no_type_check
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 
 @no_type_check  # JAX also builds such trees of NumPy arrays, shapes or shardings
@@ -87,6 +87,9 @@ class TrainBatch:
     tokens of that one only. None: every sequence is a single one."""
     taught: Taught | None = None
     """What the teacher says; None without one, or if the update asks it."""
+    routes: UInt[Array, "R T L k"] | None = None
+    """Experts to which tokens are to go in each of L layers that have any: 1 + the
+    expert's number, or 0 where the router chooses. None: it chooses everywhere."""
     num_sequences: int = dataclasses.field(metadata={"static": True})
     """Sequence ids are below it. An id that no token has is a sequence without tokens,
     which counts nowhere."""
@@ -134,7 +137,7 @@ def _changes(x: Int[Array, "R T"]) -> Bool[Array, "R T"]:
 
 def bare(batch: TrainBatch) -> TrainBatch:
     """The rows without what other models said of them."""
-    others = ("ref_logprobs", "old_logprobs", "values", "returns", "taught")
+    others = ("ref_logprobs", "old_logprobs", "values", "returns", "taught", "routes")
     return dataclasses.replace(batch, **dict.fromkeys(others))
 
 

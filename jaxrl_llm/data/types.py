@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, no_type_check
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32
+from jaxtyping import Array, Bool, Float, Float32, UInt
 
 from jaxrl_llm.config.names import Status
 
@@ -25,6 +25,11 @@ class RouterUse(NamedTuple):
     """What the router gives it, a softmax over all experts."""
     count: Float[Array, " R"]
     """Tokens times layers."""
+    agreeing: Float[Array, " R"]
+    """Those of them whose experts are the router's own choice; others are replayed."""
+    routes: UInt[Array, "R T L k"] | None = None
+    """The experts of every token in each of L layers that have any, see `TrainBatch`;
+    None if nobody asked."""
 
 
 @dataclass(frozen=True, kw_only=True)

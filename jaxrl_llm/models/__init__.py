@@ -68,7 +68,7 @@ from jaxrl_llm.models.lora import (
     merged,
     modules_of,
 )
-from jaxrl_llm.models.moe import is_fixed
+from jaxrl_llm.models.moe import is_fixed, routes_dtype
 from jaxrl_llm.models.partitioning import kv_copies, partition
 from jaxrl_llm.models.quantised import DTYPES, Bits
 from jaxrl_llm.models.value_head import (
@@ -133,6 +133,7 @@ __all__ = [
     "open_classifier",
     "output_matrix",
     "partition",
+    "routes_dtype",
     "save",
     "save_adapter",
     "save_classifier",

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt
 
 from jaxrl_llm.data.types import RouterUse
 from jaxrl_llm.models.architecture import Architecture
@@ -39,7 +39,10 @@ from jaxrl_llm.models.moe import (
     SELECTION_BIAS,
     Experts,
     alone,
+    recorded,
+    replayed,
     route,
+    routes_dtype,
     use_of,
 )
 from jaxrl_llm.models.quantised import DTYPES, Bits, quantise
@@ -363,7 +366,9 @@ def forward(
     experts: Experts = alone,
     shard: Shard = anywhere,
     lora: Lora | None = None,
+    replay: UInt[Array, "R T L k"] | None = None,
     counted: Bool[Array, "R T"] | None = None,
+    record: bool = False,
 ) -> Float[Array, "R T D"] | tuple[Float[Array, "R T D"], RouterUse]:
     """Final hidden states (after the last norm) of packed rows.
 
@@ -380,9 +385,11 @@ def forward(
       shard: lays out activations by the names of their axes, such as
         `sharding.rules.Partition.constrain`.
       lora: what adapters `params` has.
+      replay: experts to which tokens are to go, see `TrainBatch.routes`.
       counted: tokens of which is told how the routers of all layers spread them over
         experts, which then comes beside the hidden states. Layers run in `scan` where
         they would run in `in_place`.
+      record: with `counted`, tell also which experts every token went to.
     """
     params, adapters, beside = _taken_apart(params, lora, dtype)
     decoder = model(arch, params, stacked=True)
@@ -413,16 +420,27 @@ def forward(
         kinds = [windows.index(window) for window in arch.window_of_layer[of_run]]
         kinds = jnp.array(kinds, jnp.int32)
         graph = _layer_graph(arch, routed)
-        return functools.partial(layer, graph, names, ropes, kinds)
+        before = sum(map(arch.has_experts, range(run.start)))
+        return functools.partial(layer, graph, names, ropes, kinds, before)
 
-    def layer(graph, names, ropes, kinds, carried, weights, i):
+    def layer(graph, names, ropes, kinds, before, carried, weights, i):
         x, *uses = carried if counted is not None else (carried,)
 
         def router(moe, logits, bias):
-            routes = route(moe, logits, bias)
+            own = routes = route(moe, logits, bias)
+            if replay is not None:
+                given = jax.lax.dynamic_index_in_dim(replay, before + i, 2, False)
+                routes = replayed(moe, logits, own, given)
             if uses:
-                here = use_of(logits, routes, counted)
-                uses[0] = jax.tree.map(jnp.add, uses[0], here)
+                kept = uses[0].routes
+                here = use_of(logits, routes, own.chosen, counted)
+                uses[0] = jax.tree.map(jnp.add, uses[0]._replace(routes=None), here)
+                if record:
+                    here = recorded(routes.chosen, moe)
+                    kept = jax.lax.dynamic_update_index_in_dim(
+                        kept, here, before + i, 2
+                    )
+                    uses[0] = uses[0]._replace(routes=kept)
             return routes
 
         @jax.named_scope("attention")
@@ -452,7 +470,15 @@ def forward(
         if arch.moe is None:
             raise ValueError(f"a {arch.model_type} model has no experts to count")
         none = jnp.zeros((len(tokens), arch.moe.num_experts))
-        x, loop = (x, RouterUse(none, none, none[:, 0])), _carries_more(loop)
+        use = RouterUse(none, none, none[:, 0], none[:, 0])
+        if record:
+            count = sum(map(arch.has_experts, range(arch.num_layers)))
+            shape, dtype = (
+                (*tokens.shape, count, arch.moe.top_k),
+                routes_dtype(arch.moe),
+            )
+            use = use._replace(routes=jnp.zeros(shape, dtype))
+        x, loop = (x, use), _carries_more(loop)
     for run in arch.runs:
         made = layer_of(run)
         if remat != "none":

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxrl_llm.data.types import RouterUse
 from jaxrl_llm.models import grouped
@@ -149,16 +149,47 @@ def _product(equation: str, x: Array, weight: nnx.Param, scale: nnx.Param | None
 
 
 def use_of(
-    logits: Float[Array, "R T E"], routes: Routes, counted: Bool[Array, "R T"]
+    logits: Float[Array, "R T E"],
+    routes: Routes,
+    own: Int[Array, "R T k"],
+    counted: Bool[Array, "R T"],
 ) -> RouterUse:
-    """What a layer's router does with the tokens that are counted."""
+    """What a layer does with the tokens that are counted.
+
+    Args:
+      own: what the router chooses by itself.
+    """
     there = counted.astype(jnp.float32)
     chosen = jnp.sum(jax.nn.one_hot(routes.chosen, logits.shape[-1]), axis=-2)
+    alike = jnp.all(jnp.sort(own) == jnp.sort(routes.chosen), axis=-1)
     return RouterUse(
         chosen=jnp.einsum("rte,rt->re", chosen, there),
         probabilities=jnp.einsum("rte,rt->re", jax.nn.softmax(logits), there),
         count=jnp.sum(there, axis=1),
+        agreeing=jnp.sum(alike * there, axis=1),
     )
+
+
+def recorded(chosen: Int[Array, "R T k"], moe: Moe) -> UInt[Array, "R T k"]:
+    """Chosen experts as `TrainBatch.routes` has them, in as few bytes as will do."""
+    return (chosen + 1).astype(routes_dtype(moe))
+
+
+def routes_dtype(moe: Moe) -> Any:
+    """The dtype of routes."""
+    return jnp.uint8 if moe.num_experts < 255 else jnp.uint16
+
+
+def replayed(
+    moe: Moe, logits: Float[Array, "R T E"], own: Routes, given: UInt[Array, "R T k"]
+) -> Routes:
+    """The experts that are given, weighted by what the router says now; the router's
+    own where none are.
+
+    Source: Zheng et al. 2025 (arXiv:2507.18071), section 5.3, "routing replay".
+    """
+    chosen = jnp.where(given > 0, given.astype(jnp.int32) - 1, own.chosen)
+    return Routes(chosen, _gates(moe, _scores(moe, logits), chosen))
 
 
 def router_logits(
@@ -182,20 +213,28 @@ def route(
     Args:
       bias: of the selection.
     """
+    scores = _scores(moe, logits)
+    chosen = _choose(moe, lax.stop_gradient(scores), bias)
+    return Routes(chosen, _gates(moe, scores, chosen))
+
+
+def _scores(moe: Moe, logits: Array) -> Float[Array, "R T E"]:
     match moe.score:
         case "softmax":
-            scores = jax.nn.softmax(logits)
+            return jax.nn.softmax(logits)
         case "sigmoid":
-            scores = jax.nn.sigmoid(logits)
+            return jax.nn.sigmoid(logits)
         case "softmax_of_chosen":
-            scores = logits
-    chosen = _choose(moe, lax.stop_gradient(scores), bias)
+            return logits
+
+
+def _gates(moe: Moe, scores: Array, chosen: Array) -> Float[Array, "R T k"]:
     gates = jnp.take_along_axis(scores, chosen, axis=-1)
     if moe.score == "softmax_of_chosen":
         gates = jax.nn.softmax(gates)
     if moe.renormalise:
         gates = gates / (jnp.sum(gates, axis=-1, keepdims=True) + 1e-20)
-    return Routes(chosen, moe.scale * gates)
+    return moe.scale * gates
 
 
 def _choose(moe: Moe, scores: Array, bias: Array | None) -> Int[Array, "R T k"]:

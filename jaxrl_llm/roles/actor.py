@@ -23,7 +23,7 @@ from jaxrl_llm.algorithms import distilled_policy, grpo
 from jaxrl_llm.algorithms import update as updates
 from jaxrl_llm.algorithms.distilled_policy import DistilledPolicy
 from jaxrl_llm.algorithms.objectives import Objective
-from jaxrl_llm.algorithms.router_balance import Balanced
+from jaxrl_llm.algorithms.router_balance import Routed
 from jaxrl_llm.data import packing
 from jaxrl_llm.data.rows import TrainBatch
 from jaxrl_llm.data.types import Completion, Episode, Prompt
@@ -65,6 +65,9 @@ class ActorSettings:
     """Whether the policy before the first update must be asked."""
     router_aux_loss_coef: float = 0.0
     """Weight of the loss that spreads tokens over experts, see `router_balance`."""
+    replays: bool = False
+    """Tokens go to the experts that they went to before the first update, which needs
+    `needs_old_logprobs`."""
     offload: bool = False
     """The optimizer's moments wait in the host's memory outside of updates."""
     distillation: distilled_policy.Settings | None = None
@@ -145,8 +148,9 @@ class Actor:
         if how is None:
             objective: Objective = grpo.Policy(update)
             outputs_fn = functools.partial(policy.logprobs, frozen=frozen)
-            if coef := self.settings.router_aux_loss_coef:
-                objective = Balanced(objective, coef)
+            coef, replays = self.settings.router_aux_loss_coef, self.settings.replays
+            if coef or replays:
+                objective = Routed(objective, coef, replays)
                 outputs_fn = functools.partial(policy.logprobs_and_use, frozen=frozen)
             return objective, outputs_fn
         objective = DistilledPolicy(update, how)
@@ -326,7 +330,11 @@ class Actor:
             found["ref_logprobs"] = self.reference.score(batch, reference)
         if self.settings.needs_old_logprobs and batch.old_logprobs is None:
             weights = models.merge(params, self.frozen)
-            found["old_logprobs"] = self.policy.score(weights, batch)
+            if self.settings.replays:
+                old, routes = self.policy.score_and_record(weights, batch)
+                found |= {"old_logprobs": old, "routes": routes}
+            else:
+                found["old_logprobs"] = self.policy.score(weights, batch)
         return dataclasses.replace(batch, **found)
 
     def with_teacher(self, batch: TrainBatch) -> TrainBatch:
@@ -403,6 +411,11 @@ class Actor:
             batch = dataclasses.replace(batch, ref_logprobs=batch.sampler_logprobs)
         if self.settings.needs_old_logprobs:
             batch = dataclasses.replace(batch, old_logprobs=batch.sampler_logprobs)
+        if self.settings.replays:
+            moe, layers = self.arch.moe, range(self.arch.num_layers)
+            shape = sum(map(self.arch.has_experts, layers)), moe.top_k
+            none = np.zeros((*batch.tokens.shape, *shape), models.routes_dtype(moe))
+            batch = dataclasses.replace(batch, routes=none)
         if self.teacher_before is not None:
             said = self.teacher_before.nothing(batch)
             batch = dataclasses.replace(batch, taught=said)
@@ -421,7 +434,7 @@ class Actor:
         if self.settings.needs_old_logprobs:
             for rows in self.policy.shapes_of_rows(batch):
                 found[f"old log-probabilities {named(rows)}"] = functools.partial(
-                    self.policy.lower_score, rows, computed
+                    self.policy.lower_score, rows, computed, self.settings.replays
                 )
         if self.reference is not None:
             judge = self.reference.policy
@@ -442,7 +455,9 @@ class Actor:
 
     def lower_scoring(self, batch: TrainBatch) -> jax.stages.Lowered:
         """Log-probabilities of the policy itself of rows of these shapes."""
-        return self.policy.lower_scoring(batch, self._abstract_computed())
+        return self.policy.lower_scoring(
+            batch, self._abstract_computed(), self.settings.replays
+        )
 
     def lower_sum_pi_squared(self, rows: TrainBatch) -> jax.stages.Lowered:
         """The program of `sum_pi_squared` for rows of `shapes_of_rows`."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt
 
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import distillation, logprobs
@@ -73,6 +73,7 @@ class Policy(ShardedModel):
         super().__init__(arch, mesh, settings, keys=keys)
         self.settings: PolicySettings = settings
         self._score = self.in_micro_batches(self.logprobs)
+        self._record = self.in_micro_batches(self._recorded)
         self._concentration = self.in_micro_batches(self._sum_pi_squared)
 
     def score(self, params: Params, batch: TrainBatch) -> Float[np.ndarray, "R T"]:
@@ -84,6 +85,14 @@ class Policy(ShardedModel):
         rows = self.on_devices(batches.bare(batch))
         return self.fetch(self._score(params, rows).logprobs, batch)
 
+    def score_and_record(
+        self, params: Params, batch: TrainBatch
+    ) -> tuple[Float[np.ndarray, "R T"], UInt[np.ndarray, "R T L k"]]:
+        """`score`, and the experts of every token, as `TrainBatch.routes`."""
+        rows = self.on_devices(batches.bare(batch))
+        found, routes = self._record(params, rows)
+        return self.fetch(found, batch), self.fetch(routes, batch)
+
     def sum_pi_squared(
         self, params: Params, batch: TrainBatch
     ) -> Float[np.ndarray, "R T"]:
@@ -91,13 +100,18 @@ class Policy(ShardedModel):
         rows = self.on_devices(batches.bare(batch))
         return self.fetch(self._concentration(params, rows), batch)
 
-    def lower_scoring(self, batch: TrainBatch, params: Params) -> jax.stages.Lowered:
-        """The program of `score` for weights and rows of these shapes."""
-        return self.lower_score(self.abstract_rows(batches.bare(batch)), params)
+    def lower_scoring(
+        self, batch: TrainBatch, params: Params, record: bool = False
+    ) -> jax.stages.Lowered:
+        """The program of `score`, or of `score_and_record`, for weights and rows of
+        these shapes."""
+        return self.lower_score(self.abstract_rows(batches.bare(batch)), params, record)
 
-    def lower_score(self, rows: TrainBatch, params: Params) -> jax.stages.Lowered:
+    def lower_score(
+        self, rows: TrainBatch, params: Params, record: bool = False
+    ) -> jax.stages.Lowered:
         """`lower_scoring` for rows of `shapes_of_rows`."""
-        return self._score.lower(params, rows)
+        return (self._record if record else self._score).lower(params, rows)
 
     def lower_sum_pi_squared(
         self, rows: TrainBatch, params: Params
@@ -107,11 +121,25 @@ class Policy(ShardedModel):
         return self._concentration.lower(params, rows)
 
     def logprobs_and_use(
-        self, params: Params, rows: TrainBatch, frozen: Params = None
+        self,
+        params: Params,
+        rows: TrainBatch,
+        frozen: Params = None,
+        record: bool = False,
     ) -> tuple[logprobs.Logprobs, RouterUse]:
-        """`logprobs`, and how the routers spread the rows' tokens over experts."""
+        """`logprobs`, and how the routers spread the rows' tokens over experts.
+
+        Args:
+          record: which experts each token went to, too.
+        """
         uses: list[RouterUse] = []
-        found = self.logprobs(params, rows, frozen, use=uses.append)
+
+        def take(hidden_and_use):
+            hidden, use = hidden_and_use(record)
+            uses.append(use)
+            return hidden
+
+        found = self.logprobs(params, rows, frozen, take=take)
         return found, uses[0]
 
     def logprobs(
@@ -119,14 +147,14 @@ class Policy(ShardedModel):
         params: Params,
         rows: TrainBatch,
         frozen: Params = None,
-        use: Callable[[RouterUse], None] | None = None,
+        take: Callable[[Callable], Array] | None = None,
     ) -> logprobs.Logprobs:
         """Log-probability and entropy of every response token, at the temperature it
         was sampled at.
 
         Args:
           frozen: weights that `params` lacks, which are not differentiated.
-          use: is told what the routers do.
+          take: gives the hidden states, see `logprobs_and_use`.
         """
 
         def of_rows(hidden, matrix, asked, **how):
@@ -143,8 +171,12 @@ class Policy(ShardedModel):
                 **how,
             )
 
-        found = self._by_rows(of_rows, *self._asked(params, rows, frozen, use))
+        found = self._by_rows(of_rows, *self._asked(params, rows, frozen, take))
         return jax.tree.map(lambda x: self._join(x, rows.tokens.shape), found)
+
+    def _recorded(self, params: Params, rows: TrainBatch) -> tuple[Array, Array]:
+        found, use = self.logprobs_and_use(params, rows, record=True)
+        return found.logprobs, use.routes
 
     def taught(
         self, params: Params, rows: TrainBatch, topk: int | None = None
@@ -310,7 +342,7 @@ class Policy(ShardedModel):
         params: Params,
         rows: TrainBatch,
         frozen: Params = None,
-        use: Callable[[RouterUse], None] | None = None,
+        take: Callable[[Callable], Array] | None = None,
     ):
         """Hidden states, output matrix, and rows, taken apart where devices share
         them."""
@@ -320,11 +352,11 @@ class Policy(ShardedModel):
             matrix = matrix[:known]
             tokens = jnp.minimum(rows.tokens, self.arch.vocab_size - 1)
             read = dataclasses.replace(rows, tokens=tokens)
-        if use is None:
+        if take is None:
             hidden = self.hidden(params, read)
         else:
-            hidden, found = self.hidden_and_use(params, read)
-            use(found)
+            hidden = take(functools.partial(self.hidden_and_use, params, read))
+        rows = dataclasses.replace(rows, routes=None)
         if self.partition.parts("tokens") == 1:
             return hidden, matrix, rows
         hidden, rows = jax.tree.map(self._take_apart, (hidden, rows))

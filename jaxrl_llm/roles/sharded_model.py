@@ -247,14 +247,19 @@ class ShardedModel:
 
     def hidden(self, params: Params, rows: TrainBatch) -> Float[Array, "R T D"]:
         """`models.forward` of rows."""
-        return self._computed(models.forward, params, rows)
+        return self._computed(models.forward, params, rows, replay=rows.routes)
 
     def hidden_and_use(
-        self, params: Params, rows: TrainBatch
+        self, params: Params, rows: TrainBatch, record: bool
     ) -> tuple[Float[Array, "R T D"], RouterUse]:
-        """`hidden`, and how the routers spread the rows' tokens over experts."""
+        """`hidden`, and how the routers spread the rows' tokens over experts.
+
+        Args:
+          record: which experts each token went to, too.
+        """
         counted = rows.sequence_ids >= 0
-        return self._computed(models.forward, params, rows, counted=counted)
+        how = {"replay": rows.routes, "counted": counted, "record": record}
+        return self._computed(models.forward, params, rows, **how)
 
     def values(self, params: Params, rows: TrainBatch) -> Float[Array, "R T"]:
         """`models.values` of rows: the value after each token."""

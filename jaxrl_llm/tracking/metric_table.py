@@ -81,6 +81,13 @@ METRICS = (
         "raise actor.router_aux_loss_coef",
     ),
     Metric(
+        "actor/route_agreement",
+        "the share of tokens and layers whose router would choose the experts that are "
+        "replayed; with actor.router_replay",
+        "near 1",
+        "lower actor.optim.lr, or make fewer updates of a step",
+    ),
+    Metric(
         "actor/expert_load_max",
         "how often the most chosen expert is chosen, over the mean of all, in all "
         "layers together; with actor.router_aux_loss_coef",

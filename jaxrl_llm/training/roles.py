@@ -61,6 +61,11 @@ def actor_of(
     """
     actor, how, arch = config.actor, settings.policy(config), source.arch
     _check_balance(actor.router_aux_loss_coef, arch)
+    if actor.router_replay != "off" and arch.moe is None:
+        raise ConfigError(
+            f"actor.router_replay is {actor.router_replay}, but a {arch.model_type} "
+            "model has no experts; set it to off"
+        )
     adapters = adapters_of(config, "actor", arch)
     policy, reference = Policy(arch, on, how, keys=settings.keys("actor.mesh")), None
     if uses_kl(config):

@@ -104,6 +104,7 @@ def actor(config: Config) -> ActorSettings:
         ),
         needs_old_logprobs=needs_old_logprobs(config),
         router_aux_loss_coef=actor.router_aux_loss_coef,
+        replays=actor.router_replay == "R2",
         offload="optimizer" in actor.offload,
         distillation=distillation(config),
     )
@@ -315,10 +316,13 @@ def _correction(section: RolloutCorrectionConfig | None) -> Correction | None:
 
 def needs_old_logprobs(config: Config) -> bool:
     """Whether the policy before the first update must be asked: for a penalty or a
-    baseline, or because the trust region is centred on it in several updates."""
+    baseline, for the experts that it chooses, or because the trust region is centred on
+    it in several updates."""
     algorithm = config.algorithm
     needs = plugins.estimator_of(algorithm).needs
     if algorithm.use_kl_in_reward or "logprobs" in needs:
+        return True
+    if config.actor.router_replay == "R2":
         return True
     correction = algorithm.rollout_correction
     bypass = correction is not None and correction.bypass_mode

@@ -27,6 +27,23 @@ def test_a_shape_has_as_many_parameters_as_the_model(name):
     assert count == pytest.approx(PUBLISHED[name], abs=6e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "active", "layers", "width", "inner"),
+    [
+        ("qwen3-30b-a3b", 3.353, 48, 2048, 768),
+        ("qwen3-235b-a22b", 22.191, 94, 4096, 1536),
+    ],
+)
+def test_a_token_is_multiplied_with_its_own_experts_only(
+    name, active, layers, width, inner
+):
+    # By their names they activate 3 and 22 billion; the embedding is looked up.
+    others = layers * (128 - 8) * 3 * width * inner
+    assert (PUBLISHED[name] * 1e9 - others) / 1e9 == pytest.approx(active, abs=2e-3)
+    found = models.num_matmul_params(shapes.find(name))
+    assert found == models.num_params(shapes.find(name)) - others - 151936 * width
+
+
 def test_a_config_file_is_a_shape_too(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "llama", "vocab_size": 10, "hidden_size": 8, "rms_norm_eps":'

@@ -94,10 +94,53 @@ def test_the_auxiliary_loss_is_of_the_whole_mini_batch_and_of_any_mesh(qwen):
             np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_replayed_experts_are_those_of_before(glm):
+    # Four updates a step; the policy before them is asked for its experts.
+    how = {"ppo_mini_batch_size": 1, "optim": {"lr": 0.01}}
+    made, off = (learner(glm, router_replay=x, **how) for x in ("R2", "off"))
+    state, rows = made.start(), made.make_rows(*make_rollouts(), ADVANTAGES)
+    whole = made.with_logprobs(state.params, rows)
+    E, k = made.arch.moe.num_experts, made.arch.moe.top_k
+    there = rows.sequence_ids >= 0
+    assert whole.routes.shape == (*rows.tokens.shape, 2, k)
+    assert whole.routes.dtype == np.uint8
+    assert whole.routes[there].min() >= 1 and whole.routes[there].max() <= E
+
+    # What the router would choose anyway changes no bit.
+    policy, params = made.policy, state.params
+    score = jax.jit(lambda params, rows: policy.logprobs_and_use(params, rows))
+    alone, _ = score(params, policy.on_devices(rows))
+    again, use = score(params, policy.on_devices(whole))
+    np.testing.assert_array_equal(again.logprobs, alone.logprobs)
+    assert float(use.agreeing.sum()) == float(use.count.sum()) == 2 * there.sum()
+    # Other experts do, and gates stay those of the router, with a gradient.
+    turned = dataclasses.replace(whole, routes=np.uint8(1 + whole.routes % E))
+    other, use = score(params, policy.on_devices(turned))
+    assert np.abs(other.logprobs - alone.logprobs).max() > 1e-3
+    assert float(use.agreeing.sum()) < float(use.count.sum())
+    gradient = jax.jit(
+        jax.grad(
+            lambda params: policy.logprobs(
+                params, policy.on_devices(turned)
+            ).logprobs.sum()
+        )
+    )(params)
+    assert np.abs(gradient["layers"]["moe"]["router"]).max() > 1e-4
+
+    _, found = made.update(made.start(), rows, seed=3)
+    _, wanted = off.update(off.start(), rows, seed=3)
+    # The first of four updates agrees; after it, routers would choose others.
+    assert 0.25 < found["actor/route_agreement"] < 1
+    assert found["actor/grad_norm"] != wanted["actor/grad_norm"]
+
+
 def test_what_experts_cannot_do_yet_is_refused_by_its_key(tiny_model, glm):
     for path, said in ((tiny_model, "no experts"), (glm, "experts with a sigmoid")):
         with pytest.raises(ConfigError, match=f"router_aux_loss_coef is 0.1.*{said}"):
             learner(path, router_aux_loss_coef=0.1)
+    with pytest.raises(ConfigError, match="actor.router_replay is R2.*no experts"):
+        learner(tiny_model, router_replay="R2")
     with pytest.raises(ConfigError, match="actor.lora.modules has gate_proj, up_proj"):
         learner(glm, lora={"rank": 2})
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
