@@ -199,6 +199,30 @@ def test_episodes_are_played_and_looked_at(tiny_model, tmp_path):
 
 
 @pytest.mark.slow
+def test_three_stages_follow_one_another(tiny_model, tmp_path):
+    notebook, shown = run(
+        "09_sft_rm_ppo.ipynb",
+        tmp_path,
+        MODEL=tiny_model,
+        STEPS=1,
+        OUTPUT_DIR="runs",
+        SETTINGS={
+            **SETTINGS,
+            "algorithm.adv_estimator": "gae",
+            "critic.dtype": "float32",
+        },
+    )
+    tables = "".join(outputs(notebook, "text/html"))
+    for name in ("val-core/all/sft/loss", "val-core/all/rm/accuracy"):
+        assert name in tables
+    found = "".join(outputs(notebook, "text/plain"))
+    assert "'at first'" in found and "'after PPO'" in found
+    assert outputs(notebook, "image/png")
+    lines = (tmp_path / "runs/ppo/metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["reward/reward_model/mean"] != 0
+
+
+@pytest.mark.slow
 def test_a_reward_of_ones_own_is_tried_and_paid_for(tiny_model, tmp_path):
     notebook, shown = run(
         "04_own_reward.ipynb",

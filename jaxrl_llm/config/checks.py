@@ -43,6 +43,13 @@ def misfits(config) -> Iterator[str]:
             "actor.offload has reference, but with actor.lora the reference is the "
             "policy without its adapters and takes no memory of its own; leave it out"
         )
+    own = actor.lora and actor.lora.quantization
+    if own and rollout.lora == "separate" and rollout.vllm.urls:
+        yield (
+            f"actor.lora.quantization is {own} and rollout.lora is separate, but the "
+            "running servers of rollout.vllm.urls have the base as it was; use "
+            "rollout.lora merge"
+        )
     if rollout.lora == "separate" and not actor.lora:
         yield "rollout.lora is separate, but there is no actor.lora; leave it out"
     for name in ("vllm", "sglang", "jaxrl"):

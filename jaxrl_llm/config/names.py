@@ -33,7 +33,7 @@ Bounds = tuple[float | None, float]
 
 Dimension = Literal[
     "layers", "vocab", "embed", "mlp", "heads", "kv_heads", "head", "norm", "rank",
-    "looked_up", "rows", "tokens", "residual",
+    "split_rank", "looked_up", "rows", "tokens", "residual",
 ]  # fmt: skip
 
 

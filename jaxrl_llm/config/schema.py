@@ -383,7 +383,8 @@ class LoopConfig(Section):
     """FIRST:LAST, such as 3:5: write a trace of these steps, both included, to
     output_dir/profile, for xprof and Perfetto."""
     save_hf: bool = True
-    """Write the final weights as a Hugging Face directory, output_dir/huggingface."""
+    """Write the final weights as a Hugging Face directory, output_dir/huggingface, in
+    the dtype that products took in training (actor.dtype, learner.dtype)."""
     loggers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
     """Besides the files, which are always written."""
     project: Name = "jaxrl_llm"

@@ -67,8 +67,8 @@ class ComputeConfig(Section):
 
 class LoraConfig(Section):
     """Low-rank adapters: y = x W + scale * (x a) b, of which only a and b are trained,
-    in float32. W stays as it is read, in `dtype`. They learn well at rates some ten
-    times those of all weights."""
+    in float32. W stays as it is read, in `dtype` or of 8 bits. They learn well at rates
+    some ten times those of all weights."""
 
     rank: int = Field(32, gt=0)
     """Columns of a and rows of b."""
@@ -79,6 +79,11 @@ class LoraConfig(Section):
     k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
     rslora: bool = False
     """scale = alpha / sqrt(rank), which does not fade as the rank grows."""
+    quantization: Literal["int8"] | None = None
+    """Keep the matrices of the layers, which are not trained, as int8 with a scale per
+    output: half the memory of bfloat16. Products take the numbers that these stand for,
+    rounded to `dtype`, and so do a reference and what is exported. They are made of the
+    weights in `dtype`, which are read first."""
     path: PathText | None = None
     """Directory or hub id of PEFT with the adapters to begin with, whose rank, alpha,
     modules and rslora must be these; new ones, which change nothing, if not given."""

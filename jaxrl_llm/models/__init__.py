@@ -21,6 +21,7 @@ from jaxrl_llm.models.apply import (
     num_matmul_params,
     num_params,
     output_matrix,
+    plain,
     split_params,
     unstack,
 )
@@ -50,6 +51,7 @@ from jaxrl_llm.models.checkpoints.huggingface import (
 from jaxrl_llm.models.checkpoints.peft import Adapter
 from jaxrl_llm.models.checkpoints.peft import save as save_adapter
 from jaxrl_llm.models.checkpoints.tensor_map import (
+    Quantising,
     RandomWeights,
     ReadOnce,
     WeightSource,
@@ -67,6 +69,7 @@ from jaxrl_llm.models.lora import (
     is_adapter,
     merged,
     modules_of,
+    remade,
 )
 from jaxrl_llm.models.moe import is_fixed, routes_dtype
 from jaxrl_llm.models.partitioning import kv_copies, partition
@@ -91,6 +94,7 @@ __all__ = [
     "Moe",
     "NewAdapters",
     "Pages",
+    "Quantising",
     "RandomWeights",
     "ReadOnce",
     "Rope",
@@ -133,6 +137,8 @@ __all__ = [
     "open_classifier",
     "output_matrix",
     "partition",
+    "plain",
+    "remade",
     "routes_dtype",
     "save",
     "save_adapter",

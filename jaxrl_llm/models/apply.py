@@ -33,7 +33,7 @@ from jaxrl_llm.models.decoder import (
     take,
 )
 from jaxrl_llm.models.layer_loop import Loop, in_place, scan, unrolled
-from jaxrl_llm.models.lora import Lora, adapter_axes, of_layers, scaled
+from jaxrl_llm.models.lora import GATHERED, Lora, adapter_axes, of_layers, scaled
 from jaxrl_llm.models.moe import (
     PRODUCT,
     SELECTION_BIAS,
@@ -45,7 +45,15 @@ from jaxrl_llm.models.moe import (
     routes_dtype,
     use_of,
 )
-from jaxrl_llm.models.quantised import DTYPES, Bits, quantise
+from jaxrl_llm.models.quantised import (
+    DTYPES,
+    SUMMED,
+    Bits,
+    are_quantised,
+    matrices,
+    plain_matrices,
+    quantise,
+)
 
 Params = Any
 Remat = Literal["none", "dots", "full", "offload"]
@@ -67,11 +75,36 @@ def init(
 
 
 def abstract_params(
-    arch: Architecture, *, dtype=jnp.float32, stacked: bool = True
+    arch: Architecture,
+    *,
+    dtype=jnp.float32,
+    stacked: bool = True,
+    quantised: Bits | None = None,
 ) -> Params:
-    """Shapes and dtypes of `init`, without computing anything."""
-    model = _abstract(arch, stacked, dtype=jnp.dtype(dtype))
-    return nnx.to_pure_dict(nnx.state(model))
+    """Shapes and dtypes of `init`, without computing anything.
+
+    Args:
+      quantised: how the matrices of layers are, which then have scales.
+    """
+    scaled = quantised is not None
+    model = _abstract(arch, stacked, scaled=scaled, dtype=jnp.dtype(dtype))
+    return typed(nnx.to_pure_dict(nnx.state(model)), quantised)
+
+
+def typed(shapes: Params, quantised: Bits | None) -> Params:
+    """Parameters of these shapes and dtypes, with those of a layer's matrices that are
+    quantised, and of their scales."""
+    if quantised is None:
+        return shapes
+
+    def leaf(path, x):
+        name = path[-1].key
+        if name in SUMMED:
+            return jax.ShapeDtypeStruct(x.shape, DTYPES[quantised])
+        is_scale = name.removesuffix("_scale") in SUMMED
+        return jax.ShapeDtypeStruct(x.shape, jnp.float32 if is_scale else x.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 def logical_axes(
@@ -160,7 +193,7 @@ def for_products(arch: Architecture, params: Params, dtype) -> Params:
     as they are, and so do adapters, which `forward` casts.
 
     Args:
-      params: all of them, either tree of `split_params`, or adapters.
+      params: all of them, either tree of `split_params`, or adapters; not quantised.
     """
 
     def cast(params, axes):
@@ -221,15 +254,37 @@ def _layers_of(arch: Architecture, layers: Params, run: range) -> Params:
     return {name: part(name, x) for name, x in there.items()}
 
 
-def fuse(layer: Params, bits: Bits | None = None, kv_copies: int = 1) -> Params:
+def plain(params: Params, dtype) -> Params:
+    """Stacked weights whose matrices are not quantised: these themselves, or the
+    numbers that they stand for.
+
+    Args:
+      dtype: of matrices that were quantised.
+    """
+    layers = params["layers"]
+    if not are_quantised(layers):
+        return params
+    known = {
+        name: x for name, x in layers.items() if name.removesuffix("_scale") in SUMMED
+    }
+    rest = {name: x for name, x in layers.items() if name not in known}
+    made = jax.lax.map(lambda layer: plain_matrices(layer, dtype), known)
+    return params | {"layers": rest | made}
+
+
+def fuse(
+    layer: Params, bits: Bits | None = None, kv_copies: int = 1, dtype=None
+) -> Params:
     """One unstacked layer's weights to fused; see `decoder.Layer`.
 
     Args:
+      layer: its matrices may be quantised. Those of int8 stay so if `bits` is that.
       bits: quantise the matrices; norms and biases stay as they are.
       kv_copies: copies of every key/value head: see `partitioning.kv_copies`.
+      dtype: of matrices that were quantised and are not any more.
     """
     rest = dict(layer)
-    for end in ("", "_bias"):
+    for end in ("", "_scale", "_bias"):
         if f"q{end}" in rest:
             parts = (rest.pop(f"{name}{end}") for name in "qkv")
             rest[f"qkv{end}"] = _join_heads(*parts, kv_copies)
@@ -238,15 +293,15 @@ def fuse(layer: Params, bits: Bits | None = None, kv_copies: int = 1) -> Params:
             rest[f"gate_up{end}"] = jnp.stack(parts, axis=-2)
     if kv_copies > 1 and "k_norm" in rest and rest["k_norm"]["scale"].ndim == 2:
         rest["k_norm"] = {"scale": jnp.repeat(rest["k_norm"]["scale"], kv_copies, 0)}
-    if bits:
-        summed = {"qkv": [0], "o": [1, 2], "gate_up": [0], "down": [1]}
-        rest = _quantised(rest, summed, bits)
-        if "moe" in rest:
-            moe = _quantised(rest["moe"], {"gate": [1], "up": [1], "down": [2]}, bits)
-            if "shared" in moe:
-                of_shared = {"gate": [0], "up": [0], "down": [1]}
-                moe["shared"] = _quantised(moe["shared"], of_shared, bits)
-            rest["moe"] = moe
+    if not (are_quantised(rest) and bits and rest["o"].dtype == DTYPES[bits]):
+        rest = plain_matrices(rest, dtype)
+        rest = matrices(rest, bits) if bits else rest
+    if bits and "moe" in rest:
+        moe = _quantised(rest["moe"], {"gate": [1], "up": [1], "down": [2]}, bits)
+        if "shared" in moe:
+            of_shared = {"gate": [0], "up": [0], "down": [1]}
+            moe["shared"] = _quantised(moe["shared"], of_shared, bits)
+        rest["moe"] = moe
     return rest
 
 
@@ -394,7 +449,8 @@ def forward(
     params, adapters, beside = _taken_apart(params, lora, dtype)
     decoder = model(arch, params, stacked=True)
     tables = decoder.rotary_tables(positions)
-    axes = logical_axes(arch)["layers"]
+    scaled = are_quantised(params["layers"])
+    axes = logical_axes(arch, scaled=scaled)["layers"]
     windows = sorted(set(arch.window_of_layer), key=str)
 
     def looking_back(window):
@@ -419,7 +475,7 @@ def forward(
         ropes = jnp.array(arch.rope_of_layer[of_run], jnp.int32)
         kinds = [windows.index(window) for window in arch.window_of_layer[of_run]]
         kinds = jnp.array(kinds, jnp.int32)
-        graph = _layer_graph(arch, routed)
+        graph = _layer_graph(arch, routed, scaled)
         before = sum(map(arch.has_experts, range(run.start)))
         return functools.partial(layer, graph, names, ropes, kinds, before)
 
@@ -452,10 +508,10 @@ def forward(
 
         with jax.named_scope("layer"):
             # Weights come together here, layer by layer, where they are split only to
-            # need less memory ("embed").
+            # need less memory.
             leaves, form = jax.tree.flatten(weights)
             leaves = [
-                shard(w, *(None if name in _SPLIT else name for name in axes[1:]))
+                shard(w, *(None if name in GATHERED else name for name in axes[1:]))
                 for w, axes in zip(leaves, names, strict=True)
             ]
             weights, adapters = jax.tree.unflatten(form, leaves)
@@ -498,10 +554,6 @@ def forward(
 
 def _carries_more(loop: Loop) -> Loop:
     return scan if loop is in_place else loop
-
-
-_SPLIT = ("embed", "expert_embed")
-"""Axes of weights that are split only to need less memory."""
 
 
 def _taken_apart(
@@ -585,12 +637,12 @@ def _abstract(
 
 
 @functools.cache
-def _layer_graph(arch: Architecture, routed: bool) -> nnx.GraphDef:
+def _layer_graph(arch: Architecture, routed: bool, scaled: bool) -> nnx.GraphDef:
     """What makes one layer of a kind of its parameters."""
 
     def make() -> Layer:
         init = Init(nnx.Rngs(0), jnp.float32)
-        return Layer.one(arch, init, False, False, routed)
+        return Layer.one(arch, init, False, scaled, routed)
 
     return nnx.graphdef(nnx.eval_shape(make))
 
@@ -598,5 +650,5 @@ def _layer_graph(arch: Architecture, routed: bool) -> nnx.GraphDef:
 def model(arch: Architecture, params: Params, *, stacked: bool = False) -> Decoder:
     """The module that holds `params`, in whichever layout they are."""
     has = params["layers"] if stacked else params["layers"][0]
-    graph = nnx.graphdef(_abstract(arch, stacked, "qkv" in has, "qkv_scale" in has))
+    graph = nnx.graphdef(_abstract(arch, stacked, "qkv" in has, are_quantised(has)))
     return nnx.merge(graph, nnx.State(params))

@@ -121,6 +121,10 @@ class Layer(nnx.Module):
 
     Every matrix begins with its axis "embed", also those that write to the residual:
     what is split along another axis would be transposed to be gathered.
+
+    Args:
+      scaled: matrices are `quantised.matrices`. Fused ones are multiplied as they are,
+        the others as the numbers that they stand for.
     """
 
     def __init__(
@@ -160,6 +164,9 @@ class Layer(nnx.Module):
             self.q = init((D, N, H), ("embed", "heads", "head"), std)
             self.k = init((D, K, H), ("embed", "kv_heads", "head"), std)
             self.v = init((D, K, H), ("embed", "kv_heads", "head"), std)
+            self.q_scale = scale((N, H), ("heads", "head"))
+            self.k_scale = scale((K, H), ("kv_heads", "head"))
+            self.v_scale = scale((K, H), ("kv_heads", "head"))
             self.q_bias = bias((N, H), ("heads", "head"), arch.qkv_bias)
             self.k_bias = bias((K, H), ("kv_heads", "head"), arch.qkv_bias)
             self.v_bias = bias((K, H), ("kv_heads", "head"), arch.qkv_bias)
@@ -184,6 +191,8 @@ class Layer(nnx.Module):
         else:
             self.gate = init((D, F), ("embed", "mlp"), std)
             self.up = init((D, F), ("embed", "mlp"), std)
+            self.gate_scale = scale((F,), ("mlp",))
+            self.up_scale = scale((F,), ("mlp",))
             self.gate_bias = bias((F,), ("mlp",), arch.mlp_bias)
             self.up_bias = bias((F,), ("mlp",), arch.mlp_bias)
         self.down = init((D, F), ("embed", "mlp"), F**-0.5)
@@ -244,22 +253,37 @@ class Layer(nnx.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         out, kept = attend(q, k, v)
         out = shard(out, *heads)
-        equation, weights = "btnh,dnh->btd", (self.o, self.o_bias, self.o_scale)
-        (adapter,) = _thin(equation, out, adapters, "o")
-        return _linear(equation, out, *weights, adapter=adapter), kept
+        (adapter,) = _thin("btnh,dnh->btd", out, adapters, "o")
+        return self._linear("btnh,dnh->btd", out, "o", adapter), kept
+
+    def _linear(self, equation, x, name, adapter, wide=False):
+        """`_linear` with the matrix of that name."""
+        weight, scale = getattr(self, name), getattr(self, f"{name}_scale")
+        whole = scale is not None and not self.fused
+        return _linear(
+            equation,
+            x,
+            weight,
+            getattr(self, f"{name}_bias"),
+            scale,
+            adapter=adapter,
+            wide=wide,
+            whole=whole,
+        )
 
     def _heads(self, x, adapters):
         """Queries, keys and values."""
         if not self.fused:
             equation = "btd,dnh->btnh"
-            adapter = _thin(equation, x, adapters, "q", "k", "v")
-            q = _linear(equation, x, self.q, self.q_bias, adapter=adapter[0])
-            k = _linear(equation, x, self.k, self.k_bias, adapter=adapter[1])
-            return q, k, _linear(equation, x, self.v, self.v_bias, adapter=adapter[2])
+            thin = _thin(equation, x, adapters, "q", "k", "v")
+            q, k, v = (
+                self._linear(equation, x, name, adapter)
+                for name, adapter in zip("qkv", thin, strict=True)
+            )
+            return q, k, v
         equation = "btd,dkgh->btkgh"
         (adapter,) = _thin(equation, x, adapters, "qkv")
-        weights = self.qkv, self.qkv_bias, self.qkv_scale
-        qkv = _linear(equation, x, *weights, adapter=adapter)
+        qkv = self._linear(equation, x, "qkv", adapter)
         q = qkv[..., :-2, :].reshape(*x.shape[:2], -1, self.arch.head_dim)
         return q, qkv[..., -2, :], qkv[..., -1, :]
 
@@ -267,23 +291,17 @@ class Layer(nnx.Module):
         if self.fused:
             equation = "btd,dcf->btcf"
             (adapter,) = _thin(equation, x, adapters, "gate_up")
-            weights = self.gate_up, self.gate_up_bias, self.gate_up_scale
-            both = _linear(equation, x, *weights, adapter=adapter)
+            both = self._linear(equation, x, "gate_up", adapter)
             gate, up = both[:, :, 0], both[:, :, 1]
         else:
             equation = "btd,df->btf"
-            adapter = _thin(equation, x, adapters, "gate", "up")
-            gate = _linear(
-                equation, x, self.gate, self.gate_bias, adapter=adapter[0], wide=True
-            )
-            up = _linear(
-                equation, x, self.up, self.up_bias, adapter=adapter[1], wide=True
-            )
+            thin = _thin(equation, x, adapters, "gate", "up")
+            gate = self._linear(equation, x, "gate", thin[0], wide=True)
+            up = self._linear(equation, x, "up", thin[1], wide=True)
         hidden = shard(self._activated(gate) * up, "rows", "tokens", "mlp")
         equation = "btf,df->btd"
         (adapter,) = _thin(equation, hidden, adapters, "down")
-        weights = self.down, self.down_bias, self.down_scale
-        return _linear(equation, hidden, *weights, adapter=adapter)
+        return self._linear(equation, hidden, "down", adapter)
 
     def _activated(self, x):
         match self.arch.activation:
@@ -368,6 +386,7 @@ def _linear(
     scale: nnx.Param | None = None,
     adapter: Thin | None = None,
     wide: bool = False,
+    whole: bool = False,
 ):
     """The product with a weight and what its adapter adds.
 
@@ -376,10 +395,14 @@ def _linear(
 
     Args:
       wide: the result is much wider than x, see `_wide`.
+      whole: the weight has a scale and stays as it is: see `_frozen`.
     """
     more, b = adapter or (None, None)
     if more is not None and wide:
-        out = _wide(equation, x, weight[...].astype(x.dtype), more, b)
+        matrix = (weight[...], scale[...]) if whole else weight[...].astype(x.dtype)
+        out = _wide(equation, x, matrix, more, b)
+    elif whole:
+        out = _frozen(equation, x, weight[...], scale[...])
     elif scale is None:
         out = jnp.einsum(equation, x, weight[...].astype(x.dtype))
     else:
@@ -424,12 +447,49 @@ def _thin(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _wide(equation: str, x: Array, weight: Array, more: Array, b: Array) -> Array:
+def _frozen(equation: str, x: Array, values: Array, scales: Array) -> Array:
+    """x W, where W = values * scales is never learned. The backward pass is handed the
+    values, and makes W of them again: a layer's at a time."""
+    return jnp.einsum(equation, x, _dequantised(equation, values, scales, x.dtype))
+
+
+def _frozen_forward(equation, x, values, scales):
+    return _frozen(equation, x, values, scales), (values, scales)
+
+
+def _frozen_backward(equation, kept, gradient):
+    inputs, result = equation.split("->")
+    given, matrix = inputs.split(",")
+    weight = _dequantised(equation, *kept, gradient.dtype)
+    return jnp.einsum(f"{result},{matrix}->{given}", gradient, weight), None, None
+
+
+_frozen.defvjp(_frozen_forward, _frozen_backward)
+
+
+def _dequantised(equation: str, values: Array, scales: Array, dtype) -> Array:
+    """The matrix of a product; its scales have the axes that are the result's."""
+    inputs, result = equation.split("->")
+    matrix = inputs.split(",")[1]
+    summed = [i for i, axis in enumerate(matrix) if axis not in result]
+    scales = jnp.expand_dims(scales, summed)
+    return (values.astype(jnp.float32) * scales).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wide(
+    equation: str, x: Array, weight: Array | tuple[Array, Array], more: Array, b: Array
+) -> Array:
     """x weight + more b, without a second result as wide as the first.
 
     On a GPU the sum is one product, of [x, more] and [weight, b]: to write a wide
     result twice would take as long as a third of that product.
+
+    Args:
+      weight: in the dtype of x; or values and scales, as of `_frozen`.
     """
+    if isinstance(weight, tuple):
+        weight = _dequantised(equation, *weight, x.dtype)
 
     def apart(x, weight, more, b):
         return jnp.einsum(equation, x, weight) + jnp.einsum(_of_thin(equation), more, b)
@@ -449,6 +509,9 @@ def _wide_backward(equation, kept, gradient):
     x, weight, more, b = kept
     inputs, result = equation.split("->")
     given, matrix = inputs.split(",")
+    is_frozen = isinstance(weight, tuple)
+    if is_frozen:
+        weight = _dequantised(equation, *weight, x.dtype)
     thin = _of_thin(equation).split(",")[1].split("->")[0]
 
     def apart(gradient, weight, b):
@@ -465,7 +528,9 @@ def _wide_backward(equation, kept, gradient):
     of_x, of_more = jax.lax.platform_dependent(
         gradient, weight, b, cuda=joined, default=apart
     )
-    of_weight = jnp.einsum(f"{given},{result}->{matrix}", x, gradient)
+    of_weight = None
+    if not is_frozen:
+        of_weight = jnp.einsum(f"{given},{result}->{matrix}", x, gradient)
     of_b = jnp.einsum(f"btr,{result}->{thin}", more, gradient)
     return of_x, of_weight, of_more, of_b
 

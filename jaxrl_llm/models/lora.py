@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxrl_llm.models.architecture import Architecture
+from jaxrl_llm.models.quantised import are_quantised, plain_matrices
 
 Params = Any
 _EXACT = jax.lax.Precision.HIGHEST
@@ -38,6 +39,9 @@ _ENDS = {
 """Axes of the input and of the output of each matrix."""
 MODULES = tuple(_ENDS)
 """The matrices of a layer, each of which can have an adapter."""
+_SPLIT_RANK = "split_rank"
+GATHERED = ("embed", "expert_embed", _SPLIT_RANK)
+"""Axes that are split over devices only to need less memory."""
 
 
 def modules_of(arch: Architecture) -> tuple[str, ...]:
@@ -83,10 +87,17 @@ def is_adapter(name: str) -> bool:
 
 def adapter_axes(lora: Lora) -> Params:
     """A tuple of axis names for every array of the adapters: those of the base, and
-    "rank"."""
+    "rank", which is "split_rank" where there is no axis "embed" to split."""
+
+    def rank(ends):
+        return "rank" if ends == _D else _SPLIT_RANK
+
     return _tree(
         {
-            name: {"a": ("layers", *inputs, "rank"), "b": ("layers", "rank", *outputs)}
+            name: {
+                "a": ("layers", *inputs, rank(inputs)),
+                "b": ("layers", rank(outputs), *outputs),
+            }
             for name, (inputs, outputs) in _ENDS.items()
             if name in lora.modules
         }
@@ -108,6 +119,7 @@ def abstract_adapters(arch: Architecture, lora: Lora, *, dtype=jnp.float32) -> P
     sizes = {
         "layers": arch.num_layers,
         "rank": lora.rank,
+        _SPLIT_RANK: lora.rank,
         "embed": arch.hidden_size,
         "heads": arch.num_heads,
         "kv_heads": arch.num_kv_heads,
@@ -171,7 +183,7 @@ def scaled(adapters: Params, lora: Lora, dtype: Any) -> Params:
     }
 
 
-def merged(params: Params, adapters: Params, lora: Lora) -> Params:
+def merged(params: Params, adapters: Params, lora: Lora, dtype: Any = None) -> Params:
     """The base with its adapters added to it, in the base's layout and dtypes.
 
         W' = W + scale * a b
@@ -180,27 +192,47 @@ def merged(params: Params, adapters: Params, lora: Lora) -> Params:
     base's own array.
 
     Args:
-      params: stacked, without adapters.
+      params: stacked, without adapters. Of a quantised base all matrices are made anew,
+        without scales.
+      dtype: of the matrices of a quantised base.
     """
     layers, pairs = params["layers"], of_layers(adapters)
+    known = remade(layers, lora)
 
     def of_layer(here):
         base, pairs = here
-        return {name: _sum(name, base[name], pairs[name], lora.scale) for name in base}
+        kind = {name: x.dtype for name, x in base.items()}
+        if are_quantised(base):
+            base = plain_matrices(base, jnp.float32)
+            kind = dict.fromkeys(base, dtype)
+        return {
+            name: (
+                _sum(name, x, pairs[name], lora.scale) if name in pairs else x
+            ).astype(kind[name])
+            for name, x in base.items()
+        }
 
-    matrices = {name: layers[name] for name in pairs}
-    return params | {"layers": layers | jax.lax.map(of_layer, (matrices, pairs))}
+    rest = {name: x for name, x in layers.items() if name not in known}
+    return params | {"layers": rest | jax.lax.map(of_layer, (known, pairs))}
+
+
+def remade(layers: Params, lora: Lora) -> Params:
+    """What of the base's layers `merged` makes matrices of."""
+    if not are_quantised(layers):
+        return {name: layers[name] for name in lora.modules}
+    names = [f"{name}{end}" for name in MODULES for end in ("", "_scale")]
+    return {name: layers[name] for name in names}
 
 
 def _sum(name: str, weight: Array, pair: Params, scale: float) -> Array:
-    """One matrix of one layer."""
+    """One matrix of one layer, float32."""
     a, b = (pair[end].astype(jnp.float32) for end in "ab")
     # A matrix begins with its axis "embed", which is here that of a or that of b.
     if _ENDS[name][1] == _D:
         delta = jnp.einsum("...r,rd->d...", a, b, precision=_EXACT)
     else:
         delta = jnp.tensordot(a, b, 1, precision=_EXACT)
-    return (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)
+    return weight.astype(jnp.float32) + scale * delta
 
 
 def _tree(modules: Params) -> Params:

@@ -25,8 +25,8 @@ from jaxrl_llm.sharding.rules import Partition, Rules
 def partition(
     arch: Architecture, shapes: Params, logical_axes: Params, mesh: Mesh, changed: Rules
 ) -> Partition:
-    """The training layout of a model. Vocabularies and key/value heads that do not
-    divide stay whole, unless `changed` says otherwise.
+    """The training layout of a model. Vocabularies, key/value heads and ranks of
+    adapters that do not divide stay whole, unless `changed` says otherwise.
 
     Args:
       shapes: of the parameters.
@@ -36,9 +36,8 @@ def partition(
     Raises:
       ValueError: something cannot be split evenly; names it.
     """
-    fitted = rules.fit(
-        rules.TRAIN, shapes, logical_axes, mesh, optional=("vocab", "kv_heads")
-    )
+    optional = ("vocab", "kv_heads", "split_rank")
+    fitted = rules.fit(rules.TRAIN, shapes, logical_axes, mesh, optional)
     made = Partition(mesh, {**fitted, **changed})
     rules.check_divides(shapes, made.shardings(logical_axes))
     heads, tensor, context = arch.num_heads, made.parts("heads"), made.parts("tokens")

@@ -3,7 +3,7 @@
 Source: "vector-wise quantization" of Dettmers et al. 2022 (arXiv:2208.07339).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, no_type_check
 
@@ -13,6 +13,13 @@ from jaxtyping import Array, Float, Shaped
 
 Bits = Literal["int8", "fp8"]
 DTYPES = {"int8": jnp.dtype(jnp.int8), "fp8": jnp.dtype(jnp.float8_e4m3fn)}
+SUMMED = {
+    **dict.fromkeys(("q", "k", "v", "qkv", "gate", "up", "gate_up"), (0,)),
+    "o": (1, 2),
+    "down": (1,),
+}
+"""The matrices of a layer, with the axes that products sum over. Their scales, called
+NAME_scale, have the other axes."""
 
 
 @no_type_check  # JAX also builds such trees of shapes or shardings
@@ -50,6 +57,31 @@ def quantise(
     if whole:
         values = jnp.floor(values + 0.5)
     return values.astype(dtype), jnp.squeeze(scales, tuple(axes))
+
+
+def matrices(layer: Mapping[str, Any], bits: Bits) -> dict[str, Any]:
+    """One layer, unstacked, with its matrices quantised; the rest stays as it is."""
+    found = dict(layer)
+    for name in SUMMED.keys() & layer.keys():
+        values, scales = quantise(layer[name], DTYPES[bits], SUMMED[name])
+        found |= {name: values, f"{name}_scale": scales}
+    return found
+
+
+def plain_matrices(layer: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    """The inverse of `matrices`: the numbers that a layer's matrices stand for, rounded
+    to `dtype` once. What has no scales stays as it is."""
+    found = {name: x for name, x in layer.items() if not name.endswith("_scale")}
+    for name in SUMMED.keys() & layer.keys():
+        if f"{name}_scale" in layer:
+            scales = jnp.expand_dims(layer[f"{name}_scale"], SUMMED[name])
+            found[name] = (layer[name].astype(jnp.float32) * scales).astype(dtype)
+    return found
+
+
+def are_quantised(layer: Mapping[str, Any]) -> bool:
+    """Whether a layer's matrices, or their shapes or axes, have scales."""
+    return "o_scale" in layer
 
 
 def product(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxrl_llm.models.apply import Params, Remat, forward
+from jaxrl_llm.models.apply import Params, Remat, forward, typed
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.attention.packed import PackedAttention, packed
 from jaxrl_llm.models.decoder import (
@@ -25,13 +25,14 @@ from jaxrl_llm.models.decoder import (
 from jaxrl_llm.models.layer_loop import Loop, scan
 from jaxrl_llm.models.lora import Lora
 from jaxrl_llm.models.moe import Experts, alone
+from jaxrl_llm.models.quantised import Bits
 
 
 class Critic(nnx.Module):
     """Final hidden state -> value, which starts at 0 for every state."""
 
-    def __init__(self, arch: Architecture, init: Init):
-        self.decoder = Decoder(headless(arch), init, stacked=True)
+    def __init__(self, arch: Architecture, init: Init, scaled: bool = False):
+        self.decoder = Decoder(headless(arch), init, stacked=True, scaled=scaled)
         self.weight = init((arch.hidden_size,), ("embed",), 0.0)
         self.bias = init((), (), 0.0)
 
@@ -50,17 +51,24 @@ def init_critic(arch: Architecture, params: Params) -> Params:
     }
 
 
-def abstract_critic(arch: Architecture, *, dtype=jnp.float32) -> Params:
-    """Shapes and dtypes of `init_critic`, without computing anything."""
-    return nnx.to_pure_dict(_state(arch, dtype))
+def abstract_critic(
+    arch: Architecture, *, dtype=jnp.float32, quantised: Bits | None = None
+) -> Params:
+    """Shapes and dtypes of `init_critic`, without computing anything.
+
+    Args:
+      quantised: as of `apply.abstract_params`.
+    """
+    state = _state(arch, dtype, quantised is not None)
+    return typed(nnx.to_pure_dict(state), quantised)
 
 
-def critic_axes(arch: Architecture) -> Params:
+def critic_axes(arch: Architecture, *, scaled: bool = False) -> Params:
     """A tuple of axis names for every parameter, in a tree of the same structure."""
     return nnx.to_pure_dict(
         jax.tree.map(
             lambda variable: variable.get_metadata("axes"),
-            _state(arch, jnp.float32),
+            _state(arch, jnp.float32, scaled),
             is_leaf=lambda x: isinstance(x, nnx.Variable),
         )
     )
@@ -113,5 +121,7 @@ def headless(arch: Architecture) -> Architecture:
 
 
 @functools.cache
-def _state(arch: Architecture, dtype):
-    return nnx.state(nnx.eval_shape(lambda: Critic(arch, Init(nnx.Rngs(0), dtype))))
+def _state(arch: Architecture, dtype, scaled: bool):
+    return nnx.state(
+        nnx.eval_shape(lambda: Critic(arch, Init(nnx.Rngs(0), dtype), scaled))
+    )

@@ -200,7 +200,7 @@ def critic_of(config: Config, source: models.WeightSource, on: Mesh) -> Critic:
     wanted = config.critic.model
     if wanted.path is not None:
         arch = architecture(wanted.path, wanted.revision)
-        source = models.RandomWeights(arch)
+        source = models.Quantising(models.RandomWeights(arch))
     return roles.critic_of(config, source, on)
 
 

@@ -227,7 +227,7 @@ class Actor:
 
     def weights(self, params: Params) -> Params:
         """All weights of the policy, as others may read them: what is trained with what
-        is not, adapters added to their matrices.
+        is not, adapters added to their matrices, none of which is quantised.
 
         Args:
           params: those of the state.
@@ -245,13 +245,13 @@ class Actor:
         """Shapes, dtypes and shardings of `weights`."""
         if self._lora is None:
             return self._abstract_computed()
-        return self.abstract_frozen()
+        return self.policy.abstract_plain()
 
     def abstract_merged(self) -> Params:
         """Shapes, dtypes and shardings of what of `weights` is made anew each time."""
         if self._lora is None:
             return {}
-        return self._merge.matrices(self.abstract_weights())
+        return self._merge.made
 
     def _abstract_computed(self) -> Params:
         """Shapes, dtypes and shardings of the weights that the policy is computed
@@ -451,7 +451,7 @@ class Actor:
     def lower_merging(self) -> jax.stages.Lowered:
         """What adds adapters to their matrices."""
         adapters = self.abstract_state().params
-        return self._merge.lower(self.abstract_weights(), adapters)
+        return self._merge.lower(self.abstract_frozen(), adapters)
 
     def lower_scoring(self, batch: TrainBatch) -> jax.stages.Lowered:
         """Log-probabilities of the policy itself of rows of these shapes."""

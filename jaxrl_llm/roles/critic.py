@@ -122,9 +122,8 @@ class Critic:
 
     def _read(self, dtype: Any) -> Params:
         """The decoder's weights before training."""
-        axes = models.logical_axes(self.arch)
         return self.source.load(
-            dtype=jnp.dtype(dtype), shardings=self.model.partition.shardings(axes)
+            dtype=jnp.dtype(dtype), shardings=self.model.decoder_shardings()
         )
 
     def values(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxrl_llm import models
 from jaxrl_llm.models import WeightSource
 from jaxrl_llm.models.apply import Params
+from jaxrl_llm.models.lora import MODULES
 from jaxrl_llm.roles.sharded_model import COMPILER_OPTIONS, ShardedModel
 from jaxrl_llm.sharding import processes
 
@@ -43,25 +44,30 @@ class Merging:
     """
 
     def __init__(self, model: ShardedModel):
-        self._lora = model.settings.lora
-        shardings = model.param_shardings()
-        matrices = self.matrices(shardings.get("decoder", shardings))
+        self._lora, dtype = model.settings.lora, jnp.dtype(model.settings.dtype)
+        whole = model.abstract_plain()
+        layers = whole.get("decoder", whole)["layers"]
+        anew = self._lora.modules if model.settings.quantization is None else MODULES
+        self.made = {"layers": {name: layers[name] for name in anew}}
+        """Shapes, dtypes and shardings of what of the decoder's weights is made
+        anew."""
         self._merge = jax.jit(
-            functools.partial(models.merged, lora=self._lora),
-            out_shardings=matrices,
+            functools.partial(models.merged, lora=self._lora, dtype=dtype),
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.made),
             compiler_options=COMPILER_OPTIONS,
         )
 
     def __call__(self, base: Params, adapters: Params) -> Params:
         """The decoder's weights: `models.merged`."""
-        found = self._merge(self.matrices(base), adapters)
-        return base | {"layers": base["layers"] | found["layers"]}
+        read = self._read(base)
+        found, layers = self._merge(read, adapters), base["layers"]
+        kept = {name: layers[name] for name in layers.keys() - read["layers"].keys()}
+        return base | {"layers": kept | found["layers"]}
 
-    def matrices(self, base: Params) -> Params:
-        """What of a tree like the decoder's weights is made anew."""
-        layers = base["layers"]
-        return {"layers": {name: layers[name] for name in self._lora.modules}}
+    def _read(self, base: Params) -> Params:
+        """What of the decoder's weights others are made of."""
+        return {"layers": models.remade(base["layers"], self._lora)}
 
     def lower(self, base: Params, adapters: Params) -> jax.stages.Lowered:
         """The program, from shapes, dtypes and shardings."""
-        return self._merge.lower(self.matrices(base), adapters)
+        return self._merge.lower(self._read(base), adapters)

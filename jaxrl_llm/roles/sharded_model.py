@@ -65,6 +65,8 @@ class ModelSettings:
     """How sequences are laid out, but for the multiples, which are the mesh's."""
     lora: models.Lora | None = None
     """The adapters that the weights have."""
+    quantization: models.Bits | None = None
+    """How the matrices in the layers are kept, which are then not trained."""
 
 
 _FEWEST_TOKENS = 256
@@ -102,9 +104,13 @@ class ShardedModel:
         keys: Mapping[str, str] | None = None,
     ):
         self.arch, self.mesh, self.settings, self.head = arch, mesh, settings, head
-        has_values = head == "value"
-        axes = (models.critic_axes if has_values else models.logical_axes)(arch)
-        self.axes = self._with_adapters(axes, models.adapter_axes)
+        if settings.quantization is not None and arch.moe is not None:
+            raise ValueError(
+                f"lora.quantization is {settings.quantization}, but this "
+                f"{arch.model_type} model has experts, which are not quantised; leave "
+                "it out"
+            )
+        self.axes = self._with_adapters(self.base_axes(), models.adapter_axes)
         self.partition = _partition(
             arch, self.shapes("float32"), self.axes, mesh, settings, keys or {}
         )
@@ -124,12 +130,25 @@ class ShardedModel:
 
     def shapes(self, dtype: Any) -> Params:
         """Shapes and dtypes of all weights; adapters, if there are any, are float32."""
-        has_values = self.head == "value"
-        make = models.abstract_critic if has_values else models.abstract_params
         return self._with_adapters(
-            make(self.arch, dtype=jnp.dtype(dtype)),
+            self._base(dtype, self.settings.quantization),
             functools.partial(models.abstract_adapters, self.arch),
         )
+
+    def base_axes(self) -> Params:
+        """A tuple of axis names for every weight that is no adapter's."""
+        make = models.critic_axes if self.head == "value" else models.logical_axes
+        return make(self.arch, scaled=self.settings.quantization is not None)
+
+    def decoder_shardings(self) -> Params:
+        """The sharding of every weight of a whole decoder, with its output matrix."""
+        scaled = self.settings.quantization is not None
+        return self.partition.shardings(models.logical_axes(self.arch, scaled=scaled))
+
+    def _base(self, dtype: Any, quantised: models.Bits | None) -> Params:
+        has_values = self.head == "value"
+        make = models.abstract_critic if has_values else models.abstract_params
+        return make(self.arch, dtype=jnp.dtype(dtype), quantised=quantised)
 
     def _with_adapters(
         self, of_base: Params, of_lora: Callable[[models.Lora], Params]
@@ -160,6 +179,17 @@ class ShardedModel:
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
             self.shapes(self.settings.dtype if dtype is None else dtype),
             self.param_shardings(),
+        )
+
+    def abstract_plain(self) -> Params:
+        """Shapes, dtypes and shardings of all weights but adapters, with no matrix
+        quantised."""
+        has_values = self.head == "value"
+        axes = (models.critic_axes if has_values else models.logical_axes)(self.arch)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self._base(self.settings.dtype, None),
+            self.partition.shardings(axes),
         )
 
     def abstract_rows(self, batch: TrainBatch) -> TrainBatch:

@@ -254,8 +254,8 @@ def build(
     weights = shared(config, source)
     if has_critic(config):
         valued = open_critic(config, source)
-        if valued is source and config.critic.lora:
-            valued = weights  # of which the critic trains adapters too
+        if config.critic.lora:  # and of the policy's weights, it trains some too
+            valued = weights if valued is source else models.Quantising(valued)
 
     def actor_with(config: Config) -> Actor:
         teacher = taught and teacher_of(config, *taught, meshes["teacher"])
@@ -534,6 +534,7 @@ def engine_of(
                 on,
                 config.longest_sequence,
                 lora,
+                lora and config.actor.lora.quantization,
             )
         case _:
             kind, servers = _servers_of(rollout)
@@ -576,12 +577,14 @@ def jax_engine_of(
     on: jax.sharding.Mesh,
     max_model_len: int,
     lora: models.Lora | None = None,
+    base: models.Bits | None = None,
 ) -> Engine:
     """The generator of this package.
 
     Args:
       max_model_len: tokens of the longest sequence.
       lora: the adapters that it is sent, if it is sent such.
+      base: how the matrices beside them are quantised, if they are.
 
     Raises:
       ConfigError: the model cannot be split over the mesh.
@@ -608,6 +611,7 @@ def jax_engine_of(
         checksum_freq=rollout.checksum_freq,
         skip_special_tokens=rollout.skip_special_tokens,
         lora=lora,
+        base=base,
     )
 
 

@@ -550,6 +550,7 @@ def save_weights(
     source: models.Checkpoint,
     params: Any,
     recipe: Mapping[str, Any],
+    dtype: str,
     write: Callable[..., None] = models.save,
 ) -> None:
     """Writes the policy as a Hugging Face directory, in place of an older one. All
@@ -558,11 +559,15 @@ def save_weights(
     Args:
       source: what was trained; says the architecture and the tokenizer.
       recipe: how, for the model's card.
+      dtype: of what is written: that of products in training, which a coarser one
+        would not be the same model as. A short run at a small rate moves weights by
+        less than a step of bfloat16.
       write: `models.save_classifier` for a reward model.
     """
     card = models.model_card(source.origin, recipe)
     with _in_place_of(Path(run_directory, "huggingface")) as fresh:
-        write(fresh, source.arch, params, source.tokenizer, card=card)
+        how = {"dtype": dtype, "card": card}
+        write(fresh, source.arch, params, source.tokenizer, **how)
 
 
 def save_adapters(

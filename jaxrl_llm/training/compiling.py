@@ -37,7 +37,8 @@ def programs(job: Job, done: Sequence[int] = ()) -> dict[str, Callable[[], Lower
         found["copy of the policy"] = actor.reference.lower_copy
     if job.config.trainer.save_hf and job.config.actor.lora is None:
         params = models.merge(actor.abstract_state().params, actor.abstract_frozen())
-        found |= models.save_programs(job.source.arch, params)
+        kind = job.config.actor.dtype
+        found |= models.save_programs(job.source.arch, params, kind)
     questions = itertools.chain(job.data.train, job.data.val)
     tokens = (prompt.tokens for prompt in questions)
     if job.agent:  # environments say more before the first turn, each its own

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from jaxrl_llm import models
@@ -12,6 +13,7 @@ from jaxrl_llm.config.names import ConfigError
 from jaxrl_llm.config.schema import Config
 from jaxrl_llm.config.schema_offline import OfflineConfig, RmConfig
 from jaxrl_llm.config.schema_training import TrainedConfig
+from jaxrl_llm.models.apply import Params
 from jaxrl_llm.training import checkpoint, settings, sft
 from jaxrl_llm.training.build import read_template
 from jaxrl_llm.training.recipe import recipe
@@ -76,16 +78,35 @@ def write(path: Path, directory: Path, *, dtype: Dtype | None, merge: bool) -> s
         kind = dtype or "float32"
         checkpoint.write_adapters(directory, source, params, lora, how, kind)
         return f"adapters, {kind}"
-    if lora is not None and scores:
-        base = models.init_critic(source.arch, source.load())["decoder"]
-        params["decoder"] = models.merged(base, params["decoder"], lora)
-    elif lora is not None:
-        params = models.merged(source.load(), params, lora)
+    if lora is not None:
+        base = _base(source, trained_by(config))
+        if scores:
+            base = models.init_critic(source.arch, base)["decoder"]
+            params["decoder"] = models.merged(base, params["decoder"], lora)
+        else:
+            params = models.merged(base, params, lora)
     kind = dtype or "bfloat16"
     card = models.model_card(source.origin, how)
     save = models.save_classifier if scores else models.save
     save(directory, source.arch, params, source.tokenizer, dtype=kind, card=card)
     return f"{'a reward model' if scores else 'weights'}, {kind}"
+
+
+def _base(source: models.WeightSource, section: TrainedConfig) -> Params:
+    """What adapters were trained beside, in float32: the numbers that a quantised base
+    stands for."""
+    bits = section.lora.quantization
+    if bits is None:
+        return source.load()
+    one = SingleDeviceSharding(jax.devices()[0])
+    axes = models.logical_axes(source.arch, scaled=True)
+    shardings = jax.tree.map(
+        lambda _: one, axes, is_leaf=lambda x: isinstance(x, tuple)
+    )
+    made = models.Quantising(source, bits)
+    found = made.load(dtype=jnp.dtype(section.dtype), shardings=shardings)
+    found = models.plain(found, jnp.dtype(section.dtype))
+    return jax.tree.map(lambda x: x.astype(jnp.float32), found)
 
 
 def _here(arch: models.Architecture, lora: models.Lora | None, scores: bool) -> Any:

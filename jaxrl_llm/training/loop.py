@@ -114,7 +114,8 @@ def run(
             if trainer.save_hf:  # while the last checkpoint is written
                 params = job.actor.weights(state.actor.params)
                 how = recipe(config, step)
-                checkpoint.save_weights(config.output_dir, job.source, params, how)
+                written = config.output_dir, job.source, params, how
+                checkpoint.save_weights(*written, config.actor.dtype)
                 if lora := job.actor.policy.settings.lora:
                     adapters = config.output_dir, job.source, state.actor.params
                     checkpoint.save_adapters(*adapters, lora, how)

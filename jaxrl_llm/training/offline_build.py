@@ -445,7 +445,7 @@ def learner_of(
         model,
         objective,
         outputs,
-        read=functools.partial(task.weights, model, source),
+        read=functools.partial(task.weights, model, models.Quantising(source)),
         optimizer=optimizer.make(*numbers),
         schedule=optimizer.schedule(*numbers),
         largest=largest,

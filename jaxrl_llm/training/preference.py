@@ -71,7 +71,7 @@ class RewardModelTask(Task):
             unroll=learner.unroll,
             rules=learner.rules,
             rows=_shared(rows, learner),
-            lora=settings.lora(learner.lora),
+            **settings.adapters(learner.lora),
         )
         keys = settings.keys("learner.mesh", "learner")
         model = ShardedModel(arch, on, how, head="value", keys=keys)
@@ -87,9 +87,8 @@ class RewardModelTask(Task):
         self, model: ShardedModel, source: models.WeightSource, dtype: Any
     ) -> Params:
         """The decoder's of the model to start from; the head starts at 0."""
-        axes = models.logical_axes(model.arch)
         decoder = source.load(
-            dtype=jnp.dtype(dtype), shardings=model.partition.shardings(axes)
+            dtype=jnp.dtype(dtype), shardings=model.decoder_shardings()
         )
         return jax.tree.map(
             lambda x, s: x if x.sharding == s else processes.place(x, s),
@@ -119,6 +118,7 @@ class RewardModelTask(Task):
             job.source,
             params,
             recipe(job.config, step),
+            job.config.learner.dtype,
             write=models.save_classifier,
         )
 

@@ -36,8 +36,9 @@ def served_adapters(config: Config) -> models.Lora | None:
 
 def shared(config: Config, source: models.WeightSource) -> models.WeightSource:
     """The policy's weights for all that read them: the same arrays for all, if they are
-    never changed."""
-    return source if config.actor.lora is None else models.ReadOnce(source)
+    never changed; quantised for those that keep them so."""
+    made = models.Quantising(source)
+    return made if config.actor.lora is None else models.ReadOnce(made)
 
 
 def actor_of(

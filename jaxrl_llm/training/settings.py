@@ -8,7 +8,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 from jaxrl_llm.algorithms import distilled_policy, grpo, ppo
@@ -69,7 +69,7 @@ def policy(config: Config) -> PolicySettings:
         temperature=config.rollout.temperature,
         entropy_gradient=actor.entropy_coeff != 0,
         keep_probabilities=actor.keep_probabilities,
-        lora=lora(actor.lora),
+        **adapters(actor.lora),
     )
 
 
@@ -84,6 +84,13 @@ def lora(section: LoraConfig | None) -> Lora | None:
         modules=tuple(name.removesuffix("_proj") for name in names),
         rslora=section.rslora,
     )
+
+
+def adapters(section: LoraConfig | None) -> dict[str, Any]:
+    """What of `ModelSettings` the section says."""
+    if section is None:
+        return {}
+    return {"lora": lora(section), "quantization": section.quantization}
 
 
 def actor(config: Config) -> ActorSettings:
@@ -152,7 +159,7 @@ def value_model(config: Config) -> ModelSettings:
         unroll=critic.unroll,
         rules=critic.rules,
         rows=rows(config, critic.micro_batch_size or config.actor.micro_batch_size),
-        lora=lora(critic.lora),
+        **adapters(critic.lora),
     )
 
 

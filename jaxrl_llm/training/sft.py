@@ -75,9 +75,8 @@ class SftTask(Task):
     def save(self, job: OfflineJob, params: Params, step: int) -> None:
         """In place of an older one, with the tokenizer and a card."""
         config = job.config
-        checkpoint.save_weights(
-            config.output_dir, job.source, params, recipe(config, step)
-        )
+        how = recipe(config, step), config.learner.dtype
+        checkpoint.save_weights(config.output_dir, job.source, params, *how)
 
 
 def load(
@@ -134,7 +133,7 @@ def policy_of(
         unroll=learner.unroll,
         rules=learner.rules,
         rows=rows,
-        lora=settings.lora(learner.lora),
+        **settings.adapters(learner.lora),
         likeliest=likeliest,
     )
     return Policy(arch, on, how, keys=settings.keys("learner.mesh", "learner"))

@@ -293,6 +293,17 @@ def test_servers_that_take_whole_weights_are_sent_no_adapters(engine):
     assert f"rollout.{engine} is given, but rollout.engine is jax" in other
 
 
+def test_servers_that_run_have_no_int8_base():
+    own = "--rollout.engine=vllm", "--rollout.lora=separate", "--actor.lora.rank=4"
+    int8 = (*own, "--actor.lora.quantization=int8")
+    said = complaint(*int8, "--rollout.vllm.urls=[http://a:1]")
+    assert "actor.lora.quantization is int8 and rollout.lora is separate, but" in said
+    assert parse(*int8).actor.lora.quantization == "int8"
+    assert parse(*own, "--rollout.vllm.urls=[http://a:1]").actor.lora
+    said = complaint(*own, "--actor.lora.quantization=int4")
+    assert "actor.lora.quantization" in said and "int8" in said and "int4" in said
+
+
 def test_every_mistake_has_its_line():
     lines = complaint("--seeed=1", "--rollout.nn=3", "--val.n=0").splitlines()
     assert [line.split(": ")[1] for line in lines] == ["rollout.nn", "val.n", "seeed"]

@@ -16,6 +16,7 @@ import transformers_models
 from jaxrl_llm import models
 from jaxrl_llm.algorithms import logprobs
 from jaxrl_llm.models import layer_loop as loop
+from jaxrl_llm.sharding import mesh
 
 LORA = models.Lora(rank=4, alpha=8.0)
 R, T = 2, 12
@@ -151,6 +152,90 @@ def test_the_base_gets_no_gradient_and_what_adapters_add_is_not_kept():
     chex.assert_trees_all_equal_shapes(gradients, learned(many))
 
 
+@functools.cache
+def eight_bits(dtype=jnp.float32):
+    """The base with matrices of int8."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    axes = models.logical_axes(arch(), scaled=True)
+    shardings = jax.tree.map(lambda _: one, axes, is_leaf=lambda x: type(x) is tuple)
+    with jax.ensure_compile_time_eval():
+        source = models.Quantising(Given())
+        return source.load(dtype=dtype, shardings=shardings)
+
+
+class Given:
+    """`base` as a source of weights."""
+
+    arch = arch()
+
+    def load(self, *, dtype=jnp.float32, shardings=None):
+        return jax.tree.map(lambda x: x.astype(dtype), base())
+
+
+@pytest.mark.parametrize(
+    ("over", "dtype", "remat"),
+    [
+        (loop.in_place, jnp.float32, "none"),
+        *(
+            pytest.param(over, dtype, remat, marks=pytest.mark.slow)
+            for over in (loop.scan, loop.unrolled, loop.in_place)
+            for dtype in (jnp.float32, jnp.bfloat16)
+            for remat in ("none", "dots", "full")
+        ),
+    ],
+)
+def test_beside_int8_adapters_learn_what_they_do_beside_its_numbers(over, dtype, remat):
+    few = models.Lora(rank=4, modules=("q", "up", "down"))
+
+    def loss(adapters, params):
+        how = {"loop": over, "remat": remat, "dtype": dtype}
+        return -jnp.mean(logprobs_of(models.merge(adapters, params), few, **how))
+
+    own = functools.partial(jax.jit, compiler_options=QUICK)(jax.value_and_grad(loss))
+    found = own(learned(few), eight_bits())
+    numbers = models.plain(eight_bits(), dtype)
+    wanted = own(learned(few), numbers)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+    # They are the numbers of NumPy, and not those that were read.
+    for name, summed in {"k": 1, "o": (2, 3), "down": 2}.items():
+        x = np.asarray(base()["layers"][name])
+        step = np.abs(x).max(axis=summed, keepdims=True) / 127
+        near = np.round(x / step) * step
+        one = np.asarray(models.plain(eight_bits(), jnp.float32)["layers"][name])
+        np.testing.assert_allclose(one, near, rtol=1e-5, atol=1e-7)
+        assert np.abs(near - x).max() > 0
+
+
+def test_beside_int8_the_backward_pass_keeps_int8():
+    def kept(params):
+        """Bytes that the backward pass is handed."""
+
+        def loss(adapters):
+            whole = models.merge(adapters, params)
+            return jnp.sum(forward(whole, LORA, loop=loop.in_place, remat="dots"))
+
+        _, pullback = jax.vjp(loss, learned())
+        return sum(x.nbytes for x in jax.tree.leaves(pullback))
+
+    layers = models.abstract_params(arch(), quantised="int8")["layers"]
+    matrices = {n: x for n, x in layers.items() if f"{n}_scale" in layers}
+    assert {x.dtype for x in matrices.values()} == {jnp.dtype("int8")}
+    numbers = sum(x.size for x in matrices.values())
+    scales = sum(layers[f"{n}_scale"].size for n in matrices)
+    less = kept(models.plain(eight_bits(), jnp.float32)) - kept(eight_bits())
+    assert less == 3 * numbers - 4 * scales
+
+
+def test_a_merged_int8_base_is_its_numbers_and_what_adapters_add():
+    few = models.Lora(rank=4, modules=("q", "down"))
+    numbers = models.plain(eight_bits(), jnp.float32)
+    wanted = models.merged(numbers, learned(few), few)
+    found = models.merged(eight_bits(), learned(few), few, jnp.float32)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-6)
+    half = models.merged(eight_bits(jnp.bfloat16), learned(few), few, jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -187,14 +272,34 @@ def drawn(tree, seed):
 
 
 @functools.cache
-def loss_and_gradients(arch, lora):
-    """Compiled: the mean log-probability, which is a loss, and its gradient."""
+def loss_and_gradients(arch, lora, sizes=None):
+    """Compiled: the mean log-probability, which is a loss, and its gradient.
+
+    Args:
+      sizes: of the axes data, fsdp and tensor of a mesh; one device if not given.
+    """
+    how, partition = {}, None
+    if sizes is not None:
+        axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+        names = models.merge(models.adapter_axes(lora), models.logical_axes(arch))
+        shapes = models.merge(
+            models.abstract_adapters(arch, lora), models.abstract_params(arch)
+        )
+        on = mesh.make(axes, jax.devices()[: math.prod(sizes)])
+        partition = models.partition(arch, shapes, names, on, {})
+        how = {
+            "shard": partition.constrain,
+            "attention": models.choose_attention(partition, "float32", 1, "xla"),
+        }
 
     def loss(adapters, params):
         whole = models.merge(adapters, params)
+        if partition is not None:
+            laid_out = partition.shardings(names)
+            whole = jax.lax.with_sharding_constraint(whole, laid_out)
         tokens, positions, ids = rows()
         hidden = models.forward(
-            arch, whole, tokens, positions, ids, dtype=jnp.float32, lora=lora
+            arch, whole, tokens, positions, ids, dtype=jnp.float32, lora=lora, **how
         )
         found = logprobs.of_tokens(
             hidden, models.output_matrix(params), tokens, positions, ids == 0,
@@ -205,7 +310,7 @@ def loss_and_gradients(arch, lora):
     return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
 
 
-def of_peft(folder, lora, adapters):
+def of_peft(folder, lora, adapters, dtype="float32"):
     """The same of PEFT and transformers, of a Hugging Face directory."""
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     import transformers
@@ -219,7 +324,7 @@ def of_peft(folder, lora, adapters):
         use_rslora=lora.rslora,
         target_modules=[f"{name}_proj" for name in lora.modules],
     )
-    model = peft.get_peft_model(model, config)
+    model = peft.get_peft_model(model, config).to(getattr(torch, dtype))
     named, pairs = dict(model.named_parameters()), adapters["layers"]["lora"]
 
     def weight(name, i, end):
@@ -334,7 +439,22 @@ def test_every_family_has_the_loss_and_the_gradients_of_peft(family, tmp_path):
     transformers_models.reference(family).save_pretrained(tmp_path)
     arch, params, _ = models.load(tmp_path)
     adapters = drawn(models.abstract_adapters(arch, lora), 2)
-    loss, found = loss_and_gradients(arch, lora)(adapters, params)
     wanted_loss, wanted = of_peft(tmp_path, lora, adapters)
-    assert loss == pytest.approx(wanted_loss, rel=1e-5)
-    chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-5)
+    exact_loss, exact = of_peft(tmp_path, lora, adapters, "float64")
+    # Every tensor is near PEFT's, by the size of both, and as near to the same sums in
+    # float64 as PEFT's own; single numbers in them are what is left of larger terms.
+    for sizes in (None, (1, 2, 2)):
+        loss, found = loss_and_gradients(arch, lora, sizes)(adapters, params)
+        assert loss == pytest.approx(wanted_loss, rel=1e-5)
+        assert loss == pytest.approx(exact_loss, rel=1e-5)
+        assert max(distances(found, wanted)) < 1e-5
+        assert max(distances(found, exact)) < 1e-5
+    assert {x.dtype for x in jax.tree.leaves(exact)} == {np.dtype(np.float64)}
+    assert max(distances(wanted, exact)) < 1e-5
+
+
+def distances(found, wanted):
+    """|x - y| / |y| of each tensor, summed in float64."""
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        off = np.linalg.norm(np.asarray(x, np.float64) - np.asarray(y, np.float64))
+        yield off / np.linalg.norm(np.asarray(y, np.float64))

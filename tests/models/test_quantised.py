@@ -53,5 +53,16 @@ def test_fused_matrices_are_near_what_they_were(bits, step):
         scale = np.expand_dims(scale, summed)
         off = np.abs(np.float32(eight[name]) * scale - whole[name])
         assert (off <= 1.001 * step * largest).all() and off.max() > 0
+    # What was int8 before stays as it is, and has the same numbers in any other form.
+    before = quantised.matrices(params["layers"][0], bits)
+    same = models.fuse(before, bits, dtype=jnp.float32)
+    for name, x in eight.items():
+        if not isinstance(x, dict):
+            np.testing.assert_array_equal(np.float32(same[name]), np.float32(x))
+    numbers = quantised.plain_matrices(before, jnp.float32)
+    plain, wanted = models.fuse(before, dtype=jnp.float32), models.fuse(numbers)
+    assert plain.keys() == wanted.keys()
+    for name in ("qkv", "o", "gate_up", "down"):
+        np.testing.assert_array_equal(plain[name], wanted[name])
     kept = set(whole) - {"qkv", "o", "gate_up", "down"}
     assert all((eight[name] is whole[name]) or name.endswith("norm") for name in kept)

@@ -21,10 +21,11 @@ TERMS = {"use_kl_loss": True, "kl_loss_coef": 0.5, "lora": LORA}
 
 
 @functools.cache
-def learner(path, sizes=ONE, **actor):
+def learner(path, sizes=ONE, rank=4, quantization=None, **actor):
     axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
     on = mesh.make(axes, jax.devices()[: math.prod(sizes)])
-    config = make_config(path, **TERMS | actor)
+    own = {"lora": LORA | {"rank": rank, "quantization": quantization}}
+    config = make_config(path, **TERMS | own | actor)
     return actor_of(config, shared(config, models.open(path)), on)
 
 
@@ -61,8 +62,84 @@ def test_adapters_alone_learn(tiny_model):
 
 
 @pytest.mark.slow
-def test_eight_devices_change_nothing(tiny_model):
-    assert_same(step(tiny_model, EIGHT, micro_batch_size=4), step(tiny_model))
+@pytest.mark.parametrize("sizes", [EIGHT, (1, 4, 2), (1, 8, 1)])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_eight_devices_change_nothing(tiny_model, sizes, quantization):
+    how = {"rank": 8, "quantization": quantization}
+    assert_same(
+        step(tiny_model, sizes, micro_batch_size=sizes[0] * sizes[1], **how),
+        step(tiny_model, **how),
+    )
+
+
+@pytest.mark.parametrize(
+    ("rank", "split"),
+    [(8, True), (6, False)],  # over four devices
+)
+def test_fsdp_splits_both_halves_of_an_adapter_and_their_moments(
+    tiny_model, rank, split
+):
+    made = learner(tiny_model, (1, 4, 2), rank)
+    state = made.abstract_state()
+    wanted = {}
+    for name, pair in state.params["layers"]["lora"].items():
+        for end, x in pair.items():
+            wanted[name, end] = math.prod(x.sharding.shard_shape(x.shape)) / x.size
+    halves = {
+        "q": "b",
+        "k": "b",
+        "v": "b",
+        "gate": "b",
+        "up": "b",
+        "o": "a",
+        "down": "a",
+    }
+    for (name, end), part in wanted.items():
+        other = end == halves[name]  # the half that has no axis "embed"
+        by = {True: 4, False: 1}[not other or split] * (2 if other else 1)
+        assert part == 1 / by, (name, end)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert [x.sharding for x in moments] == 2 * [
+        x.sharding for x in jax.tree.leaves(state.params)
+    ]
+
+
+@pytest.mark.slow
+def test_an_int8_base_is_shared_and_trains_as_its_numbers_do(tiny_model):
+    made = learner(tiny_model, quantization="int8")
+    layers, rows = made.frozen["layers"], made.make_rows(*make_rollouts(), ADVANTAGES)
+    assert layers["q"].dtype == layers["down"].dtype == jnp.int8
+    chex.assert_trees_all_equal_shapes_and_dtypes(made.abstract_frozen(), made.frozen)
+    held = jax.tree.leaves((made.reference.frozen, made.reference.initial))
+    base = jax.tree.leaves(made.frozen)
+    assert all(one is other for one, other in zip(held, base, strict=True))
+    # Of what layers hold, in bfloat16, not much more than half is left.
+    sizes = []
+    for form in (None, "int8"):
+        one = learner(tiny_model, quantization=form, dtype="bfloat16")
+        sizes.append(fitting.bytes_of(one.abstract_frozen()["layers"]))
+    assert 0.5 < sizes[1] / sizes[0] < 0.6
+    numbers = models.plain(made.frozen, jnp.float32)
+
+    class Numbers:
+        arch = made.arch
+
+        def load(self, *, dtype=jnp.float32, shardings=None):
+            return jax.tree.map(lambda x: x.astype(dtype), numbers)
+
+    config = make_config(tiny_model, **TERMS)
+    on = mesh.make(dict.fromkeys(("data", "fsdp", "tensor"), 1), jax.devices()[:1])
+    plain = actor_of(config, shared(config, Numbers()), on)
+    found = []
+    for one in (made, plain):
+        state = one.start()
+        scored = one.with_logprobs(state.params, rows).ref_logprobs
+        for _ in range(2):
+            state, metrics = one.update(state, rows, seed=3)
+        weights = one.weights(state.params)
+        chex.assert_trees_all_equal_shapes_and_dtypes(one.abstract_weights(), weights)
+        found.append(jax.device_get((state.params, weights, scored)) + (metrics,))
+    assert_same(*found)
 
 
 @pytest.mark.slow
@@ -117,14 +194,19 @@ def test_a_base_is_read_in_the_compute_dtype_and_its_programs_are_known(tiny_mod
 
 
 @pytest.mark.slow
-def test_a_critic_has_adapters_and_a_head_beside_the_policys_base(tiny_model):
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_a_critic_has_adapters_and_a_head_beside_the_policys_base(
+    tiny_model, quantization
+):
+    own = LORA | {"quantization": quantization}
+
     def both(sizes):
         axes = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
         on = mesh.make(axes, jax.devices()[: math.prod(sizes)])
-        config = make_config(tiny_model, lora=LORA, dtype="float32").model_dump()
+        config = make_config(tiny_model, lora=own, dtype="float32").model_dump()
         config["algorithm"]["adv_estimator"] = "gae"
         config["critic"] |= {
-            "lora": LORA,
+            "lora": own,
             "dtype": "float32",
             "optim": {"lr": 0.05, "eps": 0.01},
         }

@@ -15,11 +15,13 @@ import layouts
 import learnable
 import numpy as np
 import pytest
+import tensorboard_events
 import tiny
 import waiting
 import yaml
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
 
 from jaxrl_llm import cli as launch
 from jaxrl_llm.config import parsing
@@ -396,6 +398,13 @@ def assert_same_run(directory, alone):
         for got, wanted in lines:
             assert got["tokens"] == wanted["tokens"]
             assert got.keys() == wanted.keys()
+    assert_same_metrics(directory, alone)
+    chex.assert_trees_all_close(
+        final_state(directory), final_state(alone), rtol=1e-4, atol=1e-4
+    )
+
+
+def assert_same_metrics(directory, alone):
     for got, wanted in zip(
         run_directory.read(directory), run_directory.read(alone), strict=True
     ):
@@ -408,9 +417,6 @@ def assert_same_run(directory, alone):
             np.testing.assert_allclose(
                 got[name], wanted[name], rtol=1e-5, atol=1e-5, err_msg=name
             )
-    chex.assert_trees_all_close(
-        final_state(directory), final_state(alone), rtol=1e-4, atol=1e-4
-    )
 
 
 @pytest.mark.slow
@@ -512,6 +518,84 @@ def test_two_processes_evaluate_to_the_numbers_of_one(alone, values, cache, tmp_
     assert many == one and len(one) == 2 * 3 * (2 + 1)
     assert [first, second] == wanted
     assert first["metrics"] != second["metrics"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["sft", "rm", "dpo"])
+def test_two_processes_learn_from_rows_to_the_numbers_of_one(
+    verb, values, cache, tmp_path
+):
+    pairs = {"chosen": "abc", "rejected": "xyz"}
+    answers = {"completion": "abc"} if verb == "sft" else pairs
+    rows = [
+        json.dumps(
+            {"prompt": f"{i} and {j}:"} | {k: x[: 1 + j] for k, x in answers.items()}
+        )
+        for i in range(5)
+        for j in range(3)
+    ]
+    for name, some in (("rows", rows[:11]), ("held_out", rows[11:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(some) + "\n")
+    asked = {
+        "data": {"val_prompts": values["data"]["val"], "max_prompt_length": 48},
+        "rollout": {k: x for k, x in values["rollout"].items() if k != "n"},
+        "reward": values["reward"],
+        "val": values["val"],
+    }
+    offline = {
+        "task": verb,
+        "model": values["model"],
+        "data": {
+            "train": {"path": str(tmp_path / "rows.jsonl")},
+            "val": {"path": str(tmp_path / "held_out.jsonl")},
+            "train_batch_size": 4,
+            "max_length": 16,
+        },
+        "learner": {
+            "optim": {"lr": 0.005},
+            "mesh": {"data": 1, "fsdp": -1},
+            "dtype": "float32",
+            "remat": "none",
+        },
+        "trainer": {
+            **values["trainer"], "loggers": ["tensorboard"], "num_examples": 0,
+        },
+    }  # fmt: skip
+    if verb != "rm":  # which answers nothing
+        offline["data"] |= asked.pop("data")
+        offline |= asked
+    many, one = (
+        trained(count, offline, tmp_path / str(count), cache, verb=verb)
+        for count in (2, 1)
+    )
+    versions = json.loads((many / "versions.json").read_text())
+    assert (versions["num_processes"], versions["num_devices"]) == (2, DEVICES)
+    assert_same_metrics(many, one)
+    assert len(run_directory.read(one)) == STEPS + 1
+    of_tensorboard = [
+        [
+            (step, value.tag, value.simple_value)
+            for step, value in tensorboard_events.read(run / "tensorboard")
+            if value.tag == f"{verb}/loss"
+        ]
+        for run in (many, one)
+    ]
+    assert [step for step, *_ in of_tensorboard[0]] == [1, 2, 3]
+    for got, wanted in zip(*of_tensorboard, strict=True):
+        assert got[:2] == wanted[:2] and got[2] == pytest.approx(wanted[2], rel=1e-5)
+    got, wanted = (
+        load_file(run / "huggingface" / "model.safetensors") for run in (many, one)
+    )
+    chex.assert_trees_all_close(got, wanted, rtol=1e-4, atol=1e-4)
+    for file in sorted((one / "rollouts").iterdir()):
+        tokens = [
+            [
+                json.loads(line)["tokens"]
+                for line in (run / "rollouts" / file.name).read_text().splitlines()
+            ]
+            for run in (many, one)
+        ]
+        assert tokens[0] == tokens[1] != []
 
 
 @pytest.mark.slow

@@ -27,13 +27,16 @@ def run(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("refreshed", [False, True])
+@pytest.mark.parametrize(
+    ("refreshed", "quantization"), [(False, None), (True, None), (False, "int8")]
+)
 def test_a_run_of_adapters_goes_on_bit_for_bit_and_ends_as_a_whole_model(
-    tiny_model, tmp_path, refreshed
+    tiny_model, tmp_path, refreshed, quantization
 ):
+    own = LORA | {"quantization": quantization}
     changed = {
-        "actor.lora": LORA,
-        "critic.lora": LORA,
+        "actor.lora": own,
+        "critic.lora": own,
         "actor.use_kl_loss": True,
         "actor.ref_refresh_steps": 1 if refreshed else None,
         "data.train_batch_size": 4,
@@ -77,11 +80,14 @@ def test_a_run_of_adapters_goes_on_bit_for_bit_and_ends_as_a_whole_model(
 
 
 @pytest.mark.slow
-def test_an_engine_that_is_sent_adapters_alone_gives_the_same_run(tiny_model, tmp_path):
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_an_engine_that_is_sent_adapters_alone_gives_the_same_run(
+    tiny_model, tmp_path, quantization
+):
     lines = {}
     for how in ("merge", "separate"):
         changed = GRPO | {
-            "actor.lora": LORA,
+            "actor.lora": LORA | {"quantization": quantization},
             "rollout.lora": how,
             "data.train_batch_size": 4,
             "trainer.total_training_steps": 2,

@@ -18,7 +18,7 @@ SCHEMAS = {"sft": SftConfig, "rm": RmConfig, "dpo": DpoConfig}
 STEPS = 3
 
 
-def config_of(verb, model, directory):
+def config_of(verb, model, directory, quantization=None):
     completions = [("completion", "abc")]
     if verb != "sft":
         completions = [("chosen", "abc"), ("rejected", "xyz")]
@@ -40,7 +40,7 @@ def config_of(verb, model, directory):
             "dtype": "float32",
             "remat": "dots",
             "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
-            "lora": {"rank": 4, "alpha": 8.0},
+            "lora": {"rank": 4, "alpha": 8.0, "quantization": quantization},
         },
         "trainer": {
             "total_training_steps": STEPS, "save_freq": 1, "num_examples": 0,
@@ -60,9 +60,14 @@ def learned(job, directory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verb", SCHEMAS)
-def test_adapters_learn_from_rows_and_go_on_bit_for_bit(verb, tiny_model, tmp_path):
-    config = config_of(verb, tiny_model, tmp_path)
+@pytest.mark.parametrize(
+    ("verb", "quantization"),
+    [*((verb, None) for verb in SCHEMAS), ("sft", "int8"), ("rm", "int8")],
+)
+def test_adapters_learn_from_rows_and_go_on_bit_for_bit(
+    verb, quantization, tiny_model, tmp_path
+):
+    config = config_of(verb, tiny_model, tmp_path, quantization)
     result, job = run(config, verb)
     losses = result.table()[f"{verb}/loss"]
     assert losses[STEPS] < losses[1] - 0.05
@@ -78,7 +83,7 @@ def test_adapters_learn_from_rows_and_go_on_bit_for_bit(verb, tiny_model, tmp_pa
     # It is stopped after a step, and goes on.
     parts = tmp_path / "parts"
     parts.mkdir()
-    again = config_of(verb, tiny_model, parts)
+    again = config_of(verb, tiny_model, parts, quantization)
     shutil.copytree(result.directory, parts / "run")
     for step in range(2, STEPS + 1):
         shutil.rmtree(parts / "run" / "checkpoints" / str(step))

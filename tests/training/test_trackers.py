@@ -9,6 +9,7 @@ import tensorboard_events
 import waiting
 from short_run import GRPO, make_config, mean_id
 
+import jaxrl_llm
 from jaxrl_llm.rewards import RewardFunction
 from jaxrl_llm.training.build import build
 from jaxrl_llm.training.loop import run
@@ -19,12 +20,45 @@ REWARD = "critic/rewards/mean"
 STEPS = [1, 2, 3]
 
 
+OFFLINE = ("sft", "rm", "dpo")
+
+
+def offline(verb, model, directory, tracker, steps):
+    """What learns from rows, so many steps of it."""
+    answers = {"completion": "abc"}
+    if verb != "sft":
+        answers = {"chosen": "abc", "rejected": "xyz"}
+    rows = [{"prompt": f"{i} says:", **answers} for i in range(12)]
+    learn = {"sft": jaxrl_llm.sft, "rm": jaxrl_llm.reward_model, "dpo": jaxrl_llm.dpo}
+    return learn[verb](
+        model,
+        rows[:8],
+        val_rows=rows[8:],
+        steps=steps,
+        output_dir=directory,
+        settings={
+            "data.train_batch_size": 2,
+            "data.max_length": 16,
+            "trainer.loggers": [tracker],
+            "trainer.project": "tracked",
+            "trainer.save_freq": 1,
+            "trainer.test_freq": 1,
+            "trainer.save_hf": False,
+        },
+    )
+
+
 @pytest.fixture
 def tracked(tiny_model, tmp_path, monkeypatch):
     """Trains two steps with a tracker, goes on for a third, and returns the id."""
     monkeypatch.chdir(tmp_path)
 
-    def train(tracker):
+    def train(tracker, verb="train"):
+        if verb != "train":
+            for steps in (2, 3):
+                offline(verb, tiny_model, tmp_path / "run", tracker, steps)
+            path = tmp_path / "run" / "tracking_id"
+            return path.read_text().strip() if path.exists() else None
         changed = {
             "trainer.loggers": [tracker],
             "trainer.project": "tracked",
@@ -62,6 +96,46 @@ def test_tensorboard_has_every_step_once(tracked, tmp_path):
     }
     assert ("completions/train", 1) in texts
     assert {("completions/val", step) for step in (0, *STEPS)} <= texts
+
+
+@pytest.mark.parametrize("verb", OFFLINE)
+def test_tensorboard_has_what_learns_from_rows(verb, tracked, tmp_path):
+    pytest.importorskip("tensorboardX")
+    tracked("tensorboard", verb)
+    found = list(tensorboard_events.read(tmp_path / "run/tensorboard"))
+    for tag, steps in (
+        (f"{verb}/loss", STEPS),
+        (f"val-core/all/{verb}/loss", [0, *STEPS]),
+    ):
+        assert [step for step, value in found if value.tag == tag] == steps
+
+
+@pytest.mark.parametrize("verb", OFFLINE)
+def test_wandb_offline_has_what_learns_from_rows(verb, tracked, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    id = tracked("wandb", verb)
+    parts = sorted((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+    assert len(parts) == 2 and all(part.stem == f"run-{id}" for part in parts)
+    for part in parts:
+        text = f"val-core/all/{verb}/loss".encode()
+        waiting.until(lambda part=part, text=text: text in part.read_bytes())
+
+
+@pytest.mark.parametrize("verb", OFFLINE)
+def test_mlflow_has_what_learns_from_rows(verb, tracked, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    id = tracked("mlflow", verb)
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("tracked").experiment_id
+    (found,) = client.search_runs([experiment])
+    assert found.data.tags["jaxrl_llm.run"] == id
+    assert found.info.status == "FINISHED"
+    history = client.get_metric_history(found.info.run_id, f"{verb}/loss")
+    assert sorted(metric.step for metric in history) == STEPS
 
 
 def test_wandb_offline_has_one_run_in_two_parts(tracked, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ import numpy as np
 from jaxrl_llm.models.apply import Params, abstract_params, in_layer, init
 from jaxrl_llm.models.architecture import Architecture
 from jaxrl_llm.models.moe import SELECTION_BIAS
+from jaxrl_llm.models.quantised import SUMMED, Bits, are_quantised, matrices
 from jaxrl_llm.sharding import processes, rules
 
 Slices = tuple[slice, ...]
@@ -91,6 +92,40 @@ class ReadOnce:
             ]
             self._known[key] = [weakref.ref(array) for array in there]
         return jax.tree.unflatten(form, there)
+
+
+class Quantising(NamedTuple):
+    """Weights in the form that is asked for: where `shardings` has scales, matrices of
+    layers are of 8 bits. They are quantised one kind after the other, once read."""
+
+    source: WeightSource
+    bits: Bits = "int8"
+
+    @property
+    def arch(self) -> Architecture:
+        """The source's."""
+        return self.source.arch
+
+    def load(self, *, dtype: Any = jnp.float32, shardings: Any = None) -> Params:
+        """The weights, stacked, every device only what it will hold.
+
+        Args:
+          dtype: in which they are read; of those that are not quantised.
+        """
+        if shardings is None or not are_quantised(shardings["layers"]):
+            return self.source.load(dtype=dtype, shardings=shardings)
+        wanted = shardings["layers"]
+        plain = {name: x for name, x in wanted.items() if not name.endswith("_scale")}
+        params = self.source.load(dtype=dtype, shardings=shardings | {"layers": plain})
+        layers = dict(params.pop("layers"))
+        for name in SUMMED.keys() & layers.keys():
+            both = (name, f"{name}_scale")
+            made = jax.jit(
+                functools.partial(jax.lax.map, lambda x: matrices(x, self.bits)),
+                out_shardings={end: wanted[end] for end in both},
+            )
+            layers |= made({name: layers.pop(name)})
+        return params | {"layers": layers}
 
 
 class Stored(NamedTuple):

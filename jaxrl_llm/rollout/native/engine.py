@@ -86,6 +86,8 @@ class JaxEngine:
         are looked for. The token that ends a response is in no text.
       lora: the adapters of the weights, which stay beside them: the rest is taken once,
         and again only if it is another. None: weights have none.
+      base: how matrices come that have adapters beside them, if they come quantised.
+        They stay so if `quantization` is the same.
 
     Raises:
       ValueError: `max_model_len` is more than the model has positions, or its weights
@@ -109,6 +111,7 @@ class JaxEngine:
         checksum_freq: int = 100,
         skip_special_tokens: bool = True,
         lora: models.Lora | None = None,
+        base: models.Bits | None = None,
     ):
         if max_model_len > arch.max_positions:
             raise ValueError(
@@ -143,20 +146,25 @@ class JaxEngine:
                 max_sequences=SEQUENCES_PER_ROW + 1,
             ),
         )
-        shapes = models.abstract_params(arch, dtype=self._run.dtype, stacked=False)
-        axes = models.logical_axes(arch, stacked=False)
+        shapes = models.abstract_params(
+            arch, dtype=self._run.dtype, stacked=False, quantised=base
+        )
+        axes = models.logical_axes(arch, stacked=False, scaled=base is not None)
         layout = rules.fit(
             rules.GENERATE, shapes, axes, mesh, optional=("vocab", "kv_heads")
         )
         self._param_shardings = rules.to_shardings(axes, mesh, layout)
         rules.check_divides(shapes, self._param_shardings)
+        self._shapes = shapes
         fused = models.logical_axes(
             held, stacked=False, fused=True, scaled=quantization is not None
         )
         self._fused_shardings = rules.to_shardings(
             fused, self.mesh, layout | {"kv_heads": rules.GENERATE["kv_heads"]}
         )
-        fused_as = functools.partial(models.fuse, bits=quantization, kv_copies=copies)
+        fused_as = functools.partial(
+            models.fuse, bits=quantization, kv_copies=copies, dtype=self._run.dtype
+        )
         self._fuses = {
             arch.has_experts(run.start): jax.jit(
                 fused_as, out_shardings=self._fused_shardings["layers"][run.start]
@@ -301,7 +309,7 @@ class JaxEngine:
         matrices are joined."""
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            models.abstract_params(self.arch, dtype=self._run.dtype, stacked=False),
+            self._shapes,
             self._param_shardings,
         )
 

@@ -83,7 +83,7 @@ class Transfer:
             return {}
         adapters, base = models.split_params(params, models.is_adapter)
         if first and not self._settings.urls:
-            self._save(self._base, plain, base, dtype)
+            self._save(self._base, plain, models.plain(base, dtype), dtype)
         how = {"base": str(self._base), "dtype": dtype}
         models.save_adapter(self.current, self._arch, adapters, lora, **how)
         size = sum(2 * x.size for x in jax.tree.leaves(adapters))

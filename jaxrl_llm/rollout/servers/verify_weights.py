@@ -61,7 +61,7 @@ def score(
       params: stacked, in the training layout; with adapters if `lora` is given.
       dtype: weights are rounded to it, as they are sent; the rest is float32.
     """
-    sent = jax.tree.map(lambda x: x.astype(dtype), params)
+    sent = jax.tree.map(lambda x: x.astype(dtype), models.plain(params, dtype))
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     one = jnp.zeros_like(tokens)
     how = {"dtype": jnp.float32, "lora": lora}
