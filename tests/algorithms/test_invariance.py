@@ -219,6 +219,7 @@ def test_every_combination_is_the_same_in_any_layout(mode, layout):
     assert_same(found, reference(cases, True), cases)
 
 
+@pytest.mark.slow
 def test_the_corrections_of_these_tests_do_something():
     """Otherwise that they change nothing would say nothing."""
     for case, (_, metrics) in zip(SOME, reference(SOME, True), strict=True):

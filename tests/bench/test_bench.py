@@ -148,6 +148,7 @@ def test_every_way_of_resharding_is_charged_the_same_bytes(measured):
     assert ways["half-to-half"][0]["bytes"] == pytest.approx(2 * count / 4, rel=0.01)
 
 
+@pytest.mark.slow
 def test_kernels_of_experts_compute_the_same(measured):
     lines = measured(
         "moe", "--tokens", "24", "--width", "8", "--expert-size", "8",

@@ -238,7 +238,10 @@ def test_prompts_are_scored_for_those_who_ask(replicas):
         {"axes": {"data": 2, "tensor": 4}},  # of 2 key/value heads, 4 copies
         # On eight replicas the trainer agrees with the sampler, see test_loop.
         pytest.param({"axes": {"data": 8, "tensor": 1}}, marks=pytest.mark.slow),
-        {"axes": {"data": 1, "tensor": 2}, "max_num_seqs": 3},  # rows do not divide
+        pytest.param(  # rows do not divide
+            {"axes": {"data": 1, "tensor": 2}, "max_num_seqs": 3},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
